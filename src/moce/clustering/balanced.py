@@ -1,0 +1,178 @@
+"""Balanced k-means: alternate a Sinkhorn-Knopp assignment and an update of the centroids.
+
+The hard update and a small epsilon are the defaults: with soft updates and epsilon 0.05,
+centroids merge (4,000 points with 8 modes, K = 64: 12 distinct centroids were left).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from sklearn.cluster import kmeans_plusplus
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from moce.clustering.sinkhorn import balance, chunks, scores
+from moce.errors import MoceError
+
+
+@dataclass
+class Clustering:
+    """centroids: [K, D] unit; potentials: [K]; assignment: [n] int64; sizes: [K] int64; all of one fit."""
+
+    centroids: Tensor
+    potentials: Tensor
+    assignment: Tensor
+    sizes: Tensor
+    rounds: int
+
+
+def balanced_kmeans(
+    features: Tensor,
+    num_clusters: int,
+    *,
+    epsilon: float = 0.01,
+    update: str = "hard",
+    tolerance: float = 1e-2,
+    max_rounds: int = 50,
+    settled: float = 1e-3,
+    chunk_size: int = 65536,
+    seed: int = 0,
+    on_round: Callable[[int, float], None] = lambda round_, moved: None,
+) -> Clustering:
+    """Group unit features [n, D] into clusters of similar size.
+
+    Rounds go on until at most the share `settled` of the images changes cluster. Every cluster
+    has an image and no two centroids are alike. Raises MoceError if there are fewer distinct
+    images than clusters.
+    """
+    sample = sample_features(features, 200 * num_clusters, seed)
+    check_enough(sample, num_clusters)
+    centroids = seed_centroids(sample, num_clusters, seed)
+    potentials = features.new_zeros(num_clusters)
+    assignment = torch.full((features.shape[0],), -1)
+    for round_ in range(1, max_rounds + 1):
+        potentials = balance(
+            features, centroids, epsilon, potentials, tolerance, 200, chunk_size
+        )
+        previous, assignment = assignment, assign(features, centroids, potentials, epsilon, chunk_size)
+        moved = (assignment != previous).float().mean().item()
+        on_round(round_, moved)
+        empty = assignment.bincount(minlength=num_clusters) == 0
+        if (moved <= settled and not empty.any()) or round_ == max_rounds:
+            break
+        if update == "hard":
+            centroids = hard_centroids(features, assignment, centroids)
+        else:
+            centroids = soft_centroids(features, centroids, potentials, epsilon, chunk_size)
+        centroids = reseed_empty(features, centroids, assignment)
+        potentials = torch.where(empty, potentials.mean(), potentials)
+    potentials, assignment = fill_empty(features, centroids, potentials, epsilon, chunk_size)
+    sizes = assignment.bincount(minlength=num_clusters)
+    return Clustering(centroids, potentials, assignment, sizes, round_)
+
+
+def sample_features(features: Tensor, size: int, seed: int) -> Tensor:
+    """At most `size` features, drawn without replacement, in their order."""
+    if features.shape[0] <= size:
+        return features
+    generator = torch.Generator().manual_seed(seed)
+    return features[torch.randperm(features.shape[0], generator=generator)[:size].sort().values]
+
+
+def check_enough(features: Tensor, num_clusters: int) -> None:
+    """Raise MoceError unless there are at least `num_clusters` distinct, finite features."""
+    if not torch.isfinite(features).all():
+        raise MoceError("some image features are not finite; is the MAE run damaged?")
+    distinct = features.unique(dim=0).shape[0]
+    if distinct < num_clusters:
+        raise MoceError(
+            f"{num_clusters} clusters need as many distinct images, and there are {distinct}; "
+            "lower num_clusters"
+        )
+
+
+def seed_centroids(features: Tensor, num_clusters: int, seed: int) -> Tensor:
+    """Distinct k-means++ seeds among `features`, [K, D]."""
+    seeds, _ = kmeans_plusplus(features.cpu().numpy(), num_clusters, random_state=seed)
+    return torch.from_numpy(seeds).to(features)
+
+
+def assign(
+    features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float, chunk_size: int = 65536
+) -> Tensor:
+    """The cluster of every feature, [n] int64: argmax over clusters of Q."""
+    parts = [
+        scores(features[part], centroids, potentials, epsilon).argmax(dim=1)
+        for part in chunks(features.shape[0], chunk_size)
+    ]
+    return torch.cat(parts)
+
+
+def hard_centroids(features: Tensor, assignment: Tensor, previous: Tensor) -> Tensor:
+    """Unit mean of the features assigned to each cluster; an empty one keeps its centroid."""
+    sums = torch.zeros_like(previous).index_add_(0, assignment, features)
+    return torch.where(sums.norm(dim=1, keepdim=True) > 1e-6, normalize(sums, dim=1), previous)
+
+
+def soft_centroids(
+    features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float, chunk_size: int
+) -> Tensor:
+    """Unit mean of all features weighted by Q."""
+    sums = torch.zeros_like(centroids)
+    for part in chunks(features.shape[0], chunk_size):
+        q = scores(features[part], centroids, potentials, epsilon).softmax(dim=1)
+        sums += q.T @ features[part]
+    return normalize(sums, dim=1)
+
+
+def reseed_empty(features: Tensor, centroids: Tensor, assignment: Tensor) -> Tensor:
+    """Move the centroid of every empty cluster to the worst-served image of a large cluster."""
+    sizes = assignment.bincount(minlength=centroids.shape[0])
+    fit = (features * centroids[assignment]).sum(dim=1)
+    centroids = centroids.clone()
+    for cluster in (sizes == 0).nonzero()[:, 0].tolist():
+        members = (assignment == sizes.argmax()).nonzero()[:, 0]
+        worst = members[fit[members].argmin()]
+        centroids[cluster] = features[worst]
+        sizes[assignment[worst]] -= 1
+        sizes[cluster] = 1
+        assignment = assignment.clone()
+        assignment[worst] = cluster
+    return centroids
+
+
+def fill_empty(
+    features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Potentials raised just enough that no cluster is empty, and the assignment they give.
+
+    Each empty cluster gets the image that costs it least, from a cluster with more than one.
+    """
+    potentials = potentials.clone()
+    for _ in range(4 * len(potentials)):
+        assignment = assign(features, centroids, potentials, epsilon, chunk_size)
+        sizes = assignment.bincount(minlength=len(potentials))
+        empty = (sizes == 0).nonzero()[:, 0]
+        if len(empty) == 0:
+            return potentials, assignment
+        cluster = empty[0]
+        gap = _gap(features, centroids, potentials, epsilon, cluster, chunk_size)
+        gap[sizes[assignment] <= 1] = torch.inf
+        potentials[cluster] += gap.min() * (1 + 1e-5) + 1e-4
+    raise MoceError(
+        f"cannot fill {len(potentials)} clusters: too many images are alike; use fewer clusters"
+    )
+
+
+def _gap(
+    features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float, cluster: Tensor, size: int
+) -> Tensor:
+    """By how much `cluster` loses each image to the image's own cluster, [n]."""
+    parts = []
+    for part in chunks(features.shape[0], size):
+        score = scores(features[part], centroids, potentials, epsilon)
+        parts.append(score.amax(dim=1) - score[:, cluster])
+    return torch.cat(parts)

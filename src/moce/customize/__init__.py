@@ -1,0 +1,1 @@
+"""Stage 3: which experts a task gets, and the dense backbone made of them."""

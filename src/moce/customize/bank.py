@@ -1,0 +1,110 @@
+"""`Bank`: a trained MoCE run, ready to hand a backbone to any task."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from moce.clustering.model import ClusterModel
+from moce.customize.selection import Choice, Route, choose, count_votes
+from moce.data.images import as_image_set
+from moce.features import extract_features, input_size
+from moce.loading import load_moce
+from moce.models.encoder import EncoderSpec
+from moce.models.moce import MoCE, MoCESpec
+
+
+@dataclass
+class Bank:
+    """model: the mixture; clusters: the cluster model it was trained with; spec: how to build it."""
+
+    spec: MoCESpec
+    model: MoCE
+    clusters: ClusterModel
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "float32"
+
+    @property
+    def encoder_spec(self) -> EncoderSpec:
+        return self.spec.mae.encoder
+
+    @property
+    def routes(self) -> dict[Route, int]:
+        """Every route some cluster takes, with the training images on it, most first."""
+        return count_votes(self.model.cluster_sizes.long(), self.model.routes())
+
+    def assign(
+        self, images: object, rule: str = "balanced", batch_size: int = 256
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cluster [n] int64 of every image and its similarity [n] to the centroid: one forward pass."""
+        image_set = as_image_set(images, input_size(self.clusters.encoder))
+        raw = extract_features(
+            self.clusters.encoder,
+            self.clusters.spec,
+            image_set,
+            device=self.device,
+            precision=self.precision,
+            pooling=self.clusters.pooling,
+            batch_size=batch_size,
+        )
+        return self.clusters.assign(self.clusters.normalise(raw), rule)
+
+    def select(
+        self,
+        images: object,
+        strategy: str = "auto",
+        threshold: float = 0.5,
+        rule: str = "balanced",
+        batch_size: int = 256,
+    ) -> Choice:
+        """Choose experts for a task by its images (labels are not needed).
+
+        images: a DATA argument, an ImageSet, a list of paths or PIL images, or uint8
+        [n, 3, h, w]. Raises MoceError if there are none.
+        """
+        cluster, similarity = self.assign(images, rule, batch_size)
+        histogram = cluster.bincount(minlength=self.clusters.num_clusters)
+        return self.choose(histogram, similarity.mean().item(), strategy, threshold)
+
+    @torch.no_grad()
+    def choose(
+        self, histogram: torch.Tensor, similarity: float, strategy: str, threshold: float = 0.5
+    ) -> Choice:
+        """As `select`, from the images per cluster, [K]."""
+        return choose(
+            histogram,
+            self.model.routes(),
+            self.model.gains(),
+            self.model.cluster_sizes,
+            (similarity, self.clusters.similarity),
+            strategy,
+            threshold,
+        )
+
+    def backbone(self, choice: Choice) -> VisionTransformer:
+        """The dense encoder of a choice: all tokens after the final norm, [b, prefix + patches, d]."""
+        shares, gains = torch.tensor(choice.shares), torch.tensor(choice.gains)
+        return self.model.dense_encoder(shares, gains)
+
+    def route_backbone(self, route: Route) -> VisionTransformer:
+        """The dense encoder of one route, whatever the task."""
+        chosen = (self.model.routes() == torch.tensor(route)).all(dim=1)
+        histogram = self.model.cluster_sizes.long() * chosen
+        return self.backbone(self.choose(histogram, 0.0, "route"))
+
+    def customize(self, images: object, strategy: str = "auto", **options: Any) -> VisionTransformer:
+        """A timm VisionTransformer for the task, pooled to one feature per image, ready to fine-tune."""
+        encoder = self.backbone(self.select(images, strategy, **options))
+        vit = self.encoder_spec.build(global_pool="avg", fc_norm=False)
+        vit.load_state_dict(encoder.state_dict())
+        return copy.deepcopy(vit).requires_grad_(True)
+
+
+def load(run: str | Path) -> Bank:
+    """Load a `moce train` run. Raises MoceError if the folder is none."""
+    return Bank(*load_moce(Path(run)))

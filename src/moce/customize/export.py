@@ -1,0 +1,52 @@
+"""Write a dense backbone as a folder that timm loads without moce."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from timm.models import VisionTransformer, save_for_hf
+
+from moce.customize.selection import Choice, route_name
+from moce.models.encoder import EncoderSpec
+from moce.runs import write_json, write_text
+
+
+def write_timm_folder(
+    folder: Path, vit: VisionTransformer, spec: EncoderSpec, **head: Any
+) -> None:
+    """Write config.json and model.safetensors, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+    Pooling: the mean of the patch tokens after the final norm, moce's own feature, unless `head`
+    (num_classes, global_pool, fc_norm: model arguments of a ViT with a head) says otherwise.
+    """
+    model = spec.build(**{"global_pool": "avg", "fc_norm": False, **head})
+    model.load_state_dict(vit.state_dict())
+    preprocessing = {
+        "mean": spec.mean,
+        "std": spec.std,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+    }
+    save_for_hf(model, str(folder), data_config=preprocessing, safe_serialization=True)
+
+
+def write_card(folder: Path, choice: Choice, source: Path) -> None:
+    """selection.json and a README.md that says what the folder is and how to load it."""
+    write_json(folder / "selection.json", choice.to_json())
+    lines = [
+        f"# Backbone customised by moce from {source.name}",
+        "",
+        f"- strategy: {choice.strategy}",
+        f"- route: {route_name(choice.route)} ({choice.share:.0%} of the task's images)",
+        f"- similarity to the clusters: {choice.similarity:.3f} "
+        f"(training images: {choice.training_similarity:.3f})",
+        "",
+        "```python",
+        "import timm",
+        'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True)',
+        "```",
+        "",
+        "`model(images)` is the mean of the patch tokens; pass `num_classes=N` for a new head.",
+    ]
+    write_text(folder / "README.md", "\n".join(lines) + "\n")

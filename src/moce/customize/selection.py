@@ -1,0 +1,128 @@
+"""From a task's images to a choice of experts: histogram over clusters, votes of routes, strategy.
+
+A route is a tuple of experts, one per MoE block. Every cluster takes one, so a histogram over
+clusters is a vote among routes (arXiv 2402.05382, section 3.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moce.errors import MoceError
+
+Route = tuple[int, ...]
+
+
+@dataclass
+class Choice:
+    """What a task gets and why.
+
+    route: the winner; votes: images per route, most first; share: the winner's part of them;
+    cluster_histogram: images per cluster; similarity: mean cosine similarity of the images to
+    their centroids, training_similarity the training images' own; strategy: route, merge or
+    generalist (never auto); shares, gains: [blocks, E], weight and output scale of every expert;
+    gain_spread: standard deviation of the winner's scale over its clusters, per block (0: exact).
+    """
+
+    route: Route
+    votes: dict[Route, int]
+    share: float
+    cluster_histogram: list[int]
+    similarity: float
+    training_similarity: float
+    strategy: str
+    shares: list[list[float]]
+    gains: list[list[float]]
+    gain_spread: list[float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON: routes are written 2-0."""
+        votes = {route_name(route): count for route, count in self.votes.items()}
+        return {**asdict(self), "route": list(self.route), "votes": votes}
+
+
+def route_name(route: Route) -> str:
+    return "-".join(map(str, route))
+
+
+def choose(
+    histogram: Tensor,
+    routes: Tensor,
+    gains: Tensor,
+    sizes: Tensor,
+    similarity: tuple[float, float],
+    strategy: str = "auto",
+    threshold: float = 0.5,
+) -> Choice:
+    """Pick experts for images that fall into clusters as `histogram` [K] says.
+
+    routes: [K, blocks] int64, every cluster's experts; gains: [K, blocks], the scale of their
+    outputs; sizes: [K], the training images of every cluster.
+    """
+    votes = count_votes(histogram, routes)
+    winner = next(iter(votes))
+    share = votes[winner] / sum(votes.values())
+    if strategy == "auto":
+        strategy = "route" if share >= threshold else "merge"
+    weights = strategy_weights(strategy, histogram, sizes, on_route(routes, winner))
+    num_experts = int(routes.max()) + 1
+    shares, scale, spread = expert_weights(weights, routes, gains, num_experts)
+    return Choice(
+        route=winner,
+        votes=votes,
+        share=share,
+        cluster_histogram=histogram.tolist(),
+        similarity=similarity[0],
+        training_similarity=similarity[1],
+        strategy=strategy,
+        shares=shares.tolist(),
+        gains=scale.tolist(),
+        gain_spread=spread.tolist(),
+    )
+
+
+def count_votes(histogram: Tensor, routes: Tensor) -> dict[Route, int]:
+    """Images per route, most first; every route that some cluster takes is named."""
+    votes: dict[Route, int] = {}
+    for route, count in zip(routes.tolist(), histogram.tolist(), strict=True):
+        votes[tuple(route)] = votes.get(tuple(route), 0) + count
+    return dict(sorted(votes.items(), key=lambda item: (-item[1], item[0])))
+
+
+def on_route(routes: Tensor, route: Route) -> Tensor:
+    """[K] bool: the clusters that take this route."""
+    return (routes == torch.tensor(route, device=routes.device)).all(dim=1)
+
+
+def strategy_weights(strategy: str, histogram: Tensor, sizes: Tensor, winner: Tensor) -> Tensor:
+    """The weight of every cluster, [K], by which a strategy averages their experts."""
+    if strategy == "route":
+        weights = histogram.double() * winner
+        return weights if weights.sum() > 0 else sizes.double() * winner
+    if strategy == "merge":
+        return histogram.double()
+    if strategy == "generalist":
+        return sizes.double()
+    raise MoceError(f"unknown strategy '{strategy}' (auto, route, merge or generalist)")
+
+
+def expert_weights(
+    weights: Tensor, routes: Tensor, gains: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts' shares [blocks, E], mean output scales [blocks, E] and the scales' spread [blocks].
+
+    weights: [K], of clusters. A scale is the weighted mean over the clusters of the expert; the
+    spread is their weighted standard deviation about it, over all clusters with weight.
+    """
+    weights = weights / weights.sum()
+    takes = torch.nn.functional.one_hot(routes, num_experts).double()  # [K, blocks, E]
+    shares = torch.einsum("k,kbe->be", weights, takes)
+    summed = torch.einsum("k,kb,kbe->be", weights, gains.double(), takes)
+    scale = torch.where(shares > 0, summed / shares.clamp(min=1e-12), torch.ones_like(shares))
+    own_scale = torch.einsum("kbe,be->kb", takes, scale)
+    variance = torch.einsum("k,kb->b", weights, (gains.double() - own_scale).square())
+    return shares, scale, variance.sqrt()

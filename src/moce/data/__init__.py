@@ -1,0 +1,1 @@
+"""Images in: sources of files, decoding, batches of tensors, augmentation, keyed randomness."""

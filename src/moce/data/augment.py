@@ -1,0 +1,100 @@
+"""Whole batches at once, on the training device: random resized crop, flip, normalisation.
+
+A resize is two small matrix products per image, with the rows of each matrix the weights of an
+antialiased bicubic filter; crops of different sizes then cost the same and need no loop.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+TRIES = 10  # as in torchvision's RandomResizedCrop
+
+
+def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 or float pixels 0..255 [b, c, h, w] to float32 of zero mean and unit deviation."""
+    shape = (1, -1, 1, 1)
+    centre = torch.tensor(mean, device=pixels.device).reshape(shape) * 255
+    return (pixels.float() - centre) / (torch.tensor(std, device=pixels.device).reshape(shape) * 255)
+
+
+def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """The inverse of `normalise`, clamped to what can be shown: float32 in 0..1."""
+    shape = (1, -1, 1, 1)
+    scale = torch.tensor(std, device=images.device).reshape(shape)
+    return (images * scale + torch.tensor(mean, device=images.device).reshape(shape)).clamp(0, 1)
+
+
+def random_crops(uniform: Tensor, size: tuple[int, int], smallest: float) -> Tensor:
+    """Boxes (top, left, height, width), [b, 4] int64, as torchvision's RandomResizedCrop draws them.
+
+    uniform: [b, 4 * TRIES] in [0, 1); size: (h, w) of the images; smallest: least share of the
+    area. Aspect ratios lie between 3/4 and 4/3; if no try fits, the whole image is taken.
+    """
+    height, width = size
+    area, ratio, down, right = uniform.reshape(-1, TRIES, 4).unbind(dim=2)
+    area = (smallest + (1 - smallest) * area) * height * width
+    ratio = torch.exp(math.log(3 / 4) + ratio * math.log(16 / 9))
+    crop_width = (area * ratio).sqrt().round().long()
+    crop_height = (area / ratio).sqrt().round().long()
+    fits = (crop_width > 0) & (crop_width <= width) & (crop_height > 0) & (crop_height <= height)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    whole = ~fits.any(dim=1, keepdim=True)
+    crop_height = crop_height.gather(1, first).masked_fill(whole, height)
+    crop_width = crop_width.gather(1, first).masked_fill(whole, width)
+    top = (down.gather(1, first) * (height - crop_height + 1)).long()
+    left = (right.gather(1, first) * (width - crop_width + 1)).long()
+    return torch.cat([top, left, crop_height, crop_width], dim=1)
+
+
+def resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
+    """Antialiased bicubic weights, [b, target, source], that resize a stretch of a row to `target`.
+
+    start, length: [b] int64, the stretch start .. start + length - 1 of `source` pixels. The
+    filter is Pillow's and torchvision's (a = -0.5), cut off at the ends of the stretch.
+    """
+    start, scale = start.float()[:, None, None], length.float()[:, None, None] / target
+    support = scale.clamp(min=1)
+    output = torch.arange(target, device=start.device)[None, :, None]
+    pixel = torch.arange(source, device=start.device)[None, None, :]
+    distance = (pixel + 0.5 - start - (output + 0.5) * scale).abs() / support
+    near = (1.5 * distance - 2.5) * distance.square() + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    inside = (pixel >= start) & (pixel < start + length.float()[:, None, None])
+    weights = weights * inside
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def resized_crop(pixels: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crop every image to its box and resize it to `size`; float32 0..255 (not rounded, clamped).
+
+    pixels: [b, c, h, w]; boxes: [b, 4] int64 (top, left, height, width).
+    """
+    top, left, height, width = boxes.unbind(dim=1)
+    rows = resize_weights(top, height, pixels.shape[2], size[0])
+    columns = resize_weights(left, width, pixels.shape[3], size[1])
+    batch, channels, _, source_width = pixels.shape
+    # One product for all channels of an image: [b, h, source] @ [b, source, c * w].
+    stacked = pixels.float().permute(0, 2, 1, 3).reshape(batch, -1, channels * source_width)
+    stacked = (rows @ stacked).reshape(batch, size[0] * channels, source_width)
+    images = (stacked @ columns.transpose(1, 2)).reshape(batch, size[0], channels, size[1])
+    return images.permute(0, 2, 1, 3).clamp(0, 255)
+
+
+def augment(
+    pixels: Tensor, uniform: Tensor, size: tuple[int, int], smallest_crop: float, hflip: bool
+) -> Tensor:
+    """Random resized crop and flip of a batch; float32 0..255, [b, c, *size].
+
+    uniform: [b, 4 * TRIES + 1] in [0, 1), the only source of randomness.
+    """
+    boxes = random_crops(uniform[:, 1:], (pixels.shape[2], pixels.shape[3]), smallest_crop)
+    images = resized_crop(pixels, boxes, size)
+    if hflip:
+        flipped = (uniform[:, 0] < 0.5)[:, None, None, None]
+        images = torch.where(flipped, images.flip(3), images)
+    return images

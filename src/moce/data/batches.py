@@ -1,0 +1,63 @@
+"""The order of training: which images make up each optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moce.data.images import ImageSet
+from moce.data.keyed import Stream, keyed_generator
+
+
+@dataclass
+class Batch:
+    """rows: [b] int64 into the image set; epochs: [b], how often each was seen; pixels: [b, 3, h, w] uint8."""
+
+    rows: Tensor
+    epochs: Tensor
+    pixels: Tensor
+
+
+class BatchOrder:
+    """Endless passes over n images, each in its own order; step s takes the s-th slice of them all.
+
+    So batches never shrink at the end of a pass, and any step can be made without those before it.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self._epoch_order = lru_cache(maxsize=2)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> Tensor:
+        generator = keyed_generator(self.seed, Stream.ORDER, epoch)
+        return torch.randperm(self.count, generator=generator)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Rows and epochs, [batch_size] int64 each, of step 0, 1, ..."""
+        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, places = positions // self.count, positions % self.count
+        rows = torch.empty_like(places)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            rows[here] = self._epoch_order(epoch)[places[here]]
+        return rows, epochs
+
+
+def fetch(images: ImageSet, rows: Tensor, epochs: Tensor, device: torch.device) -> Batch:
+    """The batch of these rows on `device`."""
+    pixels = images.pixels[rows]
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()
+    return Batch(
+        rows.to(device), epochs.to(device), pixels.to(device, non_blocking=True)
+    )
+
+
+def in_order(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """All pixels once, in their order, [b, 3, h, w] uint8 at a time."""
+    for start in range(0, len(images), batch_size):
+        yield images.pixels[start : start + batch_size].to(device)

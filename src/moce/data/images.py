@@ -1,0 +1,157 @@
+"""Images as one uint8 tensor: decoded and resized once, in parallel, held in memory or on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from moce.data.sources import Entry, open_source
+from moce.errors import MoceError
+
+MEMORY_SHARE = 0.4  # of the free memory, beyond which pixels are kept in a file
+
+
+@dataclass
+class ImageSet:
+    """pixels: [n, 3, h, w] uint8; ids: n stable names; labels: n names or None; skipped: (id, reason)."""
+
+    pixels: Tensor
+    ids: list[str]
+    labels: list[str | None]
+    splits: list[str | None]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def subset(self, rows: Sequence[int]) -> ImageSet:
+        """The images of these rows, in this order."""
+        picked = list(rows)
+        pick = lambda values: [values[row] for row in picked]  # noqa: E731
+        return replace(
+            self,
+            pixels=self.pixels[picked],
+            ids=pick(self.ids),
+            labels=pick(self.labels),
+            splits=pick(self.splits),
+        )
+
+
+def load_images(
+    data: str | Sequence[Entry], size: tuple[int, int], store: Path | None = None
+) -> ImageSet:
+    """Decode all images of a DATA argument, the shorter side resized and the rest cropped to `size`.
+
+    Broken images are skipped and listed. Pixels that would fill the memory go to the file `store`,
+    if given. Raises MoceError if nothing is readable or neither memory nor disk has room.
+    """
+    name = data if isinstance(data, str) else "the list of images"
+    entries = open_source(data) if isinstance(data, str) else list(data)
+    pixels = _allocate((len(entries), 3, *size), store)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reasons = list(pool.map(lambda row: _decode_into(pixels, row, entries[row]), range(len(entries))))
+    good = [row for row, reason in enumerate(reasons) if reason is None]
+    if not good:
+        raise MoceError(f"no readable image in {name}; the first one: {reasons[0]}")
+    kept = torch.from_numpy(pixels)
+    return ImageSet(
+        pixels=kept if len(good) == len(entries) else kept[good],
+        ids=[entries[row].id for row in good],
+        labels=[entries[row].label for row in good],
+        splits=[entries[row].split for row in good],
+        skipped=[(entries[row].id, reason) for row, reason in enumerate(reasons) if reason],
+    )
+
+
+def _allocate(shape: tuple[int, ...], store: Path | None) -> np.ndarray:
+    needed = int(np.prod(shape))
+    if needed <= MEMORY_SHARE * _free_memory():
+        return np.empty(shape, np.uint8)
+    gigabytes = needed / 1e9
+    if store is None:
+        raise MoceError(f"the images take {gigabytes:.1f} GB, more than the memory has room for")
+    if needed > shutil.disk_usage(store.parent).free:
+        raise MoceError(f"the images take {gigabytes:.1f} GB, more than is free in {store.parent}")
+    pixels = np.memmap(store, np.uint8, "w+", shape=shape)
+    store.unlink()  # the file stays as long as the process, and leaves nothing behind
+    return pixels
+
+
+def _free_memory() -> int:
+    """Bytes of memory that can be taken, as far as the system tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 4 * 2**30
+
+
+def _decode_into(pixels: np.ndarray, row: int, entry: Entry) -> str | None:
+    """Decode one image into its row; the reason if it cannot be."""
+    try:
+        with entry.open() as image:
+            pixels[row] = to_pixels(image, (pixels.shape[2], pixels.shape[3]))
+    except Exception as error:  # decoders raise whatever they like on broken files
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return None
+
+
+def to_pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """[3, h, w] uint8 of a PIL image: upright, on white where transparent, filled to `size` (h, w)."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    height, width = size
+    image = image.convert("RGB")
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def as_image_set(images: object, size: tuple[int, int]) -> ImageSet:
+    """Images in any form as an ImageSet.
+
+    A DATA argument, an ImageSet, a list of paths or PIL images, or a uint8 tensor or array
+    [n, 3, h, w] of the right size. Raises MoceError otherwise.
+    """
+    if isinstance(images, ImageSet):
+        return images
+    if isinstance(images, str | Path):
+        return load_images(str(images), size)
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images)
+    if isinstance(images, Tensor):
+        return _from_tensor(images, size)
+    if isinstance(images, Sequence) and len(images) > 0:
+        return load_images([_as_entry(number, item) for number, item in enumerate(images)], size)
+    raise MoceError("images must be a folder, a parquet file, a list of images, or a uint8 tensor")
+
+
+def _as_entry(number: int, item: object) -> Entry:
+    if isinstance(item, Image.Image):
+        return Entry(str(number), item.copy)
+    if isinstance(item, str | Path):
+        path = Path(item)
+        return Entry(str(item), lambda: Image.open(path))
+    raise MoceError(f"image {number} is a {type(item).__name__}; give paths or PIL images")
+
+
+def _from_tensor(pixels: Tensor, size: tuple[int, int]) -> ImageSet:
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *size):
+        raise MoceError(
+            f"a tensor of images must be uint8 [n, 3, {size[0]}, {size[1]}], "
+            f"not {pixels.dtype} {list(pixels.shape)}"
+        )
+    if len(pixels) == 0:
+        raise MoceError("no images in the tensor")
+    nothing: list[str | None] = [None] * len(pixels)
+    return ImageSet(pixels, [str(row) for row in range(len(pixels))], nothing, list(nothing))

@@ -1,0 +1,53 @@
+"""Random numbers that depend on seed, purpose, epoch and image only.
+
+Not on the order of images, the batch, the worker or the process: a resumed, re-batched or
+distributed run draws what an uninterrupted one on one process draws.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Stream(IntEnum):
+    """What the numbers are for; streams are independent of each other."""
+
+    ORDER = 1
+    MASK = 2
+    CROP = 3
+    GATE = 4
+    MIX = 5
+    STEP = 6
+
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MULTIPLY = (-4658895280553007687, -7723592293110705685)  # splitmix64's two constants
+
+
+def _mix(state: Tensor) -> Tensor:
+    """The splitmix64 finaliser on int64 (arithmetic wraps; shifts are made logical by masks)."""
+    state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * _MULTIPLY[0]
+    state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * _MULTIPLY[1]
+    return state ^ ((state >> 31) & 0x1FFFFFFFF)
+
+
+def keyed_uniform(seed: int, stream: Stream, epochs: Tensor, images: Tensor, count: int) -> Tensor:
+    """Uniform numbers in [0, 1): row i depends on (seed, stream, epochs[i], images[i]) only.
+
+    epochs, images: [b] int64. Returns [b, count] float32 on their device.
+    """
+    key = _mix(torch.tensor(seed, device=images.device) * _GOLDEN + int(stream))
+    row = _mix(_mix(key + images * _GOLDEN) + epochs * _GOLDEN)
+    column = torch.arange(1, count + 1, device=images.device) * _GOLDEN
+    bits = _mix(row[:, None] + column[None, :])
+    return ((bits >> 40) & 0xFFFFFF).float() / 2**24
+
+
+def keyed_generator(seed: int, stream: Stream, number: int) -> torch.Generator:
+    """A CPU generator that depends on (seed, stream, number) only, for what is not per image."""
+    key = _mix(torch.tensor(seed) * _GOLDEN + int(stream))
+    state = _mix(key + torch.tensor(number) * _GOLDEN)
+    return torch.Generator().manual_seed(int(state) & 0x7FFFFFFFFFFFFFFF)

@@ -1,0 +1,44 @@
+"""Features of whole image sets by any timm ViT: what clustering, selection and probes all read."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from moce.data.augment import normalise
+from moce.data.batches import in_order
+from moce.data.images import ImageSet
+from moce.hardware import autocast
+from moce.models.encoder import EncoderSpec, encode_tokens, pool_tokens, use_plain_attention
+from moce.training.progress import meter
+
+
+def input_size(vit: VisionTransformer) -> tuple[int, int]:
+    """Height and width in pixels of the images an encoder takes."""
+    return tuple(vit.patch_embed.img_size)
+
+
+@torch.inference_mode()
+def extract_features(
+    vit: VisionTransformer,
+    spec: EncoderSpec,
+    images: ImageSet,
+    *,
+    device: torch.device,
+    precision: str = "float32",
+    pooling: str = "mean",
+    batch_size: int = 256,
+) -> Tensor:
+    """One feature per image, [n, width] float32 on the CPU: no mask, after the final norm."""
+    vit = vit.to(device).eval()
+    if device.type == "cpu":
+        use_plain_attention(vit)
+    parts = []
+    steps = -(-len(images) // batch_size)
+    with meter("features", steps) as progress, autocast(device, precision):
+        for pixels in in_order(images, batch_size, device):
+            tokens = encode_tokens(vit, normalise(pixels, spec.mean, spec.std))
+            parts.append(pool_tokens(tokens.float(), vit.num_prefix_tokens, pooling).cpu())
+            progress.advance()
+    return torch.cat(parts)

@@ -1,0 +1,133 @@
+"""From run folders and names back to models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from moce.clustering.model import ClusterModel
+from moce.errors import MoceError
+from moce.models.encoder import EncoderSpec
+from moce.models.mae import MAE, MAESpec
+from moce.models.moce import MoCE, MoCESpec
+from moce.runs import atomic, read_info, read_model, read_tensors
+
+ASSIGNMENTS = "assignments.parquet"
+BACKBONE_CONFIG = "config.json"
+
+
+def load_mae(run: Path) -> tuple[MAESpec, MAE]:
+    """The masked autoencoder of a `moce pretrain` (or MAE+) run."""
+    info, tensors = read_model(run, "mae")
+    spec = MAESpec.from_dict(info["spec"])
+    mae = spec.build()
+    load_weights(mae, tensors, run)
+    return spec, mae
+
+
+def load_clusters(run: Path) -> ClusterModel:
+    """The cluster model of a `moce cluster` run."""
+    info, tensors = read_model(run, "clusters")
+    return ClusterModel.from_tensors(tensors, info["clusters"])
+
+
+def load_moce(run: Path) -> tuple[MoCESpec, MoCE, ClusterModel]:
+    """The mixture and the cluster model of a `moce train` run."""
+    info, tensors = read_model(run, "moce")
+    spec = MoCESpec.from_dict(info["spec"])
+    model = spec.build()
+    load_weights(model, under("model.", tensors), run)
+    clusters = ClusterModel.from_tensors(under("clusters.", tensors), info["clusters"])
+    return spec, model.eval(), clusters
+
+
+def load_weights(module: nn.Module, tensors: dict[str, Tensor], origin: object) -> None:
+    """Load all weights, no more and no less. Raises MoceError naming those that do not fit."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise MoceError(f"the weights of {origin} do not fit the model: {reason[:500]}") from None
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose name begins with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+@dataclass
+class Backbone:
+    """A dense encoder that gives tokens, and what it is fed."""
+
+    spec: EncoderSpec
+    vit: VisionTransformer
+
+
+def load_backbone(reference: str) -> Backbone:
+    """A customised folder, an MAE run or the name of a timm model with its own weights.
+
+    Raises MoceError if it is none of these or the weights cannot be had.
+    """
+    path = Path(reference).expanduser()
+    if (path / BACKBONE_CONFIG).is_file():
+        return _exported_backbone(path)
+    if path.is_dir():
+        if read_info(path)["kind"] == "moce":
+            raise MoceError(f"{path} holds experts: hand out one with 'moce customize' first")
+        spec, mae = load_mae(path)
+        return Backbone(spec.encoder, mae.encoder)
+    if path.exists() or len(path.parts) > 1:
+        raise MoceError(f"no backbone at {reference} (give a folder of moce or a timm model name)")
+    return _timm_backbone(reference)
+
+
+def _exported_backbone(path: Path) -> Backbone:
+    try:
+        config = json.loads((path / BACKBONE_CONFIG).read_text())
+        cfg = config["pretrained_cfg"]
+        arguments = dict(config["model_args"])
+        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+        spec = EncoderSpec(config["architecture"], arguments, mean, std)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise MoceError(f"{path / BACKBONE_CONFIG} is not a timm model config: {error!r}") from None
+    vit = spec.build(num_classes=0, global_pool="", fc_norm=False)
+    tensors = read_tensors(path / "model.safetensors")
+    load_weights(vit, {k: v for k, v in tensors.items() if not k.startswith("head.")}, path)
+    return Backbone(spec, vit)
+
+
+def _timm_backbone(name: str) -> Backbone:
+    try:
+        vit = EncoderSpec(name).build(pretrained=True)
+    except MoceError:
+        raise
+    except Exception as error:  # whatever the hub client raises when there is no network
+        reason = str(error).splitlines()[0]
+        raise MoceError(f"cannot get the weights of timm model {name}: {reason}") from None
+    cfg = vit.pretrained_cfg
+    return Backbone(EncoderSpec(name, {}, tuple(cfg["mean"]), tuple(cfg["std"])), vit)
+
+
+def write_assignments(run: Path, ids: list[str], clusters: Tensor) -> None:
+    """Store the cluster of every training image by its identity."""
+    table = pyarrow.table({"id": ids, "cluster": clusters.cpu().numpy()})
+    with atomic(run / ASSIGNMENTS) as temporary:
+        pyarrow.parquet.write_table(table, temporary)
+
+
+def read_assignments(run: Path) -> dict[str, int]:
+    """The cluster of every training image of a `moce cluster` run, by identity."""
+    try:
+        table = pyarrow.parquet.read_table(run / ASSIGNMENTS)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise MoceError(f"cannot read {run / ASSIGNMENTS}: {error}") from None
+    pairs = zip(table["id"].to_pylist(), table["cluster"].to_pylist(), strict=True)
+    return dict(pairs)
+
+

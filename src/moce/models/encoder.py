@@ -1,0 +1,154 @@
+"""Encoders are timm VisionTransformers. This file builds them and says which ones will do."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from moce.errors import MoceError
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """All that is needed to build an encoder again and to feed it: what a run stores of it."""
+
+    name: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def build(self, *, pretrained: bool = False, **overrides: Any) -> VisionTransformer:
+        """A timm ViT that returns all tokens after its final norm: [b, prefix + patches, width].
+
+        Raises MoceError if timm has no such model, refuses the arguments, or builds something
+        whose blocks cannot take experts.
+        """
+        arguments = {"num_classes": 0, "global_pool": "", **self.model_args, **overrides}
+        if self.name not in timm.list_models():
+            near = difflib.get_close_matches(self.name, timm.list_models("*vit*"), n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise MoceError(f"timm has no model '{self.name}'{hint} (timm.list_models() lists all)")
+        try:
+            vit = timm.create_model(self.name, pretrained=pretrained, **arguments)
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise MoceError(f"timm cannot build {self.name} with {arguments}: {error}") from None
+        check_plain(vit, self.name)
+        return vit
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EncoderSpec:
+        return cls(
+            values["name"], values["model_args"], tuple(values["mean"]), tuple(values["std"])
+        )
+
+
+def check_plain(vit: nn.Module, name: str) -> None:
+    """Raise MoceError, with the reason, unless `vit` is a ViT of plain blocks with positions."""
+    if type(vit) is not VisionTransformer:
+        raise MoceError(f"{name} is a {type(vit).__name__}; moce needs a timm VisionTransformer")
+    if any(type(block) is not Block for block in vit.blocks):
+        kinds = sorted({type(block).__name__ for block in vit.blocks})
+        raise MoceError(f"{name} has blocks of type {', '.join(kinds)}; moce needs plain ViT blocks")
+    if vit.pos_embed is None:
+        raise MoceError(f"{name} has no absolute position embedding, which masking needs")
+    if vit.dynamic_img_size:
+        raise MoceError(f"{name}: dynamic_img_size is not supported; give the size by img_size")
+    height, width = vit.patch_embed.img_size
+    patch_height, patch_width = vit.patch_embed.patch_size
+    if height % patch_height or width % patch_width:
+        raise MoceError(
+            f"image size {height}x{width} is no multiple of the patch {patch_height}x{patch_width}"
+        )
+
+
+def use_plain_attention(module: nn.Module) -> None:
+    """Compute attention by plain matrix products: faster than the fused kernel for short inputs on CPUs."""
+    for layer in module.modules():
+        if hasattr(layer, "fused_attn"):
+            layer.fused_attn = False
+
+
+def sincos_positions(grid: tuple[int, int], width: int, num_prefix: int = 0) -> Tensor:
+    """Fixed 2-D sine-cosine position embedding, [1, prefix + patches, width], float32.
+
+    Layout [sin w, cos w, sin h, cos h]; rows of prefix tokens are zero; frequencies
+    10000^(-k / (width / 4)). Raises MoceError if the width is no multiple of 4.
+    """
+    if width % 4:
+        raise MoceError(f"sine-cosine positions need a width that is a multiple of 4, not {width}")
+    rows, columns = torch.meshgrid(
+        torch.arange(grid[0], dtype=torch.float64),
+        torch.arange(grid[1], dtype=torch.float64),
+        indexing="ij",
+    )
+    frequency = torch.exp(-math.log(10000) * torch.arange(width // 4).double() / (width / 4))
+
+    def encode(position: Tensor) -> Tensor:
+        angle = position.reshape(-1, 1) * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    patches = torch.cat([encode(columns), encode(rows)], dim=1)
+    return torch.cat([patches.new_zeros(num_prefix, width), patches])[None].float()
+
+
+def initialise_from_scratch(vit: VisionTransformer) -> None:
+    """Initialise an encoder as MAE does, in place; its positions become fixed sine-cosine ones."""
+    vit.apply(initialise_linear)
+    patch_weight = vit.patch_embed.proj.weight
+    nn.init.xavier_uniform_(patch_weight.view(patch_weight.shape[0], -1))
+    for token in (vit.cls_token, vit.reg_token):
+        if token is not None:
+            nn.init.normal_(token, std=0.02)
+    num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    positions = sincos_positions(vit.patch_embed.grid_size, vit.embed_dim, num_prefix)
+    vit.pos_embed.data.copy_(positions)
+    vit.pos_embed.requires_grad_(False)
+
+
+def initialise_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for linear layers, as in MAE (section A.1)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def encode_tokens(vit: VisionTransformer, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Tokens after the final norm, [b, prefix + kept patches, width].
+
+    images: [b, c, h, w], normalised. keep: [b, n] int64 indices of the patches that are seen
+    (None: all, equal to `vit.forward_features`). Positions are added before masking, prefix
+    tokens after it (MAE, section 3).
+    """
+    tokens = vit.patch_embed(images)
+    num_patches = tokens.shape[1]
+    tokens = tokens + vit.pos_embed[:, -num_patches:]
+    if keep is not None:
+        tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))
+    prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+    if prefix:
+        prefix_tokens = torch.cat(prefix, dim=1)
+        if not vit.no_embed_class:
+            prefix_tokens = prefix_tokens + vit.pos_embed[:, : vit.num_prefix_tokens]
+        expanded = prefix_tokens.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        tokens = torch.cat([expanded, tokens], dim=1)
+    return vit.norm(vit.blocks(vit.norm_pre(vit.pos_drop(tokens))))
+
+
+def pool_tokens(tokens: Tensor, num_prefix: int, pooling: str) -> Tensor:
+    """One feature per image, [b, width]: the mean of the patch tokens, or the class token."""
+    if pooling == "cls":
+        if num_prefix == 0:
+            raise MoceError("this encoder has no class token; use pooling 'mean'")
+        return tokens[:, 0]
+    return tokens[:, num_prefix:].mean(dim=1)

@@ -1,0 +1,57 @@
+"""A feed-forward layer with several experts, one of which works on each whole image."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Routing:
+    """expert: [b] int64, the expert of every image; gate: [b] float32, the scale of its output."""
+
+    expert: Tensor
+    gate: Tensor
+
+
+class ExpertFFN(nn.Module):
+    """Stands in for a ViT block's FFN: every token of an image goes to the image's expert.
+
+    The block calls it with tokens alone, so the routing of the batch is set before (`routing`).
+    Experts are separate modules. One without images in a step gets no gradient at all, so the
+    optimiser leaves it where it is: neither momentum nor weight decay moves an idle expert.
+    """
+
+    def __init__(self, ffn: nn.Module, num_experts: int) -> None:
+        """Experts start as copies of the trained `ffn` (upcycling)."""
+        super().__init__()
+        self.experts = nn.ModuleList(copy.deepcopy(ffn) for _ in range(num_experts))
+        self.routing: Routing | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: [b, n, d]. Returns gate * expert(tokens), [b, n, d]. Raises if no routing is set."""
+        if self.routing is None:
+            raise RuntimeError("set .routing before calling an ExpertFFN")
+        routing = self.routing
+        # Sorted by expert, each one works on one contiguous slice: as cheap as a dense FFN.
+        order = routing.expert.argsort(stable=True)
+        counts = routing.expert.bincount(minlength=len(self.experts)).tolist()
+        slices = tokens.index_select(0, order).split(counts)
+        outputs = [
+            expert(part)
+            for expert, part in zip(self.experts, slices, strict=True)
+            if part.shape[0] > 0
+        ]
+        mixed = torch.cat(outputs).index_select(0, order.argsort())
+        return mixed * routing.gate[:, None, None].to(mixed.dtype)
+
+
+def divergence(layer: ExpertFFN) -> float:
+    """How far experts have moved apart: RMS distance from their mean over the mean's norm."""
+    vectors = torch.stack([nn.utils.parameters_to_vector(e.parameters()) for e in layer.experts])
+    centre = vectors.detach().float().mean(dim=0)
+    distance = (vectors.detach().float() - centre).square().sum(dim=1).mean().sqrt()
+    return (distance / centre.norm()).item()

@@ -1,0 +1,70 @@
+"""Cluster-conditional gates: one float32 table of K clusters by E experts per MoE block.
+
+A gate reads the embedding of an image's cluster, never a token (arXiv 2402.05382, section 3.2),
+so all it can say about an image is one of K rows: the whole gate is a table, made once a step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ClusterGate(nn.Module):
+    """p = softmax(W c + noise) for every cluster embedding c. Always float32, never autocast."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: [E, D], the initial W."""
+        super().__init__()
+        self.weight = nn.Parameter(weight.float().clone())
+
+    def table(self, clusters: Tensor, noise: Tensor | None = None) -> Tensor:
+        """clusters: [K, D] unit embeddings; noise: [K, E] or None (the clean table). Returns [K, E]."""
+        with torch.autocast(clusters.device.type, enabled=False):
+            logits = clusters.float() @ self.weight.T
+            return (logits if noise is None else logits + noise).softmax(dim=1)
+
+
+def squared_cv(values: Tensor, dim: int = -1) -> Tensor:
+    """Squared coefficient of variation, (population std / mean)^2, along `dim`."""
+    mean = values.mean(dim=dim)
+    return values.var(dim=dim, unbiased=False) / mean.square()
+
+
+def balance_loss(table: Tensor, weights: Tensor) -> Tensor:
+    """CV^2 of the experts' importance: 0 when all share the work alike (section 3.2).
+
+    table: [K, E] clean probabilities; weights: [K] images per cluster, of the batch or the data.
+    """
+    return squared_cv(weights.to(table.dtype) @ table)
+
+
+def imbalance_loss(table: Tensor, counts: Tensor) -> Tensor:
+    """Minus the mean over images of CV^2 of their gate: -(E - 1) when every gate is certain.
+
+    table: [K, E] clean probabilities; counts: [K] images of each cluster in the batch.
+    """
+    share = counts.to(table.dtype) / counts.sum()
+    return -(share * squared_cv(table)).sum()
+
+
+def random_gate(num_experts: int, width: int, std: float, generator: torch.Generator) -> Tensor:
+    """Gate weights [E, D] drawn from N(0, std^2)."""
+    return torch.randn(num_experts, width, generator=generator) * std
+
+
+def gate_along(clusters: Tensor, groups: Tensor, num_experts: int, confidence: float) -> Tensor:
+    """Gate weights [E, D] along the mean embeddings of groups of clusters.
+
+    clusters: [K, D] unit embeddings; groups: [K] int64 in 0..E-1. The rows are scaled, by
+    bisection, so that the mean over clusters of the largest probability is `confidence`.
+    """
+    members = nn.functional.one_hot(groups, num_experts).to(clusters.dtype)
+    directions = nn.functional.normalize(members.T @ clusters, dim=1)
+    logits = clusters @ directions.T
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        scale = (low + high) / 2
+        too_low = (scale * logits).softmax(dim=1).amax(dim=1).mean() < confidence
+        low, high = (scale, high) if too_low else (low, scale)
+    return directions * scale

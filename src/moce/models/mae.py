@@ -1,0 +1,162 @@
+"""The masked autoencoder (He et al., arXiv 2111.06377): mask, encode what is left, predict the rest."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from moce.models.encoder import (
+    EncoderSpec,
+    encode_tokens,
+    initialise_from_scratch,
+    initialise_linear,
+    sincos_positions,
+)
+
+
+@dataclass(frozen=True)
+class MAESpec:
+    """All that is needed to build a masked autoencoder again."""
+
+    encoder: EncoderSpec
+    decoder_dim: int
+    decoder_depth: int
+    decoder_heads: int
+    mask_ratio: float = 0.75
+    norm_pix: bool = True
+
+    def build(self, *, pretrained: bool = False) -> MAE:
+        """A masked autoencoder with fresh weights, or with timm's own weights in the encoder."""
+        encoder = self.encoder.build(pretrained=pretrained)
+        if not pretrained:
+            initialise_from_scratch(encoder)
+        decoder = Decoder(encoder, self.decoder_dim, self.decoder_depth, self.decoder_heads)
+        return MAE(encoder, decoder, self.mask_ratio, self.norm_pix)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MAESpec:
+        return cls(**{**values, "encoder": EncoderSpec.from_dict(values["encoder"])})
+
+
+@dataclass
+class Reconstruction:
+    """loss: scalar; prediction: [b, n, p*p*c]; mask: [b, n], 1 where a patch was removed."""
+
+    loss: Tensor
+    prediction: Tensor
+    mask: Tensor
+
+
+class Decoder(nn.Module):
+    """A light ViT that sees the encoded patches and mask tokens, and predicts every patch's pixels."""
+
+    def __init__(self, encoder: VisionTransformer, dim: int, depth: int, heads: int) -> None:
+        super().__init__()
+        grid, num_prefix = encoder.patch_embed.grid_size, encoder.num_prefix_tokens
+        height, width = encoder.patch_embed.patch_size
+        self.num_prefix = num_prefix
+        self.embed = nn.Linear(encoder.embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("pos_embed", sincos_positions(grid, dim, num_prefix))
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.Sequential(
+            *[Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)]
+        )
+        self.norm = norm(dim)
+        self.head = nn.Linear(dim, height * width * encoder.in_chans)
+        self.apply(initialise_linear)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, tokens: Tensor, restore: Tensor) -> Tensor:
+        """tokens: [b, prefix + kept, width]; restore: [b, n] int64. Returns [b, n, p*p*c]."""
+        tokens = self.embed(tokens)
+        prefix, visible = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
+        missing = restore.shape[1] - visible.shape[1]
+        masked = self.mask_token.to(visible.dtype).expand(visible.shape[0], missing, -1)
+        patches = torch.cat([visible, masked], dim=1)
+        patches = patches.gather(1, restore[:, :, None].expand(-1, -1, patches.shape[2]))
+        tokens = torch.cat([prefix, patches], dim=1) + self.pos_embed
+        return self.head(self.norm(self.blocks(tokens)))[:, self.num_prefix :]
+
+
+class MAE(nn.Module):
+    """Encoder (a timm ViT) and decoder; `forward` gives the reconstruction loss of a batch."""
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        decoder: Decoder,
+        mask_ratio: float = 0.75,
+        norm_pix: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.mask_ratio = mask_ratio
+        self.norm_pix = norm_pix
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.encoder.patch_embed.patch_size
+
+    def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
+        """images: [b, c, h, w], normalised; noise: [b, n] uniform, the smallest are kept."""
+        keep, mask, restore = random_mask(noise, self.mask_ratio)
+        prediction = self.decoder(encode_tokens(self.encoder, images, keep), restore)
+        target = patch_target(patchify(images.float(), self.patch_size), self.norm_pix)
+        return Reconstruction(masked_mse(prediction.float(), target, mask), prediction, mask)
+
+
+def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Hide the share `ratio` of the patches: those with the largest noise (MAE, section 3).
+
+    noise: [b, n]. Returns keep [b, int(n * (1 - ratio))] (indices of visible patches), mask
+    [b, n] (1 = removed) and restore [b, n] (where each patch stands in [visible, masked]).
+    """
+    num_keep = max(1, int(noise.shape[1] * (1 - ratio)))
+    shuffle = noise.argsort(dim=1, stable=True)
+    restore = shuffle.argsort(dim=1)
+    return shuffle[:, :num_keep], (restore >= num_keep).float(), restore
+
+
+def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """[b, c, h, w] to [b, n, p*p*c], patches row by row, channels last within a patch."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch[0], width // patch[1]
+    split = images.reshape(batch, channels, rows, patch[0], columns, patch[1])
+    return split.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+
+
+def unpatchify(patches: Tensor, patch: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify` for images of `size` (h, w)."""
+    batch, rows, columns = patches.shape[0], size[0] // patch[0], size[1] // patch[1]
+    split = patches.reshape(batch, rows, columns, patch[0], patch[1], -1)
+    return split.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, *size)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (unbiased, with 1e-6 under the root) of every patch, [b, n, 1]."""
+    mean = patches.mean(dim=-1, keepdim=True)
+    return mean, (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+def patch_target(patches: Tensor, norm_pix: bool) -> Tensor:
+    """What the decoder is to predict: pixels, or pixels normalised by their patch's statistics."""
+    if not norm_pix:
+        return patches
+    mean, deviation = patch_statistics(patches)
+    return (patches - mean) / deviation
+
+
+def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error per patch, averaged over the removed patches. Scalar."""
+    error = (prediction - target).square().mean(dim=-1)
+    return (error * mask).sum() / mask.sum()

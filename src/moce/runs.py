@@ -1,0 +1,200 @@
+"""Run folders: what every verb leaves and the next one reads. Atomic writes, no pickle.
+
+    config.yaml         the settings, resolved
+    model.safetensors   the weights
+    model.json          what they are: kind, how to build it, metrics, versions, git revision
+    metrics.jsonl       one line per logged step
+    skipped.jsonl       images that could not be read, if any
+    state/              checkpoints to resume from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from moce.config import Settings
+from moce.errors import MoceError
+
+WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
+SKIPPED, STATE = "skipped.jsonl", "state"
+FREE_TO_CHANGE = frozenset({"resume", "overwrite", "out", "threads", "log_every", "save_every"})
+
+
+def open_folder(path: Path, *, overwrite: bool, resume: bool = False) -> Path:
+    """Make the folder of a run. Raises MoceError if it has content and nobody said what to do with it.
+
+    Only a folder that looks like moce's own work is ever emptied.
+    """
+    if path.exists() and not path.is_dir():
+        raise MoceError(f"{path} is a file; give a folder for the output")
+    if path.is_dir() and any(path.iterdir()) and not resume:
+        if not overwrite:
+            raise MoceError(f"{path} is not empty; add --overwrite to replace it, --resume to go on")
+        _empty(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MoceError(f"cannot make {path}: {error.strerror}") from None
+    return path
+
+
+def _empty(path: Path) -> None:
+    ours = {WEIGHTS, INFO, CONFIG, METRICS, "config.json", "results.json", "report.html"}
+    if not any((path / name).exists() for name in ours):
+        raise MoceError(f"{path} holds other things than a moce run; choose another output folder")
+    shutil.rmtree(path)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place if all went well."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise MoceError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Save tensors by name as safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        try:
+            save_file(ready, temporary, metadata)
+        except SafetensorError as error:
+            raise MoceError(f"cannot write {path}: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by name. Raises MoceError if the file is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise MoceError(f"cannot read weights {path}: {error}") from None
+
+
+def write_config(folder: Path, settings: Settings) -> None:
+    """Write the settings as they were resolved, in their order."""
+    content = settings.model_dump(mode="json", by_alias=True)
+    write_text(folder / CONFIG, yaml.safe_dump(content, sort_keys=False))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load((folder / CONFIG).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise MoceError(f"cannot read {folder / CONFIG}: {error}") from None
+
+
+def check_unchanged(folder: Path, settings: Settings) -> None:
+    """Raise MoceError, showing the difference, if a resumed run's settings are not those it began with."""
+    before, now = read_config(folder), settings.model_dump(mode="json", by_alias=True)
+    changed = [
+        f"{name} was {before.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if name not in FREE_TO_CHANGE and before.get(name) != value
+    ]
+    if changed:
+        raise MoceError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
+
+
+def write_model(folder: Path, kind: str, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+    """Write weights, then what they are: a folder with model.json is a finished run."""
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / INFO, {"kind": kind, **info, **provenance()})
+
+
+def read_model(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(info, tensors) of a finished run. Raises MoceError if it is none, or of another kind."""
+    info = read_info(folder)
+    if info["kind"] != kind:
+        raise MoceError(f"{folder} is a run of kind '{info['kind']}', not '{kind}'")
+    return info, read_tensors(folder / WEIGHTS)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """model.json of a run. Raises MoceError if the folder is no finished run."""
+    path = Path(folder) / INFO
+    if not path.is_file():
+        unfinished = (Path(folder) / CONFIG).is_file()
+        reason = "is not finished (go on with --resume)" if unfinished else "is not a moce run"
+        raise MoceError(f"{folder} {reason}: it has no {INFO}")
+    try:
+        info = json.loads(path.read_text())
+        info["kind"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise MoceError(f"{path} is damaged: {error}") from None
+    return info
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and git revision, so that a result can be traced."""
+    packages = ("moce", "torch", "timm", "numpy")
+    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
+    return {"versions": versions, "git_revision": _git_revision()}
+
+
+def _git_revision() -> str | None:
+    """Revision of the checkout moce runs from; None when it is installed as a package."""
+    here = Path(__file__).resolve().parent
+    if not (here.parents[1] / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_skipped(folder: Path, skipped: list[tuple[str, str]], say: Callable[[str], None]) -> None:
+    """List the images that could not be read, and say how many there are."""
+    if skipped:
+        lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in skipped]
+        write_text(folder / SKIPPED, "".join(lines))
+        say(f"skipped {len(skipped)} unreadable images (listed in {folder / SKIPPED})")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    path = Path(folder) / METRICS
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,1 @@
+"""One step-based loop for every stage: optimiser, schedule, checkpoints, logs."""

@@ -1,0 +1,55 @@
+"""What a waiting user sees: a bar on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False)
+LINE_EVERY = 15.0  # seconds between lines where there is no terminal
+
+
+def say(message: str) -> None:
+    """Tell the user something in one line, on standard error."""
+    console.print(message, markup=False, soft_wrap=True)
+
+
+class Meter:
+    """Progress of one job: `advance` after every step, with a few words on how it goes."""
+
+    def __init__(self, title: str, total: int, done: int) -> None:
+        self._title, self._total, self._done, self._first = title, total, done, done
+        self._start = self._last_line = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=done, note="")
+
+    def advance(self, note: str | None = None) -> None:
+        self._done += 1
+        changes = {} if note is None else {"note": note}
+        self._bar.update(self._task, completed=self._done, **changes)
+        now = time.monotonic()
+        if not console.is_terminal and now - self._last_line >= LINE_EVERY:
+            self._last_line = now
+            rate = (self._done - self._first) / (now - self._start)
+            left = (self._total - self._done) / rate
+            say(f"{self._title} {self._done}/{self._total}, {left:.0f} s left, {note or ''}")
+
+
+@contextmanager
+def meter(title: str, total: int, done: int = 0) -> Iterator[Meter]:
+    """A Meter on show within the context."""
+    shown = Meter(title, total, done)
+    with shown._bar:
+        yield shown

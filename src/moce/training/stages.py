@@ -1,0 +1,124 @@
+"""The two unlabelled stages: reconstruct (MAE, MAE+) and reconstruct with experts (MoCE)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moce.config import TrainingSettings, TrainSettings
+from moce.data.augment import TRIES, augment, normalise
+from moce.data.batches import Batch
+from moce.data.images import ImageSet
+from moce.data.keyed import Stream, keyed_generator, keyed_uniform
+from moce.models.encoder import EncoderSpec
+from moce.models.experts import divergence
+from moce.models.mae import MAE
+from moce.models.moce import MoCE
+from moce.training.loop import Losses, Stage, Step
+from moce.training.optimiser import parameter_groups
+
+
+def augmented(
+    batch: Batch, settings: TrainingSettings, spec: EncoderSpec, size: tuple[int, int]
+) -> Tensor:
+    """Cropped, flipped and normalised images of a batch, float32 [b, c, *size]."""
+    uniform = keyed_uniform(
+        settings.seed, Stream.CROP, batch.epochs, batch.rows, 4 * TRIES + 1
+    )
+    pixels = augment(batch.pixels, uniform, size, settings.crop_scale, settings.hflip)
+    return normalise(pixels, spec.mean, spec.std)
+
+
+def mask_noise(batch: Batch, settings: TrainingSettings, mae: MAE) -> Tensor:
+    """Uniform noise [b, patches] that decides which patches are hidden."""
+    patches = mae.encoder.patch_embed.num_patches
+    return keyed_uniform(settings.seed, Stream.MASK, batch.epochs, batch.rows, patches)
+
+
+def mae_stage(
+    title: str, mae: MAE, spec: EncoderSpec, images: ImageSet, settings: TrainingSettings
+) -> Stage:
+    """Stage 0, and its continuation MAE+."""
+    size = mae.encoder.patch_embed.img_size
+
+    def loss(model: nn.Module, batch: Batch, step: Step) -> Losses:
+        noise = mask_noise(batch, settings, mae)
+        return {"loss": model(augmented(batch, settings, spec, size), noise).loss}
+
+    groups = parameter_groups(mae.parameters(), settings.weight_decay)
+    return Stage(title, mae, images, groups, loss)
+
+
+def moce_stage(
+    moce: MoCE, spec: EncoderSpec, images: ImageSet, cluster_of: Tensor, settings: TrainSettings
+) -> Stage:
+    """Stage 2. cluster_of: [n] int64, the cluster of every image."""
+    size = moce.mae.encoder.patch_embed.img_size
+    num_clusters = len(moce.clusters)
+
+    def loss(model: nn.Module, batch: Batch, step: Step) -> Losses:
+        where = cluster_of.to(batch.rows.device)
+        output = model(
+            augmented(batch, settings, spec, size),
+            mask_noise(batch, settings, moce.mae),
+            where[batch.rows],
+            gate_noise(moce, settings, step.number),
+            where[step.rows].bincount(minlength=num_clusters),
+        )
+        total = (
+            output.reconstruction
+            + settings.balance_weight * output.balance
+            + settings.imbalance_weight * output.imbalance
+        )
+        return {
+            "loss": total,
+            "reconstruction": output.reconstruction,
+            "balance": output.balance,
+            "imbalance": output.imbalance,
+        }
+
+    rest = [p for name, p in moce.named_parameters() if not name.startswith("gates.")]
+    groups = parameter_groups(rest, settings.weight_decay)
+    # Gates are few numbers with a task of their own: no decay pulls them back to undecided.
+    groups += parameter_groups(moce.gates.parameters(), 0.0, settings.gate_lr_scale)
+    return Stage("moce", moce, images, groups, loss, GateWatch(moce))
+
+
+def gate_noise(moce: MoCE, settings: TrainSettings, step: int) -> Tensor | None:
+    """N(0, (1/E)^2) for every gate, cluster and expert of a step, [gates, K, E]; None if switched off."""
+    if not settings.gate_noise:
+        return None
+    generator = keyed_generator(settings.seed, Stream.GATE, step)
+    shape = (len(moce.gates), len(moce.clusters), moce.num_experts)
+    return torch.randn(shape, generator=generator).to(moce.clusters.device) / moce.num_experts
+
+
+class GateWatch:
+    """What the gates do, per MoE block, each time it is asked (metrics "gates")."""
+
+    def __init__(self, moce: MoCE) -> None:
+        self._moce = moce
+        self._routes = moce.routes()
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, Any]:
+        moce, routes = self._moce, self._moce.routes()
+        flipped = (routes != self._routes).float().mean(dim=0)
+        self._routes = routes
+        weights = moce.cluster_sizes / moce.cluster_sizes.sum()
+        rows = {}
+        for index, (layer, table) in enumerate(zip(moce.blocks, moce.tables(), strict=True)):
+            expert = routes[:, index]
+            work = torch.zeros(moce.num_experts, device=table.device)
+            work = work.index_add_(0, expert, moce.cluster_sizes)
+            entropy = -(table * table.clamp(min=1e-12).log()).sum(dim=1)
+            rows[str(layer)] = {
+                "images_per_expert": work.long().tolist(),
+                "max_gate": (weights * table.amax(dim=1)).sum().item(),
+                "entropy": (weights * entropy).sum().item(),
+                "clusters_flipped": flipped[index].item(),
+                "divergence": divergence(moce.experts[index]),
+            }
+        return {"gates": rows}

@@ -1,0 +1,92 @@
+"""A labelled task: training and test images with class numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moce.data.images import ImageSet, load_images
+from moce.data.sources import Entry, open_source
+from moce.errors import MoceError
+
+TEST_SHARE = 0.2  # of images whose source names no split
+
+
+@dataclass
+class Task:
+    """train, test: images; train_labels, test_labels: [n] int64 numbers into `classes`."""
+
+    name: str
+    classes: list[str]
+    train: ImageSet
+    test: ImageSet
+    train_labels: np.ndarray
+    test_labels: np.ndarray
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        return self.train.skipped + self.test.skipped
+
+
+def load_task(data: str, size: tuple[int, int], store: Path | None = None) -> Task:
+    """The labelled images of a DATA argument.
+
+    Without a train/test split in the source, a fifth of each class is the test set. Raises
+    MoceError if labels or one of the splits are missing.
+    """
+    entries = [entry for entry in open_source(data) if entry.label is not None]
+    if not entries:
+        raise MoceError(f"{data} has no labels; put every class in a folder of its own")
+    splits = _splits(entries)
+    train = load_images([e for e, s in zip(entries, splits, strict=True) if s == "train"], size, store)
+    test = load_images([e for e, s in zip(entries, splits, strict=True) if s == "test"], size, store)
+    classes = sorted({str(label) for label in train.labels})
+    if len(classes) < 2:
+        raise MoceError(f"{data} has one class only ({classes[0]}); a task needs two or more")
+    unknown = sorted({str(label) for label in test.labels} - set(classes))
+    if unknown:
+        raise MoceError(f"classes of the test images without training images: {', '.join(unknown)}")
+    number = {name: index for index, name in enumerate(classes)}
+    labels = [np.array([number[str(name)] for name in part.labels]) for part in (train, test)]
+    return Task(data, classes, train, test, labels[0], labels[1])
+
+
+def _splits(entries: list[Entry]) -> list[str]:
+    named = {entry.split for entry in entries}
+    if named == {None}:
+        return _split_by_class(entries)
+    missing = [split for split in ("train", "test") if split not in named]
+    if missing:
+        raise MoceError(f"no {missing[0]} images: the folders train/ and test/ must both be there")
+    return [entry.split or "train" for entry in entries]
+
+
+def _split_by_class(entries: list[Entry]) -> list[str]:
+    """The last fifth of each class, in a fixed shuffled order, is the test set."""
+    splits = ["train"] * len(entries)
+    order = np.random.default_rng(0).permutation(len(entries)).tolist()
+    rows_of: dict[str | None, list[int]] = {}
+    for row in order:
+        rows_of.setdefault(entries[row].label, []).append(row)
+    for label, rows in rows_of.items():
+        if len(rows) < 2:
+            raise MoceError(f"class '{label}' has one image; give two or more, or a test/ folder")
+        for row in rows[-max(1, round(TEST_SHARE * len(rows))) :]:
+            splits[row] = "test"
+    return splits
+
+
+def draw_labels(labels: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """Rows of a random draw of `count` labels, as even over the classes as they allow, [count]."""
+    if count is None or count >= len(labels):
+        return np.arange(len(labels))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    shuffled = labels[order]
+    # How many of its class come before each image: taking the lowest ranks goes round the classes.
+    rank = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(shuffled == label)
+        rank[members] = np.arange(len(members))
+    return np.sort(order[np.argsort(rank, kind="stable")[:count]])

@@ -1,0 +1,75 @@
+"""moce cluster: balanced clusters of the images by an MAE's features (stage 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moce.clustering.balanced import balanced_kmeans
+from moce.clustering.model import ClusterModel, unit_features
+from moce.config import ClusterSettings
+from moce.data.images import load_images
+from moce.features import extract_features, input_size
+from moce.loading import load_mae, write_assignments
+from moce.runs import write_config, write_model, write_skipped
+from moce.training.progress import meter, say
+from moce.verbs.start import start
+
+
+@dataclass
+class ClusterResult:
+    """run: the folder; sizes: images per cluster; similarity: mean cosine of images and centroids."""
+
+    run: Path
+    sizes: list[int]
+    similarity: float
+    rounds: int
+
+
+def run(settings: ClusterSettings) -> ClusterResult:
+    settings, device = start(settings)
+    write_config(settings.out, settings)
+    spec, mae = load_mae(settings.mae)
+    images = load_images(settings.data, input_size(mae.encoder), settings.out / "pixels")
+    write_skipped(settings.out, images.skipped, say)
+    raw = extract_features(
+        mae.encoder,
+        spec.encoder,
+        images,
+        device=device,
+        precision=settings.precision,
+        pooling=settings.pooling,
+        batch_size=settings.batch_size,
+    )
+    features, mean = unit_features(raw)
+    with meter("cluster", settings.max_rounds) as progress:
+        found = balanced_kmeans(
+            features.to(device),
+            settings.num_clusters,
+            epsilon=settings.epsilon,
+            update=settings.update,
+            tolerance=settings.marginal_tolerance,
+            max_rounds=settings.max_rounds,
+            chunk_size=settings.chunk_size,
+            seed=settings.seed,
+            on_round=lambda number, moved: progress.advance(f"{moved:.1%} of the images moved"),
+        )
+    centroids = found.centroids.cpu()
+    similarity = (features * centroids[found.assignment.cpu()]).sum(dim=1).mean().item()
+    model = ClusterModel(
+        centroids=centroids,
+        potentials=found.potentials.cpu(),
+        mean=mean,
+        sizes=found.sizes.cpu(),
+        epsilon=settings.epsilon,
+        pooling=settings.pooling,
+        similarity=similarity,
+        spec=spec.encoder,
+        encoder=mae.encoder.cpu(),
+    )
+    write_assignments(settings.out, images.ids, found.assignment)
+    sizes = found.sizes.tolist()
+    metrics = {"rounds": found.rounds, "smallest": min(sizes), "largest": max(sizes)}
+    info = {"clusters": model.info(), "metrics": metrics, "images": len(images)}
+    write_model(settings.out, "clusters", model.tensors(), info)
+    return ClusterResult(settings.out, sizes, similarity, found.rounds)

@@ -1,0 +1,39 @@
+"""moce customize: a dense backbone for a task, from its images alone (stage 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moce.config import CustomizeSettings
+from moce.customize.bank import load
+from moce.customize.export import write_card, write_timm_folder
+from moce.customize.selection import Choice
+from moce.data.images import load_images
+from moce.features import input_size
+from moce.hardware import prepare
+from moce.runs import open_folder, write_skipped
+from moce.training.progress import say
+
+
+@dataclass
+class CustomizeResult:
+    """folder: loads with timm.create_model("local-dir:FOLDER", pretrained=True); choice: what is in it."""
+
+    folder: Path
+    choice: Choice
+
+
+def run(settings: CustomizeSettings) -> CustomizeResult:
+    device, precision = prepare(settings)
+    bank = load(settings.run)
+    bank.device, bank.precision = device, precision
+    images = load_images(settings.images, input_size(bank.clusters.encoder))
+    choice = bank.select(
+        images, settings.strategy, settings.threshold, settings.assign, settings.batch_size
+    )
+    folder = open_folder(settings.out, overwrite=settings.overwrite)
+    write_skipped(folder, images.skipped, say)
+    write_timm_folder(folder, bank.backbone(choice), bank.encoder_spec)
+    write_card(folder, choice, settings.run)
+    return CustomizeResult(folder, choice)

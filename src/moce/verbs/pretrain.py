@@ -1,0 +1,78 @@
+"""moce pretrain: a masked autoencoder from unlabelled images (stage 0)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+
+from moce.config import PretrainSettings
+from moce.data.images import ImageSet, load_images
+from moce.errors import MoceError
+from moce.loading import load_mae
+from moce.models.encoder import EncoderSpec
+from moce.models.mae import MAE, MAESpec
+from moce.runs import read_metrics, write_model, write_skipped
+from moce.training.loop import fit
+from moce.training.progress import say
+from moce.training.stages import mae_stage
+from moce.verbs.start import start
+
+PRETRAINED = "pretrained"
+
+
+@dataclass
+class PretrainResult:
+    """run: the folder; loss: mean reconstruction loss of the last logged steps; images: how many."""
+
+    run: Path
+    loss: float
+    images: int
+
+
+def run(settings: PretrainSettings) -> PretrainResult:
+    settings, device = start(settings)
+    spec, mae = _build(settings)
+    images = load_images(settings.data, mae.encoder.patch_embed.img_size, settings.out / "pixels")
+    write_skipped(settings.out, images.skipped, say)
+    stage = mae_stage("pretrain", mae, spec.encoder, images, settings)
+    fit(stage, settings, device, settings.precision)
+    return save_mae(settings.out, spec, mae, images)
+
+
+def save_mae(folder: Path, spec: MAESpec, mae: MAE, images: ImageSet) -> PretrainResult:
+    """Write the finished run of a masked autoencoder."""
+    loss = read_metrics(folder)[-1]["loss"]
+    info = {"spec": spec.to_dict(), "metrics": {"loss": loss}, "images": len(images)}
+    write_model(folder, "mae", mae.state_dict(), info)
+    return PretrainResult(folder, loss, len(images))
+
+
+def _build(settings: PretrainSettings) -> tuple[MAESpec, MAE]:
+    if settings.init is not None and settings.init != PRETRAINED:
+        return load_mae(Path(settings.init))
+    arguments = dict(settings.model_args)
+    if settings.img_size is not None:
+        arguments["img_size"] = settings.img_size
+    pretrained = settings.init == PRETRAINED
+    spec = MAESpec(
+        encoder=_encoder_spec(settings.model, arguments, pretrained),
+        decoder_dim=settings.decoder_dim,
+        decoder_depth=settings.decoder_depth,
+        decoder_heads=settings.decoder_heads,
+        mask_ratio=settings.mask_ratio,
+        norm_pix=settings.norm_pix,
+    )
+    try:
+        return spec, spec.build(pretrained=pretrained)
+    except OSError as error:  # the hub client's errors derive from it
+        raise MoceError(f"cannot get timm's weights of {settings.model}: {error}") from None
+
+
+def _encoder_spec(name: str, arguments: dict, pretrained: bool) -> EncoderSpec:
+    """Pixels are normalised as timm's weights want it; from scratch, by ImageNet's statistics."""
+    if not pretrained or name not in timm.list_models():
+        return EncoderSpec(name, arguments)
+    cfg = timm.models.get_pretrained_cfg(name)
+    return EncoderSpec(name, arguments, tuple(cfg.mean), tuple(cfg.std))
