@@ -1,0 +1,104 @@
+"""moce: one masked-autoencoder pre-training, a vision backbone for every task.
+
+    moce.pretrain("photos/", out="runs/mae")
+    moce.cluster("photos/", mae="runs/mae", out="runs/clusters", num_clusters=64)
+    moce.train("photos/", mae="runs/mae", clusters="runs/clusters", out="runs/moce")
+    vit = moce.load("runs/moce").customize("task_images/")
+
+Every verb takes the settings of its class in `moce.config` as keyword arguments and returns a
+small result. Importing moce is light: torch is imported when a verb is first called.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from moce.errors import MoceError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moce.customize.bank import Bank
+    from moce.verbs.cluster import ClusterResult
+    from moce.verbs.customize import CustomizeResult
+    from moce.verbs.demo import DemoResult
+    from moce.verbs.doctor import DoctorResult
+    from moce.verbs.finetune import FinetuneResult
+    from moce.verbs.pretrain import PretrainResult
+    from moce.verbs.probe import ProbeResult
+    from moce.verbs.report import ReportResult
+    from moce.verbs.train import TrainResult
+
+__version__ = version("moce")
+__all__ = [
+    "MoceError",
+    "cluster",
+    "customize",
+    "demo",
+    "doctor",
+    "finetune",
+    "load",
+    "pretrain",
+    "probe",
+    "report",
+    "train",
+]
+
+
+def pretrain(data: str | Path, **settings: Any) -> PretrainResult:
+    """Pre-train a masked autoencoder; settings: moce.config.PretrainSettings."""
+    return _call("pretrain", data=str(data), **settings)
+
+
+def cluster(data: str | Path, **settings: Any) -> ClusterResult:
+    """Cluster images by an MAE's features; settings: moce.config.ClusterSettings."""
+    return _call("cluster", data=str(data), **settings)
+
+
+def train(data: str | Path, **settings: Any) -> TrainResult:
+    """Train experts (or MAE+); settings: moce.config.TrainSettings."""
+    return _call("train", data=str(data), **settings)
+
+
+def customize(run: str | Path, images: str | Path, **settings: Any) -> CustomizeResult:
+    """Write a task's backbone; settings: moce.config.CustomizeSettings."""
+    return _call("customize", run=run, images=str(images), **settings)
+
+
+def finetune(backbone: str | Path, data: str | Path, **settings: Any) -> FinetuneResult:
+    """Fine-tune a backbone on a labelled task; settings: moce.config.FinetuneSettings."""
+    return _call("finetune", backbone=str(backbone), data=str(data), **settings)
+
+
+def probe(backbone: str | Path, data: str | Path, **settings: Any) -> ProbeResult:
+    """Score frozen features on a labelled task; settings: moce.config.ProbeSettings."""
+    return _call("probe", backbone=str(backbone), data=str(data), **settings)
+
+
+def report(*runs: str | Path, **settings: Any) -> ReportResult:
+    """Draw runs as one HTML page; settings: moce.config.ReportSettings."""
+    return _call("report", runs=runs, **settings)
+
+
+def demo(**settings: Any) -> DemoResult:
+    """Run every stage on the embedded images; settings: moce.config.DemoSettings."""
+    return _call("demo", **settings)
+
+
+def doctor(**settings: Any) -> DoctorResult:
+    """Look at versions, devices, precision and disk; settings: moce.config.DoctorSettings."""
+    return _call("doctor", **settings)
+
+
+def load(run: str | Path) -> Bank:
+    """Load a `moce train` run, ready to `.select` and `.customize`."""
+    from moce.customize.bank import load as load_bank
+
+    return load_bank(run)
+
+
+def _call(verb: str, **values: Any) -> Any:
+    from moce.registry import VERBS
+
+    return VERBS[verb].run(values)

@@ -33,7 +33,9 @@ CentroidUpdate = Literal["hard", "soft"]
 class Settings(BaseModel):
     """Base of all settings: immutable, no unknown names, finite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class RuntimeSettings(Settings):
@@ -68,7 +70,9 @@ class TrainingSettings(RunSettings):
     base_lr: Positive = Field(
         1.5e-4, description="learning rate per 256 images; the rate is base_lr * batch_size / 256"
     )
-    weight_decay: NonNegative = Field(0.05, description="AdamW weight decay (none on biases, norms)")
+    weight_decay: NonNegative = Field(
+        0.05, description="AdamW weight decay (none on biases, norms)"
+    )
     beta2: OpenFraction = Field(0.95, description="AdamW second-moment decay")
     warmup: Fraction = Field(0.05, description="share of the steps with rising learning rate")
     min_lr: NonNegative = Field(0.0, description="learning rate at the end of the cosine")
@@ -104,7 +108,9 @@ class ClusterSettings(RunSettings):
     data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
     mae: Path = Field(description="run folder of moce pretrain")
     num_clusters: Count = Field(256, description="number of clusters K")
-    pooling: Pooling = Field("mean", description="image feature: mean of patch tokens, or class token")
+    pooling: Pooling = Field(
+        "mean", description="image feature: mean of patch tokens, or class token"
+    )
     epsilon: Positive = Field(0.01, description="entropy weight of the balanced assignment")
     update: CentroidUpdate = Field(
         "hard", description="centroids: mean of assigned images (hard) or Q-weighted mean (soft)"
@@ -113,7 +119,9 @@ class ClusterSettings(RunSettings):
         0.01, description="largest relative error of a cluster's mass in Sinkhorn-Knopp"
     )
     max_rounds: Count = Field(50, description="most rounds of assignment and centroid update")
-    chunk_size: Count = Field(65536, description="images whose assignment is held in memory at once")
+    chunk_size: Count = Field(
+        65536, description="images whose assignment is held in memory at once"
+    )
     batch_size: Count = Field(256, description="images per forward pass")
 
 
@@ -122,7 +130,9 @@ class TrainSettings(TrainingSettings):
 
     data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
     mae: Path = Field(description="run folder of moce pretrain")
-    clusters: Path | None = Field(None, description="run folder of moce cluster (not for method mae)")
+    clusters: Path | None = Field(
+        None, description="run folder of moce cluster (not for method mae)"
+    )
     method: Literal["moce", "mae"] = Field(
         "moce", description="moce: experts; mae: the same steps without experts (MAE+)"
     )
@@ -161,8 +171,9 @@ class CustomizeSettings(RuntimeSettings):
     out: Path = Field(description="folder to write the backbone to")
     overwrite: bool = Field(False, description="replace what is in the output folder")
     strategy: Strategy = Field(
-        "auto", description="route: winner's experts; merge: averaged by the task's votes; "
-        "generalist: by the training data's; auto: route when the winner is clear, else merge"
+        "auto",
+        description="route: winner's experts; merge: averaged by the task's votes; "
+        "generalist: by the training data's; auto: route when the winner is clear, else merge",
     )
     threshold: Fraction = Field(0.5, description="vote share from which auto takes the winner")
     assign: Literal["balanced", "nearest"] = Field(
@@ -205,7 +216,9 @@ class FinetuneSettings(TrainingSettings):
     mixup: NonNegative = Field(0.8, description="mixup alpha (0: off)")
     cutmix: NonNegative = Field(1.0, description="cutmix alpha (0: off)")
     smoothing: Fraction = Field(0.1, description="label smoothing")
-    crop_scale: Fraction = Field(0.08, description="smallest random crop, share of the image's area")
+    crop_scale: Fraction = Field(
+        0.08, description="smallest random crop, share of the image's area"
+    )
 
 
 class ReportSettings(Settings):
@@ -235,7 +248,7 @@ class DemoSettings(RuntimeSettings):
 class DoctorSettings(Settings):
     """Report versions, devices, precision, threads, disk space and what to mend."""
 
-    out: Path = Field(Path("."), description="folder whose free disk space is looked at")
+    out: Path = Field(Path(), description="folder whose free disk space is looked at")
     json_output: bool = Field(False, alias="json", description="print the result as JSON")
 
 

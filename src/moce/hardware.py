@@ -44,7 +44,9 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if gain >= BF16_GAIN else "float32"
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
+def matmul_rate(
+    device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5
+) -> float:
     """Best of a few square matrix products, in FLOP/s."""
     left = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
@@ -61,7 +63,6 @@ def prepare(settings: RuntimeSettings) -> tuple[torch.device, str]:
     """Set threads and seed; (device, precision) of the settings, resolved."""
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(settings.seed)
-    torch.set_float32_matmul_precision("high")
     device = resolve_device(settings.device)
     return device, resolve_precision(settings.precision, device)
 

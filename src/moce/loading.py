@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -110,7 +111,7 @@ def _timm_backbone(name: str) -> Backbone:
     except Exception as error:  # whatever the hub client raises when there is no network
         reason = str(error).splitlines()[0]
         raise MoceError(f"cannot get the weights of timm model {name}: {reason}") from None
-    cfg = vit.pretrained_cfg
+    cfg: Any = vit.pretrained_cfg
     return Backbone(EncoderSpec(name, {}, tuple(cfg["mean"]), tuple(cfg["std"])), vit)
 
 
@@ -129,5 +130,3 @@ def read_assignments(run: Path) -> dict[str, int]:
         raise MoceError(f"cannot read {run / ASSIGNMENTS}: {error}") from None
     pairs = zip(table["id"].to_pylist(), table["cluster"].to_pylist(), strict=True)
     return dict(pairs)
-
-

@@ -1,11 +1,11 @@
 """Run folders: what every verb leaves and the next one reads. Atomic writes, no pickle.
 
-    config.yaml         the settings, resolved
-    model.safetensors   the weights
-    model.json          what they are: kind, how to build it, metrics, versions, git revision
-    metrics.jsonl       one line per logged step
-    skipped.jsonl       images that could not be read, if any
-    state/              checkpoints to resume from
+config.yaml         the settings, resolved
+model.safetensors   the weights
+model.json          what they are: kind, how to build it, metrics, versions, git revision
+metrics.jsonl       one line per logged step
+skipped.jsonl       images that could not be read, if any
+state/              checkpoints to resume from
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def open_folder(path: Path, *, overwrite: bool, resume: bool = False) -> Path:
         raise MoceError(f"{path} is a file; give a folder for the output")
     if path.is_dir() and any(path.iterdir()) and not resume:
         if not overwrite:
-            raise MoceError(f"{path} is not empty; add --overwrite to replace it, --resume to go on")
+            raise MoceError(
+                f"{path} is not empty; add --overwrite to replace it, --resume to go on"
+            )
         _empty(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,8 @@ def open_folder(path: Path, *, overwrite: bool, resume: bool = False) -> Path:
 
 def _empty(path: Path) -> None:
     ours = {WEIGHTS, INFO, CONFIG, METRICS, "config.json", "results.json", "report.html"}
-    if not any((path / name).exists() for name in ours):
+    folders = [path, *(child for child in path.iterdir() if child.is_dir())]  # the demo's runs
+    if not any((folder / name).exists() for folder in folders for name in ours):
         raise MoceError(f"{path} holds other things than a moce run; choose another output folder")
     shutil.rmtree(path)
 
@@ -83,7 +86,9 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Save tensors by name as safetensors."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file

@@ -17,6 +17,9 @@ from torch.nn.functional import normalize
 from moce.clustering.sinkhorn import balance, chunks, scores
 from moce.errors import MoceError
 
+# While centroids still move, potentials carried over from the last round need few iterations.
+ROUND_ITERATIONS, FINAL_ITERATIONS = 20, 1000
+
 
 @dataclass
 class Clustering:
@@ -37,7 +40,7 @@ def balanced_kmeans(
     update: str = "hard",
     tolerance: float = 1e-2,
     max_rounds: int = 50,
-    settled: float = 1e-3,
+    settled: float = 5e-3,
     chunk_size: int = 65536,
     seed: int = 0,
     on_round: Callable[[int, float], None] = lambda round_, moved: None,
@@ -48,6 +51,7 @@ def balanced_kmeans(
     has an image and no two centroids are alike. Raises MoceError if there are fewer distinct
     images than clusters.
     """
+    check_count(features.shape[0], num_clusters)
     sample = sample_features(features, 200 * num_clusters, seed)
     check_enough(sample, num_clusters)
     centroids = seed_centroids(sample, num_clusters, seed)
@@ -55,9 +59,10 @@ def balanced_kmeans(
     assignment = torch.full((features.shape[0],), -1)
     for round_ in range(1, max_rounds + 1):
         potentials = balance(
-            features, centroids, epsilon, potentials, tolerance, 200, chunk_size
+            features, centroids, epsilon, potentials, tolerance, ROUND_ITERATIONS, chunk_size
         )
-        previous, assignment = assignment, assign(features, centroids, potentials, epsilon, chunk_size)
+        previous = assignment
+        assignment = assign(features, centroids, potentials, epsilon, chunk_size)
         moved = (assignment != previous).float().mean().item()
         on_round(round_, moved)
         empty = assignment.bincount(minlength=num_clusters) == 0
@@ -69,6 +74,9 @@ def balanced_kmeans(
             centroids = soft_centroids(features, centroids, potentials, epsilon, chunk_size)
         centroids = reseed_empty(features, centroids, assignment)
         potentials = torch.where(empty, potentials.mean(), potentials)
+    potentials = balance(
+        features, centroids, epsilon, potentials, tolerance, FINAL_ITERATIONS, chunk_size
+    )
     potentials, assignment = fill_empty(features, centroids, potentials, epsilon, chunk_size)
     sizes = assignment.bincount(minlength=num_clusters)
     return Clustering(centroids, potentials, assignment, sizes, round_)
@@ -80,6 +88,14 @@ def sample_features(features: Tensor, size: int, seed: int) -> Tensor:
         return features
     generator = torch.Generator().manual_seed(seed)
     return features[torch.randperm(features.shape[0], generator=generator)[:size].sort().values]
+
+
+def check_count(count: int, num_clusters: int) -> None:
+    """Raise MoceError if there are fewer images than clusters."""
+    if count < num_clusters:
+        raise MoceError(
+            f"{num_clusters} clusters need as many images, and there are {count}; lower num_clusters"
+        )
 
 
 def check_enough(features: Tensor, num_clusters: int) -> None:
@@ -168,7 +184,12 @@ def fill_empty(
 
 
 def _gap(
-    features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float, cluster: Tensor, size: int
+    features: Tensor,
+    centroids: Tensor,
+    potentials: Tensor,
+    epsilon: float,
+    cluster: Tensor,
+    size: int,
 ) -> Tensor:
     """By how much `cluster` loses each image to the image's own cluster, [n]."""
     parts = []

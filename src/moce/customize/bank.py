@@ -97,7 +97,9 @@ class Bank:
         histogram = self.model.cluster_sizes.long() * chosen
         return self.backbone(self.choose(histogram, 0.0, "route"))
 
-    def customize(self, images: object, strategy: str = "auto", **options: Any) -> VisionTransformer:
+    def customize(
+        self, images: object, strategy: str = "auto", **options: Any
+    ) -> VisionTransformer:
         """A timm VisionTransformer for the task, pooled to one feature per image, ready to fine-tune."""
         encoder = self.backbone(self.select(images, strategy, **options))
         vit = self.encoder_spec.build(global_pool="avg", fc_norm=False)

@@ -12,9 +12,7 @@ from moce.models.encoder import EncoderSpec
 from moce.runs import write_json, write_text
 
 
-def write_timm_folder(
-    folder: Path, vit: VisionTransformer, spec: EncoderSpec, **head: Any
-) -> None:
+def write_timm_folder(folder: Path, vit: VisionTransformer, spec: EncoderSpec, **head: Any) -> None:
     """Write config.json and model.safetensors, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     Pooling: the mean of the patch tokens after the final norm, moce's own feature, unless `head`

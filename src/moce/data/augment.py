@@ -18,7 +18,9 @@ def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """uint8 or float pixels 0..255 [b, c, h, w] to float32 of zero mean and unit deviation."""
     shape = (1, -1, 1, 1)
     centre = torch.tensor(mean, device=pixels.device).reshape(shape) * 255
-    return (pixels.float() - centre) / (torch.tensor(std, device=pixels.device).reshape(shape) * 255)
+    return (pixels.float() - centre) / (
+        torch.tensor(std, device=pixels.device).reshape(shape) * 255
+    )
 
 
 def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -52,9 +52,7 @@ def fetch(images: ImageSet, rows: Tensor, epochs: Tensor, device: torch.device) 
     pixels = images.pixels[rows]
     if device.type == "cuda":
         pixels = pixels.pin_memory()
-    return Batch(
-        rows.to(device), epochs.to(device), pixels.to(device, non_blocking=True)
-    )
+    return Batch(rows.to(device), epochs.to(device), pixels.to(device, non_blocking=True))
 
 
 def in_order(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[Tensor]:

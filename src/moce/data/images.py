@@ -58,7 +58,9 @@ def load_images(
     entries = open_source(data) if isinstance(data, str) else list(data)
     pixels = _allocate((len(entries), 3, *size), store)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = list(pool.map(lambda row: _decode_into(pixels, row, entries[row]), range(len(entries))))
+        reasons = list(
+            pool.map(lambda row: _decode_into(pixels, row, entries[row]), range(len(entries)))
+        )
     good = [row for row, reason in enumerate(reasons) if reason is None]
     if not good:
         raise MoceError(f"no readable image in {name}; the first one: {reasons[0]}")

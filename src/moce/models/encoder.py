@@ -31,16 +31,15 @@ class EncoderSpec:
         whose blocks cannot take experts.
         """
         arguments = {"num_classes": 0, "global_pool": "", **self.model_args, **overrides}
-        if self.name not in timm.list_models():
-            near = difflib.get_close_matches(self.name, timm.list_models("*vit*"), n=1)
+        if not timm.is_model(self.name):
+            near = difflib.get_close_matches(self.name, timm.list_models("vit*"), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise MoceError(f"timm has no model '{self.name}'{hint} (timm.list_models() lists all)")
         try:
             vit = timm.create_model(self.name, pretrained=pretrained, **arguments)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise MoceError(f"timm cannot build {self.name} with {arguments}: {error}") from None
-        check_plain(vit, self.name)
-        return vit
+        return check_plain(vit, self.name)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,13 +51,15 @@ class EncoderSpec:
         )
 
 
-def check_plain(vit: nn.Module, name: str) -> None:
-    """Raise MoceError, with the reason, unless `vit` is a ViT of plain blocks with positions."""
+def check_plain(vit: nn.Module, name: str) -> VisionTransformer:
+    """`vit` itself. Raises MoceError, with the reason, unless it has plain blocks and positions."""
     if type(vit) is not VisionTransformer:
         raise MoceError(f"{name} is a {type(vit).__name__}; moce needs a timm VisionTransformer")
     if any(type(block) is not Block for block in vit.blocks):
         kinds = sorted({type(block).__name__ for block in vit.blocks})
-        raise MoceError(f"{name} has blocks of type {', '.join(kinds)}; moce needs plain ViT blocks")
+        raise MoceError(
+            f"{name} has blocks of type {', '.join(kinds)}; moce needs plain ViT blocks"
+        )
     if vit.pos_embed is None:
         raise MoceError(f"{name} has no absolute position embedding, which masking needs")
     if vit.dynamic_img_size:
@@ -69,10 +70,12 @@ def check_plain(vit: nn.Module, name: str) -> None:
         raise MoceError(
             f"image size {height}x{width} is no multiple of the patch {patch_height}x{patch_width}"
         )
+    return vit
 
 
 def use_plain_attention(module: nn.Module) -> None:
     """Compute attention by plain matrix products: faster than the fused kernel for short inputs on CPUs."""
+    layer: Any
     for layer in module.modules():
         if hasattr(layer, "fused_attn"):
             layer.fused_attn = False
@@ -111,8 +114,7 @@ def initialise_from_scratch(vit: VisionTransformer) -> None:
             nn.init.normal_(token, std=0.02)
     num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     positions = sincos_positions(vit.patch_embed.grid_size, vit.embed_dim, num_prefix)
-    vit.pos_embed.data.copy_(positions)
-    vit.pos_embed.requires_grad_(False)
+    vit.pos_embed = nn.Parameter(positions)
 
 
 def initialise_linear(module: nn.Module) -> None:
@@ -131,18 +133,24 @@ def encode_tokens(vit: VisionTransformer, images: Tensor, keep: Tensor | None = 
     tokens after it (MAE, section 3).
     """
     tokens = vit.patch_embed(images)
-    num_patches = tokens.shape[1]
-    tokens = tokens + vit.pos_embed[:, -num_patches:]
+    positions = positions_of(vit)
+    tokens = tokens + positions[:, -tokens.shape[1] :]
     if keep is not None:
         tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))
-    prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+    prefix: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
     if prefix:
         prefix_tokens = torch.cat(prefix, dim=1)
         if not vit.no_embed_class:
-            prefix_tokens = prefix_tokens + vit.pos_embed[:, : vit.num_prefix_tokens]
+            prefix_tokens = prefix_tokens + positions[:, : vit.num_prefix_tokens]
         expanded = prefix_tokens.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         tokens = torch.cat([expanded, tokens], dim=1)
     return vit.norm(vit.blocks(vit.norm_pre(vit.pos_drop(tokens))))
+
+
+def positions_of(vit: VisionTransformer) -> Tensor:
+    """The position embedding, [1, (prefix +) patches, width]."""
+    assert vit.pos_embed is not None  # check_plain has seen to it
+    return vit.pos_embed
 
 
 def pool_tokens(tokens: Tensor, num_prefix: int, pooling: str) -> Tensor:

@@ -15,6 +15,7 @@ from moce.models.encoder import (
     encode_tokens,
     initialise_from_scratch,
     initialise_linear,
+    positions_of,
     sincos_positions,
 )
 
@@ -63,10 +64,11 @@ class Decoder(nn.Module):
         grid, num_prefix = encoder.patch_embed.grid_size, encoder.num_prefix_tokens
         height, width = encoder.patch_embed.patch_size
         self.num_prefix = num_prefix
+        self.pos_embed: Tensor
         self.embed = nn.Linear(encoder.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("pos_embed", sincos_positions(grid, dim, num_prefix))
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.Sequential(
             *[Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)]
         )
@@ -99,6 +101,7 @@ class MAE(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        positions_of(encoder).requires_grad_(False)  # sine-cosine, or as a loaded encoder has them
         self.decoder = decoder
         self.mask_ratio = mask_ratio
         self.norm_pix = norm_pix

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -97,18 +97,18 @@ class MoCE(nn.Module):
         self.register_buffer("cluster_sizes", cluster_sizes.float().clone())
         self.num_experts = gate_weights[0].shape[0]
         for layer in self.blocks:
-            block = mae.encoder.blocks[layer]
+            block: Any = mae.encoder.blocks[layer]
             block.mlp = ExpertFFN(block.mlp, self.num_experts)
 
     @property
     def experts(self) -> list[ExpertFFN]:
         """The expert layers, one per MoE block."""
-        return [self.mae.encoder.blocks[layer].mlp for layer in self.blocks]
+        return [cast(Any, self.mae.encoder.blocks[layer]).mlp for layer in self.blocks]
 
     def tables(self, noise: Tensor | None = None) -> list[Tensor]:
         """One [K, E] table per MoE block. noise: [gates, K, E], or None for the clean tables."""
         made = [
-            gate.table(self.clusters, None if noise is None else noise[index])
+            cast(ClusterGate, gate).table(self.clusters, None if noise is None else noise[index])
             for index, gate in enumerate(self.gates)
         ]
         return made * (len(self.blocks) // len(made))
@@ -197,8 +197,8 @@ def merge_experts(layer: ExpertFFN, share: Tensor, gain: Tensor) -> nn.Module:
             scale = gain if name.startswith("fc2.") else torch.ones_like(gain)
             parameter.zero_()
             for index in chosen:
-                source = layer.experts[index].get_parameter(name)
-                parameter += share[index].item() * scale[index].item() * source
+                weight = share[index].item() * scale[index].item()
+                parameter.add_(layer.experts[index].get_parameter(name), alpha=weight)
     return merged
 
 

@@ -14,7 +14,9 @@ from moce.runs import STATE, read_tensors, write_tensors
 KEPT = 2
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimiser: torch.optim.Optimizer
+) -> None:
     """Write the state after `step` steps; the newest KEPT files stay."""
     (folder / STATE).mkdir(exist_ok=True)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}

@@ -89,9 +89,7 @@ class _Loop:
         if self.done:
             say(f"resuming {self.folder} after step {self.done} of {self.total}")
         write_config(self.folder, self.settings)
-        log = MetricLog(
-            self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done
-        )
+        log = MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
         self.stage.module.train()
         with meter(self.stage.title, self.total, self.done) as progress, stop_request() as stop:
             for number in range(self.done, self.total):

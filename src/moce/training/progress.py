@@ -23,6 +23,7 @@ class Meter:
 
     def __init__(self, title: str, total: int, done: int) -> None:
         self._title, self._total, self._done, self._first = title, total, done, done
+        self._note = ""
         self._start = self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -37,14 +38,14 @@ class Meter:
 
     def advance(self, note: str | None = None) -> None:
         self._done += 1
-        changes = {} if note is None else {"note": note}
-        self._bar.update(self._task, completed=self._done, **changes)
+        self._note = self._note if note is None else note
+        self._bar.update(self._task, completed=self._done, note=self._note)
         now = time.monotonic()
         if not console.is_terminal and now - self._last_line >= LINE_EVERY:
             self._last_line = now
             rate = (self._done - self._first) / (now - self._start)
             left = (self._total - self._done) / rate
-            say(f"{self._title} {self._done}/{self._total}, {left:.0f} s left, {note or ''}")
+            say(f"{self._title} {self._done}/{self._total}, {left:.0f} s left, {self._note}")
 
 
 @contextmanager

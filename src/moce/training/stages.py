@@ -24,9 +24,7 @@ def augmented(
     batch: Batch, settings: TrainingSettings, spec: EncoderSpec, size: tuple[int, int]
 ) -> Tensor:
     """Cropped, flipped and normalised images of a batch, float32 [b, c, *size]."""
-    uniform = keyed_uniform(
-        settings.seed, Stream.CROP, batch.epochs, batch.rows, 4 * TRIES + 1
-    )
+    uniform = keyed_uniform(settings.seed, Stream.CROP, batch.epochs, batch.rows, 4 * TRIES + 1)
     pixels = augment(batch.pixels, uniform, size, settings.crop_scale, settings.hflip)
     return normalise(pixels, spec.mean, spec.std)
 

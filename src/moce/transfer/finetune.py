@@ -29,6 +29,7 @@ def build_classifier(backbone: Backbone, num_classes: int, drop_path: float) -> 
     missing, surplus = vit.load_state_dict(weights, strict=False)
     unexpected = [k for k in missing if not k.startswith(("head.", "fc_norm."))] + list(surplus)
     assert not unexpected, unexpected  # the same spec built both
+    assert isinstance(vit.head, nn.Linear)
     nn.init.trunc_normal_(vit.head.weight, std=2e-5)
     nn.init.zeros_(vit.head.bias)
     return vit
@@ -52,9 +53,7 @@ def finetune_stage(
         pixels, wanted = mix(pixels, wanted) if mix else (pixels, wanted)
         logits = model(pixels).float()
         return {
-            "loss": nn.functional.cross_entropy(
-                logits, wanted, label_smoothing=settings.smoothing
-            )
+            "loss": nn.functional.cross_entropy(logits, wanted, label_smoothing=settings.smoothing)
         }
 
     groups = param_groups_layer_decay(

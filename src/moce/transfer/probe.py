@@ -12,16 +12,13 @@ from sklearn.preprocessing import StandardScaler, normalize
 STRENGTHS = (1e-3, 1e-2, 1e-1)  # inverse regularisation C, on standardised features
 
 
-def linear_probe(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
-) -> float:
-    """Top-1 accuracy of a logistic regression, features [n, d] float32, labels [n] int64.
+def linear_predictions(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Classes [m] that a logistic regression on features [n, d] and labels [n] gives test [m, d].
 
-    The regularisation is chosen by cross-validation on the training part; the test part is only
-    scored.
+    Features are standardised; the regularisation is chosen by cross-validation on the training
+    part.
     """
-    strength = _choose_strength(train, train_labels)
-    return float(_classifier(strength).fit(train, train_labels).score(test, test_labels))
+    return _classifier(_choose_strength(train, labels)).fit(train, labels).predict(test)
 
 
 def _choose_strength(features: np.ndarray, labels: np.ndarray) -> float:
@@ -44,16 +41,9 @@ def _classifier(strength: float) -> Pipeline:
     return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=200, tol=1e-3))
 
 
-def knn_probe(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
-    neighbours: int = 20,
-) -> float:
-    """Top-1 accuracy of the k nearest neighbours by cosine similarity, votes weighted by closeness."""
-    k = min(neighbours, len(train))
-    classifier = KNeighborsClassifier(k, weights="distance")
-    return float(
-        classifier.fit(normalize(train), train_labels).score(normalize(test), test_labels)
-    )
+def knn_predictions(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, neighbours: int = 20
+) -> np.ndarray:
+    """Classes [m] by the k nearest neighbours in cosine similarity, votes weighted by closeness."""
+    classifier = KNeighborsClassifier(min(neighbours, len(train)), weights="distance")
+    return classifier.fit(normalize(train), labels).predict(normalize(test))

@@ -40,8 +40,12 @@ def load_task(data: str, size: tuple[int, int], store: Path | None = None) -> Ta
     if not entries:
         raise MoceError(f"{data} has no labels; put every class in a folder of its own")
     splits = _splits(entries)
-    train = load_images([e for e, s in zip(entries, splits, strict=True) if s == "train"], size, store)
-    test = load_images([e for e, s in zip(entries, splits, strict=True) if s == "test"], size, store)
+    train = load_images(
+        [e for e, s in zip(entries, splits, strict=True) if s == "train"], size, store
+    )
+    test = load_images(
+        [e for e, s in zip(entries, splits, strict=True) if s == "test"], size, store
+    )
     classes = sorted({str(label) for label in train.labels})
     if len(classes) < 2:
         raise MoceError(f"{data} has one class only ({classes[0]}); a task needs two or more")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moce.clustering.balanced import balanced_kmeans
+from moce.clustering.balanced import balanced_kmeans, check_count
 from moce.clustering.model import ClusterModel, unit_features
 from moce.config import ClusterSettings
 from moce.data.images import load_images
@@ -13,7 +13,7 @@ from moce.features import extract_features, input_size
 from moce.loading import load_mae, write_assignments
 from moce.runs import write_config, write_model, write_skipped
 from moce.training.progress import meter, say
-from moce.verbs.start import start
+from moce.verbs.start import open_run, pixel_store, settle
 
 
 @dataclass
@@ -25,12 +25,20 @@ class ClusterResult:
     similarity: float
     rounds: int
 
+    def summary(self) -> str:
+        return (
+            f"{len(self.sizes)} clusters of {min(self.sizes)} to {max(self.sizes)} images "
+            f"after {self.rounds} rounds: {self.run}"
+        )
+
 
 def run(settings: ClusterSettings) -> ClusterResult:
-    settings, device = start(settings)
-    write_config(settings.out, settings)
+    settings, device = settle(settings)
     spec, mae = load_mae(settings.mae)
-    images = load_images(settings.data, input_size(mae.encoder), settings.out / "pixels")
+    images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
+    check_count(len(images), settings.num_clusters)
+    open_run(settings)
+    write_config(settings.out, settings)
     write_skipped(settings.out, images.skipped, say)
     raw = extract_features(
         mae.encoder,

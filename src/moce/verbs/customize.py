@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moce.config import CustomizeSettings
 from moce.customize.bank import load
 from moce.customize.export import write_card, write_timm_folder
-from moce.customize.selection import Choice
+from moce.customize.selection import Choice, route_name
 from moce.data.images import load_images
 from moce.features import input_size
 from moce.hardware import prepare
@@ -22,6 +23,24 @@ class CustomizeResult:
 
     folder: Path
     choice: Choice
+
+    def summary(self) -> str:
+        choice = self.choice
+        lines = [
+            f"route {route_name(route)}: {count} images" for route, count in choice.votes.items()
+        ]
+        return "\n".join(
+            [
+                *lines,
+                f"strategy {choice.strategy}; the winner has {choice.share:.0%} of the votes",
+                f"similarity to the clusters {choice.similarity:.3f} "
+                f"(training images: {choice.training_similarity:.3f})",
+                f"load it: timm.create_model('local-dir:{self.folder}', pretrained=True)",
+            ]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"folder": str(self.folder), **self.choice.to_json()}
 
 
 def run(settings: CustomizeSettings) -> CustomizeResult:

@@ -14,7 +14,7 @@ from moce.training.loop import fit
 from moce.training.progress import say
 from moce.transfer.finetune import build_classifier, finetune_stage, predict
 from moce.transfer.task import draw_labels, load_task
-from moce.verbs.start import start
+from moce.verbs.start import open_run, pixel_store, settle
 
 
 @dataclass
@@ -25,11 +25,15 @@ class FinetuneResult:
     accuracy: float
     labels: int
 
+    def summary(self) -> str:
+        return f"accuracy {100 * self.accuracy:.1f} % from {self.labels} labels: {self.run}"
+
 
 def run(settings: FinetuneSettings) -> FinetuneResult:
-    settings, device = start(settings)
+    settings, device = settle(settings)
     backbone = load_backbone(settings.backbone)
-    task = load_task(settings.data, input_size(backbone.vit), settings.out / "pixels")
+    task = load_task(settings.data, input_size(backbone.vit), pixel_store(settings))
+    open_run(settings)
     write_skipped(settings.out, task.skipped, say)
     rows = draw_labels(task.train_labels, settings.num_labels, settings.seed)
     vit = build_classifier(backbone, len(task.classes), settings.drop_path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 
 from moce.config import PretrainSettings
 from moce.data.images import ImageSet, load_images
 from moce.errors import MoceError
+from moce.features import input_size
 from moce.loading import load_mae
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
@@ -17,7 +19,7 @@ from moce.runs import read_metrics, write_model, write_skipped
 from moce.training.loop import fit
 from moce.training.progress import say
 from moce.training.stages import mae_stage
-from moce.verbs.start import start
+from moce.verbs.start import open_run, pixel_store, settle
 
 PRETRAINED = "pretrained"
 
@@ -30,11 +32,15 @@ class PretrainResult:
     loss: float
     images: int
 
+    def summary(self) -> str:
+        return f"pre-trained on {self.images} images, loss {self.loss:.4f}: {self.run}"
+
 
 def run(settings: PretrainSettings) -> PretrainResult:
-    settings, device = start(settings)
+    settings, device = settle(settings)
     spec, mae = _build(settings)
-    images = load_images(settings.data, mae.encoder.patch_embed.img_size, settings.out / "pixels")
+    images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
+    open_run(settings)
     write_skipped(settings.out, images.skipped, say)
     stage = mae_stage("pretrain", mae, spec.encoder, images, settings)
     fit(stage, settings, device, settings.precision)
@@ -72,7 +78,7 @@ def _build(settings: PretrainSettings) -> tuple[MAESpec, MAE]:
 
 def _encoder_spec(name: str, arguments: dict, pretrained: bool) -> EncoderSpec:
     """Pixels are normalised as timm's weights want it; from scratch, by ImageNet's statistics."""
-    if not pretrained or name not in timm.list_models():
+    if not pretrained or not timm.is_model(name):
         return EncoderSpec(name, arguments)
-    cfg = timm.models.get_pretrained_cfg(name)
+    cfg: Any = timm.models.get_pretrained_cfg(name)
     return EncoderSpec(name, arguments, tuple(cfg.mean), tuple(cfg.std))

@@ -13,7 +13,7 @@ from moce.hardware import prepare
 from moce.loading import load_backbone
 from moce.runs import open_folder, write_json, write_skipped
 from moce.training.progress import say
-from moce.transfer.probe import knn_probe, linear_probe
+from moce.transfer.probe import knn_predictions, linear_predictions
 from moce.transfer.task import draw_labels, load_task
 
 
@@ -29,6 +29,13 @@ class ProbeResult:
     values: list[float]
     mean: float
     std: float
+
+    def summary(self) -> str:
+        return (
+            f"{self.protocol} probe of {self.backbone} on {self.task}: accuracy "
+            f"{100 * self.mean:.1f} ± {100 * self.std:.1f} % "
+            f"({len(self.values)} draws of {self.labels} labels)"
+        )
 
 
 def run(settings: ProbeSettings) -> ProbeResult:
@@ -51,9 +58,12 @@ def run(settings: ProbeSettings) -> ProbeResult:
     for draw in range(settings.draws):
         rows = draw_labels(task.train_labels, settings.num_labels, settings.seed + draw)
         labels = len(rows)
-        part = (train[rows], task.train_labels[rows], test, task.test_labels)
-        linear = settings.kind == "linear"
-        values.append(linear_probe(*part) if linear else knn_probe(*part, settings.neighbours))
+        seen = (train[rows], task.train_labels[rows], test)
+        if settings.kind == "linear":
+            predicted = linear_predictions(*seen)
+        else:
+            predicted = knn_predictions(*seen, settings.neighbours)
+        values.append(float((predicted == task.test_labels).mean()))
     result = ProbeResult(
         backbone=settings.backbone,
         task=settings.data,
@@ -69,9 +79,7 @@ def run(settings: ProbeSettings) -> ProbeResult:
     return result
 
 
-def _write(
-    out: Path, overwrite: bool, result: ProbeResult, skipped: list[tuple[str, str]]
-) -> None:
+def _write(out: Path, overwrite: bool, result: ProbeResult, skipped: list[tuple[str, str]]) -> None:
     folder = open_folder(out, overwrite=overwrite)
     write_skipped(folder, skipped, say)
     write_json(folder / "results.json", asdict(result))

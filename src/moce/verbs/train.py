@@ -15,7 +15,7 @@ from moce.data.keyed import Stream, keyed_generator
 from moce.errors import MoceError
 from moce.features import extract_features, input_size
 from moce.loading import load_clusters, load_mae, read_assignments
-from moce.models.gates import gate_along, random_gate
+from moce.models.gates import gate_for, random_gate
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec, check_blocks, default_blocks
 from moce.runs import read_metrics, write_model, write_skipped
@@ -23,7 +23,7 @@ from moce.training.loop import fit
 from moce.training.progress import say
 from moce.training.stages import mae_stage, moce_stage
 from moce.verbs.pretrain import save_mae
-from moce.verbs.start import start
+from moce.verbs.start import open_run, pixel_store, settle
 
 
 @dataclass
@@ -35,26 +35,39 @@ class TrainResult:
     images: int
     routes: int
 
+    def summary(self) -> str:
+        routes = f", {self.routes} routes" if self.routes else ""
+        return f"trained on {self.images} images, loss {self.loss:.4f}{routes}: {self.run}"
+
 
 def run(settings: TrainSettings) -> TrainResult:
     if settings.method == "moce" and settings.clusters is None:
         raise MoceError("method moce needs clusters: add --clusters RUN (of moce cluster)")
-    settings, device = start(settings)
+    settings, device = settle(settings)
     spec, mae = load_mae(settings.mae)
-    images = load_images(settings.data, input_size(mae.encoder), settings.out / "pixels")
-    write_skipped(settings.out, images.skipped, say)
+    images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
     if settings.method == "mae":
-        stage = mae_stage("mae_plus", mae, spec.encoder, images, settings)
-        fit(stage, settings, device, settings.precision)
-        saved = save_mae(settings.out, spec, mae, images)
-        return TrainResult(settings.out, saved.loss, len(images), 0)
+        return _continue_mae(settings, spec, mae, images, device)
     assert settings.clusters is not None
     clusters = load_clusters(settings.clusters)
-    cluster_of = assign_images(settings, clusters, images, device)
     moce_spec, moce = upcycle(settings, spec, mae, clusters)
+    open_run(settings)
+    write_skipped(settings.out, images.skipped, say)
+    cluster_of = assign_images(settings, clusters, images, device)
     stage = moce_stage(moce, spec.encoder, images, cluster_of, settings)
     fit(stage, settings, device, settings.precision)
     return _save(settings, moce_spec, moce.cpu(), clusters, len(images))
+
+
+def _continue_mae(
+    settings: TrainSettings, spec: MAESpec, mae: MAE, images: ImageSet, device: torch.device
+) -> TrainResult:
+    open_run(settings)
+    write_skipped(settings.out, images.skipped, say)
+    stage = mae_stage("mae_plus", mae, spec.encoder, images, settings)
+    fit(stage, settings, device, settings.precision)
+    saved = save_mae(settings.out, spec, mae, images)
+    return TrainResult(settings.out, saved.loss, len(images), 0)
 
 
 def assign_images(
@@ -118,7 +131,7 @@ def initial_gate(settings: TrainSettings, centroids: Tensor, number: int) -> Ten
         width = centroids.shape[1]
         return random_gate(settings.num_experts, width, settings.gate_init_std, generator)
     groups = group_clusters(centroids, settings.num_experts, settings.seed + 1 + number)
-    return gate_along(centroids, groups, settings.num_experts, settings.gate_confidence)
+    return gate_for(centroids, groups, settings.num_experts, settings.gate_confidence)
 
 
 def _save(
@@ -133,7 +146,9 @@ def _save(
         "experts_of_clusters": {
             str(layer): routes[:, n].tolist() for n, layer in enumerate(spec.blocks)
         },
-        "metrics": {name: last[name] for name in ("loss", "reconstruction", "balance", "imbalance")},
+        "metrics": {
+            name: last[name] for name in ("loss", "reconstruction", "balance", "imbalance")
+        },
         "images": count,
         "routes": distinct,
     }

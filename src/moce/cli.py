@@ -1,0 +1,170 @@
+"""The command line: flags made from the settings classes, recipes, errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import typing
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from moce import __version__
+from moce.config import Settings, read_recipe
+from moce.errors import MoceError
+from moce.registry import VERBS, Verb
+
+FAILED = 1
+CANCELLED = 130  # as shells report Ctrl-C
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit status: 0 done, 2 a mistake to mend, 130 interrupted."""
+    parser = build_parser()
+    options = vars(parser.parse_args(arguments))
+    name = options.pop("verb")
+    if name is None:
+        parser.print_help()
+        return 2
+    try:
+        _print_result(VERBS[name].run(_values(options)), as_json=options.get("json", False))
+    except MoceError as error:
+        print(f"moce {name}: {error}", file=sys.stderr)
+        return getattr(error, "exit_status", 2)
+    except OSError as error:
+        print(f"moce {name}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"moce {name}: interrupted", file=sys.stderr)
+        return CANCELLED
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="moce",
+        description="One masked-autoencoder pre-training, a vision backbone for every task.",
+        epilog="Order of work: pretrain, cluster, train, customize, then probe or finetune. "
+        "See it all at once: moce demo",
+    )
+    parser.add_argument("--version", action="version", version=f"moce {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    for verb in VERBS.values():
+        _add_verb(verbs, verb)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest valid flag when one is unknown."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(_unknown_flags(unknown, options.verb))
+        return options
+
+
+def _unknown_flags(unknown: list[str], verb: str | None) -> str:
+    import difflib
+
+    flags = [_flag(name, field) for name, field in _fields(VERBS[verb].settings)] if verb else []
+    flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+    near = difflib.get_close_matches(flag, [*flags, "--config", "--help"], n=1)
+    return f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _fields(settings: type[Settings]) -> list[tuple[str, FieldInfo]]:
+    return [(field.alias or name, field) for name, field in settings.model_fields.items()]
+
+
+def _flag(name: str, field: FieldInfo) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _add_verb(verbs: Any, verb: Verb) -> None:
+    summary = (verb.settings.__doc__ or "").strip()
+    parser = verbs.add_parser(
+        verb.name,
+        help=summary,
+        description=summary,
+        epilog=f"example: {verb.example}",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for name, field in _fields(verb.settings):
+        if name in verb.positional:
+            many = "+" if typing.get_origin(field.annotation) is tuple else None
+            # Optional here, because a recipe may give it; the settings class insists on it.
+            parser.add_argument(name, metavar=name.upper(), nargs=many or "?", help=_help(field))
+        elif field.annotation is bool:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(_flag(name, field), dest=name, action=action, help=_help(field))
+        else:
+            parser.add_argument(
+                _flag(name, field), dest=name, metavar=_metavar(field), help=_help(field)
+            )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML recipe of settings; flags win over it"
+    )
+
+
+def _help(field: FieldInfo) -> str:
+    text = (field.description or "").replace("%", "%%")
+    shown = field.default not in (None, PydanticUndefined, (), False) and field.default != {}
+    return f"{text} (default: {_show(field.default)})" if shown else text
+
+
+def _show(value: Any) -> str:
+    return "yes" if value is True else str(value)
+
+
+def _metavar(field: FieldInfo) -> str:
+    kinds = [field.annotation, *typing.get_args(field.annotation)]
+    if typing.get_origin(field.annotation) is Literal:
+        return "{" + ",".join(typing.get_args(field.annotation)) + "}"
+    for kind, shown in ((float, "X"), (int, "N"), (Path, "PATH"), (dict, "YAML")):
+        if kind in kinds or any(typing.get_origin(k) is kind for k in kinds):
+            return shown
+    is_list = any(typing.get_origin(k) is tuple for k in kinds)
+    return "A,B,..." if is_list else "NAME"
+
+
+def _values(options: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the recipe, overridden by those of the flags."""
+    recipe = options.pop("config", None)
+    given = {name: _read(name, value) for name, value in options.items() if value is not None}
+    return {**(read_recipe(recipe) if recipe else {}), **given}
+
+
+def _read(name: str, value: Any) -> Any:
+    """Lists are written 9,11 and mappings as YAML; everything else is for the settings to read."""
+    if not isinstance(value, str):
+        return value
+    if name == "model_args":
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise MoceError(f"--model-args is not valid YAML: {value}") from None
+    if name in ("moe_blocks", "tasks"):
+        return [part for part in value.split(",") if part]
+    return value
+
+
+def _print_result(result: Any, *, as_json: bool) -> None:
+    if as_json and is_dataclass(result):
+        content = result.to_json() if hasattr(result, "to_json") else asdict(result)  # type: ignore[arg-type]
+        print(json.dumps(content, indent=2, default=str))
+    else:
+        print(result.summary())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The verbs: name, settings, positional arguments and an example. The CLI and the functions read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from moce import config
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb's work is `run(settings)` in moce/verbs/NAME.py."""
+
+    name: str
+    settings: type[config.Settings]
+    positional: tuple[str, ...]
+    example: str
+
+    def run(self, values: dict[str, Any]) -> Any:
+        """Validate the values, then import the verb and do its work."""
+        settings = config.parse(self.settings, values)
+        return import_module(f"moce.verbs.{self.name}").run(settings)
+
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            "pretrain",
+            config.PretrainSettings,
+            ("data",),
+            "moce pretrain photos/ --out runs/mae --model vit_base_patch16_224 --epochs 400",
+        ),
+        Verb(
+            "cluster",
+            config.ClusterSettings,
+            ("data",),
+            "moce cluster photos/ --mae runs/mae --num-clusters 64 --out runs/clusters",
+        ),
+        Verb(
+            "train",
+            config.TrainSettings,
+            ("data",),
+            "moce train photos/ --mae runs/mae --clusters runs/clusters --num-experts 8 "
+            "--out runs/moce",
+        ),
+        Verb(
+            "customize",
+            config.CustomizeSettings,
+            ("run", "images"),
+            "moce customize runs/moce birds/ --out backbones/birds",
+        ),
+        Verb(
+            "finetune",
+            config.FinetuneSettings,
+            ("backbone", "data"),
+            "moce finetune backbones/birds birds/ --out runs/birds --epochs 100",
+        ),
+        Verb(
+            "probe",
+            config.ProbeSettings,
+            ("backbone", "data"),
+            "moce probe backbones/birds birds/ --kind linear --draws 3 --num-labels 200",
+        ),
+        Verb(
+            "report",
+            config.ReportSettings,
+            ("runs",),
+            "moce report runs/mae runs/clusters runs/moce --out report.html",
+        ),
+        Verb("demo", config.DemoSettings, (), "moce demo --out runs/demo"),
+        Verb("doctor", config.DoctorSettings, (), "moce doctor"),
+    )
+}
