@@ -34,9 +34,9 @@ from moce.verbs.tables import results_table
 
 IMAGES = "demo:pretrain"
 # A ViT small enough to learn something in two minutes on two cores.
-ENCODER: dict[str, Any] = {"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
+ENCODER: dict[str, Any] = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
 DECODER: dict[str, Any] = {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 4}
-TRAINING: dict[str, Any] = {"batch_size": 128, "save_every": 1000}
+TRAINING: dict[str, Any] = {"batch_size": 64, "save_every": 1000}
 
 
 @dataclass
@@ -111,7 +111,7 @@ class _Demo:
                     model_args=ENCODER,
                     img_size=32,
                     epochs=settings.pretrain_epochs,
-                    base_lr=2e-3,
+                    base_lr=6e-3,
                     **DECODER,
                     **TRAINING,
                     **self.runtime,
@@ -139,7 +139,7 @@ class _Demo:
                         method=method,
                         num_experts=settings.num_experts,
                         epochs=settings.train_epochs,
-                        base_lr=1e-3,
+                        base_lr=3e-3,
                         **TRAINING,
                         **self.runtime,
                     )
@@ -187,13 +187,13 @@ class _Demo:
                 num_labels=self.settings.num_labels,
                 epochs=self.settings.finetune_epochs,
                 batch_size=32,
-                base_lr=4e-3,
-                crop_scale=0.5,
+                base_lr=2.4e-2,
+                crop_scale=0.7,
                 hflip=False,
                 mixup=0,
                 cutmix=0,
-                layer_decay=0.75,
-                drop_path=0,
+                layer_decay=0.9,
+                drop_path=0.1,
                 warmup=0.1,
                 **self.runtime,
             )

@@ -1,0 +1,130 @@
+"""What there is to report on: the runs under the given folders, and the results of a demo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moce.errors import MoceError
+from moce.reporting.pictures import Source
+from moce.runs import CONFIG, INFO, read_config, read_info, read_metrics
+
+RESULTS = "results.json"
+TITLES = {
+    "mae": "MAE",
+    "clusters": "Clusters",
+    "mae_plus": "MAE+",
+    "moce": "MoCE",
+    "classifier": "Fine-tuned",
+    "unfinished": "Unfinished",
+}
+
+
+@dataclass
+class Run:
+    """One run folder. kind: as in model.json, mae_plus for a continued MAE, or unfinished."""
+
+    path: Path
+    kind: str
+    info: dict[str, Any]
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def anchor(self) -> str:
+        """The folder's name, as far as it may stand in an address."""
+        return "".join(c if c.isascii() and c.isalnum() else "-" for c in self.name)
+
+    @property
+    def is_mae(self) -> bool:
+        return self.kind in ("mae", "mae_plus")
+
+
+@dataclass
+class Material:
+    """runs: in the order of the pipeline; results: what results.json holds, if any."""
+
+    runs: list[Run]
+    results: dict[str, Any] | None
+    _sources: dict[str, Source] = field(default_factory=dict)
+
+    def of_kind(self, *kinds: str) -> list[Run]:
+        return [run for run in self.runs if run.kind in kinds]
+
+    def source(self, data: str) -> Source:
+        """The images of a DATA argument. Raises MoceError if they are not there any more."""
+        if data not in self._sources:
+            self._sources[data] = Source(data)
+        return self._sources[data]
+
+
+def gather(folders: Sequence[Path]) -> Material:
+    """Runs and results of all folders. Raises MoceError if one is no run and holds none."""
+    if not folders:
+        raise MoceError("no runs given: name run folders, or a folder that holds some")
+    paths: dict[Path, Path] = {}
+    results = None
+    for folder in folders:
+        found = _runs_in(folder)
+        results = results or _read_results(folder / RESULTS)
+        paths.update((path.resolve(), path) for path in found)
+    runs = [_read_run(path) for path in paths.values()]
+    order = list(TITLES)
+    runs.sort(key=lambda run: order.index(run.kind) if run.kind in order else len(order))
+    _name(runs)
+    return Material(runs, results)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise MoceError(f"no such folder: {folder}")
+    if _is_run(folder):
+        return [folder]
+    found = sorted(child for child in folder.iterdir() if child.is_dir() and _is_run(child))
+    if not found:
+        raise MoceError(f"{folder} is not a moce run and holds none")
+    return found
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / INFO).is_file() or (folder / CONFIG).is_file()
+
+
+def _read_run(path: Path) -> Run:
+    config = read_config(path) if (path / CONFIG).is_file() else {}
+    if not isinstance(config, dict):
+        raise MoceError(f"{path / CONFIG} is damaged: it holds no settings")
+    # Without model.json the run has not ended; its losses can be looked at all the same.
+    info = read_info(path) if (path / INFO).is_file() else {"kind": "unfinished"}
+    kind = str(info["kind"])
+    if kind == "mae" and config.get("method") == "mae":
+        kind = "mae_plus"
+    return Run(path, kind, info, config, read_metrics(path))
+
+
+def _name(runs: list[Run]) -> None:
+    """Label every run by its method; where several share one, by its folder too."""
+    kinds = [run.kind for run in runs]
+    for run in runs:
+        title = TITLES.get(run.kind, run.kind)
+        run.label = title if kinds.count(run.kind) == 1 else f"{title} ({run.name})"
+
+
+def _read_results(path: Path) -> dict[str, Any] | None:
+    """The content of a demo's results.json; None if there is none or it is of another kind."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MoceError(f"{path} is damaged: {error}") from None
+    known = isinstance(content, dict) and "rows" in content and "selection" in content
+    return content if known else None

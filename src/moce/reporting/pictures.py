@@ -1,0 +1,102 @@
+"""Images for the page: decoded when asked for, laid out as montages, inlined as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moce.data.images import ImageSet, load_images
+from moce.data.keyed import Stream, keyed_generator
+from moce.data.sources import open_source
+from moce.reporting.blocks import Picture
+
+THUMBNAIL = 64  # side in pixels of the largest montage tile
+LOSSLESS_UP_TO = 48  # side in pixels: compression shows in small tiles, and they weigh little
+MOST_DOMAINS = 8
+
+
+class Source:
+    """The images of a DATA argument by identity. Raises MoceError if there are none."""
+
+    def __init__(self, data: str) -> None:
+        self._entries = {entry.id: entry for entry in open_source(data)}
+        self.domains = find_domains(self._entries)
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._entries)
+
+    def load(self, ids: Iterable[str], size: tuple[int, int]) -> ImageSet:
+        """Decode these images, as far as they are still there; MoceError if none is."""
+        return load_images([self._entries[name] for name in ids if name in self._entries], size)
+
+    def describe(self, ids: Sequence[str]) -> str:
+        """Where most of the images come from, as "cifar10 81 %, mnist 19 %"; "" without domains."""
+        if not self.domains or not ids:
+            return ""
+        counts = Counter(domain_of(name) for name in ids).most_common(2)
+        shares = [(name, count / len(ids)) for name, count in counts]
+        return ", ".join(f"{name} {percent(share)}" for name, share in shares if share >= 0.05)
+
+
+def percent(share: float) -> str:
+    """A share 0..1 in whole per cent."""
+    return f"{share:.0%}".replace("%", "\u00a0%")
+
+
+def domain_of(identity: str) -> str:
+    """The first folder of an image's identity."""
+    return identity.split("/")[0]
+
+
+def find_domains(ids: Iterable[str]) -> list[str]:
+    """First folders of the identities, most images first; none if they do not tell images apart."""
+    counts = Counter(domain_of(name) if "/" in name else "" for name in ids)
+    return [name for name, _ in counts.most_common()] if 2 <= len(counts) <= MOST_DOMAINS else []
+
+
+def sample(items: Sequence[str], count: int, number: int) -> list[str]:
+    """At most `count` of the items, in their order; the draw depends on `number` only."""
+    generator = keyed_generator(0, Stream.ORDER, number)
+    rows = torch.randperm(len(items), generator=generator)[:count].sort().values
+    return [items[row] for row in rows.tolist()]
+
+
+def tile_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a montage tile for images of `size`, no side over THUMBNAIL."""
+    scale = min(1.0, THUMBNAIL / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def montage(pixels: Tensor, columns: int, alt: str) -> Picture:
+    """Images [n, 3, h, w] uint8 in rows of `columns`, with clear gaps between them."""
+    count, _, height, width = pixels.shape
+    gap = max(1, height // 16)
+    rows = -(-count // columns)
+    canvas = np.zeros(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, 4), dtype=np.uint8
+    )
+    for index, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        canvas[top : top + height, left : left + width, :3] = image
+        canvas[top : top + height, left : left + width, 3] = 255
+    return _inline(canvas, alt, lossless=max(height, width) <= LOSSLESS_UP_TO)
+
+
+def _inline(canvas: np.ndarray, alt: str, *, lossless: bool) -> Picture:
+    buffer = io.BytesIO()
+    Image.fromarray(canvas).save(buffer, "WEBP", lossless=lossless, quality=85, method=6)
+    height, width = canvas.shape[:2]
+    uri = data_uri("image/webp", buffer.getvalue())
+    return Picture(uri, width, height, alt, pixelated=lossless)
+
+
+def data_uri(media_type: str, content: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,161 @@
+"""Section 6: what the models make of images most of which they do not see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moce.customize.bank import Bank
+from moce.data.augment import denormalise, normalise
+from moce.data.images import ImageSet
+from moce.data.keyed import Stream, keyed_uniform
+from moce.features import input_size
+from moce.loading import load_mae
+from moce.models.encoder import EncoderSpec
+from moce.models.mae import MAE, patch_statistics, patchify, unpatchify
+from moce.reporting.blocks import Beside, Comparison, Note, Section
+from moce.reporting.gather import Material, Run
+from moce.reporting.pictures import Source, domain_of, montage, sample
+
+PER_DOMAIN = 4
+WITHOUT_DOMAINS = 8
+HIDDEN = 0.82  # grey of a removed patch, 0..1
+
+Predict = Callable[[Tensor, Tensor, ImageSet], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Painter:
+    """A model that fills in removed patches.
+
+    predict: normalised images, mask noise and the same images as they are stored, to prediction
+    and mask as in `Reconstruction`.
+    """
+
+    label: str
+    mae: MAE
+    spec: EncoderSpec
+    predict: Predict
+
+    @property
+    def geometry(self) -> tuple[object, ...]:
+        """Painters with the same one take the same images with the same mask."""
+        return input_size(self.mae.encoder), self.mae.patch_size, self.mae.mask_ratio
+
+
+def reconstructions_section(material: Material, banks: dict[str, Bank]) -> Section | None:
+    """The section, or None if no run reconstructs. banks: of the MoCE runs, by label.
+
+    Raises MoceError if the images cannot be loaded any more.
+    """
+    runs = [run for run in material.runs if run.is_mae or run.kind == "moce"]
+    if not runs:
+        return None
+    painters = [_painter(run, banks) for run in runs]
+    # The one trained last decides on image size and mask; others that differ are left out.
+    fitting = [painter for painter in painters if painter.geometry == painters[-1].geometry]
+    section = Section("reconstructions", "Reconstructions", _lead(fitting))
+    source = material.source(str(runs[-1].config.get("data")))
+    items = [_comparison(name, ids, source, fitting) for name, ids in _groups(source)]
+    section.blocks.append(Beside(items))
+    odd = ", ".join(painter.label for painter in painters if painter not in fitting)
+    if odd:
+        section.blocks.append(Note(f"Left out, for another image size or mask: {odd}."))
+    return section
+
+
+def _lead(painters: list[Painter]) -> str:
+    text = (
+        "The models see the visible patches only; each picture is the prediction for the removed "
+        "patches with the visible ones pasted in. MoCE's go through the experts of the image's "
+        "cluster."
+    )
+    if any(painter.mae.norm_pix for painter in painters):
+        text += (
+            " They predict pixels normalised per patch, which is undone here with the true patch's "
+            "mean and deviation: brightness and contrast of a patch are given, its drawing is not."
+        )
+    return text
+
+
+def _painter(run: Run, banks: dict[str, Bank]) -> Painter:
+    if run.kind == "moce":
+        bank = banks[run.label]
+
+        def routed(images: Tensor, noise: Tensor, stored: ImageSet) -> tuple[Tensor, Tensor]:
+            output = bank.model(images, noise, bank.assign(stored)[0])
+            return output.prediction, output.mask
+
+        return Painter(run.label, bank.model.mae, bank.encoder_spec, routed)
+    spec, mae = load_mae(run.path)
+    mae.eval()
+
+    def dense(images: Tensor, noise: Tensor, stored: ImageSet) -> tuple[Tensor, Tensor]:
+        output = mae(images, noise)
+        return output.prediction, output.mask
+
+    return Painter(run.label, mae, spec.encoder, dense)
+
+
+def _groups(source: Source) -> list[tuple[str, list[str]]]:
+    """Some images of each domain."""
+    if not source.domains:
+        return [("", sample(source.ids, WITHOUT_DOMAINS, 0))]
+    members = {name: [i for i in source.ids if domain_of(i) == name] for name in source.domains}
+    return [(name, sample(ids, PER_DOMAIN, 0)) for name, ids in members.items()]
+
+
+@torch.no_grad()
+def _comparison(name: str, ids: list[str], source: Source, painters: list[Painter]) -> Comparison:
+    mae = painters[0].mae
+    stored = source.load(ids, input_size(mae.encoder))
+    rows = torch.arange(len(stored))
+    patches = mae.encoder.patch_embed.num_patches
+    noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(rows), rows, patches)
+    columns, shown = ["Input"], [stored.pixels]
+    for painter in painters:
+        spec = painter.spec
+        images = normalise(stored.pixels, spec.mean, spec.std)
+        prediction, mask = painter.predict(images, noise, stored)
+        if len(columns) == 1:
+            columns.append("Masked")
+            shown.append(hide(stored.pixels.float() / 255, mask, mae.patch_size))
+        painted = paste(prediction, mask, images, mae.patch_size, painter.mae.norm_pix)
+        columns.append(painter.label)
+        shown.append(_to_bytes(denormalise(painted, spec.mean, spec.std)))
+    pictures = [
+        montage(pixels, 1, f"{column}: {len(pixels)} images{' of ' + name if name else ''}")
+        for column, pixels in zip(columns, shown, strict=True)
+    ]
+    return Comparison(name, columns, pictures)
+
+
+def paste(
+    prediction: Tensor, mask: Tensor, images: Tensor, patch: tuple[int, int], norm_pix: bool
+) -> Tensor:
+    """Images with their removed patches replaced by the prediction, [b, c, h, w].
+
+    prediction: [b, n, p*p*c]; mask: [b, n], 1 where removed; images: [b, c, h, w], normalised.
+    With norm_pix the prediction is scaled back by the true patch's mean and deviation.
+    """
+    patches = patchify(images, patch)
+    if norm_pix:
+        mean, deviation = patch_statistics(patches)
+        prediction = prediction * deviation + mean
+    pasted = torch.where(mask[:, :, None] > 0, prediction.float(), patches)
+    return unpatchify(pasted, patch, (images.shape[2], images.shape[3]))
+
+
+def hide(images: Tensor, mask: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Images 0..1 [b, c, h, w] with removed patches grey, as uint8."""
+    patches = patchify(images, patch)
+    grey = torch.full_like(patches, HIDDEN)
+    hidden = torch.where(mask[:, :, None] > 0, grey, patches)
+    return _to_bytes(unpatchify(hidden, patch, (images.shape[2], images.shape[3])))
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)

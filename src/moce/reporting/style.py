@@ -1,0 +1,167 @@
+"""How charts look: colours that colour-blind readers can tell apart, one look for all figures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+
+from moce.reporting.blocks import Chip, Picture
+from moce.reporting.pictures import data_uri
+
+WIDTH = 9.4  # inches of a figure over the full column
+LARGEST_SVG = 150_000  # bytes; a chart of more marks is smaller as pixels
+INK, SOFT, RULE = "#24262b", "#6b717c", "#dfe2e6"
+
+
+@dataclass(frozen=True)
+class Look:
+    title: str
+    colour: str
+    marker: str
+
+
+# Okabe and Ito's palette: one colour and one marker per method, all over the page.
+METHODS = {
+    "mae": Look("MAE", "#7d8591", "o"),
+    "mae_plus": Look("MAE+", "#0072b2", "s"),
+    "moce": Look("MoCE", "#d55e00", "D"),
+    "random_route": Look("random route", "#cc79a7", "X"),
+    "oracle": Look("oracle route", "#009e73", "^"),
+    "unfinished": Look("unfinished", "#b59b00", "v"),
+    "classifier": Look("fine-tuned", "#5d4a8a", "P"),
+}
+# Paul Tol's "muted" for experts, his "light" for routes: neither looks like a method.
+EXPERTS = (
+    "#332288",
+    "#44aa99",
+    "#cc6677",
+    "#ddcc77",
+    "#88ccee",
+    "#117733",
+    "#882255",
+    "#999933",
+    "#aa4499",
+)
+ROUTES = (
+    "#77aadd",
+    "#ee8866",
+    "#bbcc33",
+    "#ffaabb",
+    "#44bb99",
+    "#eedd88",
+    "#aaaa00",
+    "#99ddff",
+)
+OTHER = "#c9cdd3"
+
+_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": "#aeb4bd",
+    "axes.labelcolor": SOFT,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 2.0,
+    "svg.fonttype": "none",  # letters stay letters: small, sharp and searchable
+    "svg.hashsalt": "moce",  # the same figure gives the same bytes
+}
+
+
+@dataclass
+class Canvas:
+    """A figure while it is drawn; `picture` once it is done."""
+
+    figure: Figure
+    _picture: Picture | None = None
+
+    @property
+    def picture(self) -> Picture:
+        assert self._picture is not None, "still being drawn"
+        return self._picture
+
+
+@contextmanager
+def drawing(height: float, alt: str, width: float = WIDTH) -> Iterator[Canvas]:
+    """A figure of `width` x `height` inches in the page's style, turned into a picture at the end."""
+    with matplotlib.rc_context(_STYLE):
+        canvas = Canvas(Figure(figsize=(width, height), layout="constrained"))
+        yield canvas
+        canvas._picture = _inline(canvas.figure, alt)
+
+
+def _inline(figure: Figure, alt: str) -> Picture:
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    svg = io.BytesIO()
+    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    if svg.tell() <= LARGEST_SVG:
+        return Picture(data_uri("image/svg+xml", svg.getvalue()), width, height, alt)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=180, transparent=True)
+    return Picture(data_uri("image/png", png.getvalue()), width, height, alt)
+
+
+def expert_colour(expert: int, num_experts: int) -> str:
+    """The colour of an expert; more experts than the palette has take theirs from a colour map."""
+    if num_experts <= len(EXPERTS):
+        return EXPERTS[expert]
+    return to_hex(matplotlib.colormaps["turbo"](0.05 + 0.9 * expert / (num_experts - 1)))
+
+
+def expert_chip(expert: int, num_experts: int) -> Chip:
+    """An expert's number on its colour."""
+    colour = expert_colour(expert, num_experts)
+    return Chip(str(expert), colour, readable_on(colour))
+
+
+def readable_on(colour: str) -> str:
+    """Dark or white ink, whichever reads better on a colour."""
+    red, green, blue = to_rgb(colour)
+    return INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.55 else "#ffffff"
+
+
+def block_colours(count: int) -> list[str]:
+    """Colours of MoE blocks, from the first to the last: dark to light."""
+    shades = [0.15 + 0.6 * number / max(1, count - 1) for number in range(count)]
+    return [to_hex(matplotlib.colormaps["viridis"](shade)) for shade in shades]
+
+
+def faded(colour: str, strength: float) -> tuple[float, float, float]:
+    """A colour mixed with white: 1 is the colour, 0 is white."""
+    red, green, blue = (1 - strength * (1 - part) for part in to_rgb(colour))
+    return red, green, blue
+
+
+def legend_above(axes: Any, columns: int) -> None:
+    """A legend over the plot, from the left, where it hides nothing."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=columns,
+        handletextpad=0.5,
+        columnspacing=1.4,
+        borderaxespad=0.2,
+    )

@@ -1,0 +1,77 @@
+"""The demo, reduced to seconds: every stage, the exact files it leaves, the form of its results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import moce
+from moce.runs import read_info
+from moce.verbs.tables import results_table
+
+RUN = {"config.yaml", "metrics.jsonl", "model.json", "model.safetensors", "state"}
+TASKS = ("digits", "vehicles")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "run"
+    moce.demo(
+        out=out,
+        tasks=TASKS,
+        pretrain_epochs=0.1,
+        train_epochs=0.1,
+        num_clusters=8,
+        num_experts=2,
+        num_labels=40,
+        draws=2,
+        finetune_epochs=1,
+    )
+    return out
+
+
+@pytest.mark.slow
+def test_it_leaves_ordinary_run_folders(demo: Path) -> None:
+    names = {path.name for path in demo.iterdir()}
+    runs = {"mae", "clusters", "moce", "mae_plus"}
+    assert names == runs | {"backbones", "finetune", "results.json", "report.html"}
+    for name in ("mae", "moce", "mae_plus"):
+        assert {path.name for path in (demo / name).iterdir()} == RUN
+    kinds = [read_info(demo / name)["kind"] for name in ("mae", "clusters", "moce", "mae_plus")]
+    assert kinds == ["mae", "clusters", "moce", "mae"]
+
+
+@pytest.mark.slow
+def test_moce_and_mae_plus_had_equal_steps_and_data(demo: Path) -> None:
+    moce_run, mae_plus = (read_info(demo / name) for name in ("moce", "mae_plus"))
+    assert moce_run["images"] == mae_plus["images"] == 5100
+    last = [
+        json.loads((demo / name / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        for name in ("moce", "mae_plus")
+    ]
+    assert last[0] == last[1] > 0
+
+
+@pytest.mark.slow
+def test_results_have_the_promised_form(demo: Path) -> None:
+    results = json.loads((demo / "results.json").read_text())
+    assert set(results) == {"rows", "selection", "seconds"}
+    assert set(results["selection"]) == set(TASKS)
+    expected = {
+        (task, method, "linear_probe", 2)
+        for task in TASKS
+        for method in ("mae", "mae_plus", "moce", "random_route", "oracle")
+    } | {(task, method, "finetune", 1) for task in TASKS for method in ("mae_plus", "moce")}
+    found = {(r["task"], r["method"], r["protocol"], len(r["values"])) for r in results["rows"]}
+    assert found == expected
+    assert all(0 <= value <= 1 for row in results["rows"] for value in row["values"])
+    table = results_table(results)
+    assert "digits" in table and "vehicles" in table and "regret" in table
+
+
+@pytest.mark.slow
+def test_its_runs_customise_any_task(demo: Path) -> None:
+    bank = moce.load(demo / "moce")
+    choice = bank.select("demo:emoji")
+    assert sum(choice.votes.values()) == sum(choice.cluster_histogram) == 707
+    assert bank.customize("demo:emoji").num_features == 128

@@ -1,0 +1,240 @@
+"""The report: one page that needs no other file, whatever the runs it is given."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import CLUSTERS, batch, copy_run, tiny_mae
+from conftest import Runs
+
+import moce
+from moce.models.mae import patch_target, patchify, random_mask
+from moce.reporting.gather import gather
+from moce.reporting.pictures import find_domains, montage
+from moce.reporting.reconstructions import hide, paste
+from moce.reporting.results import Results
+from moce.reporting.training import curve, first_epoch
+
+EVIL = '<script>alert("x")</script>'
+EVIL_FOLDER = "<b>&'run"
+
+
+def section_titles(html: str) -> list[str]:
+    return re.findall(r'<h2 id="[^"]*">([^<]*)</h2>', html)
+
+
+def demo_results(bank: Any, task: str = "digits") -> dict[str, Any]:
+    """results.json as the demo writes it, for one task."""
+    selection = {task: bank.select("demo:digits").to_json()}
+    probes = {"mae": 0.5, "mae_plus": 0.6, "moce": 0.7, "random_route": 0.55, "oracle": 0.72}
+    row = {"task": task, "metric": "accuracy"}
+    rows = [
+        {**row, "method": m, "protocol": "linear_probe", "values": [v - 0.01, v + 0.01]}
+        for m, v in probes.items()
+    ]
+    rows += [
+        {**row, "method": m, "protocol": "finetune", "values": [probes[m] + 0.1]}
+        for m in ("mae_plus", "moce")
+    ]
+    return {"rows": rows, "selection": selection, "seconds": {"mae": 1.5, "probes": 2.0}}
+
+
+@pytest.fixture(scope="module")
+def demo(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs and results whose names hold HTML."""
+    folder = tmp_path_factory.mktemp("report") / EVIL_FOLDER
+    for run in (runs.mae, runs.clusters, runs.moce):
+        copy_run(run, folder / run.name)
+    results = demo_results(moce.load(runs.moce), task=EVIL)
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("page") / "new" / "report.html"
+    result = moce.report(demo, out=out, max_images=4)
+    assert result.page == out
+    assert result.size == out.stat().st_size < 3_000_000
+    assert str(out) in result.summary()
+    return out.read_text()
+
+
+def test_all_sections_in_reading_order(page: str) -> None:
+    assert section_titles(page) == [
+        "Summary",
+        "Results",
+        "Losses",
+        "Clusters",
+        "Experts of MoCE",
+        "Reconstructions",
+        "Tasks",
+    ]
+
+
+def test_page_asks_the_network_for_nothing(page: str) -> None:
+    assert "<script" not in page.lower()
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert not re.search(r"@import|url\(", page)
+
+
+def test_links_lead_to_sections(page: str) -> None:
+    targets = re.findall(r'href="#([^"]*)"', page)
+    identities = re.findall(r' id="([^"]*)"', page)
+    assert set(targets) <= set(identities)
+    assert len(identities) == len(set(identities))
+
+
+def test_every_picture_has_words_and_is_whole(page: str) -> None:
+    pictures = re.findall(r'<img src="data:([^;]*);base64,([^"]*)" alt="([^"]*)"', page)
+    assert len(pictures) == page.count("<img ") > CLUSTERS
+    for media_type, content, alt in pictures:
+        assert alt
+        decoded = base64.b64decode(content, validate=True)
+        if media_type == "image/svg+xml":
+            ET.fromstring(decoded)
+        else:
+            assert decoded[8:12] == b"WEBP"
+
+
+def test_names_are_escaped(page: str) -> None:
+    assert "&lt;script&gt;alert(" in page
+    assert "&lt;b&gt;&amp;&#39;run" in page
+    assert EVIL_FOLDER not in page
+
+
+def test_results_table(page: str) -> None:
+    text = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    assert "70.0 ± 1.0" in text  # MoCE, linear probe
+    assert "+2.0" in text  # regret: 72 - 70
+
+
+@pytest.mark.parametrize(
+    ("given", "titles"),
+    [
+        (["mae"], ["Summary", "Losses", "Reconstructions"]),
+        (["clusters"], ["Summary", "Clusters"]),
+        (["moce"], ["Summary", "Losses", "Experts of MoCE", "Reconstructions"]),
+    ],
+)
+def test_any_subset_of_runs(
+    runs: Runs, tmp_path: Path, given: list[str], titles: list[str]
+) -> None:
+    folders = [getattr(runs, name) for name in given]
+    result = moce.report(*folders, out=tmp_path / "page.html", max_images=2)
+    assert result.sections == titles
+    assert result.runs == len(given)
+
+
+def test_page_says_when_images_and_metrics_are_gone(runs: Runs, tmp_path: Path) -> None:
+    for name in ("clusters", "moce"):
+        copy_run(getattr(runs, name), tmp_path / "all" / name)
+        config = tmp_path / "all" / name / "config.yaml"
+        config.write_text(config.read_text().replace(str(runs.data), str(tmp_path / "gone")))
+    (tmp_path / "all" / "moce" / "metrics.jsonl").write_text("")
+    moce.report(tmp_path / "all", out=tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    assert html.count("The pictures are left out") == 3
+    assert "image/webp" not in html
+    assert "Nothing was logged by: moce." in html
+    assert "Nothing was logged about the gates." in html
+
+
+def test_unfinished_run_shows_its_losses(runs: Runs, tmp_path: Path) -> None:
+    copy_run(runs.mae, tmp_path / "mae")
+    (tmp_path / "mae" / "model.json").unlink()
+    result = moce.report(tmp_path / "mae", out=tmp_path / "page.html")
+    assert result.sections == ["Summary", "Losses"]
+
+
+def test_wrong_folders_are_refused(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "missing", runs.backbone):
+        with pytest.raises(moce.MoceError, match=folder.name) as raised:
+            moce.report(runs.mae, folder, out=tmp_path / "page.html")
+        assert "\n" not in str(raised.value)
+    with pytest.raises(moce.MoceError, match="is a folder"):
+        moce.report(runs.mae, out=tmp_path)
+    with pytest.raises(moce.MoceError, match="no runs given"):
+        moce.report(out=tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_damaged_results_are_named(runs: Runs, tmp_path: Path) -> None:
+    copy_run(runs.mae, tmp_path / "mae")
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(moce.MoceError, match=r"results\.json is damaged"):
+        gather([tmp_path])
+
+
+def test_a_run_given_twice_is_shown_once(runs: Runs) -> None:
+    assert len(gather([runs.mae, runs.mae.parent]).of_kind("mae")) == 1
+
+
+def test_continued_runs_are_drawn_after_their_origin(runs: Runs, tmp_path: Path) -> None:
+    shutil.copytree(runs.mae, tmp_path / "mae")
+    shutil.copytree(runs.moce, tmp_path / "moce")
+    material = gather([tmp_path])  # moved: the origin is found by its name
+    mae, mixture = material.runs
+    assert first_epoch(mae, material.runs) == 0
+    assert first_epoch(mixture, material.runs) == curve(mae)[0][-1] > 0
+    assert curve(mixture)[1] == [row["reconstruction"] for row in mixture.metrics]
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_perfect_prediction_gives_the_image_back(norm_pix: bool) -> None:
+    images, noise, _ = batch(4)
+    _, mask, _ = random_mask(noise, 0.75)
+    prediction = patch_target(patchify(images, (4, 4)), norm_pix)
+    assert torch.allclose(paste(prediction, mask, images, (4, 4), norm_pix), images, atol=1e-5)
+
+
+def test_visible_patches_are_pasted_in_untouched() -> None:
+    images, noise, _ = batch(4)
+    mae = tiny_mae()
+    output = mae(images, noise)
+    pasted = patchify(paste(output.prediction, output.mask, images, (4, 4), True), (4, 4))
+    visible = output.mask == 0
+    assert torch.equal(pasted[visible], patchify(images, (4, 4))[visible])
+    assert not torch.allclose(pasted[~visible], patchify(images, (4, 4))[~visible], atol=0.1)
+
+
+def test_hidden_patches_are_grey_and_the_others_as_they_were() -> None:
+    images, noise, _ = batch(2)
+    pixels = (images - images.min()) / (images.max() - images.min())
+    _, mask, _ = random_mask(noise, 0.75)
+    hidden = patchify(hide(pixels, mask, (4, 4)), (4, 4))
+    assert len(hidden[mask == 1].unique()) == 1
+    original = (patchify(pixels, (4, 4)) * 255).round().to(torch.uint8)
+    assert torch.equal(hidden[mask == 0], original[mask == 0])
+
+
+def test_montage_lays_images_out_in_rows() -> None:
+    picture = montage(torch.zeros(5, 3, 16, 32, dtype=torch.uint8), 3, "five")
+    assert (picture.width, picture.height) == (3 * 32 + 2, 2 * 16 + 1)
+
+
+def test_domains_are_first_folders_that_tell_images_apart() -> None:
+    assert find_domains(["a/1", "a/2", "b/1"]) == ["a", "b"]
+    assert find_domains(["a/1", "a/2"]) == []
+    assert find_domains([str(number) for number in range(20)]) == []
+    assert find_domains([f"{number}/1" for number in range(20)]) == []
+
+
+def test_results_with_gaps() -> None:
+    row = {"task": "t", "method": "moce", "protocol": "linear_probe", "values": [0.5, 0.7]}
+    results = Results({"rows": [row], "selection": {}})
+    assert results.mean("t", "linear_probe", "moce") == pytest.approx(0.6)
+    assert results.regret("t") is None
+    assert results.average("linear_probe", "oracle") is None
+    assert results.columns() == [("linear_probe", "moce")]
