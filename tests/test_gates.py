@@ -128,6 +128,12 @@ def test_gate_for_groups_of_more_clusters_than_dimensions() -> None:
         assert work.min() >= 0.5 * work.float().mean()
 
 
+def test_weights_are_laid_out_row_by_row() -> None:
+    """Fused optimisers read weights and restored moments as flat memory, in whatever layout."""
+    gate = ClusterGate(gate_for(unit_rows(8, 32), torch.arange(8) % 3, 3, 0.8))
+    assert gate.weight.is_contiguous()
+
+
 def test_groups_are_balanced_and_differ_between_seeds() -> None:
     clusters = unit_rows(32, 64)
     first, second = (group_clusters(clusters, 4, seed) for seed in (1, 2))

@@ -44,7 +44,9 @@ def demo_results(bank: Any, task: str = "digits") -> dict[str, Any]:
         {**row, "method": m, "protocol": "finetune", "values": [probes[m] + 0.1]}
         for m in ("mae_plus", "moce")
     ]
-    return {"rows": rows, "selection": selection, "seconds": {"mae": 1.5, "probes": 2.0}}
+    seconds = {"mae": 1.5, "probes": 2.0}
+    data = {task: "demo:digits"}
+    return {"rows": rows, "selection": selection, "seconds": seconds, "data": data}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,7 @@ def test_every_picture_has_words_and_is_whole(page: str) -> None:
 def test_names_are_escaped(page: str) -> None:
     assert "&lt;script&gt;alert(" in page
     assert "&lt;b&gt;&amp;&#39;run" in page
+    assert 'alt="Images of the task &lt;script&gt;' in page
     assert EVIL_FOLDER not in page
 
 

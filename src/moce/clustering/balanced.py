@@ -56,7 +56,7 @@ def balanced_kmeans(
     check_enough(sample, num_clusters)
     centroids = seed_centroids(sample, num_clusters, seed)
     potentials = features.new_zeros(num_clusters)
-    assignment = torch.full((features.shape[0],), -1)
+    assignment = torch.full((features.shape[0],), -1, device=features.device)
     for round_ in range(1, max_rounds + 1):
         potentials = balance(
             features, centroids, epsilon, potentials, tolerance, ROUND_ITERATIONS, chunk_size

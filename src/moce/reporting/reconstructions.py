@@ -76,7 +76,9 @@ def _lead(painters: list[Painter]) -> str:
     if any(painter.mae.norm_pix for painter in painters):
         text += (
             " They predict pixels normalised per patch, which is undone here with the true patch's "
-            "mean and deviation: brightness and contrast of a patch are given, its drawing is not."
+            "mean and deviation: brightness and contrast of a patch are given, its drawing is not. "
+            "An unsure prediction on a grey image comes out tinted, because all there is to predict "
+            "of its flat patches is the offset between the channels."
         )
     return text
 

@@ -11,7 +11,7 @@ from moce.reporting.blocks import Block, Chart, Chip, Facts, Gallery, Item, Pict
 from moce.reporting.clusters import sampled_montage
 from moce.reporting.gather import Material, Run
 from moce.reporting.pictures import percent
-from moce.reporting.results import PROTOCOLS, Results, accuracy_cell
+from moce.reporting.results import PROTOCOLS, SHORT, Results, accuracy_cell
 from moce.reporting.style import METHODS, OTHER, ROUTES, SOFT, drawing, expert_chip
 
 SIDE = 32  # pixels of a task's pictures in the montage
@@ -67,7 +67,9 @@ def _facts(results: Results, task: str, choice: dict[str, Any]) -> list[tuple[st
     ]
     for protocol, (title, methods) in PROTOCOLS.items():
         cells = {
-            METHODS[method].title: accuracy_cell(results.values(task, protocol, method)).text
+            SHORT.get(method, METHODS[method].title): accuracy_cell(
+                results.values(task, protocol, method)
+            ).text
             for method in methods
             if results.values(task, protocol, method)
         }

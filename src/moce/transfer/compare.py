@@ -32,16 +32,6 @@ class Comparison:
         row = {"task": self.task, "method": method, "protocol": protocol}
         self.rows.append({**row, "metric": "accuracy", "values": values})
 
-    @property
-    def regret(self) -> float:
-        """Mean probe accuracy of the oracle less that of the selection."""
-        means = {
-            row["method"]: float(np.mean(row["values"]))
-            for row in self.rows
-            if row["protocol"] == LINEAR
-        }
-        return means["oracle"] - means["moce"]
-
 
 def compare_probes(
     name: str,

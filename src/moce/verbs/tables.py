@@ -9,57 +9,47 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = (
-    ("MAE", "linear_probe", "mae"),
-    ("MAE+", "linear_probe", "mae_plus"),
-    ("MoCE", "linear_probe", "moce"),
-    ("random", "linear_probe", "random_route"),
-    ("oracle", "linear_probe", "oracle"),
-    ("MAE+", "finetune", "mae_plus"),
-    ("MoCE", "finetune", "moce"),
-)
+from moce.transfer.results import Results
+
+PROBED = {"MAE": "mae", "MAE+": "mae_plus", "MoCE": "moce"} | {
+    "random": "random_route",
+    "oracle": "oracle",
+}
+TUNED = {"| MAE+": "mae_plus", "MoCE": "moce"}
 WIDTH = 118
 
 
-def results_table(results: dict[str, Any]) -> str:
-    """A demo's results: accuracy in % (mean ± std over draws), vote share and regret in points."""
+def results_table(content: dict[str, Any]) -> str:
+    """A demo's results: accuracy in % (mean ± std over draws), vote share, regret in points."""
+    results = Results(content)
     table = Table(box=SIMPLE_HEAD, title="accuracy in %, linear probe | fine-tuned")
     table.add_column("task")
-    table.add_column("strategy, vote", justify="right")
-    for number, (title, _, _) in enumerate(COLUMNS):
-        table.add_column(("| " if number == 5 else "") + title, justify="right")
-        if number == 4:
-            table.add_column("regret", justify="right")
-    values = {(r["task"], r["protocol"], r["method"]): r["values"] for r in results["rows"]}
-    for task, choice in results["selection"].items():
-        cells = [_cell(values.get((task, *key))) for _, *key in COLUMNS]
-        cells.insert(5, f"{100 * regret(values, task):+.1f}")
-        table.add_row(task, f"{choice['strategy']}, {choice['share']:.0%}", *cells)
+    for title in ("strategy, vote", *PROBED, "regret", *TUNED):
+        table.add_column(title, justify="right")
+    for task, choice in results.selection.items():
+        probed = [_cell(results.values(task, "linear_probe", m)) for m in PROBED.values()]
+        tuned = [_cell(results.values(task, "finetune", m)) for m in TUNED.values()]
+        choice_cell = f"{choice['strategy']}, {choice['share']:.0%}"
+        table.add_row(task, choice_cell, *probed, _points(results.regret(task)), *tuned)
     table.add_section()
-    table.add_row("mean", "", *_means(values, list(results["selection"])))
+    regrets = [regret for task in results.tasks if (regret := results.regret(task)) is not None]
+    probed = [_percent(results.average("linear_probe", m)) for m in PROBED.values()]
+    tuned = [_percent(results.average("finetune", m)) for m in TUNED.values()]
+    table.add_row("mean", "", *probed, _points(float(np.mean(regrets))), *tuned)
     console = Console(width=WIDTH, no_color=True)
     with console.capture() as capture:
         console.print(table)
-    return capture.get().rstrip()
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def regret(values: dict[tuple[str, str, str], list[float]], task: str) -> float:
-    """Mean accuracy of the best route less that of the selection, linear probe."""
-    oracle, chosen = (values[task, "linear_probe", method] for method in ("oracle", "moce"))
-    return float(np.mean(oracle) - np.mean(chosen))
+def _cell(values: list[float]) -> str:
+    mean = _percent(float(np.mean(values))) if values else "-"
+    return mean if len(values) < 2 else f"{mean} ± {100 * np.std(values):.1f}"
 
 
-def _means(values: dict[tuple[str, str, str], list[float]], tasks: list[str]) -> list[str]:
-    cells = [
-        f"{100 * np.mean([np.mean(values[task, protocol, method]) for task in tasks]):.1f}"
-        for _, protocol, method in COLUMNS
-    ]
-    cells.insert(5, f"{100 * np.mean([regret(values, task) for task in tasks]):+.1f}")
-    return cells
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _cell(values: list[float] | None) -> str:
-    if values is None:
-        return "-"
-    mean = f"{100 * np.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * np.std(values):.1f}"
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f}"

@@ -1,0 +1,198 @@
+"""Draw the figures of the README and the docs from a run of the demo.
+
+make demo && .venv/bin/python docs/make_figures.py runs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import moce
+from moce.customize.bank import Bank
+from moce.data.augment import denormalise, normalise
+from moce.data.images import ImageSet, load_images
+from moce.data.keyed import Stream, keyed_uniform
+from moce.loading import load_mae, read_assignments
+from moce.reporting.reconstructions import hide, paste
+from moce.reporting.style import INK, SOFT, expert_colour, faded
+
+FIGURES = Path(__file__).parent / "figures"
+IMAGES = "demo:pretrain"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("demo", type=Path, help="folder of the demo, e.g. runs/demo")
+    demo = parser.parse_args().demo
+    FIGURES.mkdir(exist_ok=True)
+    bank = moce.load(demo / "moce")
+    images = load_images(IMAGES, (32, 32))
+    members = cluster_members(images, demo)
+    save(draw_overview(bank, images, members, demo), "overview.png")
+    save(draw_clusters(bank, images, members), "clusters.png")
+    save(draw_experts(bank), "experts.png")
+    save(draw_reconstructions(bank, images, members, demo), "reconstructions.png")
+
+
+def save(figure: Figure, name: str) -> None:
+    figure.savefig(FIGURES / name, dpi=130, facecolor="white", bbox_inches="tight", pad_inches=0.1)
+    print(FIGURES / name)
+
+
+def cluster_members(images: ImageSet, demo: Path) -> list[list[int]]:
+    """Rows of the images of every cluster."""
+    cluster_of = read_assignments(demo / "clusters")
+    members: list[list[int]] = [[] for _ in range(max(cluster_of.values()) + 1)]
+    for row, name in enumerate(images.ids):
+        members[cluster_of[name]].append(row)
+    return members
+
+
+def mosaic(pixels: Tensor, columns: int, gap: int = 2) -> np.ndarray:
+    """Images [n, 3, h, w] uint8 side by side on white, [H, W, 3] uint8."""
+    count, _, height, width = pixels.shape
+    rows = -(-count // columns)
+    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    canvas = np.full(shape, 255, np.uint8)
+    for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        top, left = number // columns * (height + gap), number % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def show(axes: Axes, picture: np.ndarray, title: str = "") -> None:
+    axes.imshow(picture, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9, color=INK, loc="left")
+
+
+def spread_clusters(bank: Bank, members: list[list[int]], count: int) -> list[int]:
+    """Clusters picked evenly from those ordered by route, so that all experts occur."""
+    order = sorted(range(len(members)), key=lambda k: bank.model.routes()[k].tolist())
+    places = np.linspace(0, len(order) - 1, count).round().astype(int)
+    return [order[place] for place in places]
+
+
+def draw_overview(bank: Bank, images: ImageSet, members: list[list[int]], demo: Path) -> Figure:
+    """From unlabelled images to clusters, experts and a backbone per task."""
+    figure = Figure(figsize=(11, 3.6))
+    grid = figure.add_gridspec(1, 4, width_ratios=[1, 1, 0.75, 1.25], wspace=0.12)
+    show(figure.add_subplot(grid[0]), mosaic(images.pixels[:81], 9), "1  unlabelled images")
+    rows = [members[k][:9] for k in spread_clusters(bank, members, 9)]
+    picture = mosaic(images.pixels[[row for strip in rows for row in strip]], 9)
+    show(figure.add_subplot(grid[1]), picture, "2  balanced clusters (rows)")
+    draw_map(figure.add_subplot(grid[2]), bank, len(bank.model.blocks) - 1)
+    draw_tasks(figure.add_subplot(grid[3]), json.loads((demo / "results.json").read_text()))
+    return figure
+
+
+def draw_map(axes: Axes, bank: Bank, index: int) -> None:
+    """Experts (columns) of all clusters (rows) in one MoE block."""
+    with torch.no_grad():
+        table = bank.model.tables()[index].numpy()
+    count = bank.model.num_experts
+    order = np.lexsort((-table.max(axis=1), table.argmax(axis=1)))
+    colours = [[faded(expert_colour(e, count), table[k, e]) for e in range(count)] for k in order]
+    axes.imshow(np.array(colours), aspect="auto", interpolation="none")
+    axes.set_title("3  an expert per cluster", fontsize=9, color=INK, loc="left")
+    axes.set_xticks(range(count), [str(e) for e in range(count)], fontsize=7, color=SOFT)
+    axes.set_xlabel(f"experts of block {bank.model.blocks[index]}", fontsize=8, color=SOFT)
+    axes.set_yticks([])
+    axes.set_ylabel("clusters", fontsize=8, color=SOFT)
+
+
+def draw_tasks(axes: Axes, results: dict[str, Any]) -> None:
+    """The votes of every task's images among routes: the task's own dense ViT takes the winner."""
+    tasks = list(results["selection"])
+    routes = sorted(
+        {route for choice in results["selection"].values() for route in choice["votes"]}
+    )
+    for place, task in enumerate(tasks):
+        votes = results["selection"][task]["votes"]
+        left, total = 0.0, sum(votes.values())
+        for number, (route, count) in enumerate(votes.items()):
+            colour = expert_colour(routes.index(route) % 9, 9)
+            axes.barh(place, count / total, left=left, color=colour, height=0.62, edgecolor="white")
+            if number == 0 and count / total > 0.2:
+                axes.text(0.02, place, route, color="white", fontsize=7.5, va="center")
+            left += count / total
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    axes.set_xticks([0, 1], ["0", "100 % of the task's images"], fontsize=7, color=SOFT)
+    axes.invert_yaxis()
+    axes.set_title("4  per task, a route: one dense ViT", fontsize=9, color=INK, loc="left")
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def draw_clusters(bank: Bank, images: ImageSet, members: list[list[int]]) -> Figure:
+    """Twelve clusters, sixteen images each."""
+    figure = Figure(figsize=(9, 6))
+    chosen = spread_clusters(bank, members, 12)
+    for place, cluster in enumerate(chosen):
+        axes = figure.add_subplot(4, 3, place + 1)
+        picture = mosaic(images.pixels[members[cluster][:16]], 8)
+        show(axes, picture, f"cluster {cluster}: {len(members[cluster])} images")
+    figure.tight_layout(pad=0.6)
+    return figure
+
+
+def draw_experts(bank: Bank) -> Figure:
+    """The gates of all MoE blocks."""
+    figure = Figure(figsize=(7, 3.4))
+    for index, block in enumerate(bank.model.blocks):
+        axes = figure.add_subplot(1, len(bank.model.blocks), index + 1)
+        draw_map(axes, bank, index)
+        axes.set_title(f"block {block}", fontsize=9, color=INK, loc="left")
+    figure.tight_layout()
+    return figure
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    bank: Bank, images: ImageSet, members: list[list[int]], demo: Path
+) -> Figure:
+    """Input, masked input, and what MAE, MAE+ and the routed experts make of it.
+
+    Predictions are scaled back by the true patches' statistics, visible patches pasted in.
+    """
+    clusters = spread_clusters(bank, members, 14)
+    rows = torch.tensor([members[k][0] for k in clusters])
+    mean, std = bank.encoder_spec.mean, bank.encoder_spec.std
+    shown = normalise(images.pixels[rows], mean, std)
+    patches = bank.model.mae.encoder.patch_embed.num_patches
+    noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(rows), rows, patches)
+    mae, patch = bank.model.mae, bank.model.mae.patch_size
+    routed = bank.model(shown, noise, torch.tensor(clusters))
+    rows_shown = {
+        "input": images.pixels[rows],
+        "masked": hide(images.pixels[rows].float() / 255, routed.mask, patch),
+    }
+    outputs = {
+        "MAE": load_mae(demo / "mae")[1].eval()(shown, noise),
+        "MAE+": load_mae(demo / "mae_plus")[1].eval()(shown, noise),
+        "MoCE": routed,
+    }
+    for title, output in outputs.items():
+        painted = paste(output.prediction, output.mask, shown, patch, mae.norm_pix)
+        rows_shown[title] = (denormalise(painted, mean, std) * 255).round().byte()
+    figure = Figure(figsize=(9, 3.6))
+    for place, (title, pixels) in enumerate(rows_shown.items()):
+        axes = figure.add_subplot(len(rows_shown), 1, place + 1)
+        show(axes, mosaic(pixels, len(clusters)))
+        axes.text(-8, 16, title, ha="right", va="center", fontsize=9, color=INK)
+    figure.subplots_adjust(hspace=0.06)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

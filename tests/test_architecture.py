@@ -1,0 +1,120 @@
+"""Imports point one way, files stay short, and every verb is where the registry says."""
+
+from __future__ import annotations
+
+import ast
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import moce
+from moce.registry import VERBS
+
+SOURCE = Path(moce.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+MOST_LINES = 400
+
+
+def module_name(path: Path) -> str:
+    parts = ("moce", *path.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module of moce that a file imports, at its top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}"
+            found |= {node.module or ""} | {f"{node.module}.{name.name}" for name in node.names}
+    return {name for name in found if name == "moce" or name.startswith("moce.")}
+
+
+IMPORTS = {module_name(path): imports_of(path) for path in FILES}
+
+
+def importers(package: str) -> set[str]:
+    """Modules outside a package that import it or something in it."""
+    inside = (package, package + ".")
+    return {
+        name
+        for name, imported in IMPORTS.items()
+        if name != package and not name.startswith(inside[1])
+        and any(other == package or other.startswith(inside[1]) for other in imported)
+    }  # fmt: skip
+
+
+def within(package: str) -> dict[str, set[str]]:
+    return {name: found for name, found in IMPORTS.items() if f"{name}.".startswith(f"{package}.")}
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("moce.models", ["data", "training", "clustering", "customize", "transfer", "runs", "config",
+                         "loading", "features", "verbs", "cli", "reporting"]),
+        ("moce.data", ["training", "models", "clustering", "customize", "transfer", "verbs", "cli",
+                       "reporting"]),
+        ("moce.clustering", ["training", "customize", "transfer", "verbs", "cli", "reporting"]),
+        ("moce.training", ["verbs", "cli", "customize", "transfer", "reporting"]),
+        ("moce.customize", ["verbs", "cli", "transfer", "reporting"]),
+        ("moce.transfer", ["verbs", "cli", "reporting"]),
+        ("moce.config", ["models", "data", "training", "verbs", "cli", "reporting"]),
+    ],
+)  # fmt: skip
+def test_imports_point_one_way(package: str, forbidden: list[str]) -> None:
+    for name, imported in within(package).items():
+        for other in forbidden:
+            wrong = {i for i in imported if f"{i}.".startswith(f"moce.{other}.")}
+            assert not wrong, f"{name} imports {wrong}"
+
+
+def test_nothing_but_main_imports_the_command_line() -> None:
+    assert importers("moce.cli") <= {"moce.__main__"}
+
+
+def test_nothing_imports_the_verbs_by_name_but_verbs_and_types() -> None:
+    """The registry imports them by string, the package for type checkers only."""
+    assert importers("moce.verbs") <= {"moce"}
+
+
+def test_imports_have_no_cycle() -> None:
+    modules = set(IMPORTS)
+    graph = {name: (imported & modules) - {name, "moce"} for name, imported in IMPORTS.items()}
+    graph.pop("moce")  # imports for type checkers only
+    while graph:
+        leaves = {name for name, imported in graph.items() if not imported & graph.keys()}
+        assert leaves, f"cycle among {sorted(graph)}"
+        for name in leaves:
+            del graph[name]
+
+
+def test_no_subpackage_takes_the_name_of_a_function() -> None:
+    """Importing moce.NAME would put the package in the place of the function."""
+    packages = {path.stem if path.is_file() else path.name for path in SOURCE.iterdir()}
+    assert not packages & set(moce.__all__)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_are_short_and_say_what_they_are_for(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MOST_LINES
+    assert ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_run_function(verb: str) -> None:
+    assert VERBS[verb].name == verb
+    assert callable(import_module(f"moce.verbs.{verb}").run)
+    assert set(VERBS[verb].positional) <= VERBS[verb].settings.model_fields.keys()
+
+
+def test_nothing_is_loaded_by_pickle() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, path
+        assert not any(name.startswith("pickle") for name in imports_of(path))
