@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import moce
-from moce.customize.bank import Bank
+from moce.customization.bank import Bank
 from moce.data.augment import denormalise, normalise
 from moce.data.images import ImageSet, load_images
 from moce.data.keyed import Stream, keyed_uniform

@@ -42,8 +42,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     )
     moce.pretrain(made.data, out=made.mae, epochs=2, **PRETRAIN)
     moce.cluster(made.data, mae=made.mae, out=made.clusters, num_clusters=CLUSTERS, **RUNTIME)
-    moce.train(
-        made.data, mae=made.mae, clusters=made.clusters, out=made.moce, epochs=2, **TRAIN
-    )
+    moce.train(made.data, mae=made.mae, clusters=made.clusters, out=made.moce, epochs=2, **TRAIN)
     customize(made.moce, made.task, out=made.backbone)
     return made

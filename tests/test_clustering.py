@@ -103,7 +103,8 @@ def test_chunks_change_assignments_at_near_ties_only() -> None:
     features, _ = planted_features(8, 60, 16, 0.2)
     centroids, epsilon = unit_rows(16, 16, seed=2), 0.02
     whole, parts = (
-        balance(features, centroids, epsilon, tolerance=1e-4, chunk_size=size) for size in (10**6, 7)
+        balance(features, centroids, epsilon, tolerance=1e-4, chunk_size=size)
+        for size in (10**6, 7)
     )
     one, other = (
         assign(features, centroids, potentials, epsilon, size)

@@ -38,7 +38,9 @@ def status_of(arguments: list[object]) -> int:
 
 
 def test_unknown_setting_suggests_the_nearest() -> None:
-    with pytest.raises(MoceError, match=r"unknown setting 'num_expert' \(did you mean 'num_experts'"):
+    with pytest.raises(
+        MoceError, match=r"unknown setting 'num_expert' \(did you mean 'num_experts'"
+    ):
         moce.train("x", mae="m", clusters="c", out="o", num_expert=3)
 
 
@@ -78,7 +80,9 @@ def test_values_out_of_range_are_refused(mistake: dict) -> None:
 
 
 def test_settings_cannot_be_changed_and_survive_yaml() -> None:
-    settings = config.parse(config.TrainSettings, {"data": "x", "mae": "m", "out": "o", "moe_blocks": [1, 3]})
+    settings = config.parse(
+        config.TrainSettings, {"data": "x", "mae": "m", "out": "o", "moe_blocks": [1, 3]}
+    )
     with pytest.raises(ValueError):
         settings.seed = 3
     content = yaml.safe_load(yaml.safe_dump(settings.model_dump(mode="json", by_alias=True)))
@@ -127,10 +131,13 @@ def test_help_of_all_names_every_verb(capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import moce", "import moce.cli, moce.config, moce.registry; moce.cli.build_parser()"]
+    "statement",
+    ["import moce", "import moce.cli, moce.config, moce.registry; moce.cli.build_parser()"],
 )
 def test_importing_is_light(statement: str) -> None:
-    heavy = "{'torch', 'timm', 'sklearn', 'lightning_fabric', 'torchvision', 'matplotlib', 'pyarrow'}"
+    heavy = (
+        "{'torch', 'timm', 'sklearn', 'lightning_fabric', 'torchvision', 'matplotlib', 'pyarrow'}"
+    )
     code = f"import sys; {statement}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -215,7 +222,17 @@ def one_line(capsys) -> str:
 
 
 def mistakes(runs, out: Path) -> dict[str, tuple[list[object], str]]:
-    train = ["train", runs.data, "--mae", runs.mae, "--clusters", runs.clusters, "--out", out, *QUIET]
+    train = [
+        "train",
+        runs.data,
+        "--mae",
+        runs.mae,
+        "--clusters",
+        runs.clusters,
+        "--out",
+        out,
+        *QUIET,
+    ]
     cluster = ["cluster", runs.data, "--mae", runs.mae, "--out", out, *QUIET]
     pretrain = ["pretrain", runs.data, "--out", out, *TINY]
     return {

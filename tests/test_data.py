@@ -125,7 +125,9 @@ def test_numbers_of_an_image_do_not_depend_on_its_batch() -> None:
     images, epochs = torch.arange(50) * 7, torch.arange(50) % 3
     together = keyed_uniform(5, Stream.MASK, epochs, images, 9)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(keyed_uniform(5, Stream.MASK, epochs[order], images[order], 9), together[order])
+    assert torch.equal(
+        keyed_uniform(5, Stream.MASK, epochs[order], images[order], 9), together[order]
+    )
     alone = torch.cat(
         [keyed_uniform(5, Stream.MASK, epochs[i : i + 1], images[i : i + 1], 9) for i in range(50)]
     )
@@ -355,7 +357,12 @@ COLOURS = [(200, 30, 60), (10, 220, 90), (5, 6, 240)]
 def test_parquet_with_bytes_or_structs(tmp_path: Path, struct: bool) -> None:
     content = [encoded(colour) for colour in COLOURS]
     column = [{"bytes": data, "path": "x"} for data in content] if struct else content
-    columns = {"image": column, "id": [7, 8, 9], "label": [1, 0, 1], "split": ["train"] * 2 + ["val"]}
+    columns = {
+        "image": column,
+        "id": [7, 8, 9],
+        "label": [1, 0, 1],
+        "split": ["train"] * 2 + ["val"],
+    }
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     images = load_images(str(tmp_path / "a.parquet"), SIZE)
     assert [tuple(middle(pixels)) for pixels in images.pixels] == COLOURS

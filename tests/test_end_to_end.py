@@ -42,13 +42,45 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = ["--model", TINY_NAME, "--model-args", json.dumps(TINY_ARGS)]
     decoder = ["--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2]
     moce("pretrain", data, "--out", root / "mae", *model, *decoder, "--epochs", 2, *FIT)
-    moce("cluster", data, "--mae", root / "mae", "--out", root / "clusters", "--num-clusters", 6, *QUIET)
+    moce(
+        "cluster",
+        data,
+        "--mae",
+        root / "mae",
+        "--out",
+        root / "clusters",
+        "--num-clusters",
+        6,
+        *QUIET,
+    )
     stage2 = ["train", data, "--mae", root / "mae", "--epochs", 2, *FIT]
     moce(*stage2, "--clusters", root / "clusters", "--num-experts", 3, "--out", root / "moce")
     moce(*stage2, "--method", "mae", "--out", root / "mae_plus")
     moce("customize", root / "moce", task / "train", "--out", root / "backbone", *QUIET)
-    moce("probe", root / "backbone", task, "--out", root / "probe", "--draws", 2, "--num-labels", 12, *QUIET)
-    moce("finetune", root / "backbone", task, "--out", root / "tuned", "--epochs", 2, *FIT, "--batch-size", 8)
+    moce(
+        "probe",
+        root / "backbone",
+        task,
+        "--out",
+        root / "probe",
+        "--draws",
+        2,
+        "--num-labels",
+        12,
+        *QUIET,
+    )
+    moce(
+        "finetune",
+        root / "backbone",
+        task,
+        "--out",
+        root / "tuned",
+        "--epochs",
+        2,
+        *FIT,
+        "--batch-size",
+        8,
+    )
     return root
 
 
@@ -78,7 +110,13 @@ def test_broken_image_is_listed_everywhere_and_used_nowhere(root: Path) -> None:
 
 
 def test_every_run_says_what_it_is_and_how_it_was_made(root: Path) -> None:
-    kinds = {"mae": "mae", "clusters": "clusters", "moce": "moce", "mae_plus": "mae", "tuned": "classifier"}
+    kinds = {
+        "mae": "mae",
+        "clusters": "clusters",
+        "moce": "moce",
+        "mae_plus": "mae",
+        "tuned": "classifier",
+    }
     for run, kind in kinds.items():
         info = json.loads((root / run / "model.json").read_text())
         assert info["kind"] == kind
@@ -110,7 +148,9 @@ def test_mixture_is_self_contained(root: Path, tmp_path: Path) -> None:
         moce("customize", alone, root / "task" / "train", "--out", tmp_path / "backbone", *QUIET)
     finally:
         alone.rename(root / "moce")
-    one, other = (read_tensors(f / "model.safetensors") for f in (root / "backbone", tmp_path / "backbone"))
+    one, other = (
+        read_tensors(f / "model.safetensors") for f in (root / "backbone", tmp_path / "backbone")
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -122,7 +162,9 @@ def test_results_are_accuracies(root: Path) -> None:
     assert 0 <= tuned["accuracy"] <= 1 and len(tuned["classes"]) == 3
 
 
-@pytest.mark.parametrize("command", [["-m", "moce"], ["-c", "import moce.cli, sys; sys.exit(moce.cli.main())"]])
+@pytest.mark.parametrize(
+    "command", [["-m", "moce"], ["-c", "import moce.cli, sys; sys.exit(moce.cli.main())"]]
+)
 def test_entry_points_run(command: list[str]) -> None:
     done = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("moce ")

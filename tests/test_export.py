@@ -28,9 +28,9 @@ from torch.testing import assert_close
 
 import moce
 from moce.clustering.model import ClusterModel
-from moce.customize.bank import Bank
-from moce.customize.export import write_timm_folder
-from moce.customize.selection import choose, count_votes
+from moce.customization.bank import Bank
+from moce.customization.export import write_timm_folder
+from moce.customization.selection import choose, count_votes
 from moce.data.augment import normalise
 from moce.data.images import load_images
 from moce.data.sources import Entry

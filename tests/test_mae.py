@@ -54,7 +54,9 @@ def test_restore_puts_every_patch_back() -> None:
     assert torch.equal(restored, expected)
 
 
-@pytest.mark.parametrize(("patch", "size"), [((4, 4), (16, 16)), ((4, 8), (16, 24)), ((2, 4), (6, 8))])
+@pytest.mark.parametrize(
+    ("patch", "size"), [((4, 4), (16, 16)), ((4, 8), (16, 24)), ((2, 4), (6, 8))]
+)
 def test_unpatchify_is_the_inverse_of_patchify(patch: tuple, size: tuple) -> None:
     images = torch.randn(3, 3, *size)
     assert torch.equal(unpatchify(patchify(images, patch), patch, size), images)
@@ -178,11 +180,12 @@ def test_plain_attention_computes_the_same() -> None:
 
 
 def test_pooling_is_the_mean_of_patches_or_the_class_token() -> None:
+    vit = tiny_encoder(reg_tokens=1).build()
     tokens = torch.randn(2, 6, 8)
-    assert_close(pool_tokens(tokens, 2, "mean"), tokens[:, 2:].mean(dim=1))
-    assert torch.equal(pool_tokens(tokens, 2, "cls"), tokens[:, 0])
+    assert_close(pool_tokens(vit, tokens, "mean"), tokens[:, 2:].mean(dim=1))
+    assert torch.equal(pool_tokens(vit, tokens, "cls"), tokens[:, 0])
     with pytest.raises(MoceError, match="class token"):
-        pool_tokens(tokens, 0, "cls")
+        pool_tokens(tiny_encoder(class_token=False).build(), tokens, "cls")
 
 
 def test_registers_are_no_class_token() -> None:

@@ -136,9 +136,7 @@ def test_features_of_an_image_do_not_depend_on_its_batch() -> None:
     mixture = tiny_moce(tiny_mae(), different=True)
     images, _, clusters = batch(8)
     together = mixture.features(images, clusters)
-    alone = torch.cat(
-        [mixture.features(images[i : i + 1], clusters[i : i + 1]) for i in range(8)]
-    )
+    alone = torch.cat([mixture.features(images[i : i + 1], clusters[i : i + 1]) for i in range(8)])
     assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -245,7 +243,7 @@ def test_one_expert_without_gate_losses_trains_as_the_dense_model(runs, tmp_path
     assert one.keys() == dense.keys()
     for name, value in dense.items():
         assert_close(one[name], value, atol=1e-6, rtol=0, msg=name)
-    moved = (dense["encoder.blocks.1.mlp.fc1.weight"] - before["encoder.blocks.1.mlp.fc1.weight"])
+    moved = dense["encoder.blocks.1.mlp.fc1.weight"] - before["encoder.blocks.1.mlp.fc1.weight"]
     assert moved.abs().max() > 1e-3
 
 

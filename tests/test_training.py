@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,8 @@ def test_rate_rises_to_its_peak_and_falls_to_its_end() -> None:
     assert 0 < rate[0] < 0.03
     assert max(rate) == pytest.approx(2.0, abs=1e-3)
     assert rate.index(max(rate)) == 100
-    assert all(a < b for a, b in zip(rate[:100], rate[1:101], strict=True))
-    assert all(a > b for a, b in zip(rate[100:-1], rate[101:], strict=True))
+    assert all(a < b for a, b in pairwise(rate[:101]))
+    assert all(a > b for a, b in pairwise(rate[100:]))
     assert rate[-1] == pytest.approx(0.5, abs=1e-3)
     assert rate[550] == pytest.approx(0.5 + 1.5 / 2, abs=1e-3)  # half way down the cosine
 
@@ -172,11 +173,13 @@ def test_killed_run_goes_on_from_its_last_checkpoint(runs, tmp_path: Path) -> No
 
 def test_sigterm_saves_and_says_how_to_go_on(runs, tmp_path: Path) -> None:
     """The real command, in a process of its own."""
-    recipe = {**{k: v for k, v in PRETRAIN.items()}, "epochs": 2000, "out": str(tmp_path / "run")}
+    recipe = {**PRETRAIN, "epochs": 2000, "out": str(tmp_path / "run")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "moce", "pretrain", str(runs.data), "--config",
                str(tmp_path / "recipe.yaml")]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         while process.poll() is None and len(read_metrics(tmp_path / "run")) < 2:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)

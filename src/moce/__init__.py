@@ -19,7 +19,7 @@ from moce.errors import MoceError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from moce.customize.bank import Bank
+    from moce.customization.bank import Bank
     from moce.verbs.cluster import ClusterResult
     from moce.verbs.customize import CustomizeResult
     from moce.verbs.demo import DemoResult
@@ -93,7 +93,7 @@ def doctor(**settings: Any) -> DoctorResult:
 
 def load(run: str | Path) -> Bank:
     """Load a `moce train` run, ready to `.select` and `.customize`."""
-    from moce.customize.bank import load as load_bank
+    from moce.customization.bank import load as load_bank
 
     return load_bank(run)
 

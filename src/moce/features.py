@@ -39,6 +39,6 @@ def extract_features(
     with meter("features", steps) as progress, autocast(device, precision):
         for pixels in in_order(images, batch_size, device):
             tokens = encode_tokens(vit, normalise(pixels, spec.mean, spec.std))
-            parts.append(pool_tokens(tokens.float(), vit.num_prefix_tokens, pooling).cpu())
+            parts.append(pool_tokens(vit, tokens.float(), pooling).cpu())
             progress.advance()
     return torch.cat(parts)

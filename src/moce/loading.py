@@ -97,6 +97,8 @@ def _exported_backbone(path: Path) -> Backbone:
         spec = EncoderSpec(config["architecture"], arguments, mean, std)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise MoceError(f"{path / BACKBONE_CONFIG} is not a timm model config: {error!r}") from None
+    if config["model_args"].get("fc_norm"):
+        raise MoceError(f"{path} was fine-tuned, with a norm of its own; give what it came from")
     vit = spec.build(num_classes=0, global_pool="", fc_norm=False)
     tensors = read_tensors(path / "model.safetensors")
     load_weights(vit, {k: v for k, v in tensors.items() if not k.startswith("head.")}, path)

@@ -30,27 +30,40 @@ from moce.errors import MoceError
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
 SKIPPED, STATE = "skipped.jsonl", "state"
+INPUTS = ("data", "images", "init", "mae", "clusters", "run", "backbone")
 FREE_TO_CHANGE = frozenset({"resume", "overwrite", "out", "threads", "log_every", "save_every"})
 
 
-def open_folder(path: Path, *, overwrite: bool, resume: bool = False) -> Path:
+def open_folder(path: Path, settings: Settings) -> Path:
     """Make the folder of a run. Raises MoceError if it has content and nobody said what to do with it.
 
-    Only a folder that looks like moce's own work is ever emptied.
+    `settings` may hold overwrite, resume and inputs. Only a folder that looks like moce's own work
+    and holds none of the inputs is ever emptied.
     """
+    resume = getattr(settings, "resume", None)
     if path.exists() and not path.is_dir():
         raise MoceError(f"{path} is a file; give a folder for the output")
     if path.is_dir() and any(path.iterdir()) and not resume:
-        if not overwrite:
-            raise MoceError(
-                f"{path} is not empty; add --overwrite to replace it, --resume to go on"
-            )
+        if not getattr(settings, "overwrite", False):
+            go_on = "" if resume is None else ", or --resume to go on"
+            raise MoceError(f"{path} is not empty; add --overwrite to replace it{go_on}")
+        _check_apart(path, settings)
         _empty(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MoceError(f"cannot make {path}: {error.strerror}") from None
     return path
+
+
+def _check_apart(path: Path, settings: Settings) -> None:
+    """Raise MoceError if emptying `path` would take an input with it."""
+    for name in INPUTS:
+        value = getattr(settings, name, None)
+        if value is not None and Path(value).expanduser().resolve().is_relative_to(path.resolve()):
+            raise MoceError(
+                f"{path} holds the input {name} ({value}); choose another output folder"
+            )
 
 
 def _empty(path: Path) -> None:

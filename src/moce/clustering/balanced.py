@@ -47,14 +47,15 @@ def balanced_kmeans(
 ) -> Clustering:
     """Group unit features [n, D] into clusters of similar size.
 
-    Rounds go on until at most the share `settled` of the images changes cluster. Every cluster
-    has an image and no two centroids are alike. Raises MoceError if there are fewer distinct
-    images than clusters.
+    Rounds go on until at most the share `settled` of the images changes cluster. Copies of an
+    image share its cluster, and count once in the fit: no split of them could be kept apart.
+    Every cluster has an image and no two centroids are alike. Raises MoceError if there are
+    fewer distinct images than clusters.
     """
     check_count(features.shape[0], num_clusters)
-    sample = sample_features(features, 200 * num_clusters, seed)
-    check_enough(sample, num_clusters)
-    centroids = seed_centroids(sample, num_clusters, seed)
+    everything, features = features, distinct(features)
+    check_enough(features, num_clusters)
+    centroids = seed_centroids(features, num_clusters, seed)
     potentials = features.new_zeros(num_clusters)
     assignment = torch.full((features.shape[0],), -1, device=features.device)
     for round_ in range(1, max_rounds + 1):
@@ -77,17 +78,28 @@ def balanced_kmeans(
     potentials = balance(
         features, centroids, epsilon, potentials, tolerance, FINAL_ITERATIONS, chunk_size
     )
-    potentials, assignment = fill_empty(features, centroids, potentials, epsilon, chunk_size)
+    potentials, _ = fill_empty(features, centroids, potentials, epsilon, chunk_size)
+    assignment = assign(everything, centroids, potentials, epsilon, chunk_size)
     sizes = assignment.bincount(minlength=num_clusters)
     return Clustering(centroids, potentials, assignment, sizes, round_)
 
 
-def sample_features(features: Tensor, size: int, seed: int) -> Tensor:
-    """At most `size` features, drawn without replacement, in their order."""
-    if features.shape[0] <= size:
-        return features
-    generator = torch.Generator().manual_seed(seed)
-    return features[torch.randperm(features.shape[0], generator=generator)[:size].sort().values]
+def distinct(features: Tensor, chunk_size: int = 65536) -> Tensor:
+    """The features without repeated rows, in their order; the tensor itself if none repeats.
+
+    Rows are told apart by three random projections in float64: sorting those is cheap.
+    """
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(features.shape[1], 3, generator=generator, dtype=torch.float64)
+    projection = projection.to(features.device)
+    keys = torch.cat(
+        [features[part].double() @ projection for part in chunks(len(features), chunk_size)]
+    )
+    _, which = (keys * 1e6).round().unique(dim=0, return_inverse=True)
+    first = torch.full((int(which.max()) + 1,), len(features), device=features.device)
+    rows = torch.arange(len(features), device=features.device)
+    first = first.scatter_reduce(0, which, rows, "amin").sort().values
+    return features if len(first) == len(features) else features[first]
 
 
 def check_count(count: int, num_clusters: int) -> None:
@@ -99,20 +111,22 @@ def check_count(count: int, num_clusters: int) -> None:
 
 
 def check_enough(features: Tensor, num_clusters: int) -> None:
-    """Raise MoceError unless there are at least `num_clusters` distinct, finite features."""
+    """Raise MoceError unless there are at least `num_clusters` features, all finite."""
     if not torch.isfinite(features).all():
         raise MoceError("some image features are not finite; is the MAE run damaged?")
-    distinct = features.unique(dim=0).shape[0]
-    if distinct < num_clusters:
+    if len(features) < num_clusters:
         raise MoceError(
-            f"{num_clusters} clusters need as many distinct images, and there are {distinct}; "
-            "lower num_clusters"
+            f"{num_clusters} clusters need as many distinct images, and there are "
+            f"{len(features)}; lower num_clusters"
         )
 
 
 def seed_centroids(features: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Distinct k-means++ seeds among `features`, [K, D]."""
-    seeds, _ = kmeans_plusplus(features.cpu().numpy(), num_clusters, random_state=seed)
+    """Distinct k-means++ seeds, [K, D], from a sample of at most 200 features per cluster."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randperm(len(features), generator=generator)[: 200 * num_clusters].sort().values
+    points = features[sample.to(features.device)].cpu().numpy()
+    seeds, _ = kmeans_plusplus(points, num_clusters, random_state=seed)
     return torch.from_numpy(seeds).to(features)
 
 

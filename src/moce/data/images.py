@@ -64,9 +64,11 @@ def load_images(
     good = [row for row, reason in enumerate(reasons) if reason is None]
     if not good:
         raise MoceError(f"no readable image in {name}; the first one: {reasons[0]}")
-    kept = torch.from_numpy(pixels)
+    for place, row in enumerate(good):  # in place: the pixels may be a file larger than memory
+        if place != row:
+            pixels[place] = pixels[row]
     return ImageSet(
-        pixels=kept if len(good) == len(entries) else kept[good],
+        pixels=torch.from_numpy(pixels)[: len(good)],
         ids=[entries[row].id for row in good],
         labels=[entries[row].label for row in good],
         splits=[entries[row].split for row in good],
@@ -81,6 +83,7 @@ def _allocate(shape: tuple[int, ...], store: Path | None) -> np.ndarray:
     gigabytes = needed / 1e9
     if store is None:
         raise MoceError(f"the images take {gigabytes:.1f} GB, more than the memory has room for")
+    store.parent.mkdir(parents=True, exist_ok=True)
     if needed > shutil.disk_usage(store.parent).free:
         raise MoceError(f"the images take {gigabytes:.1f} GB, more than is free in {store.parent}")
     pixels = np.memmap(store, np.uint8, "w+", shape=shape)
@@ -109,6 +112,8 @@ def _decode_into(pixels: np.ndarray, row: int, entry: Entry) -> str | None:
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """[3, h, w] uint8 of a PIL image: upright, on white where transparent, filled to `size` (h, w)."""
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8 rather than scale
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -82,7 +82,7 @@ def _parquet_entries(table: pyarrow.Table, name: str) -> list[Entry]:
     if table.num_rows == 0:
         raise MoceError(f"no images in {name}")
     images = table.column("image")
-    if pyarrow.types.is_struct(images.type):
+    if pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
         images = pyarrow.compute.struct_field(images, "bytes")
     if not pyarrow.types.is_binary(images.type) and not pyarrow.types.is_large_binary(images.type):
         raise MoceError(f"column 'image' of {name} holds {images.type}, not encoded images")

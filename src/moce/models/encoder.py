@@ -153,10 +153,13 @@ def positions_of(vit: VisionTransformer) -> Tensor:
     return vit.pos_embed
 
 
-def pool_tokens(tokens: Tensor, num_prefix: int, pooling: str) -> Tensor:
-    """One feature per image, [b, width]: the mean of the patch tokens, or the class token."""
+def pool_tokens(vit: VisionTransformer, tokens: Tensor, pooling: str) -> Tensor:
+    """One feature per image, [b, width]: the mean of the patch tokens, or the class token.
+
+    tokens: [b, prefix + patches, width] of `vit`. Raises MoceError if it has no class token.
+    """
     if pooling == "cls":
-        if num_prefix == 0:
+        if vit.cls_token is None:
             raise MoceError("this encoder has no class token; use pooling 'mean'")
         return tokens[:, 0]
-    return tokens[:, num_prefix:].mean(dim=1)
+    return tokens[:, vit.num_prefix_tokens :].mean(dim=1)

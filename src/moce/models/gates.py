@@ -16,7 +16,8 @@ class ClusterGate(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         """weight: [E, D], the initial W."""
         super().__init__()
-        self.weight = nn.Parameter(weight.float().clone())
+        # Fused optimisers read weights and moments as flat memory: one layout, whatever came in.
+        self.weight = nn.Parameter(weight.float().clone(memory_format=torch.contiguous_format))
 
     def table(self, clusters: Tensor, noise: Tensor | None = None) -> Tensor:
         """clusters: [K, D] unit embeddings; noise: [K, E] or None (the clean table). Returns [K, E]."""

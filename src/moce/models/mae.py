@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from moce.errors import MoceError
 from moce.models.encoder import (
     EncoderSpec,
     encode_tokens,
@@ -61,6 +62,8 @@ class Decoder(nn.Module):
 
     def __init__(self, encoder: VisionTransformer, dim: int, depth: int, heads: int) -> None:
         super().__init__()
+        if dim % heads:
+            raise MoceError(f"decoder width {dim} is no multiple of its {heads} attention heads")
         grid, num_prefix = encoder.patch_embed.grid_size, encoder.num_prefix_tokens
         height, width = encoder.patch_embed.patch_size
         self.num_prefix = num_prefix

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moce.customize.bank import Bank
+from moce.customization.bank import Bank
 from moce.errors import MoceError
 from moce.features import input_size
 from moce.loading import read_assignments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jinja2
 
 from moce import __version__
-from moce.customize.bank import Bank, load
+from moce.customization.bank import Bank, load
 from moce.errors import MoceError
 from moce.reporting.blocks import Note, Section
 from moce.reporting.clusters import clusters_section

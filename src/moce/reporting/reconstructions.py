@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moce.customize.bank import Bank
+from moce.customization.bank import Bank
 from moce.data.augment import denormalise, normalise
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_uniform

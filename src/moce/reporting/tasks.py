@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moce.customize.selection import Route, route_name
+from moce.customization.selection import Route, route_name
 from moce.errors import MoceError
 from moce.reporting.blocks import Block, Chart, Chip, Facts, Gallery, Item, Picture, Section
 from moce.reporting.clusters import sampled_montage

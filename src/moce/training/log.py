@@ -21,7 +21,7 @@ class MetricLog:
 
     def write(self, row: dict[str, Any]) -> None:
         with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in flatten(row).items():
                 self._board.add_scalar(name, value, row["step"])

@@ -98,17 +98,24 @@ class _Loop:
                 stopping = stop.received is not None or number + 1 == self.total
                 note = None
                 if stopping or (number + 1) % self.settings.log_every == 0:
+                    self.window.check_finite(self.folder)
                     row = self.window.row(number + 1, self.count, self.settings.batch_size, rate)
                     log.write(row | self.stage.diagnostics())
                     note = _note(row)
                 if stopping or (number + 1) % self.settings.save_every == 0:
-                    self.window.check_finite(self.folder)
+                    self._check_weights()
                     save_checkpoint(self.folder, number + 1, self.stage.module, self.optimiser)
                 progress.advance(note)
                 if stop.received is not None and number + 1 < self.total:
                     raise Interrupted(stop.received, self.folder, number + 1)
         log.close()
         self.stage.module.eval()
+
+    def _check_weights(self) -> None:
+        """A finite loss can still have made a step that overflows: look before saving."""
+        self.window.check_finite(self.folder)
+        if not all(value.isfinite().all() for value in self.stage.module.state_dict().values()):
+            raise MoceError(f"the weights are not finite; {remedy(self.folder)}")
 
     def _set_rate(self, number: int) -> float:
         settings = self.settings
@@ -181,12 +188,17 @@ class Window:
         return row
 
     def check_finite(self, folder: Path) -> None:
-        """Raise MoceError if any loss since the start was not finite; called before every save."""
+        """Raise MoceError if any loss since the start was not finite; called before anything is written."""
         if not self._finite.item():
-            raise MoceError(
-                f"the loss is not finite; {folder} keeps the last good state. "
-                "Try a lower --base-lr, a longer --warmup or --precision float32, then --resume"
-            )
+            raise MoceError(f"the loss is not finite; {remedy(folder)}")
+
+
+def remedy(folder: Path) -> str:
+    """What to try when numbers overflow."""
+    return (
+        f"{folder} keeps the last good state. Start again (--overwrite) with a lower --base-lr, "
+        "a longer --warmup or --precision float32"
+    )
 
 
 def _note(row: dict[str, Any]) -> str | None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.customize.bank import Bank
-from moce.customize.selection import Choice, Route
+from moce.customization.bank import Bank
+from moce.customization.selection import Choice, Route
 from moce.features import extract_features
 from moce.loading import Backbone
 from moce.transfer.probe import linear_predictions

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moce.config import CustomizeSettings
-from moce.customize.bank import load
-from moce.customize.export import write_card, write_timm_folder
-from moce.customize.selection import Choice, route_name
+from moce.customization.bank import load
+from moce.customization.export import write_card, write_timm_folder
+from moce.customization.selection import Choice, route_name
 from moce.data.images import load_images
 from moce.features import input_size
 from moce.hardware import prepare
@@ -51,7 +51,7 @@ def run(settings: CustomizeSettings) -> CustomizeResult:
     choice = bank.select(
         images, settings.strategy, settings.threshold, settings.assign, settings.batch_size
     )
-    folder = open_folder(settings.out, overwrite=settings.overwrite)
+    folder = open_folder(settings.out, settings)
     write_skipped(folder, images.skipped, say)
     write_timm_folder(folder, bank.backbone(choice), bank.encoder_spec)
     write_card(folder, choice, settings.run)

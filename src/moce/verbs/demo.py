@@ -19,8 +19,8 @@ from moce.config import (
     ReportSettings,
     TrainSettings,
 )
-from moce.customize.bank import Bank, load
-from moce.customize.export import write_card, write_timm_folder
+from moce.customization.bank import Bank, load
+from moce.customization.export import write_card, write_timm_folder
 from moce.data.sources import demo_tasks
 from moce.errors import MoceError
 from moce.hardware import prepare
@@ -59,7 +59,7 @@ class DemoResult:
 def run(settings: DemoSettings) -> DemoResult:
     tasks = _tasks(settings.tasks)
     device, precision = prepare(settings)
-    open_folder(settings.out, overwrite=settings.overwrite)
+    open_folder(settings.out, settings)
     demo = _Demo(settings, {"device": device.type, "precision": precision, "seed": settings.seed})
     demo.train()
     demo.compare(tasks, device)

@@ -24,6 +24,7 @@ PACKAGES = (
     "tensorboard",
 )
 LOW_DISK = 5e9  # bytes
+BUSY = 0.9  # programs running on average in the last minute, before moce
 
 
 @dataclass
@@ -113,6 +114,11 @@ def _advice(result: DoctorResult) -> list[str]:
     if result.threads < result.cores:
         advice.append(
             f"only {result.threads} of {result.cores} cores are used; look at OMP_NUM_THREADS"
+        )
+    if result.device == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY:
+        advice.append(
+            "other programs are busy: training can become ten times slower; stop them, or set "
+            "OMP_WAIT_POLICY=passive, which bears them better (and costs a third when alone)"
         )
     if result.device == "cpu" and shutil.which("nvidia-smi"):
         advice.append("there is an NVIDIA driver, but torch sees no device: is it a CPU build?")

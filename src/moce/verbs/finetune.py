@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce.config import FinetuneSettings
-from moce.customize.export import write_timm_folder
+from moce.customization.export import write_timm_folder
 from moce.features import input_size
 from moce.loading import load_backbone
 from moce.runs import write_json, write_model, write_skipped

@@ -22,6 +22,10 @@ from moce.training.stages import mae_stage
 from moce.verbs.start import open_run, pixel_store, settle
 
 PRETRAINED = "pretrained"
+OF_THE_MODEL = frozenset(
+    {"model", "model_args", "img_size", "mask_ratio", "norm_pix"}
+    | {"decoder_dim", "decoder_depth", "decoder_heads"}
+)
 
 
 @dataclass
@@ -39,6 +43,8 @@ class PretrainResult:
 def run(settings: PretrainSettings) -> PretrainResult:
     settings, device = settle(settings)
     spec, mae = _build(settings)
+    if mae.encoder.in_chans != 3:
+        raise MoceError(f"images have 3 channels; in_chans {mae.encoder.in_chans} is not supported")
     images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
     open_run(settings)
     write_skipped(settings.out, images.skipped, say)
@@ -57,6 +63,11 @@ def save_mae(folder: Path, spec: MAESpec, mae: MAE, images: ImageSet) -> Pretrai
 
 def _build(settings: PretrainSettings) -> tuple[MAESpec, MAE]:
     if settings.init is not None and settings.init != PRETRAINED:
+        given = sorted(settings.model_fields_set & OF_THE_MODEL)
+        if given:
+            raise MoceError(
+                f"{given[0]} comes from the run of --init {settings.init}; leave it out"
+            )
         return load_mae(Path(settings.init))
     arguments = dict(settings.model_args)
     if settings.img_size is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -75,11 +74,7 @@ def run(settings: ProbeSettings) -> ProbeResult:
         std=float(np.std(values)),
     )
     if settings.out is not None:
-        _write(settings.out, settings.overwrite, result, task.skipped)
+        folder = open_folder(settings.out, settings)
+        write_skipped(folder, task.skipped, say)
+        write_json(folder / "results.json", asdict(result))
     return result
-
-
-def _write(out: Path, overwrite: bool, result: ProbeResult, skipped: list[tuple[str, str]]) -> None:
-    folder = open_folder(out, overwrite=overwrite)
-    write_skipped(folder, skipped, say)
-    write_json(folder / "results.json", asdict(result))

@@ -37,7 +37,7 @@ def settle(settings: R) -> tuple[R, torch.device]:
 
 def open_run(settings: RunSettings) -> Path:
     """The output folder, ready to write to: called when all inputs have been found good."""
-    return open_folder(settings.out, overwrite=settings.overwrite, resume=_resumes(settings))
+    return open_folder(settings.out, settings)
 
 
 def _resumes(settings: RunSettings) -> bool:
@@ -46,5 +46,4 @@ def _resumes(settings: RunSettings) -> bool:
 
 def pixel_store(settings: RunSettings) -> Path:
     """Where pixels go that the memory has no room for: a passing file beside the output folder."""
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
     return settings.out.with_name(f".{settings.out.name}.pixels")

@@ -18,7 +18,7 @@ from moce.loading import load_clusters, load_mae, read_assignments
 from moce.models.gates import gate_for, random_gate
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec, check_blocks, default_blocks
-from moce.runs import read_metrics, write_model, write_skipped
+from moce.runs import read_config, read_metrics, write_model, write_skipped
 from moce.training.loop import fit
 from moce.training.progress import say
 from moce.training.stages import mae_stage, moce_stage
@@ -75,6 +75,9 @@ def assign_images(
 ) -> Tensor:
     """The cluster of every image, [n] int64: as it was clustered, or assigned if it was not there."""
     assert settings.clusters is not None
+    origin = read_config(settings.clusters)["data"]
+    if origin != settings.data:
+        say(f"the clusters were made from {origin}; images are matched to them by name")
     known = read_assignments(settings.clusters)
     cluster_of = torch.tensor([known.get(name, -1) for name in images.ids])
     unseen = (cluster_of < 0).nonzero()[:, 0].tolist()

@@ -57,19 +57,23 @@ def choose(
     similarity: tuple[float, float],
     strategy: str = "auto",
     threshold: float = 0.5,
+    num_experts: int | None = None,
 ) -> Choice:
     """Pick experts for images that fall into clusters as `histogram` [K] says.
 
     routes: [K, blocks] int64, every cluster's experts; gains: [K, blocks], the scale of their
-    outputs; sizes: [K], the training images of every cluster.
+    outputs; sizes: [K], the training images of every cluster; num_experts: E (default: as many
+    as the routes name). Raises MoceError if the histogram is empty.
     """
+    if histogram.sum() == 0:
+        raise MoceError("no images to choose experts by")
     votes = count_votes(histogram, routes)
     winner = next(iter(votes))
     share = votes[winner] / sum(votes.values())
     if strategy == "auto":
         strategy = "route" if share >= threshold else "merge"
     weights = strategy_weights(strategy, histogram, sizes, on_route(routes, winner))
-    num_experts = int(routes.max()) + 1
+    num_experts = num_experts or int(routes.max()) + 1
     shares, scale, spread = expert_weights(weights, routes, gains, num_experts)
     return Choice(
         route=winner,

@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.models import VisionTransformer, save_for_hf
 
-from moce.customize.selection import Choice, route_name
+from moce.customization.selection import Choice, route_name
 from moce.models.encoder import EncoderSpec
 from moce.runs import write_json, write_text
 

@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.clustering.model import ClusterModel
-from moce.customize.selection import Choice, Route, choose, count_votes
+from moce.customization.selection import Choice, Route, choose, count_votes
 from moce.data.images import as_image_set
 from moce.features import extract_features, input_size
 from moce.loading import load_moce
@@ -84,6 +84,7 @@ class Bank:
             (similarity, self.clusters.similarity),
             strategy,
             threshold,
+            self.model.num_experts,
         )
 
     def backbone(self, choice: Choice) -> VisionTransformer:
@@ -92,7 +93,7 @@ class Bank:
         return self.model.dense_encoder(shares, gains)
 
     def route_backbone(self, route: Route) -> VisionTransformer:
-        """The dense encoder of one route, whatever the task."""
+        """The dense encoder of one route, whatever the task. Raises MoceError if no cluster takes it."""
         chosen = (self.model.routes() == torch.tensor(route)).all(dim=1)
         histogram = self.model.cluster_sizes.long() * chosen
         return self.backbone(self.choose(histogram, 0.0, "route"))
