@@ -84,8 +84,10 @@ def spread_clusters(bank: Bank, members: list[list[int]], count: int) -> list[in
 
 def draw_overview(bank: Bank, images: ImageSet, members: list[list[int]], demo: Path) -> Figure:
     """From unlabelled images to clusters, experts and a backbone per task."""
-    figure = Figure(figsize=(11, 3.6))
-    grid = figure.add_gridspec(1, 4, width_ratios=[1, 1, 0.75, 1.25], wspace=0.12)
+    figure = Figure(figsize=(12.5, 3.1))
+    first = figure.add_gridspec(1, 2, left=0, right=0.49, wspace=0.05)
+    rest = figure.add_gridspec(1, 2, left=0.52, right=1, wspace=0.36, width_ratios=[0.8, 1.2])
+    grid = [first[0], first[1], rest[0], rest[1]]
     show(figure.add_subplot(grid[0]), mosaic(images.pixels[:81], 9), "1  unlabelled images")
     rows = [members[k][:9] for k in spread_clusters(bank, members, 9)]
     picture = mosaic(images.pixels[[row for strip in rows for row in strip]], 9)

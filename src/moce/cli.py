@@ -32,7 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        _print_result(VERBS[name].run(_values(options)), as_json=options.get("json", False))
+        _print_result(
+            VERBS[name].run(_values(VERBS[name].settings, options)),
+            as_json=options.get("json", False),
+        )
     except MoceError as error:
         print(f"moce {name}: {error}", file=sys.stderr)
         return getattr(error, "exit_status", 2)
@@ -75,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
 def _unknown_flags(unknown: list[str], verb: str | None) -> str:
     import difflib
 
-    flags = [_flag(name, field) for name, field in _fields(VERBS[verb].settings)] if verb else []
+    flags = [_flag(name) for name, field in _fields(VERBS[verb].settings)] if verb else []
     flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
     near = difflib.get_close_matches(flag, [*flags, "--config", "--help"], n=1)
     return f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "")
@@ -85,7 +88,7 @@ def _fields(settings: type[Settings]) -> list[tuple[str, FieldInfo]]:
     return [(field.alias or name, field) for name, field in settings.model_fields.items()]
 
 
-def _flag(name: str, field: FieldInfo) -> str:
+def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
@@ -106,11 +109,9 @@ def _add_verb(verbs: Any, verb: Verb) -> None:
             parser.add_argument(name, metavar=name.upper(), nargs=many or "?", help=_help(field))
         elif field.annotation is bool:
             action = argparse.BooleanOptionalAction
-            parser.add_argument(_flag(name, field), dest=name, action=action, help=_help(field))
+            parser.add_argument(_flag(name), dest=name, action=action, help=_help(field))
         else:
-            parser.add_argument(
-                _flag(name, field), dest=name, metavar=_metavar(field), help=_help(field)
-            )
+            parser.add_argument(_flag(name), dest=name, metavar=_metavar(field), help=_help(field))
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML recipe of settings; flags win over it"
     )
@@ -123,39 +124,57 @@ def _help(field: FieldInfo) -> str:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     return "yes" if value is True else str(value)
 
 
 def _metavar(field: FieldInfo) -> str:
-    kinds = [field.annotation, *typing.get_args(field.annotation)]
     if typing.get_origin(field.annotation) is Literal:
         return "{" + ",".join(typing.get_args(field.annotation)) + "}"
+    if _holds(field, tuple):
+        return "A,B,..."
     for kind, shown in ((float, "X"), (int, "N"), (Path, "PATH"), (dict, "YAML")):
-        if kind in kinds or any(typing.get_origin(k) is kind for k in kinds):
+        if _holds(field, kind) or kind in _bare_types(field):
             return shown
-    is_list = any(typing.get_origin(k) is tuple for k in kinds)
-    return "A,B,..." if is_list else "NAME"
+    return "NAME"
 
 
-def _values(options: dict[str, Any]) -> dict[str, Any]:
+def _bare_types(field: FieldInfo) -> list[Any]:
+    """The types in Annotated[int, ...] | None, without what annotates them."""
+    return [
+        typing.get_args(kind)[0]
+        for kind in typing.get_args(field.annotation)
+        if typing.get_args(kind)
+    ]
+
+
+def _values(settings: type[Settings], options: dict[str, Any]) -> dict[str, Any]:
     """Settings of the recipe, overridden by those of the flags."""
     recipe = options.pop("config", None)
-    given = {name: _read(name, value) for name, value in options.items() if value is not None}
+    fields = dict(_fields(settings))
+    given = {n: _read(n, fields[n], value) for n, value in options.items() if value is not None}
     return {**(read_recipe(recipe) if recipe else {}), **given}
 
 
-def _read(name: str, value: Any) -> Any:
+def _read(name: str, field: FieldInfo, value: Any) -> Any:
     """Lists are written 9,11 and mappings as YAML; everything else is for the settings to read."""
     if not isinstance(value, str):
         return value
-    if name == "model_args":
+    if _holds(field, dict):
         try:
             return yaml.safe_load(value)
         except yaml.YAMLError:
-            raise MoceError(f"--model-args is not valid YAML: {value}") from None
-    if name in ("moe_blocks", "tasks"):
+            raise MoceError(f"{_flag(name)} is not valid YAML: {value}") from None
+    if _holds(field, tuple):
         return [part for part in value.split(",") if part]
     return value
+
+
+def _holds(field: FieldInfo, kind: type) -> bool:
+    """Whether a field is of this kind, or of it or None."""
+    kinds = [field.annotation, *typing.get_args(field.annotation)]
+    return any(known is kind or typing.get_origin(known) is kind for known in kinds)
 
 
 def _print_result(result: Any, *, as_json: bool) -> None:

@@ -22,6 +22,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 
+Channels = tuple[float, float, float]
+
 Strategy = Literal["auto", "route", "merge", "generalist"]
 GateScale = Literal["straight_through", "prob"]
 GateInit = Literal["centroids", "random"]
@@ -94,6 +96,12 @@ class PretrainSettings(TrainingSettings):
     img_size: Count | None = Field(None, description="image side in pixels (default: the model's)")
     init: str | None = Field(
         None, description="start from a moce MAE run, or the timm model's own weights: 'pretrained'"
+    )
+    mean: Channels = Field(
+        (0.485, 0.456, 0.406), description="mean of the channels, 0..1, that pixels are centred on"
+    )
+    std: Channels = Field(
+        (0.229, 0.224, 0.225), description="deviation of the channels that pixels are scaled by"
     )
     mask_ratio: OpenFraction = Field(0.75, description="share of patches hidden")
     norm_pix: bool = Field(True, description="predict pixels normalised per patch")
@@ -241,7 +249,7 @@ class DemoSettings(RuntimeSettings):
     num_experts: Count = Field(4, description="experts E per MoE block")
     num_labels: Count = Field(150, description="labelled images per draw")
     draws: Count = Field(3, description="draws of labels per probe")
-    finetune_epochs: Positive = Field(25, description="epochs of each fine-tune")
+    finetune_epochs: Positive = Field(20, description="epochs of each fine-tune")
 
 
 class DoctorSettings(Settings):

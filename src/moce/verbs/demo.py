@@ -35,6 +35,8 @@ from moce.verbs.tables import results_table
 IMAGES = "demo:pretrain"
 # A ViT small enough to learn something in two minutes on two cores.
 ENCODER: dict[str, Any] = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+# The same for all channels: grey images, half of the pool, then stay grey.
+GREY: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 DECODER: dict[str, Any] = {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 4}
 TRAINING: dict[str, Any] = {"batch_size": 64, "save_every": 1000}
 
@@ -113,6 +115,7 @@ class _Demo:
                     epochs=settings.pretrain_epochs,
                     base_lr=6e-3,
                     **DECODER,
+                    **GREY,
                     **TRAINING,
                     **self.runtime,
                 )

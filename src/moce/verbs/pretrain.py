@@ -23,7 +23,7 @@ from moce.verbs.start import open_run, pixel_store, settle
 
 PRETRAINED = "pretrained"
 OF_THE_MODEL = frozenset(
-    {"model", "model_args", "img_size", "mask_ratio", "norm_pix"}
+    {"model", "model_args", "img_size", "mean", "std", "mask_ratio", "norm_pix"}
     | {"decoder_dim", "decoder_depth", "decoder_heads"}
 )
 
@@ -74,7 +74,7 @@ def _build(settings: PretrainSettings) -> tuple[MAESpec, MAE]:
         arguments["img_size"] = settings.img_size
     pretrained = settings.init == PRETRAINED
     spec = MAESpec(
-        encoder=_encoder_spec(settings.model, arguments, pretrained),
+        encoder=_encoder_spec(settings, arguments, pretrained),
         decoder_dim=settings.decoder_dim,
         decoder_depth=settings.decoder_depth,
         decoder_heads=settings.decoder_heads,
@@ -87,9 +87,12 @@ def _build(settings: PretrainSettings) -> tuple[MAESpec, MAE]:
         raise MoceError(f"cannot get timm's weights of {settings.model}: {error}") from None
 
 
-def _encoder_spec(name: str, arguments: dict, pretrained: bool) -> EncoderSpec:
-    """Pixels are normalised as timm's weights want it; from scratch, by ImageNet's statistics."""
-    if not pretrained or not timm.is_model(name):
-        return EncoderSpec(name, arguments)
-    cfg: Any = timm.models.get_pretrained_cfg(name)
-    return EncoderSpec(name, arguments, tuple(cfg.mean), tuple(cfg.std))
+def _encoder_spec(settings: PretrainSettings, arguments: dict, pretrained: bool) -> EncoderSpec:
+    """Pixels are normalised as timm's weights want it, unless the settings say otherwise."""
+    name, mean, std = settings.model, settings.mean, settings.std
+    if pretrained and timm.is_model(name):
+        cfg: Any = timm.models.get_pretrained_cfg(name)
+        given = settings.model_fields_set
+        mean = mean if "mean" in given else tuple(cfg.mean)
+        std = std if "std" in given else tuple(cfg.std)
+    return EncoderSpec(name, arguments, mean, std)
