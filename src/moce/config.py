@@ -243,13 +243,13 @@ class DemoSettings(RuntimeSettings):
     out: Path = Field(Path("runs/demo"), description="folder to write the runs to")
     overwrite: bool = Field(False, description="replace what is in the output folder")
     tasks: tuple[str, ...] = Field((), description="tasks to run (default: all embedded ones)")
-    pretrain_epochs: Positive = Field(20, description="epochs of the MAE")
-    train_epochs: Positive = Field(10, description="epochs of MoCE and of MAE+")
+    pretrain_epochs: Positive = Field(18, description="epochs of the MAE")
+    train_epochs: Positive = Field(8, description="epochs of MoCE and of MAE+")
     num_clusters: Count = Field(48, description="clusters K")
     num_experts: Count = Field(4, description="experts E per MoE block")
     num_labels: Count = Field(150, description="labelled images per draw")
     draws: Count = Field(3, description="draws of labels per probe")
-    finetune_epochs: Positive = Field(20, description="epochs of each fine-tune")
+    finetune_epochs: Positive = Field(16, description="epochs of each fine-tune")
 
 
 class DoctorSettings(Settings):
