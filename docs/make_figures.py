@@ -1,4 +1,4 @@
-"""Draw the figures of the README and the docs from a run of the demo.
+"""Draw the figures of the README and the docs, and the README's table, from a run of the demo.
 
 make demo && .venv/bin/python docs/make_figures.py runs/demo
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ from moce.data.keyed import Stream, keyed_uniform
 from moce.loading import load_mae, read_assignments
 from moce.reporting.reconstructions import hide, paste
 from moce.reporting.style import INK, SOFT, expert_colour, faded
+from moce.runs import read_info
+from moce.transfer.results import Results
 
-FIGURES = Path(__file__).parent / "figures"
+DOCS = Path(__file__).parent
+FIGURES = DOCS / "figures"
+MARK = "<!-- demo results -->"
 IMAGES = "demo:pretrain"
 
 
@@ -41,11 +46,45 @@ def main() -> None:
     save(draw_clusters(bank, images, members), "clusters.png")
     save(draw_experts(bank), "experts.png")
     save(draw_reconstructions(bank, images, members, demo), "reconstructions.png")
+    shutil.copy(demo / "results.json", DOCS / "demo_results.json")
+    write_table(json.loads((demo / "results.json").read_text()), demo)
 
 
 def save(figure: Figure, name: str) -> None:
     figure.savefig(FIGURES / name, dpi=130, facecolor="white", bbox_inches="tight", pad_inches=0.1)
     print(FIGURES / name)
+
+
+def write_table(content: dict[str, Any], demo: Path) -> None:
+    """Put the results between the two marks in the README."""
+    results = Results(content)
+    probes, tuned = ("mae", "mae_plus", "moce", "random_route", "oracle"), ("mae_plus", "moce")
+    columns = [("linear_probe", m) for m in probes] + [("finetune", m) for m in tuned]
+    lines = [
+        "| task | strategy, vote | MAE | MAE+ | MoCE | random route | oracle | regret "
+        "| MAE+ tuned | MoCE tuned |",
+        "|---|---|" + "--:|" * 8,
+    ]
+    for task, choice in results.selection.items():
+        cells = [show_values(results.values(task, *column)) for column in columns]
+        cells.insert(5, f"{100 * (results.regret(task) or 0):+.1f}")
+        cells = [task, f"{choice['strategy']}, {choice['share']:.0%}", *cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    means = [f"**{100 * (results.average(*column) or 0):.1f}**" for column in columns]
+    regrets = [results.regret(task) or 0 for task in results.tasks]
+    means.insert(5, f"**{100 * np.mean(regrets):+.1f}**")
+    lines.append(f"| **mean** | | {' | '.join(means)} |")
+    revision = read_info(demo / "moce")["git_revision"]
+    seconds = sum(results.seconds.values())
+    lines += ["", f"Revision {revision}, seed 0, {seconds:.0f} s on 2 CPU cores with bf16."]
+    before, _, after = (DOCS.parent / "README.md").read_text().split(MARK)
+    text = f"{before}{MARK}\n{chr(10).join(lines)}\n{MARK}{after}"
+    (DOCS.parent / "README.md").write_text(text)
+
+
+def show_values(values: list[float]) -> str:
+    mean = f"{100 * np.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * np.std(values):.1f}"
 
 
 def cluster_members(images: ImageSet, demo: Path) -> list[list[int]]:

@@ -7,6 +7,7 @@ import pytest
 
 import moce
 from moce.runs import read_info
+from moce.verbs.demo import ENCODER
 from moce.verbs.tables import results_table
 
 RUN = {"config.yaml", "metrics.jsonl", "model.json", "model.safetensors", "state"}
@@ -74,4 +75,4 @@ def test_its_runs_customise_any_task(demo: Path) -> None:
     bank = moce.load(demo / "moce")
     choice = bank.select("demo:emoji")
     assert sum(choice.votes.values()) == sum(choice.cluster_histogram) == 707
-    assert bank.customize("demo:emoji").num_features == 128
+    assert bank.customize("demo:emoji").num_features == ENCODER["embed_dim"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -61,7 +60,8 @@ def matmul_rate(
 
 def prepare(settings: RuntimeSettings) -> tuple[torch.device, str]:
     """Set threads and seed; (device, precision) of the settings, resolved."""
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    if settings.threads is not None:  # else torch's choice: OMP_NUM_THREADS, or all cores
+        torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     device = resolve_device(settings.device)
     return device, resolve_precision(settings.precision, device)
