@@ -48,7 +48,9 @@ class RuntimeSettings(Settings):
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto", description="arithmetic of the networks; auto picks bf16 where it is faster"
     )
-    threads: Count | None = Field(None, description="CPU threads (default: OMP_NUM_THREADS, or all cores)")
+    threads: Count | None = Field(
+        None, description="CPU threads (default: OMP_NUM_THREADS, or all cores)"
+    )
 
 
 class RunSettings(RuntimeSettings):
