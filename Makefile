@@ -27,7 +27,7 @@ $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml
 	@touch $(VENV)/.installed $@
 
 demo: $(VENV)/.installed
-	$(BIN)/moce demo --out runs/demo --overwrite
+	$(BIN)/moce demo --out runs/demo --reuse
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest

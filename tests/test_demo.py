@@ -12,22 +12,22 @@ from moce.verbs.tables import results_table
 
 RUN = {"config.yaml", "metrics.jsonl", "model.json", "model.safetensors", "state"}
 TASKS = ("digits", "vehicles")
+SETTINGS = {
+    "tasks": TASKS,
+    "pretrain_epochs": 0.1,
+    "train_epochs": 0.1,
+    "num_clusters": 8,
+    "num_experts": 2,
+    "num_labels": 40,
+    "draws": 2,
+    "finetune_epochs": 1,
+}
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "run"
-    moce.demo(
-        out=out,
-        tasks=TASKS,
-        pretrain_epochs=0.1,
-        train_epochs=0.1,
-        num_clusters=8,
-        num_experts=2,
-        num_labels=40,
-        draws=2,
-        finetune_epochs=1,
-    )
+    moce.demo(out=out, **SETTINGS)
     return out
 
 
@@ -35,7 +35,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_leaves_ordinary_run_folders(demo: Path) -> None:
     names = {path.name for path in demo.iterdir()}
     runs = {"mae", "clusters", "moce", "mae_plus"}
-    assert names == runs | {"backbones", "finetune", "results.json", "report.html"}
+    assert names == runs | {"backbones", "finetune", "results.json", "report.html", "demo.json"}
     for name in ("mae", "moce", "mae_plus"):
         assert {path.name for path in (demo / name).iterdir()} == RUN
     kinds = [read_info(demo / name)["kind"] for name in ("mae", "clusters", "moce", "mae_plus")]
@@ -76,3 +76,11 @@ def test_its_runs_customise_any_task(demo: Path) -> None:
     choice = bank.select("demo:emoji")
     assert sum(choice.votes.values()) == sum(choice.cluster_histogram) == 707
     assert bank.customize("demo:emoji").num_features == ENCODER["embed_dim"]
+
+
+@pytest.mark.slow
+def test_a_second_run_shows_what_is_there(demo: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
+    result = moce.demo(out=demo, reuse=True, **SETTINGS)
+    assert result.results == json.loads((demo / "results.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before

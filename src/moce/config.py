@@ -244,6 +244,10 @@ class DemoSettings(RuntimeSettings):
 
     out: Path = Field(Path("runs/demo"), description="folder to write the runs to")
     overwrite: bool = Field(False, description="replace what is in the output folder")
+    reuse: bool = Field(
+        False,
+        description="show what is there if the same settings and version made it, else run anew",
+    )
     tasks: tuple[str, ...] = Field((), description="tasks to run (default: all embedded ones)")
     pretrain_epochs: Positive = Field(18, description="epochs of the MAE")
     train_epochs: Positive = Field(8, description="epochs of MoCE and of MAE+")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from moce.data.sources import demo_tasks
 from moce.errors import MoceError
 from moce.hardware import prepare
 from moce.loading import load_backbone
-from moce.runs import open_folder, write_json
+from moce.runs import open_folder, provenance, write_json
 from moce.training.progress import say
 from moce.transfer.compare import Comparison, compare_probes
 from moce.transfer.task import load_task
@@ -33,6 +34,7 @@ from moce.verbs import cluster, finetune, pretrain, report, train
 from moce.verbs.tables import results_table
 
 IMAGES = "demo:pretrain"
+DONE = "demo.json"  # written last: what made the folder
 # A ViT small enough to learn something in two minutes on two cores.
 ENCODER: dict[str, Any] = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
 # The same for all channels: grey images, half of the pool, then stay grey.
@@ -60,6 +62,11 @@ class DemoResult:
 
 def run(settings: DemoSettings) -> DemoResult:
     tasks = _tasks(settings.tasks)
+    if settings.reuse:
+        if _is_done(settings):
+            results = json.loads((settings.out / "results.json").read_text())
+            return DemoResult(settings.out, results, settings.out / "report.html")
+        settings = settings.model_copy(update={"overwrite": True})
     device, precision = prepare(settings)
     open_folder(settings.out, settings)
     demo = _Demo(settings, {"device": device.type, "precision": precision, "seed": settings.seed})
@@ -75,7 +82,19 @@ def run(settings: DemoSettings) -> DemoResult:
     with demo.timed("report"):
         report.run(ReportSettings(runs=(settings.out,), out=page))
     write_json(settings.out / "results.json", results)
+    write_json(settings.out / DONE, _origin(settings))
     return DemoResult(settings.out, results, page)
+
+
+def _is_done(settings: DemoSettings) -> bool:
+    """Whether the folder holds a whole demo of these settings and this version."""
+    path = settings.out / DONE
+    return path.is_file() and json.loads(path.read_text()) == _origin(settings)
+
+
+def _origin(settings: DemoSettings) -> dict[str, Any]:
+    values = settings.model_dump(mode="json", exclude={"out", "overwrite", "reuse", "threads"})
+    return {"settings": values, **provenance()}
 
 
 def _tasks(wanted: tuple[str, ...]) -> list[str]:
