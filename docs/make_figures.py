@@ -177,7 +177,7 @@ def draw_tasks(axes: Axes, results: dict[str, Any]) -> None:
 
 def draw_clusters(bank: Bank, images: ImageSet, members: list[list[int]]) -> Figure:
     """Twelve clusters, sixteen images each."""
-    figure = Figure(figsize=(9, 6))
+    figure = Figure(figsize=(9, 4.4))
     chosen = spread_clusters(bank, members, 12)
     for place, cluster in enumerate(chosen):
         axes = figure.add_subplot(4, 3, place + 1)

@@ -120,7 +120,8 @@ def test_examples_are_valid_commands(verb: str) -> None:
 
     options = vars(build_parser().parse_args(VERBS[verb].example.split()[1:]))
     options.pop("verb")
-    config.parse(VERBS[verb].settings, _values(options))
+    settings = VERBS[verb].settings
+    config.parse(settings, _values(settings, options))
 
 
 def test_help_of_all_names_every_verb(capsys) -> None:
@@ -352,3 +353,28 @@ def test_functions_take_what_the_command_line_takes(runs, tmp_path: Path) -> Non
     result = moce.probe(runs.backbone, runs.task, kind="knn", draws=2, num_labels=9, **RUNTIME)
     assert len(result.values) == 2 and result.labels == 9
     assert moce.probe(runs.mae, str(runs.task), **RUNTIME).protocol == "linear"
+
+
+def test_overwrite_spares_folders_that_merely_hold_a_known_name(runs, tmp_path: Path) -> None:
+    """A config.json in somebody's project does not make the folder above it a run."""
+    (tmp_path / "home" / "proj").mkdir(parents=True)
+    (tmp_path / "home" / "proj" / "config.json").write_text("{}")
+    (tmp_path / "home" / "thesis").mkdir()
+    (tmp_path / "home" / "thesis" / "important.txt").write_text("mine")
+    words = ["customize", runs.moce, runs.task, "--out", tmp_path / "home", "--overwrite", *QUIET]
+    assert status_of(words) == 2
+    assert (tmp_path / "home" / "thesis" / "important.txt").read_text() == "mine"
+
+
+def test_overwrite_spares_foreign_files_in_a_run(runs, tmp_path: Path) -> None:
+    run = copy_run(runs.backbone, tmp_path / "run")
+    (run / "notes.txt").write_text("mine")
+    words = ["customize", runs.moce, runs.task, "--out", run, "--overwrite", *QUIET]
+    assert status_of(words) == 2
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_bare_resume_keeps_the_settings_of_the_run(runs, tmp_path: Path) -> None:
+    run = copy_run(runs.mae, tmp_path / "run")
+    assert status_of(["pretrain", runs.data, "--out", run, "--resume"]) == 0
+    assert status_of(["pretrain", runs.data, "--out", run, "--resume", "--epochs", 3]) == 2

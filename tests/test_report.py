@@ -18,7 +18,7 @@ from conftest import Runs
 import moce
 from moce.models.mae import patch_target, patchify, random_mask
 from moce.reporting.gather import gather
-from moce.reporting.pictures import find_domains, montage
+from moce.reporting.pictures import domain_of, find_domains, montage
 from moce.reporting.reconstructions import hide, paste
 from moce.reporting.results import Results
 from moce.reporting.training import curve, first_epoch
@@ -241,3 +241,9 @@ def test_results_with_gaps() -> None:
     assert results.regret("t") is None
     assert results.average("linear_probe", "oracle") is None
     assert results.columns() == [("linear_probe", "moce")]
+
+
+def test_loose_images_beside_folders_are_a_domain_of_their_own() -> None:
+    ids = ["cats/1.png", "cats/2.png", "dogs/1.png", "loose.png"]
+    assert find_domains(ids) == ["cats", "dogs", ""]
+    assert [domain_of(name) for name in ids] == ["cats", "cats", "dogs", ""]

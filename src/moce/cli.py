@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import yaml
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from moce import __version__
 from moce.config import Settings, read_recipe
@@ -102,9 +101,10 @@ def _add_verb(verbs: Any, verb: Verb) -> None:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, field in _fields(verb.settings):
+    common = {name for name, _ in _fields(Settings)}
+    for name, field in sorted(_fields(verb.settings), key=lambda pair: pair[0] in common):
         if name in verb.positional:
-            many = "+" if typing.get_origin(field.annotation) is tuple else None
+            many = "*" if typing.get_origin(field.annotation) is tuple else None
             # Optional here, because a recipe may give it; the settings class insists on it.
             parser.add_argument(name, metavar=name.upper(), nargs=many or "?", help=_help(field))
         elif field.annotation is bool:
@@ -119,8 +119,10 @@ def _add_verb(verbs: Any, verb: Verb) -> None:
 
 def _help(field: FieldInfo) -> str:
     text = (field.description or "").replace("%", "%%")
-    shown = field.default not in (None, PydanticUndefined, (), False) and field.default != {}
-    return f"{text} (default: {_show(field.default)})" if shown else text
+    if field.is_required():
+        return f"{text} (required)"
+    hidden = field.default is None or field.default is False or field.default in ((), {})
+    return text if hidden else f"{text} (default: {_show(field.default)})"
 
 
 def _show(value: Any) -> str:
@@ -153,7 +155,9 @@ def _values(settings: type[Settings], options: dict[str, Any]) -> dict[str, Any]
     """Settings of the recipe, overridden by those of the flags."""
     recipe = options.pop("config", None)
     fields = dict(_fields(settings))
-    given = {n: _read(n, fields[n], value) for n, value in options.items() if value is not None}
+    given = {
+        n: _read(n, fields[n], value) for n, value in options.items() if value not in (None, [])
+    }
     return {**(read_recipe(recipe) if recipe else {}), **given}
 
 

@@ -38,6 +38,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
+    json_output: bool = Field(
+        False, alias="json", exclude=True, description="print the result as JSON"
+    )
 
 
 class RuntimeSettings(Settings):
@@ -190,13 +193,14 @@ class CustomizeSettings(RuntimeSettings):
         "balanced", description="cluster of an image: as in training, or the nearest centroid"
     )
     batch_size: Count = Field(256, description="images per forward pass")
-    json_output: bool = Field(False, alias="json", description="print the result as JSON")
 
 
 class ProbeSettings(RuntimeSettings):
     """Score frozen features on a labelled task with a linear or nearest-neighbour classifier."""
 
-    backbone: str = Field(description="customised folder, MAE run folder, or timm model name")
+    backbone: str = Field(
+        description="customised folder, MAE run folder, timm name (nothing fine-tuned)"
+    )
     data: str = Field(description="labelled images: class folders (train/ and test/ if split)")
     kind: Literal["linear", "knn"] = Field("linear", description="classifier")
     num_labels: Count | None = Field(None, description="labelled images per draw (default: all)")
@@ -206,13 +210,14 @@ class ProbeSettings(RuntimeSettings):
     batch_size: Count = Field(256, description="images per forward pass")
     out: Path | None = Field(None, description="folder to write results.json to")
     overwrite: bool = Field(False, description="replace what is in the output folder")
-    json_output: bool = Field(False, alias="json", description="print the result as JSON")
 
 
 class FinetuneSettings(TrainingSettings):
     """Train a backbone end to end on a labelled task."""
 
-    backbone: str = Field(description="customised folder, MAE run folder, or timm model name")
+    backbone: str = Field(
+        description="customised folder, MAE run folder, timm name (nothing fine-tuned)"
+    )
     data: str = Field(description="labelled images: class folders (train/ and test/ if split)")
     num_labels: Count | None = Field(None, description="labelled images to train on (default: all)")
     epochs: Positive = Field(100, description="passes over the images (fractions allowed)")
@@ -262,7 +267,6 @@ class DoctorSettings(Settings):
     """Report versions, devices, precision, threads, disk space and what to mend."""
 
     out: Path = Field(Path(), description="folder whose free disk space is looked at")
-    json_output: bool = Field(False, alias="json", description="print the result as JSON")
 
 
 S = TypeVar("S", bound=Settings)
@@ -275,6 +279,8 @@ def parse(kind: type[S], values: dict[str, Any]) -> S:
     except ValidationError as error:
         known = [field.alias or name for name, field in kind.model_fields.items()]
         mistakes = [_describe(mistake, known) for mistake in error.errors()]
+        if any(text.endswith("'") for text in mistakes):  # an unknown name like no valid one
+            mistakes.append(f"valid settings: {', '.join(known)}")
         raise MoceError("; ".join(mistakes)) from None
 
 
@@ -282,8 +288,7 @@ def _describe(mistake: Any, known: list[str]) -> str:
     name = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(known)}"
-        return f"unknown setting '{name}' ({hint})"
+        return f"unknown setting '{name}'" + (f" (did you mean '{near[0]}'?)" if near else "")
     if mistake["type"] == "missing":
         return f"setting '{name}' is missing"
     return f"setting '{name}': {mistake['msg'].lower()} (got {mistake['input']!r})"

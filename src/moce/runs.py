@@ -31,6 +31,17 @@ from moce.errors import MoceError
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
 SKIPPED, STATE = "skipped.jsonl", "state"
 INPUTS = ("data", "images", "init", "mae", "clusters", "run", "backbone")
+PROOFS = frozenset({INFO, CONFIG, "selection.json", "results.json", "demo.json"})
+OWN_FILES = (
+    PROOFS
+    | {WEIGHTS, METRICS, SKIPPED, "assignments.parquet", "config.json"}
+    | {
+        "README.md",
+        "report.html",
+    }
+)
+DEMO_RUNS = frozenset({"mae", "clusters", "moce", "mae_plus"})
+DEMO_FOLDERS = frozenset({"backbones", "finetune"})
 FREE_TO_CHANGE = frozenset({"resume", "overwrite", "out", "threads", "log_every", "save_every"})
 
 
@@ -67,11 +78,24 @@ def _check_apart(path: Path, settings: Settings) -> None:
 
 
 def _empty(path: Path) -> None:
-    ours = {WEIGHTS, INFO, CONFIG, METRICS, "config.json", "results.json", "report.html"}
-    folders = [path, *(child for child in path.iterdir() if child.is_dir())]  # the demo's runs
-    if not any((folder / name).exists() for folder in folders for name in ours):
+    if not _is_ours(path):
         raise MoceError(f"{path} holds other things than a moce run; choose another output folder")
     shutil.rmtree(path)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether everything in a folder is of a kind that moce leaves, and something proves it."""
+    children = list(path.iterdir())
+    proven = any(child.name in PROOFS or child.name in DEMO_RUNS for child in children)
+    return not children or (proven and all(_is_known(child) for child in children))
+
+
+def _is_known(path: Path) -> bool:
+    if not path.is_dir():
+        return path.name in OWN_FILES or path.name.startswith(".")
+    if path.name in DEMO_FOLDERS:
+        return all(child.is_dir() and _is_ours(child) for child in path.iterdir())
+    return path.name in (STATE, "tensorboard") or (path.name in DEMO_RUNS and _is_ours(path))
 
 
 @contextmanager

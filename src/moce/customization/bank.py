@@ -29,6 +29,13 @@ class Bank:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "float32"
 
+    def __repr__(self) -> str:
+        model = self.model
+        return (
+            f"Bank({self.encoder_spec.name}, experts={model.num_experts}, "
+            f"blocks={list(model.blocks)}, clusters={len(model.clusters)}, routes={len(self.routes)})"
+        )
+
     @property
     def encoder_spec(self) -> EncoderSpec:
         return self.spec.mae.encoder
@@ -59,15 +66,16 @@ class Bank:
         images: object,
         strategy: str = "auto",
         threshold: float = 0.5,
-        rule: str = "balanced",
+        assign: str = "balanced",
         batch_size: int = 256,
     ) -> Choice:
         """Choose experts for a task by its images (labels are not needed).
 
         images: a DATA argument, an ImageSet, a list of paths or PIL images, or uint8
-        [n, 3, h, w]. Raises MoceError if there are none.
+        [n, 3, h, w] of exactly the model's size. assign: balanced or nearest, as
+        `ClusterModel.assign`. Raises MoceError if there are no images.
         """
-        cluster, similarity = self.assign(images, rule, batch_size)
+        cluster, similarity = self.assign(images, assign, batch_size)
         histogram = cluster.bincount(minlength=self.clusters.num_clusters)
         return self.choose(histogram, similarity.mean().item(), strategy, threshold)
 

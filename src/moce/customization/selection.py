@@ -67,6 +67,8 @@ def choose(
     """
     if histogram.sum() == 0:
         raise MoceError("no images to choose experts by")
+    if not 0 <= threshold <= 1:
+        raise MoceError(f"threshold is a share from 0 to 1, not {threshold}")
     votes = count_votes(histogram, routes)
     winner = next(iter(votes))
     share = votes[winner] / sum(votes.values())

@@ -56,6 +56,8 @@ def load_images(
     """
     name = data if isinstance(data, str) else "the list of images"
     entries = open_source(data) if isinstance(data, str) else list(data)
+    if not entries:
+        raise MoceError(f"no images in {name}")
     pixels = _allocate((len(entries), 3, *size), store)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = list(

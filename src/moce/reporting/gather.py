@@ -89,6 +89,8 @@ def _runs_in(folder: Path) -> list[Path]:
     if _is_run(folder):
         return [folder]
     found = sorted(child for child in folder.iterdir() if child.is_dir() and _is_run(child))
+    if (folder / "selection.json").is_file():
+        raise MoceError(f"{folder} is an exported backbone; the report shows the run it came from")
     if not found:
         raise MoceError(f"{folder} is not a moce run and holds none")
     return found

@@ -52,13 +52,13 @@ def percent(share: float) -> str:
 
 
 def domain_of(identity: str) -> str:
-    """The first folder of an image's identity."""
-    return identity.split("/")[0]
+    """The first folder of an image's identity; "" of one in no folder."""
+    return identity.split("/")[0] if "/" in identity else ""
 
 
 def find_domains(ids: Iterable[str]) -> list[str]:
     """First folders of the identities, most images first; none if they do not tell images apart."""
-    counts = Counter(domain_of(name) if "/" in name else "" for name in ids)
+    counts = Counter(domain_of(name) for name in ids)
     return [name for name, _ in counts.most_common()] if 2 <= len(counts) <= MOST_DOMAINS else []
 
 

@@ -15,6 +15,8 @@ from moce.runs import write_config, write_model, write_skipped
 from moce.training.progress import meter, say
 from moce.verbs.start import open_run, pixel_store, settle
 
+FEW = 10  # images per cluster, below which clusters say little
+
 
 @dataclass
 class ClusterResult:
@@ -38,6 +40,10 @@ def run(settings: ClusterSettings) -> ClusterResult:
     images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
     check_count(len(images), settings.num_clusters)
     open_run(settings)
+    if len(images) < FEW * settings.num_clusters:
+        say(
+            f"{len(images)} images are few for {settings.num_clusters} clusters; fewer may serve better"
+        )
     write_config(settings.out, settings)
     write_skipped(settings.out, images.skipped, say)
     raw = extract_features(

@@ -69,7 +69,8 @@ def run(settings: DemoSettings) -> DemoResult:
         settings = settings.model_copy(update={"overwrite": True})
     device, precision = prepare(settings)
     open_folder(settings.out, settings)
-    demo = _Demo(settings, {"device": device.type, "precision": precision, "seed": settings.seed})
+    runtime = {"device": device.type, "precision": precision}
+    demo = _Demo(settings, runtime | {"seed": settings.seed, "threads": settings.threads})
     demo.train()
     demo.compare(tasks, device)
     results = {

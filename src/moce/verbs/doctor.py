@@ -111,9 +111,9 @@ def _advice(result: DoctorResult) -> list[str]:
         advice.append("for --tensorboard: pip install 'moce[tensorboard]'")
     if result.disk_free * 1e9 < LOW_DISK:
         advice.append("less than 5 GB of disk are free; checkpoints may not fit")
-    if result.threads < result.cores:
+    if result.threads < result.cores and "OMP_NUM_THREADS" not in os.environ:
         advice.append(
-            f"only {result.threads} of {result.cores} cores are used; look at OMP_NUM_THREADS"
+            f"only {result.threads} of {result.cores} cores are used; set OMP_NUM_THREADS"
         )
     if result.device == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY:
         advice.append(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from moce.config import RunSettings, TrainingSettings
+from moce.config import RunSettings, TrainingSettings, parse
 from moce.hardware import prepare
 from moce.runs import CONFIG, check_unchanged, open_folder, read_config
 
@@ -17,22 +17,26 @@ R = TypeVar("R", bound=RunSettings)
 def settle(settings: R) -> tuple[R, torch.device]:
     """The settings with device and precision resolved, and the device. Writes nothing.
 
-    A resumed run keeps what it was resolved to at first. Raises MoceError if a resumed run's
-    settings have changed.
+    A resumed run keeps the settings it was started with where none are given now. Raises
+    MoceError if some are given that differ.
     """
     resumed = _resumes(settings) and (settings.out / CONFIG).is_file()
-    known = read_config(settings.out) if resumed else {}
-    kept: dict[str, Any] = {
-        name: known[name]
-        for name in ("device", "precision")
-        if name in known and getattr(settings, name) == "auto"
-    }
-    settings = settings.model_copy(update=kept)
+    if resumed:
+        settings = _as_started(settings)
     device, precision = prepare(settings)
     settings = settings.model_copy(update={"device": device.type, "precision": precision})
-    if known:
+    if resumed:
         check_unchanged(settings.out, settings)
     return settings, device
+
+
+def _as_started(settings: R) -> R:
+    """The settings of config.yaml, overridden by those that were given now."""
+    given = settings.model_dump(mode="json", by_alias=True, include=settings.model_fields_set)
+    for name in ("device", "precision"):
+        if given.get(name) == "auto":
+            del given[name]
+    return parse(type(settings), {**read_config(settings.out), **given})
 
 
 def open_run(settings: RunSettings) -> Path:
