@@ -7,22 +7,32 @@ the nearest valid name (`parse`). Nothing heavy is imported, so that `moce --hel
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from moce.errors import MoceError
 
+
+def expand(path: Path) -> Path:
+    """A path with ~ as the home folder, also where no shell has seen to it."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for unknown users
+
+
+Folder = Annotated[Path, AfterValidator(expand)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Index = Annotated[int, Field(ge=0, le=2**62)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 
-Channels = tuple[float, float, float]
+Channels = tuple[Fraction, Fraction, Fraction]
+Deviations = tuple[Positive, Positive, Positive]
 
 Strategy = Literal["auto", "route", "merge", "generalist"]
 GateScale = Literal["straight_through", "prob"]
@@ -51,7 +61,7 @@ class RuntimeSettings(Settings):
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto", description="arithmetic of the networks; auto picks bf16 where it is faster"
     )
-    threads: Count | None = Field(
+    threads: Threads | None = Field(
         None, description="CPU threads (default: OMP_NUM_THREADS, or all cores)"
     )
 
@@ -59,7 +69,7 @@ class RuntimeSettings(Settings):
 class RunSettings(RuntimeSettings):
     """A verb that leaves a run folder."""
 
-    out: Path = Field(description="folder to write the run to")
+    out: Folder = Field(description="folder to write the run to")
     overwrite: bool = Field(False, description="replace what is in the output folder")
 
 
@@ -105,7 +115,7 @@ class PretrainSettings(TrainingSettings):
     mean: Channels = Field(
         (0.485, 0.456, 0.406), description="mean of the channels, 0..1, that pixels are centred on"
     )
-    std: Channels = Field(
+    std: Deviations = Field(
         (0.229, 0.224, 0.225), description="deviation of the channels that pixels are scaled by"
     )
     mask_ratio: OpenFraction = Field(0.75, description="share of patches hidden")
@@ -119,7 +129,7 @@ class ClusterSettings(RunSettings):
     """Group the images into balanced clusters by an MAE's features (stage 1)."""
 
     data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
-    mae: Path = Field(description="run folder of moce pretrain")
+    mae: Folder = Field(description="run folder of moce pretrain")
     num_clusters: Count = Field(256, description="number of clusters K")
     pooling: Pooling = Field(
         "mean", description="image feature: mean of patch tokens, or class token"
@@ -142,8 +152,8 @@ class TrainSettings(TrainingSettings):
     """Train cluster-conditional experts from an MAE (stage 2), or continue the MAE (MAE+)."""
 
     data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
-    mae: Path = Field(description="run folder of moce pretrain")
-    clusters: Path | None = Field(
+    mae: Folder = Field(description="run folder of moce pretrain")
+    clusters: Folder | None = Field(
         None, description="run folder of moce cluster (not for method mae)"
     )
     method: Literal["moce", "mae"] = Field(
@@ -179,9 +189,9 @@ class TrainSettings(TrainingSettings):
 class CustomizeSettings(RuntimeSettings):
     """Pick the expert for a task and export a dense timm backbone (stage 3)."""
 
-    run: Path = Field(description="run folder of moce train")
+    run: Folder = Field(description="run folder of moce train")
     images: str = Field(description="the task's images (labels are not used)")
-    out: Path = Field(description="folder to write the backbone to")
+    out: Folder = Field(description="folder to write the backbone to")
     overwrite: bool = Field(False, description="replace what is in the output folder")
     strategy: Strategy = Field(
         "auto",
@@ -208,7 +218,7 @@ class ProbeSettings(RuntimeSettings):
     pooling: Pooling = Field("mean", description="feature: mean of patch tokens, or class token")
     neighbours: Count = Field(20, description="neighbours k (kind knn)")
     batch_size: Count = Field(256, description="images per forward pass")
-    out: Path | None = Field(None, description="folder to write results.json to")
+    out: Folder | None = Field(None, description="folder to write results.json to")
     overwrite: bool = Field(False, description="replace what is in the output folder")
 
 
@@ -239,15 +249,15 @@ class FinetuneSettings(TrainingSettings):
 class ReportSettings(Settings):
     """Draw run folders as one self-contained HTML page."""
 
-    runs: tuple[Path, ...] = Field(description="run folders, or a folder that holds some")
-    out: Path = Field(Path("report.html"), description="file to write")
+    runs: tuple[Folder, ...] = Field(description="run folders, or a folder that holds some")
+    out: Folder = Field(Path("report.html"), description="file to write")
     max_images: Count = Field(12, description="pictures per row of a montage")
 
 
 class DemoSettings(RuntimeSettings):
     """Run every stage on the embedded images and compare MAE, MAE+ and MoCE on six tasks."""
 
-    out: Path = Field(Path("runs/demo"), description="folder to write the runs to")
+    out: Folder = Field(Path("runs/demo"), description="folder to write the runs to")
     overwrite: bool = Field(False, description="replace what is in the output folder")
     reuse: bool = Field(
         False,
@@ -266,7 +276,7 @@ class DemoSettings(RuntimeSettings):
 class DoctorSettings(Settings):
     """Report versions, devices, precision, threads, disk space and what to mend."""
 
-    out: Path = Field(Path(), description="folder whose free disk space is looked at")
+    out: Folder = Field(Path(), description="folder whose free disk space is looked at")
 
 
 S = TypeVar("S", bound=Settings)

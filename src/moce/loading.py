@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moce.clustering.model import ClusterModel
+from moce.config import expand
 from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
@@ -75,7 +76,7 @@ def load_backbone(reference: str) -> Backbone:
 
     Raises MoceError if it is none of these or the weights cannot be had.
     """
-    path = Path(reference).expanduser()
+    path = expand(Path(reference))
     if (path / BACKBONE_CONFIG).is_file():
         return _exported_backbone(path)
     if path.is_dir():

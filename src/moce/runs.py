@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from moce.config import Settings
+from moce.config import Settings, expand
 from moce.errors import MoceError
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
@@ -45,22 +45,35 @@ DEMO_FOLDERS = frozenset({"backbones", "finetune"})
 FREE_TO_CHANGE = frozenset({"resume", "overwrite", "out", "threads", "log_every", "save_every"})
 
 
-def open_folder(path: Path, settings: Settings) -> Path:
-    """Make the folder of a run. Raises MoceError if it has content and nobody said what to do with it.
+def check_folder(path: Path, settings: Settings) -> None:
+    """Raise MoceError if a run cannot go to `path`; nothing is changed.
 
-    `settings` may hold overwrite, resume and inputs. Only a folder that looks like moce's own work
-    and holds none of the inputs is ever emptied.
+    `settings` may hold overwrite, resume and inputs. A folder with content is refused unless it
+    is to be resumed, or replaced and all moce's own work and none of the inputs.
     """
     resume = getattr(settings, "resume", None)
     if path.exists() and not path.is_dir():
         raise MoceError(f"{path} is a file; give a folder for the output")
-    if path.is_dir() and any(path.iterdir()) and not resume:
-        if not getattr(settings, "overwrite", False):
-            go_on = "" if resume is None else ", or --resume to go on"
-            raise MoceError(f"{path} is not empty; add --overwrite to replace it{go_on}")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if resume:
+        if not (path / CONFIG).is_file():
+            raise MoceError(f"{path} holds no run to resume; choose another output folder")
+    elif not getattr(settings, "overwrite", False):
+        go_on = "" if resume is None else ", or --resume to go on"
+        raise MoceError(f"{path} is not empty; add --overwrite to replace it{go_on}")
+    else:
         _check_apart(path, settings)
-        _empty(path)
+        if path.is_symlink() or not _is_ours(path):
+            raise MoceError(f"{path} holds other things than a moce run; choose another folder")
+
+
+def open_folder(path: Path, settings: Settings) -> Path:
+    """Make the folder of a run, emptied if it is to be replaced. Raises as `check_folder`."""
+    check_folder(path, settings)
     try:
+        if path.is_dir() and not getattr(settings, "resume", False):
+            shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MoceError(f"cannot make {path}: {error.strerror}") from None
@@ -71,16 +84,10 @@ def _check_apart(path: Path, settings: Settings) -> None:
     """Raise MoceError if emptying `path` would take an input with it."""
     for name in INPUTS:
         value = getattr(settings, name, None)
-        if value is not None and Path(value).expanduser().resolve().is_relative_to(path.resolve()):
+        if value is not None and expand(Path(value)).resolve().is_relative_to(path.resolve()):
             raise MoceError(
                 f"{path} holds the input {name} ({value}); choose another output folder"
             )
-
-
-def _empty(path: Path) -> None:
-    if not _is_ours(path):
-        raise MoceError(f"{path} holds other things than a moce run; choose another output folder")
-    shutil.rmtree(path)
 
 
 def _is_ours(path: Path) -> bool:
@@ -156,10 +163,15 @@ def write_config(folder: Path, settings: Settings) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """The settings a run was started with. Raises MoceError if they are missing or damaged."""
     try:
-        return yaml.safe_load((folder / CONFIG).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise MoceError(f"cannot read {folder / CONFIG}: {error}") from None
+        content = yaml.safe_load((folder / CONFIG).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise MoceError(f"cannot read {folder / CONFIG}: {reason}") from None
+    if not isinstance(content, dict):
+        raise MoceError(f"{folder / CONFIG} is damaged: it holds no settings")
+    return content
 
 
 def check_unchanged(folder: Path, settings: Settings) -> None:
@@ -193,7 +205,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     path = Path(folder) / INFO
     if not path.is_file():
         unfinished = (Path(folder) / CONFIG).is_file()
-        reason = "is not finished (go on with --resume)" if unfinished else "is not a moce run"
+        reason = "is not finished (run its verb again)" if unfinished else "is not a moce run"
         raise MoceError(f"{folder} {reason}: it has no {INFO}")
     try:
         info = json.loads(path.read_text())
@@ -231,12 +243,23 @@ def write_skipped(folder: Path, skipped: list[tuple[str, str]], say: Callable[[s
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
+    """The lines of metrics.jsonl; what follows a line cut short by a kill is left out."""
+    rows: list[dict[str, Any]] = []
     path = Path(folder) / METRICS
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or "step" not in row:
+            break
+        rows.append(row)
     return rows
+
+
+def last_metrics(folder: Path) -> dict[str, Any]:
+    """The last line of metrics.jsonl. Raises MoceError if there is none."""
+    rows = read_metrics(folder)
+    if not rows:
+        raise MoceError(f"{folder / METRICS} is missing or damaged; train again with --overwrite")
+    return rows[-1]

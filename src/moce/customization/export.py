@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from timm.models import VisionTransformer, save_for_hf
 
 from moce.customization.selection import Choice, route_name
+from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec
 from moce.runs import write_json, write_text
 
@@ -26,7 +28,10 @@ def write_timm_folder(folder: Path, vit: VisionTransformer, spec: EncoderSpec, *
         "interpolation": "bicubic",
         "crop_pct": 1.0,
     }
-    save_for_hf(model, str(folder), data_config=preprocessing, safe_serialization=True)
+    try:
+        save_for_hf(model, str(folder), data_config=preprocessing, safe_serialization=True)
+    except (OSError, SafetensorError) as error:
+        raise MoceError(f"cannot write {folder}: {error}") from None
 
 
 def write_card(folder: Path, choice: Choice, source: Path) -> None:

@@ -116,6 +116,8 @@ def to_pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8 rather than scale
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("float pixels of unknown range; convert the image to 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -136,8 +138,8 @@ def as_image_set(images: object, size: tuple[int, int]) -> ImageSet:
         return images
     if isinstance(images, str | Path):
         return load_images(str(images), size)
-    if isinstance(images, np.ndarray):
-        images = torch.from_numpy(images)
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
+        images = torch.from_numpy(np.ascontiguousarray(images))  # flipped views have no tensor
     if isinstance(images, Tensor):
         return _from_tensor(images, size)
     if isinstance(images, Sequence) and len(images) > 0:

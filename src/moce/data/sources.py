@@ -17,6 +17,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from PIL import Image
 
+from moce.config import expand
 from moce.errors import MoceError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -38,7 +39,9 @@ def open_source(data: str) -> list[Entry]:
     """The entries of a DATA argument. Raises MoceError if there is no such source or it is empty."""
     if data.startswith(DEMO_PREFIX):
         return _demo_entries(data.removeprefix(DEMO_PREFIX))
-    path = Path(data).expanduser()
+    if not data:
+        raise MoceError("no images named; give a folder, a .parquet file or demo:pretrain")
+    path = expand(Path(data))
     if path.is_dir():
         return _folder_entries(path)
     if path.suffix == ".parquet" and path.is_file():

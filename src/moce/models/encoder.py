@@ -37,8 +37,11 @@ class EncoderSpec:
             raise MoceError(f"timm has no model '{self.name}'{hint} (timm.list_models() lists all)")
         try:
             vit = timm.create_model(self.name, pretrained=pretrained, **arguments)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise MoceError(f"timm cannot build {self.name} with {arguments}: {error}") from None
+        except OSError:  # from the hub: the caller knows what was asked of it
+            raise
+        except Exception as error:  # timm checks few arguments: anything may come back
+            reason = str(error) or type(error).__name__
+            raise MoceError(f"timm cannot build {self.name} with {arguments}: {reason}") from None
         return check_plain(vit, self.name)
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,11 +58,14 @@ def check_plain(vit: nn.Module, name: str) -> VisionTransformer:
     """`vit` itself. Raises MoceError, with the reason, unless it has plain blocks and positions."""
     if type(vit) is not VisionTransformer:
         raise MoceError(f"{name} is a {type(vit).__name__}; moce needs a timm VisionTransformer")
-    if any(type(block) is not Block for block in vit.blocks):
+    blocks: list[Any] = list(vit.blocks)
+    if any(type(block) is not Block for block in blocks):
         kinds = sorted({type(block).__name__ for block in vit.blocks})
         raise MoceError(
             f"{name} has blocks of type {', '.join(kinds)}; moce needs plain ViT blocks"
         )
+    if not blocks or any(block.attn.num_heads < 1 for block in blocks):
+        raise MoceError(f"{name} needs at least one block and one attention head")
     if vit.pos_embed is None:
         raise MoceError(f"{name} has no absolute position embedding, which masking needs")
     if vit.dynamic_img_size:

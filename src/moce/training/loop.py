@@ -95,7 +95,8 @@ class _Loop:
             for number in range(self.done, self.total):
                 rate = self._set_rate(number)
                 self._step(number)
-                stopping = stop.received is not None or number + 1 == self.total
+                received = stop.received  # read once: a later signal is for the next step
+                stopping = received is not None or number + 1 == self.total
                 note = None
                 if stopping or (number + 1) % self.settings.log_every == 0:
                     self.window.check_finite(self.folder)
@@ -106,8 +107,8 @@ class _Loop:
                     self._check_weights()
                     save_checkpoint(self.folder, number + 1, self.stage.module, self.optimiser)
                 progress.advance(note)
-                if stop.received is not None and number + 1 < self.total:
-                    raise Interrupted(stop.received, self.folder, number + 1)
+                if received is not None and number + 1 < self.total:
+                    raise Interrupted(received, self.folder, number + 1)
         log.close()
         self.stage.module.eval()
 

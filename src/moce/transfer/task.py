@@ -84,6 +84,8 @@ def _split_by_class(entries: list[Entry]) -> list[str]:
 
 def draw_labels(labels: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     """Rows of a random draw of `count` labels, as even over the classes as they allow, [count]."""
+    if count == 1:
+        raise MoceError("num_labels 1 leaves one class only; give 2 or more")
     if count is None or count >= len(labels):
         return np.arange(len(labels))
     order = np.random.default_rng(seed).permutation(len(labels))

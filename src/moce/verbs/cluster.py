@@ -39,13 +39,10 @@ def run(settings: ClusterSettings) -> ClusterResult:
     spec, mae = load_mae(settings.mae)
     images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
     check_count(len(images), settings.num_clusters)
-    open_run(settings)
     if len(images) < FEW * settings.num_clusters:
         say(
             f"{len(images)} images are few for {settings.num_clusters} clusters; fewer may serve better"
         )
-    write_config(settings.out, settings)
-    write_skipped(settings.out, images.skipped, say)
     raw = extract_features(
         mae.encoder,
         spec.encoder,
@@ -81,6 +78,9 @@ def run(settings: ClusterSettings) -> ClusterResult:
         spec=spec.encoder,
         encoder=mae.encoder.cpu(),
     )
+    open_run(settings)
+    write_config(settings.out, settings)
+    write_skipped(settings.out, images.skipped, say)
     write_assignments(settings.out, images.ids, found.assignment)
     sizes = found.sizes.tolist()
     metrics = {"rounds": found.rounds, "smallest": min(sizes), "largest": max(sizes)}

@@ -15,13 +15,14 @@ from moce.features import input_size
 from moce.loading import load_mae
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
-from moce.runs import read_metrics, write_model, write_skipped
+from moce.runs import last_metrics, write_model, write_skipped
 from moce.training.loop import fit
 from moce.training.progress import say
 from moce.training.stages import mae_stage
 from moce.verbs.start import open_run, pixel_store, settle
 
 PRETRAINED = "pretrained"
+FIXED = frozenset({"num_classes", "global_pool", "fc_norm", "checkpoint_path", "cache_dir"})
 OF_THE_MODEL = frozenset(
     {"model", "model_args", "img_size", "mean", "std", "mask_ratio", "norm_pix"}
     | {"decoder_dim", "decoder_depth", "decoder_heads"}
@@ -55,7 +56,7 @@ def run(settings: PretrainSettings) -> PretrainResult:
 
 def save_mae(folder: Path, spec: MAESpec, mae: MAE, images: ImageSet) -> PretrainResult:
     """Write the finished run of a masked autoencoder."""
-    loss = read_metrics(folder)[-1]["loss"]
+    loss = last_metrics(folder)["loss"]
     info = {"spec": spec.to_dict(), "metrics": {"loss": loss}, "images": len(images)}
     write_model(folder, "mae", mae.state_dict(), info)
     return PretrainResult(folder, loss, len(images))
@@ -69,6 +70,11 @@ def _build(settings: PretrainSettings) -> tuple[MAESpec, MAE]:
                 f"{given[0]} comes from the run of --init {settings.init}; leave it out"
             )
         return load_mae(Path(settings.init))
+    fixed = sorted(set(settings.model_args) & FIXED)
+    if fixed:
+        raise MoceError(
+            f"model_args must not set {fixed[0]}: the encoder gives tokens, with no head"
+        )
     arguments = dict(settings.model_args)
     if settings.img_size is not None:
         arguments["img_size"] = settings.img_size

@@ -40,6 +40,8 @@ def _make_room(out: Path) -> None:
     """See that the page can be written, before the work and not after it."""
     if out.is_dir():
         raise MoceError(f"{out} is a folder; give a file for the page, as {out / 'report.html'}")
+    if out.exists() and out.suffix.lower() not in (".html", ".htm"):
+        raise MoceError(f"{out} is there and no HTML page; choose another name for the report")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,7 +9,7 @@ import torch
 
 from moce.config import RunSettings, TrainingSettings, parse
 from moce.hardware import prepare
-from moce.runs import CONFIG, check_unchanged, open_folder, read_config
+from moce.runs import CONFIG, check_folder, check_unchanged, open_folder, read_config
 
 R = TypeVar("R", bound=RunSettings)
 
@@ -20,6 +20,7 @@ def settle(settings: R) -> tuple[R, torch.device]:
     A resumed run keeps the settings it was started with where none are given now. Raises
     MoceError if some are given that differ.
     """
+    check_folder(settings.out, settings)
     resumed = _resumes(settings) and (settings.out / CONFIG).is_file()
     if resumed:
         settings = _as_started(settings)

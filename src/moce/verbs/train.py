@@ -18,7 +18,7 @@ from moce.loading import load_clusters, load_mae, read_assignments
 from moce.models.gates import gate_for, random_gate
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec, check_blocks, default_blocks
-from moce.runs import read_config, read_metrics, write_model, write_skipped
+from moce.runs import last_metrics, read_config, write_model, write_skipped
 from moce.training.loop import fit
 from moce.training.progress import say
 from moce.training.stages import mae_stage, moce_stage
@@ -51,9 +51,9 @@ def run(settings: TrainSettings) -> TrainResult:
     assert settings.clusters is not None
     clusters = load_clusters(settings.clusters)
     moce_spec, moce = upcycle(settings, spec, mae, clusters)
+    cluster_of = assign_images(settings, clusters, images, device)
     open_run(settings)
     write_skipped(settings.out, images.skipped, say)
-    cluster_of = assign_images(settings, clusters, images, device)
     stage = moce_stage(moce, spec.encoder, images, cluster_of, settings)
     fit(stage, settings, device, settings.precision)
     return _save(settings, moce_spec, moce.cpu(), clusters, len(images))
@@ -140,7 +140,7 @@ def initial_gate(settings: TrainSettings, centroids: Tensor, number: int) -> Ten
 def _save(
     settings: TrainSettings, spec: MoCESpec, moce: MoCE, clusters: ClusterModel, count: int
 ) -> TrainResult:
-    last = read_metrics(settings.out)[-1]
+    last = last_metrics(settings.out)
     routes = moce.routes()
     distinct = len(routes.unique(dim=0))
     info = {
