@@ -7,7 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from moce.data.augment import normalise
@@ -166,3 +168,11 @@ def customize(run: Path, images: object, out: Path, **settings: Any) -> Any:
     """`moce customize`, as the command line calls it."""
     values = {"run": run, "images": str(images), "out": out, **RUNTIME, **settings}
     return VERBS["customize"].run(values)
+
+
+def picture(colour=(200, 30, 60), size=(20, 20), mode="RGB") -> Image.Image:
+    return Image.new("RGB", size, colour).convert(mode)
+
+
+def middle(pixels) -> list[int]:
+    return np.asarray(pixels)[:, 8, 8].tolist()

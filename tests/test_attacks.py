@@ -136,3 +136,19 @@ def test_the_home_folder_is_understood_without_a_shell(runs, tmp_path, monkeypat
         runs.data, mae=runs.mae, out="~/clusters", num_clusters=CLUSTERS, **RUNTIME
     )
     assert result.run == tmp_path / "clusters" and read_info(tmp_path / "clusters")
+
+
+def test_the_output_folder_itself_stays(runs, tmp_path: Path) -> None:
+    """It may be a mount point: only what is in it is replaced."""
+    (tmp_path / "out").mkdir()
+    for options in ({}, {"overwrite": True}):
+        inode = (tmp_path / "out").stat().st_ino
+        moce.cluster(
+            runs.data,
+            mae=runs.mae,
+            out=tmp_path / "out",
+            num_clusters=CLUSTERS,
+            **RUNTIME,
+            **options,
+        )
+        assert (tmp_path / "out").stat().st_ino == inode

@@ -32,14 +32,8 @@ WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml
 SKIPPED, STATE = "skipped.jsonl", "state"
 INPUTS = ("data", "images", "init", "mae", "clusters", "run", "backbone")
 PROOFS = frozenset({INFO, CONFIG, "selection.json", "results.json", "demo.json"})
-OWN_FILES = (
-    PROOFS
-    | {WEIGHTS, METRICS, SKIPPED, "assignments.parquet", "config.json"}
-    | {
-        "README.md",
-        "report.html",
-    }
-)
+EXTRAS = frozenset({"assignments.parquet", "config.json", "README.md", "report.html"})
+OWN_FILES = PROOFS | EXTRAS | {WEIGHTS, METRICS, SKIPPED}
 DEMO_RUNS = frozenset({"mae", "clusters", "moce", "mae_plus"})
 DEMO_FOLDERS = frozenset({"backbones", "finetune"})
 FREE_TO_CHANGE = frozenset({"resume", "overwrite", "out", "threads", "log_every", "save_every"})
@@ -72,12 +66,21 @@ def open_folder(path: Path, settings: Settings) -> Path:
     """Make the folder of a run, emptied if it is to be replaced. Raises as `check_folder`."""
     check_folder(path, settings)
     try:
-        if path.is_dir() and not getattr(settings, "resume", False):
-            shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
+        if not getattr(settings, "resume", False):
+            _empty(path)
     except OSError as error:
         raise MoceError(f"cannot make {path}: {error.strerror}") from None
     return path
+
+
+def _empty(path: Path) -> None:
+    """Remove what is in a folder, not the folder: it may be a mount point."""
+    for child in path.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
 
 
 def _check_apart(path: Path, settings: Settings) -> None:

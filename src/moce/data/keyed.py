@@ -19,7 +19,6 @@ class Stream(IntEnum):
     MASK = 2
     CROP = 3
     GATE = 4
-    MIX = 5
     STEP = 6
 
 

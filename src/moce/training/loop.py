@@ -152,7 +152,6 @@ class Window:
     """Sums since the last logged row; they stay on the device until a row is asked for."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._reset()
 
