@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from moce.data.sources import Entry, open_source
+from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
 
 MEMORY_SHARE = 0.4  # of the free memory, beyond which pixels are kept in a file
@@ -22,11 +23,14 @@ MEMORY_SHARE = 0.4  # of the free memory, beyond which pixels are kept in a file
 
 @dataclass
 class ImageSet:
-    """pixels: [n, 3, h, w] uint8; ids: n stable names; labels: n names or None; skipped: (id, reason)."""
+    """pixels: [n, 3, h, w] uint8; ids: n stable names; labels: n names, tuples of names or None.
+
+    skipped: (id, reason) of images that could not be decoded.
+    """
 
     pixels: Tensor
     ids: list[str]
-    labels: list[str | None]
+    labels: list[Label | None]
     splits: list[str | None]
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
@@ -164,5 +168,5 @@ def _from_tensor(pixels: Tensor, size: tuple[int, int]) -> ImageSet:
         )
     if len(pixels) == 0:
         raise MoceError("no images in the tensor")
-    nothing: list[str | None] = [None] * len(pixels)
-    return ImageSet(pixels, [str(row) for row in range(len(pixels))], nothing, list(nothing))
+    ids = [str(row) for row in range(len(pixels))]
+    return ImageSet(pixels, ids, labels=[None] * len(pixels), splits=[None] * len(pixels))

@@ -1,4 +1,4 @@
-"""Where images come from: folders, parquet files and the embedded demo set, as lists of entries.
+"""Where images come from: folders, parquet files, data sets by name, as lists of entries.
 
 A DATA argument names a source. Every image has a stable identity (its path inside the folder,
 its id in the file), so that clusters made once stay attached to it.
@@ -18,6 +18,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from moce.config import expand
+from moce.data.torchvision_sets import TORCHVISION_PREFIX, Label, torchvision_rows
 from moce.errors import MoceError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -27,18 +28,29 @@ DEMO_PREFIX = "demo:"
 
 @dataclass(frozen=True)
 class Entry:
-    """One image that can be opened. label, split: None where the source does not tell."""
+    """One image that can be opened. label, split: None where the source does not tell.
+
+    A label is one class, or a tuple of any number of classes where the source has several.
+    """
 
     id: str
     open: Callable[[], Image.Image]
-    label: str | None = None
+    label: Label | None = None
     split: str | None = None
+
+
+def is_named(data: str) -> bool:
+    """Whether a DATA argument is a name, such as demo:digits, and no path."""
+    return data.startswith((DEMO_PREFIX, TORCHVISION_PREFIX))
 
 
 def open_source(data: str) -> list[Entry]:
     """The entries of a DATA argument. Raises MoceError if there is no such source or it is empty."""
     if data.startswith(DEMO_PREFIX):
         return _demo_entries(data.removeprefix(DEMO_PREFIX))
+    if data.startswith(TORCHVISION_PREFIX):
+        rows = torchvision_rows(data.removeprefix(TORCHVISION_PREFIX))
+        return [Entry(*row) for row in rows]
     if not data:
         raise MoceError("no images named; give a folder, a .parquet file or demo:pretrain")
     path = expand(Path(data))

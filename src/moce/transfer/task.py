@@ -1,7 +1,8 @@
-"""A labelled task: training and test images with class numbers."""
+"""A labelled task: training and test images with class numbers, one or several per image."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from moce.data.images import ImageSet, load_images
 from moce.data.sources import Entry, open_source
+from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
 
 TEST_SHARE = 0.2  # of images whose source names no split
@@ -16,7 +18,10 @@ TEST_SHARE = 0.2  # of images whose source names no split
 
 @dataclass
 class Task:
-    """train, test: images; train_labels, test_labels: [n] int64 numbers into `classes`."""
+    """train, test: images; train_labels, test_labels: [n] int64 numbers into `classes`.
+
+    multi_label: an image has any number of classes, and the labels are [n, C] float32, 0 or 1.
+    """
 
     name: str
     classes: list[str]
@@ -24,6 +29,7 @@ class Task:
     test: ImageSet
     train_labels: np.ndarray
     test_labels: np.ndarray
+    multi_label: bool = False
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -46,15 +52,39 @@ def load_task(data: str, size: tuple[int, int], store: Path | None = None) -> Ta
     test = load_images(
         [e for e, s in zip(entries, splits, strict=True) if s == "test"], size, store
     )
-    classes = sorted({str(label) for label in train.labels})
+    classes = sorted(_names(train.labels))
     if len(classes) < 2:
-        raise MoceError(f"{data} has one class only ({classes[0]}); a task needs two or more")
-    unknown = sorted({str(label) for label in test.labels} - set(classes))
+        raise MoceError(
+            f"{data} has one class only ({', '.join(classes)}); a task needs two or more"
+        )
+    unknown = sorted(_names(test.labels) - set(classes))
     if unknown:
         raise MoceError(f"classes of the test images without training images: {', '.join(unknown)}")
+    multi_label = any(isinstance(entry.label, tuple) for entry in entries)
+    encode = _zeros_and_ones if multi_label else _class_numbers
+    labels = [encode(part.labels, classes) for part in (train, test)]
+    return Task(data, classes, train, test, labels[0], labels[1], multi_label)
+
+
+def _names_of(label: Label | None) -> tuple[str, ...]:
+    return label if isinstance(label, tuple) else (str(label),)
+
+
+def _names(labels: Sequence[Label | None]) -> set[str]:
+    return {name for label in labels for name in _names_of(label)}
+
+
+def _class_numbers(labels: Sequence[Label | None], classes: list[str]) -> np.ndarray:
+    """[n] int64."""
     number = {name: index for index, name in enumerate(classes)}
-    labels = [np.array([number[str(name)] for name in part.labels]) for part in (train, test)]
-    return Task(data, classes, train, test, labels[0], labels[1])
+    return np.array([number[str(label)] for label in labels], np.int64)
+
+
+def _zeros_and_ones(labels: Sequence[Label | None], classes: list[str]) -> np.ndarray:
+    """[n, C] float32: 1 where the image shows the class. Rows may be all zero."""
+    return np.array(
+        [[name in _names_of(label) for name in classes] for label in labels], np.float32
+    )
 
 
 def _splits(entries: list[Entry]) -> list[str]:
@@ -71,7 +101,7 @@ def _split_by_class(entries: list[Entry]) -> list[str]:
     """The last fifth of each class, in a fixed shuffled order, is the test set."""
     splits = ["train"] * len(entries)
     order = np.random.default_rng(0).permutation(len(entries)).tolist()
-    rows_of: dict[str | None, list[int]] = {}
+    rows_of: dict[Label | None, list[int]] = {}
     for row in order:
         rows_of.setdefault(entries[row].label, []).append(row)
     for label, rows in rows_of.items():
@@ -83,12 +113,18 @@ def _split_by_class(entries: list[Entry]) -> list[str]:
 
 
 def draw_labels(labels: np.ndarray, count: int | None, seed: int) -> np.ndarray:
-    """Rows of a random draw of `count` labels, as even over the classes as they allow, [count]."""
+    """Rows of a random draw of `count` labels, [count].
+
+    labels: [n] class numbers, drawn as even over the classes as they allow, or [n, C] of 0 and 1,
+    drawn without regard to classes: images of several cannot be dealt out class by class.
+    """
     if count == 1:
         raise MoceError("num_labels 1 leaves one class only; give 2 or more")
     if count is None or count >= len(labels):
         return np.arange(len(labels))
     order = np.random.default_rng(seed).permutation(len(labels))
+    if labels.ndim == 2:
+        return np.sort(order[:count])
     shuffled = labels[order]
     # How many of its class come before each image: taking the lowest ranks goes round the classes.
     rank = np.empty(len(labels), np.int64)
