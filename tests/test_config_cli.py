@@ -16,6 +16,7 @@ import moce
 from moce import config
 from moce.cli import main
 from moce.errors import MoceError
+from moce.parsing import parse
 from moce.registry import VERBS
 
 TINY = [
@@ -76,17 +77,17 @@ def test_all_mistakes_come_in_one_message() -> None:
 )
 def test_values_out_of_range_are_refused(mistake: dict) -> None:
     with pytest.raises(MoceError, match=next(iter(mistake))):
-        config.parse(config.PretrainSettings, {"data": "x", "out": "o", **mistake})
+        parse(config.PretrainSettings, {"data": "x", "out": "o", **mistake})
 
 
 def test_settings_cannot_be_changed_and_survive_yaml() -> None:
-    settings = config.parse(
+    settings = parse(
         config.TrainSettings, {"data": "x", "mae": "m", "out": "o", "moe_blocks": [1, 3]}
     )
     with pytest.raises(ValueError):
         settings.seed = 3
     content = yaml.safe_load(yaml.safe_dump(settings.model_dump(mode="json", by_alias=True)))
-    assert config.parse(config.TrainSettings, content) == settings
+    assert parse(config.TrainSettings, content) == settings
 
 
 def test_every_setting_has_a_description() -> None:
@@ -121,7 +122,7 @@ def test_examples_are_valid_commands(verb: str) -> None:
     options = vars(build_parser().parse_args(VERBS[verb].example.split()[1:]))
     options.pop("verb")
     settings = VERBS[verb].settings
-    config.parse(settings, _values(settings, options))
+    parse(settings, _values(settings, options))
 
 
 def test_help_of_all_names_every_verb(capsys) -> None:

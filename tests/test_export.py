@@ -70,7 +70,7 @@ def test_dense_encoder_of_a_route_equals_the_routed_model_on_that_route() -> Non
     bank, (images, _, _) = bank_of(mixture), batch(8)
     for route in bank.routes:
         clusters = (mixture.routes() == torch.tensor(route)).all(dim=1).nonzero()[:, 0]
-        dense = bank.route_backbone(route)
+        dense = bank.backbone(bank.route_choice(route))
         assert not any(isinstance(module, ExpertFFN) for module in dense.modules())
         for cluster in clusters:
             routed = mixture.features(images, cluster.expand(len(images)))
@@ -290,7 +290,7 @@ def test_a_fine_tuned_folder_predicts_as_it_was_scored(runs, tmp_path: Path) -> 
         predicted = model(normalise(task.test.pixels, spec.mean, spec.std)).argmax(dim=1)
     right = (predicted.numpy() == task.test_labels).mean()
     assert model.num_classes == len(task.classes)
-    assert right == pytest.approx(result.accuracy)
+    assert right == pytest.approx(result.value)
 
 
 # --- the bank -------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_bank_refuses_what_are_no_images(runs, images: object) -> None:
 
 def test_a_route_no_cluster_takes_is_refused(runs) -> None:
     with pytest.raises(moce.MoceError):
-        moce.load(runs.moce).route_backbone((99, 99))
+        moce.load(runs.moce).route_choice((99, 99))
 
 
 def test_selection_file_says_what_was_chosen(runs) -> None:

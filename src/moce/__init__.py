@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from moce.verbs.customize import CustomizeResult
     from moce.verbs.demo import DemoResult
     from moce.verbs.doctor import DoctorResult
+    from moce.verbs.evaluate import EvaluateResult
     from moce.verbs.finetune import FinetuneResult
+    from moce.verbs.headroom import HeadroomResult
     from moce.verbs.pretrain import PretrainResult
     from moce.verbs.probe import ProbeResult
     from moce.verbs.report import ReportResult
@@ -37,7 +39,9 @@ __all__ = [
     "customize",
     "demo",
     "doctor",
+    "evaluate",
     "finetune",
+    "headroom",
     "load",
     "pretrain",
     "probe",
@@ -61,6 +65,11 @@ def train(data: str | Path, **settings: Any) -> TrainResult:
     return _call("train", data=str(data), **settings)
 
 
+def headroom(data: str | Path, **settings: Any) -> HeadroomResult:
+    """Estimate what experts could gain; settings: moce.config.HeadroomSettings."""
+    return _call("headroom", data=str(data), **settings)
+
+
 def customize(run: str | Path, images: str | Path, **settings: Any) -> CustomizeResult:
     """Write a task's backbone; settings: moce.config.CustomizeSettings."""
     return _call("customize", run=run, images=str(images), **settings)
@@ -74,6 +83,11 @@ def finetune(backbone: str | Path, data: str | Path, **settings: Any) -> Finetun
 def probe(backbone: str | Path, data: str | Path, **settings: Any) -> ProbeResult:
     """Score frozen features on a labelled task; settings: moce.config.ProbeSettings."""
     return _call("probe", backbone=str(backbone), data=str(data), **settings)
+
+
+def evaluate(suite: str | Path, **settings: Any) -> EvaluateResult:
+    """Compare backbones on a suite of tasks; settings: moce.config.EvaluateSettings."""
+    return _call("evaluate", suite=suite, **settings)
 
 
 def report(*runs: str | Path, **settings: Any) -> ReportResult:

@@ -14,8 +14,9 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from moce import __version__
-from moce.config import Settings, read_recipe
+from moce.config import Settings
 from moce.errors import MoceError
+from moce.parsing import read_recipe
 from moce.registry import VERBS, Verb
 
 FAILED = 1

@@ -1,20 +1,16 @@
 """The settings of every verb: names, types, defaults, units. Flags, recipes and functions read them here.
 
-One class per verb. Unknown names and wrong types are refused, all of them in one message, with
-the nearest valid name (`parse`). Nothing heavy is imported, so that `moce --help` is quick.
+One class per verb; `moce.parsing` checks values against them. Nothing heavy is imported, so that
+`moce --help` is quick.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-
-from moce.errors import MoceError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 def expand(path: Path) -> Path:
@@ -34,12 +30,17 @@ Threads = Annotated[int, Field(ge=1, le=1024)]
 Channels = tuple[Fraction, Fraction, Fraction]
 Deviations = tuple[Positive, Positive, Positive]
 
-Strategy = Literal["auto", "route", "merge", "generalist"]
+Strategy = Literal["auto", "route", "merge", "generalist", "probe"]
+Method = Literal["moce", "mae", "token_moe", "sdr", "subset"]
 GateScale = Literal["straight_through", "prob"]
 GateInit = Literal["centroids", "random"]
 BalanceScope = Literal["dataset", "batch"]
 Pooling = Literal["mean", "cls"]
+ClusterPooling = Literal["mean", "cls", "pixels"]
 CentroidUpdate = Literal["hard", "soft"]
+Metric = Literal["accuracy", "mean_per_class", "map11"]
+Protocol = Literal["linear", "knn", "finetune"]
+Role = Literal["development", "held_out"]
 
 
 class Settings(BaseModel):
@@ -78,6 +79,9 @@ class TrainingSettings(RunSettings):
 
     resume: bool = Field(False, description="go on from the last checkpoint of the output folder")
     epochs: Positive = Field(400, description="passes over the images (fractions allowed)")
+    steps: Count | None = Field(
+        None, description="optimiser steps, whatever the number of images (default: by epochs)"
+    )
     batch_size: Count = Field(
         256, description="images per optimiser step, over all devices and micro-batches"
     )
@@ -131,8 +135,10 @@ class ClusterSettings(RunSettings):
     data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
     mae: Folder = Field(description="run folder of moce pretrain")
     num_clusters: Count = Field(256, description="number of clusters K")
-    pooling: Pooling = Field(
-        "mean", description="image feature: mean of patch tokens, or class token"
+    pooling: ClusterPooling = Field(
+        "mean",
+        description="image feature: mean of patch tokens, cls, the class token, or pixels, the mean "
+        "colours of a 16 x 16 grid",
     )
     epsilon: Positive = Field(0.01, description="entropy weight of the balanced assignment")
     update: CentroidUpdate = Field(
@@ -149,15 +155,22 @@ class ClusterSettings(RunSettings):
 
 
 class TrainSettings(TrainingSettings):
-    """Train cluster-conditional experts from an MAE (stage 2), or continue the MAE (MAE+)."""
+    """Train cluster-conditional experts from an MAE (stage 2), or a baseline for as long."""
 
     data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
     mae: Folder = Field(description="run folder of moce pretrain")
     clusters: Folder | None = Field(
-        None, description="run folder of moce cluster (not for method mae)"
+        None, description="run folder of moce cluster (not for methods mae and token_moe)"
     )
-    method: Literal["moce", "mae"] = Field(
-        "moce", description="moce: experts; mae: the same steps without experts (MAE+)"
+    method: Method = Field(
+        "moce",
+        description="moce: experts; baselines for the same steps: mae (MAE+, no experts), token_moe "
+        "(the gate reads tokens), sdr (experts of clusters fixed beforehand), subset (mae on the "
+        "images of one task's clusters only)",
+    )
+    task: str | None = Field(None, description="the task's images (for method subset)")
+    task_share: Fraction = Field(
+        0.9, description="share of the task's images whose clusters method subset trains on"
     )
     num_experts: Count = Field(8, description="experts E per MoE block")
     moe_blocks: tuple[Index, ...] | None = Field(
@@ -186,6 +199,16 @@ class TrainSettings(TrainingSettings):
     )
 
 
+class HeadroomSettings(TrainingSettings):
+    """Estimate, before training experts, whether these images and this MAE leave them anything to gain."""
+
+    data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
+    mae: Folder = Field(description="run folder of moce pretrain")
+    clusters: Folder = Field(description="run folder of moce cluster")
+    steps: Count | None = Field(300, description="optimiser steps of each short training")
+    num_groups: Count = Field(4, description="groups of clusters, each trained on alone")
+
+
 class CustomizeSettings(RuntimeSettings):
     """Pick the expert for a task and export a dense timm backbone (stage 3)."""
 
@@ -196,7 +219,8 @@ class CustomizeSettings(RuntimeSettings):
     strategy: Strategy = Field(
         "auto",
         description="route: winner's experts; merge: averaged by the task's votes; "
-        "generalist: by the training data's; auto: route when the winner is clear, else merge",
+        "generalist: by the training data's; auto: route when the winner is clear, else merge; "
+        "probe: whichever classifies the images' labels best on frozen features",
     )
     threshold: Fraction = Field(0.5, description="vote share from which auto takes the winner")
     assign: Literal["balanced", "nearest"] = Field(
@@ -208,16 +232,48 @@ class CustomizeSettings(RuntimeSettings):
 class ProbeSettings(RuntimeSettings):
     """Score frozen features on a labelled task with a linear or nearest-neighbour classifier."""
 
+    # The defaults of solver sgd are those published for MAE's linear probe on ImageNet-1K.
+
     backbone: str = Field(
         description="customised folder, MAE run folder, timm name (nothing fine-tuned)"
     )
     data: str = Field(description="labelled images: class folders (train/ and test/ if split)")
     kind: Literal["linear", "knn"] = Field("linear", description="classifier")
+    solver: Literal["sgd", "lbfgs"] = Field(
+        "sgd",
+        description="kind linear by sgd: MAE's recipe, LARS on augmented images; or by lbfgs: "
+        "logistic regression on features computed once, its strength cross-validated",
+    )
+    metric: Metric | None = Field(
+        None,
+        description="accuracy, mean_per_class or map11 (default: map11 where an image can have "
+        "several labels, else accuracy)",
+    )
     num_labels: Count | None = Field(None, description="labelled images per draw (default: all)")
     draws: Count = Field(1, description="random draws of the labels")
-    pooling: Pooling = Field("mean", description="feature: mean of patch tokens, or class token")
+    pooling: Pooling | None = Field(
+        None,
+        description="feature: mean of patch tokens, or cls, the class token (default: cls for "
+        "solver sgd if the encoder has one, else mean)",
+    )
     neighbours: Count = Field(20, description="neighbours k (kind knn)")
-    batch_size: Count = Field(256, description="images per forward pass")
+    epochs: Positive = Field(90, description="passes over the images (solver sgd)")
+    batch_size: Count = Field(
+        16384, ge=2, description="images per optimiser step, at most all there are (solver sgd)"
+    )
+    micro_batch_size: Count = Field(256, description="images per forward pass")
+    base_lr: Positive = Field(
+        0.1,
+        description="learning rate per 256 images; the rate is base_lr * images per step / 256 "
+        "(solver sgd)",
+    )
+    warmup: Fraction = Field(
+        round(10 / 90, 4), description="share of the steps with rising learning rate (solver sgd)"
+    )
+    crop_scale: Fraction = Field(
+        0.08, description="smallest random crop, share of the image's area (solver sgd)"
+    )
+    hflip: bool = Field(True, description="mirror half of the images (solver sgd)")
     out: Folder | None = Field(None, description="folder to write results.json to")
     overwrite: bool = Field(False, description="replace what is in the output folder")
 
@@ -225,25 +281,83 @@ class ProbeSettings(RuntimeSettings):
 class FinetuneSettings(TrainingSettings):
     """Train a backbone end to end on a labelled task."""
 
+    # The defaults are MAE's for ViT-B, taken for smaller encoders too; what differs for larger
+    # ones, where it is not given, is in transfer/finetune.py (`by_size`).
+
     backbone: str = Field(
         description="customised folder, MAE run folder, timm name (nothing fine-tuned)"
     )
     data: str = Field(description="labelled images: class folders (train/ and test/ if split)")
     num_labels: Count | None = Field(None, description="labelled images to train on (default: all)")
-    epochs: Positive = Field(100, description="passes over the images (fractions allowed)")
+    metric: Metric | None = Field(
+        None,
+        description="accuracy, mean_per_class or map11 (default: map11 where an image can have "
+        "several labels, else accuracy)",
+    )
+    epochs: Positive = Field(
+        100, description="passes over the images, fractions allowed; 50 from ViT-L on"
+    )
+    batch_size: Count = Field(1024, description="images per optimiser step, over all micro-batches")
+    micro_batch_size: Count | None = Field(
+        256, description="images per forward pass; gradients add up to one batch"
+    )
     base_lr: Positive = Field(
-        5e-4, description="learning rate per 256 images; the rate is base_lr * batch_size / 256"
+        5e-4,
+        description="learning rate per 256 images; the rate is base_lr * batch_size / 256; "
+        "1e-3 from ViT-L on",
+    )
+    lr_grid: tuple[Positive, ...] = Field(
+        (),
+        description="base_lr values to choose from: each is trained on a part of the training "
+        "images and scored on the rest, the best then trained on all of them",
+    )
+    val_share: OpenFraction = Field(
+        0.2, description="share of the training images that lr_grid is scored on"
     )
     beta2: OpenFraction = Field(0.999, description="AdamW second-moment decay")
+    warmup: Fraction = Field(
+        0.05, description="share of the steps with rising learning rate; 0.1 from ViT-L on"
+    )
     min_lr: NonNegative = Field(1e-6, description="learning rate at the end of the cosine")
-    layer_decay: Fraction = Field(0.65, description="learning rate of a block over the next one's")
-    drop_path: Fraction = Field(0.1, description="stochastic depth rate of the last block")
+    layer_decay: Fraction = Field(
+        0.65, description="learning rate of a block over the next one's; 0.75 from ViT-L on"
+    )
+    drop_path: Fraction = Field(
+        0.1, description="stochastic depth rate of the last block; ViT-L 0.2, ViT-H 0.3"
+    )
+    rand_augment: str = Field(
+        "rand-m9-mstd0.5-inc1",
+        description="timm's RandAugment policy, done image by image on the CPU ('': off)",
+    )
+    random_erasing: Fraction = Field(
+        0.25, description="chance that a rectangle of an image becomes noise"
+    )
     mixup: NonNegative = Field(0.8, description="mixup alpha (0: off)")
     cutmix: NonNegative = Field(1.0, description="cutmix alpha (0: off)")
-    smoothing: Fraction = Field(0.1, description="label smoothing")
+    smoothing: Fraction = Field(0.1, description="label smoothing (one label per image)")
     crop_scale: Fraction = Field(
         0.08, description="smallest random crop, share of the image's area"
     )
+
+
+class EvaluateSettings(RunSettings):
+    """Compare backbones, and MoCE runs customised for each task, on a suite of labelled tasks."""
+
+    suite: Folder = Field(description="YAML file of tasks, e.g. recipes/suites/paper11.yaml")
+    backbones: tuple[str, ...] = Field(
+        min_length=1,
+        description="what to compare, NAME=REFERENCE each; for a MoCE run also NAME=RUN@HOW, HOW one "
+        "of auto, route, merge, generalist, probe (by labels), random (route), oracle (best route)",
+    )
+    protocols: tuple[Protocol, ...] = Field(
+        ("linear",), description="linear and knn probes on frozen features, finetune"
+    )
+    tasks: tuple[str, ...] = Field((), description="tasks of the suite to run (default: all)")
+    role: Role | None = Field(None, description="only the suite's tasks of this role")
+    root: Folder = Field(Path(), description="folder that relative paths of the suite start from")
+    draws: Count | None = Field(None, description="random draws of the labels (default: suite's)")
+    finetune_draws: Count = Field(1, description="of these draws, how many are fine-tuned on")
+    resume: bool = Field(False, description="go on where an interrupted evaluation stopped")
 
 
 class ReportSettings(Settings):
@@ -277,42 +391,3 @@ class DoctorSettings(Settings):
     """Report versions, devices, precision, threads, disk space and what to mend."""
 
     out: Folder = Field(Path(), description="folder whose free disk space is looked at")
-
-
-S = TypeVar("S", bound=Settings)
-
-
-def parse(kind: type[S], values: dict[str, Any]) -> S:
-    """Validate `values` as settings of `kind`. Raises MoceError naming every mistake at once."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        known = [field.alias or name for name, field in kind.model_fields.items()]
-        mistakes = [_describe(mistake, known) for mistake in error.errors()]
-        if any(text.endswith("'") for text in mistakes):  # an unknown name like no valid one
-            mistakes.append(f"valid settings: {', '.join(known)}")
-        raise MoceError("; ".join(mistakes)) from None
-
-
-def _describe(mistake: Any, known: list[str]) -> str:
-    name = ".".join(str(part) for part in mistake["loc"])
-    if mistake["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, known, n=1)
-        return f"unknown setting '{name}'" + (f" (did you mean '{near[0]}'?)" if near else "")
-    if mistake["type"] == "missing":
-        return f"setting '{name}' is missing"
-    return f"setting '{name}': {mistake['msg'].lower()} (got {mistake['input']!r})"
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a YAML recipe. Raises MoceError if it is missing or no mapping of settings."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise MoceError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).replace("\n", " ")
-        raise MoceError(f"recipe {path} is not valid YAML: {reason}") from None
-    if not isinstance(content, dict):
-        raise MoceError(f"recipe {path} must hold 'setting: value' lines")
-    return content

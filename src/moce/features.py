@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from moce.data.augment import normalise
 from moce.data.batches import in_order
@@ -12,6 +13,8 @@ from moce.data.images import ImageSet
 from moce.hardware import autocast
 from moce.models.encoder import EncoderSpec, encode_tokens, pool_tokens, use_plain_attention
 from moce.training.progress import meter
+
+PIXELS, GRID = "pixels", 16
 
 
 def input_size(vit: VisionTransformer) -> tuple[int, int]:
@@ -30,7 +33,10 @@ def extract_features(
     pooling: str = "mean",
     batch_size: int = 256,
 ) -> Tensor:
-    """One feature per image, [n, width] float32 on the CPU: no mask, after the final norm."""
+    """One feature per image, [n, width] float32 on the CPU: no mask, after the final norm.
+
+    pooling: mean, cls, or pixels: no network at all, but the mean colours of a grid.
+    """
     vit = vit.to(device).eval()
     if device.type == "cpu":
         use_plain_attention(vit)
@@ -38,7 +44,14 @@ def extract_features(
     steps = -(-len(images) // batch_size)
     with meter("features", steps) as progress, autocast(device, precision):
         for pixels in in_order(images, batch_size, device):
-            tokens = encode_tokens(vit, normalise(pixels, spec.mean, spec.std))
-            parts.append(pool_tokens(vit, tokens.float(), pooling).cpu())
+            inputs = normalise(pixels, spec.mean, spec.std)
+            parts.append(_feature(vit, inputs, pooling).cpu())
             progress.advance()
     return torch.cat(parts)
+
+
+def _feature(vit: VisionTransformer, inputs: Tensor, pooling: str) -> Tensor:
+    """[b, width] float32 of normalised images [b, c, h, w]."""
+    if pooling == PIXELS:
+        return adaptive_avg_pool2d(inputs, GRID).flatten(1).float()
+    return pool_tokens(vit, encode_tokens(vit, inputs).float(), pooling)

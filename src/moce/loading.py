@@ -18,6 +18,7 @@ from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
+from moce.models.token_moe import TokenExpertFFN, TokenMoESpec, copy_experts
 from moce.runs import atomic, read_info, read_model, read_tensors
 
 ASSIGNMENTS = "assignments.parquet"
@@ -65,14 +66,23 @@ def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass
 class Backbone:
-    """A dense encoder that gives tokens, and what it is fed."""
+    """An encoder that gives tokens, and what it is fed."""
 
     spec: EncoderSpec
     vit: VisionTransformer
 
+    @property
+    def dense(self) -> bool:
+        """Whether it is a plain ViT, without token-routed experts."""
+        return not any(isinstance(m, TokenExpertFFN) for m in self.vit.modules())
+
+    def build(self, **arguments: Any) -> VisionTransformer:
+        """A fresh encoder of the same form, with other timm arguments (a head, drop path)."""
+        return copy_experts(self.vit, self.spec.build(**arguments))
+
 
 def load_backbone(reference: str) -> Backbone:
-    """A customised folder, an MAE run or the name of a timm model with its own weights.
+    """A customised folder, an MAE or TokenMoE run, or the name of a timm model with its own weights.
 
     Raises MoceError if it is none of these or the weights cannot be had.
     """
@@ -80,13 +90,29 @@ def load_backbone(reference: str) -> Backbone:
     if (path / BACKBONE_CONFIG).is_file():
         return _exported_backbone(path)
     if path.is_dir():
-        if read_info(path)["kind"] == "moce":
+        if holds_moce(path):
             raise MoceError(f"{path} holds experts: hand out one with 'moce customize' first")
+        if read_info(path)["kind"] == "token_moe":
+            return _token_moe_backbone(path)
         spec, mae = load_mae(path)
         return Backbone(spec.encoder, mae.encoder)
     if path.exists() or len(path.parts) > 1:
         raise MoceError(f"no backbone at {reference} (give a folder of moce or a timm model name)")
     return _timm_backbone(reference)
+
+
+def holds_moce(path: Path) -> bool:
+    """Whether a path is a finished run of cluster-conditional experts."""
+    exported = (path / BACKBONE_CONFIG).is_file()
+    return path.is_dir() and not exported and read_info(path)["kind"] == "moce"
+
+
+def _token_moe_backbone(path: Path) -> Backbone:
+    """All experts of it: tokens of one image go to several, so no dense ViT can stand for them."""
+    info, tensors = read_model(path, "token_moe")
+    model = TokenMoESpec.from_dict(info["spec"]).build()
+    load_weights(model, tensors, path)
+    return Backbone(EncoderSpec.from_dict(info["spec"]["mae"]["encoder"]), model.mae.encoder.eval())
 
 
 def _exported_backbone(path: Path) -> Backbone:

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from moce import config
+from moce.parsing import parse
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Verb:
 
     def run(self, values: dict[str, Any]) -> Any:
         """Validate the values, then import the verb and do its work."""
-        settings = config.parse(self.settings, values)
+        settings = parse(self.settings, values)
         return import_module(f"moce.verbs.{self.name}").run(settings)
 
 
@@ -47,6 +48,12 @@ VERBS = {
             "--out runs/moce",
         ),
         Verb(
+            "headroom",
+            config.HeadroomSettings,
+            ("data",),
+            "moce headroom photos/ --mae runs/mae --clusters runs/clusters --out runs/headroom",
+        ),
+        Verb(
             "customize",
             config.CustomizeSettings,
             ("run", "images"),
@@ -63,6 +70,13 @@ VERBS = {
             config.ProbeSettings,
             ("backbone", "data"),
             "moce probe backbones/birds birds/ --kind linear --draws 3 --num-labels 200",
+        ),
+        Verb(
+            "evaluate",
+            config.EvaluateSettings,
+            ("suite",),
+            "moce evaluate recipes/suites/paper11.yaml --out runs/eval "
+            "--backbones mae+=runs/mae_plus,moce=runs/moce",
         ),
         Verb(
             "report",

@@ -30,9 +30,12 @@ from moce.errors import MoceError
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
 SKIPPED, STATE = "skipped.jsonl", "state"
-INPUTS = ("data", "images", "init", "mae", "clusters", "run", "backbone")
+INPUTS = ("data", "images", "init", "mae", "clusters", "run", "backbone", "suite")
 PROOFS = frozenset({INFO, CONFIG, "selection.json", "results.json", "demo.json"})
-EXTRAS = frozenset({"assignments.parquet", "config.json", "README.md", "report.html"})
+EXTRAS = frozenset(
+    {"assignments.parquet", "config.json", "README.md", "report.html"}
+    | {"rows.jsonl", "results.md", "evaluation.json"}
+)
 OWN_FILES = PROOFS | EXTRAS | {WEIGHTS, METRICS, SKIPPED}
 DEMO_RUNS = frozenset({"mae", "clusters", "moce", "mae_plus"})
 DEMO_FOLDERS = frozenset({"backbones", "finetune"})
@@ -247,14 +250,18 @@ def write_skipped(folder: Path, skipped: list[tuple[str, str]], say: Callable[[s
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; what follows a line cut short by a kill is left out."""
+    return read_lines(Path(folder) / METRICS, "step")
+
+
+def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, if any, up to the first that is damaged or lacks `key`."""
     rows: list[dict[str, Any]] = []
-    path = Path(folder) / METRICS
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        if not isinstance(row, dict) or "step" not in row:
+        if not isinstance(row, dict) or key not in row:
             break
         rows.append(row)
     return rows

@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.clustering.model import ClusterModel
-from moce.customization.selection import Choice, Route, choose, count_votes
+from moce.customization.selection import Choice, Route, choose, count_votes, on_route
 from moce.data.images import as_image_set
 from moce.features import extract_features, input_size
 from moce.loading import load_moce
@@ -100,11 +100,10 @@ class Bank:
         shares, gains = torch.tensor(choice.shares), torch.tensor(choice.gains)
         return self.model.dense_encoder(shares, gains)
 
-    def route_backbone(self, route: Route) -> VisionTransformer:
-        """The dense encoder of one route, whatever the task. Raises MoceError if no cluster takes it."""
-        chosen = (self.model.routes() == torch.tensor(route)).all(dim=1)
-        histogram = self.model.cluster_sizes.long() * chosen
-        return self.backbone(self.choose(histogram, 0.0, "route"))
+    def route_choice(self, route: Route) -> Choice:
+        """The choice of one route, whatever the task. Raises MoceError if no cluster takes it."""
+        histogram = self.model.cluster_sizes.long() * on_route(self.model.routes(), route)
+        return self.choose(histogram, self.clusters.similarity, "route")
 
     def customize(
         self, images: object, strategy: str = "auto", **options: Any

@@ -20,6 +20,7 @@ class Stream(IntEnum):
     CROP = 3
     GATE = 4
     STEP = 6
+    POLICY = 7
 
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,23 +36,26 @@ class ExpertFFN(nn.Module):
         """tokens: [b, n, d]. Returns gate * expert(tokens), [b, n, d]. Raises if no routing is set."""
         if self.routing is None:
             raise RuntimeError("set .routing before calling an ExpertFFN")
-        routing = self.routing
-        # Sorted by expert, each one works on one contiguous slice: as cheap as a dense FFN.
-        order = routing.expert.argsort(stable=True)
-        counts = routing.expert.bincount(minlength=len(self.experts)).tolist()
-        slices = tokens.index_select(0, order).split(counts)
-        outputs = [
-            expert(part)
-            for expert, part in zip(self.experts, slices, strict=True)
-            if part.shape[0] > 0
-        ]
-        mixed = torch.cat(outputs).index_select(0, order.argsort())
-        return mixed * routing.gate[:, None, None].to(mixed.dtype)
+        mixed = apply_experts(self.experts, tokens, self.routing.expert)
+        return mixed * self.routing.gate[:, None, None].to(mixed.dtype)
 
 
-def divergence(layer: ExpertFFN) -> float:
+def apply_experts(experts: nn.ModuleList, rows: Tensor, expert: Tensor) -> Tensor:
+    """Every row of `rows` [m, ...] by its own expert, `expert` [m] int64, in the rows' order.
+
+    Sorted by expert, each one works on one contiguous slice: as cheap as a dense FFN.
+    """
+    order = expert.argsort(stable=True)
+    counts = expert.bincount(minlength=len(experts)).tolist()
+    slices = rows.index_select(0, order).split(counts)
+    outputs = [work(part) for work, part in zip(experts, slices, strict=True) if part.shape[0] > 0]
+    return torch.cat(outputs).index_select(0, order.argsort())
+
+
+def divergence(layer: nn.Module) -> float:
     """How far experts have moved apart: RMS distance from their mean over the mean's norm."""
-    vectors = torch.stack([nn.utils.parameters_to_vector(e.parameters()) for e in layer.experts])
+    experts = cast(nn.ModuleList, layer.experts)
+    vectors = torch.stack([nn.utils.parameters_to_vector(e.parameters()) for e in experts])
     centre = vectors.detach().float().mean(dim=0)
     distance = (vectors.detach().float() - centre).square().sum(dim=1).mean().sqrt()
     return (distance / centre.norm()).item()

@@ -57,7 +57,7 @@ class Stage:
 
 def total_steps(settings: TrainingSettings, count: int) -> int:
     """Steps of a run over `count` images."""
-    return max(1, math.ceil(settings.epochs * count / settings.batch_size))
+    return settings.steps or max(1, math.ceil(settings.epochs * count / settings.batch_size))
 
 
 def fit(stage: Stage, settings: TrainingSettings, device: torch.device, precision: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moce.config import TrainingSettings, TrainSettings
+from moce.config import ProbeSettings, TrainingSettings, TrainSettings
 from moce.data.augment import TRIES, augment, normalise
 from moce.data.batches import Batch
 from moce.data.images import ImageSet
@@ -16,17 +17,27 @@ from moce.models.encoder import EncoderSpec
 from moce.models.experts import divergence
 from moce.models.mae import MAE
 from moce.models.moce import MoCE
+from moce.models.token_moe import TokenMoE
 from moce.training.loop import Losses, Stage, Step
-from moce.training.optimiser import parameter_groups
+from moce.training.optimiser import ParameterGroup, parameter_groups
+
+
+def cropped(
+    batch: Batch, settings: TrainingSettings | ProbeSettings, size: tuple[int, int]
+) -> Tensor:
+    """Cropped and flipped images of a batch, float32 0..255, [b, c, *size]."""
+    uniform = keyed_uniform(settings.seed, Stream.CROP, batch.epochs, batch.rows, 4 * TRIES + 1)
+    return augment(batch.pixels, uniform, size, settings.crop_scale, settings.hflip)
 
 
 def augmented(
-    batch: Batch, settings: TrainingSettings, spec: EncoderSpec, size: tuple[int, int]
+    batch: Batch,
+    settings: TrainingSettings | ProbeSettings,
+    spec: EncoderSpec,
+    size: tuple[int, int],
 ) -> Tensor:
     """Cropped, flipped and normalised images of a batch, float32 [b, c, *size]."""
-    uniform = keyed_uniform(settings.seed, Stream.CROP, batch.epochs, batch.rows, 4 * TRIES + 1)
-    pixels = augment(batch.pixels, uniform, size, settings.crop_scale, settings.hflip)
-    return normalise(pixels, spec.mean, spec.std)
+    return normalise(cropped(batch, settings, size), spec.mean, spec.std)
 
 
 def mask_noise(batch: Batch, settings: TrainingSettings, mae: MAE) -> Tensor:
@@ -52,7 +63,7 @@ def mae_stage(
 def moce_stage(
     moce: MoCE, spec: EncoderSpec, images: ImageSet, cluster_of: Tensor, settings: TrainSettings
 ) -> Stage:
-    """Stage 2. cluster_of: [n] int64, the cluster of every image."""
+    """Stage 2, with gates that learn (moce) or are fixed (sdr). cluster_of: [n] int64 clusters."""
     size = moce.mae.encoder.patch_embed.img_size
     num_clusters = len(moce.clusters)
 
@@ -65,11 +76,10 @@ def moce_stage(
             gate_noise(moce, settings, step.number),
             where[step.rows].bincount(minlength=num_clusters),
         )
-        total = (
-            output.reconstruction
-            + settings.balance_weight * output.balance
-            + settings.imbalance_weight * output.imbalance
-        )
+        total = output.reconstruction
+        if settings.method == "moce":  # fixed gates have nothing to learn
+            total = total + settings.balance_weight * output.balance
+            total = total + settings.imbalance_weight * output.imbalance
         return {
             "loss": total,
             "reconstruction": output.reconstruction,
@@ -77,16 +87,54 @@ def moce_stage(
             "imbalance": output.imbalance,
         }
 
-    rest = [p for name, p in moce.named_parameters() if not name.startswith("gates.")]
+    is_gate = lambda name: name.startswith("gates.")  # noqa: E731
+    groups = expert_groups(moce, settings, is_gate)
+    return Stage(settings.method, moce, images, groups, loss, GateWatch(moce))
+
+
+def expert_groups(
+    model: nn.Module, settings: TrainSettings, is_gate: Callable[[str], bool]
+) -> list[ParameterGroup]:
+    """Parameter groups in which the gates, if they learn, have a rate of their own and no decay.
+
+    Gates are few numbers with a task of their own: no decay is to pull them back to undecided.
+    """
+    rest = [p for name, p in model.named_parameters() if not is_gate(name)]
+    gates = [p for name, p in model.named_parameters() if is_gate(name)]
     groups = parameter_groups(rest, settings.weight_decay)
-    # Gates are few numbers with a task of their own: no decay pulls them back to undecided.
-    groups += parameter_groups(moce.gates.parameters(), 0.0, settings.gate_lr_scale)
-    return Stage("moce", moce, images, groups, loss, GateWatch(moce))
+    return groups + parameter_groups(gates, 0.0, settings.gate_lr_scale)
+
+
+def token_moe_stage(
+    model: TokenMoE, spec: EncoderSpec, images: ImageSet, settings: TrainSettings
+) -> Stage:
+    """The token-routed baseline of stage 2."""
+    size = model.mae.encoder.patch_embed.img_size
+
+    def loss(module: nn.Module, batch: Batch, step: Step) -> Losses:
+        noise = mask_noise(batch, settings, model.mae)
+        output = module(augmented(batch, settings, spec, size), noise)
+        total = output.reconstruction + settings.balance_weight * output.balance
+        return {
+            "loss": total,
+            "reconstruction": output.reconstruction,
+            "balance": output.balance,
+        }
+
+    def watch() -> dict[str, Any]:
+        moved = {
+            str(layer): {"divergence": divergence(experts)}
+            for layer, experts in zip(model.blocks, model.experts, strict=True)
+        }
+        return {"experts": moved}
+
+    groups = expert_groups(model, settings, lambda name: name.endswith(".gate"))
+    return Stage("token_moe", model, images, groups, loss, watch)
 
 
 def gate_noise(moce: MoCE, settings: TrainSettings, step: int) -> Tensor | None:
     """N(0, (1/E)^2) for every gate, cluster and expert of a step, [gates, K, E]; None if switched off."""
-    if not settings.gate_noise:
+    if not settings.gate_noise or settings.method == "sdr":
         return None
     generator = keyed_generator(settings.seed, Stream.GATE, step)
     shape = (len(moce.gates), len(moce.clusters), moce.num_experts)

@@ -47,3 +47,45 @@ class Results:
         """Mean probe accuracy of the oracle less that of MoCE's selection."""
         oracle, chosen = (self.mean(task, "linear_probe", m) for m in ("oracle", "moce"))
         return None if oracle is None or chosen is None else oracle - chosen
+
+
+def suite_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `moce evaluate` as Markdown: tasks by backbones, the metric in %, mean ± std over draws.
+
+    One table per protocol; its last row is the mean over the tasks, where a backbone has them all.
+    """
+    return "\n\n".join(
+        _protocol_table(protocol, [row for row in rows if row["protocol"] == protocol])
+        for protocol in dict.fromkeys(row["protocol"] for row in rows)
+    )
+
+
+def _protocol_table(protocol: str, rows: list[dict[str, Any]]) -> str:
+    cells = {(row["task"], row["backbone"]): row for row in rows}
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    backbones = list(dict.fromkeys(row["backbone"] for row in rows))
+    lines = [
+        f"| {protocol} | labels | metric | " + " | ".join(backbones) + " |",
+        "|---|--:|---|" + "--:|" * len(backbones),
+    ]
+    for task in tasks:
+        of_task = [cells.get((task, backbone)) for backbone in backbones]
+        one = next(row for row in of_task if row)
+        shown = [_percent_cell(row["values"]) if row else "" for row in of_task]
+        lines.append(
+            f"| {task} | {one['labels'] or 'all'} | {one['metric']} | " + " | ".join(shown) + " |"
+        )
+    means = [
+        [float(np.mean(cells[task, backbone]["values"])) for task in tasks]
+        if all((task, backbone) in cells for task in tasks)
+        else []
+        for backbone in backbones
+    ]
+    shown = [f"**{100 * np.mean(values):.1f}**" if values else "" for values in means]
+    lines.append("| **mean** | | | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _percent_cell(values: list[float]) -> str:
+    mean = f"{100 * np.mean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {100 * np.std(values):.1f}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moce.config import CustomizeSettings
-from moce.customization.bank import load
+from moce.customization.bank import Bank, load
 from moce.customization.export import write_card, write_timm_folder
 from moce.customization.selection import Choice, route_name
 from moce.data.images import load_images
@@ -15,6 +15,8 @@ from moce.features import input_size
 from moce.hardware import prepare
 from moce.runs import open_folder, write_skipped
 from moce.training.progress import say
+from moce.transfer.evaluation import choose_by_probe
+from moce.transfer.task import load_task
 
 
 @dataclass
@@ -47,12 +49,23 @@ def run(settings: CustomizeSettings) -> CustomizeResult:
     device, precision = prepare(settings)
     bank = load(settings.run)
     bank.device, bank.precision = device, precision
-    images = load_images(settings.images, input_size(bank.clusters.encoder))
-    choice = bank.select(
-        images, settings.strategy, settings.threshold, settings.assign, settings.batch_size
-    )
+    choice, skipped = _choose(settings, bank)
     folder = open_folder(settings.out, settings)
-    write_skipped(folder, images.skipped, say)
+    write_skipped(folder, skipped, say)
     write_timm_folder(folder, bank.backbone(choice), bank.encoder_spec)
     write_card(folder, choice, settings.run)
     return CustomizeResult(folder, choice)
+
+
+def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple[str, str]]]:
+    """The choice, and the images that could not be read."""
+    size = input_size(bank.clusters.encoder)
+    if settings.strategy == "probe":
+        task = load_task(settings.images, size)
+        chosen = choose_by_probe(bank, task.train, task.train_labels, len(task.classes))
+        return chosen, task.skipped
+    images = load_images(settings.images, size)
+    choice = bank.select(
+        images, settings.strategy, settings.threshold, settings.assign, settings.batch_size
+    )
+    return choice, images.skipped

@@ -213,6 +213,8 @@ class _Demo:
                 base_lr=2.4e-2,
                 crop_scale=0.7,
                 hflip=False,
+                rand_augment="",
+                random_erasing=0,
                 mixup=0,
                 cutmix=0,
                 layer_decay=0.9,
@@ -221,4 +223,4 @@ class _Demo:
                 **self.runtime,
             )
         )
-        comparison.add(method, "finetune", [result.accuracy])
+        comparison.add(method, "finetune", [result.value])

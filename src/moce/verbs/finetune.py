@@ -2,52 +2,145 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import FinetuneSettings
 from moce.customization.export import write_timm_folder
+from moce.data.images import ImageSet
 from moce.features import input_size
-from moce.loading import load_backbone
-from moce.runs import write_json, write_model, write_skipped
-from moce.training.loop import fit
+from moce.loading import Backbone, load_backbone
+from moce.runs import STATE, write_config, write_json, write_model, write_skipped
+from moce.training.loop import fit, total_steps
 from moce.training.progress import say
-from moce.transfer.finetune import build_classifier, finetune_stage, predict
-from moce.transfer.task import draw_labels, load_task
-from moce.verbs.start import open_run, pixel_store, settle
+from moce.transfer.finetune import (
+    build_classifier,
+    by_size,
+    finetune_stage,
+    hold_out,
+    predict_scores,
+)
+from moce.transfer.metrics import score
+from moce.transfer.policy import read_policy
+from moce.transfer.scoring import choose_metric, confusion_counts
+from moce.transfer.task import Task, draw_labels, load_task
+from moce.verbs.start import hint_few_steps, open_run, pixel_store, settle
 
 
 @dataclass
 class FinetuneResult:
-    """run: the folder, which timm loads as local-dir:RUN; accuracy: top-1 on the test images, 0..1."""
+    """run: the folder, which timm loads as local-dir:RUN; value: the metric on the test images, 0..1."""
 
     run: Path
-    accuracy: float
+    metric: str
+    value: float
     labels: int
 
     def summary(self) -> str:
-        return f"accuracy {100 * self.accuracy:.1f} % from {self.labels} labels: {self.run}"
+        return f"{self.metric} {100 * self.value:.1f} % from {self.labels} labels: {self.run}"
 
 
 def run(settings: FinetuneSettings) -> FinetuneResult:
     settings, device = settle(settings)
     backbone = load_backbone(settings.backbone)
-    task = load_task(settings.data, input_size(backbone.vit), pixel_store(settings))
+    settings = by_size(settings, backbone.vit)
+    size = input_size(backbone.vit)
+    read_policy(settings.rand_augment, backbone.spec, size)  # refused before anything is written
+    task = load_task(settings.data, size, pixel_store(settings))
+    metric = choose_metric(settings.metric, task)
+    rows = draw_labels(task.train_labels, settings.num_labels, settings.seed)
     open_run(settings)
     write_skipped(settings.out, task.skipped, say)
-    rows = draw_labels(task.train_labels, settings.num_labels, settings.seed)
-    vit = build_classifier(backbone, len(task.classes), settings.drop_path)
-    stage = finetune_stage(
-        vit, backbone.spec, task.train.subset(rows.tolist()), task.train_labels[rows], settings
-    )
-    fit(stage, settings, device, settings.precision)
-    predicted = predict(vit, backbone.spec, task.test, device, settings.precision)
-    accuracy = float((predicted == task.test_labels).mean())
-    vit.cpu()
-    head = {"num_classes": len(task.classes), "global_pool": "avg", "fc_norm": True}
-    write_timm_folder(settings.out, vit, backbone.spec, **head)
-    results = {"accuracy": accuracy, "labels": len(rows), "classes": task.classes}
-    write_json(settings.out / "results.json", results)
-    info = {"spec": backbone.spec.to_dict(), "metrics": {"accuracy": accuracy}, **results}
-    write_model(settings.out, "classifier", vit.state_dict(), info)
-    return FinetuneResult(settings.out, accuracy, len(rows))
+    hint_few_steps(settings, total_steps(settings, len(rows)), "see recipes/finetune_small.yaml")
+    tuner = _Tuner(backbone, task, metric, device)
+    tried = tuner.search(settings, rows) if settings.lr_grid else []
+    if tried:
+        best = max(tried, key=lambda member: member["score"])["base_lr"]
+        settings = settings.model_copy(update={"base_lr": best})
+    vit = tuner.train(settings, rows)
+    scores = tuner.scores(vit, task.test, settings)
+    value = score(metric, scores, task.test_labels)
+    results = {
+        "metric": metric,
+        metric: value,
+        "labels": len(rows),
+        "classes": task.classes,
+        "confusion": confusion_counts([scores], task),
+        "lr_grid": tried,
+    }
+    _write(settings.out, vit.cpu(), backbone, results)
+    return FinetuneResult(settings.out, metric, value, len(rows))
+
+
+@dataclass
+class _Tuner:
+    """Fine-tunes one backbone on parts of one task."""
+
+    backbone: Backbone
+    task: Task
+    metric: str
+    device: torch.device
+
+    def train(self, settings: FinetuneSettings, rows: np.ndarray) -> VisionTransformer:
+        """A classifier trained on these training images; its run goes to `settings.out`."""
+        torch.manual_seed(settings.seed)  # the same new head, whatever was trained before
+        classes = len(self.task.classes)
+        vit = build_classifier(self.backbone, classes, settings.drop_path)
+        images, labels = self.task.train.subset(rows.tolist()), self.task.train_labels[rows]
+        stage = finetune_stage(vit, self.backbone.spec, images, labels, settings)
+        fit(stage, settings, self.device, settings.precision)
+        return vit
+
+    def scores(
+        self, vit: VisionTransformer, images: ImageSet, settings: FinetuneSettings
+    ) -> np.ndarray:
+        return predict_scores(vit, self.backbone.spec, images, self.device, settings.precision)
+
+    def search(self, settings: FinetuneSettings, rows: np.ndarray) -> list[dict[str, float]]:
+        """The score of every rate of `lr_grid` on held-out training images; test images stay unseen.
+
+        Every rate is a run in the state of this one; those that have ended are not run again.
+        """
+        write_config(settings.out, settings)  # an interrupted search can be resumed
+        labels = self.task.train_labels[rows]
+        kept, held = (rows[part] for part in hold_out(labels, settings.val_share, settings.seed))
+        tried = []
+        for rate in settings.lr_grid:
+            folder = settings.out / STATE / f"lr_{rate:g}"
+            result = folder / "results.json"
+            if not result.is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                update = {"base_lr": rate, "out": folder, "resume": True}
+                member = settings.model_copy(update=update)
+                vit = self.train(member, kept)
+                scores = self.scores(vit, self.task.train.subset(held.tolist()), member)
+                value = score(self.metric, scores, self.task.train_labels[held])
+                write_json(result, {"base_lr": rate, "score": value})
+                shutil.rmtree(folder / STATE)
+            tried.append(json.loads(result.read_text()))
+            say(f"base_lr {rate:g}: {self.metric} {100 * tried[-1]['score']:.1f} % held out")
+        return tried
+
+
+def _write(
+    folder: Path, vit: VisionTransformer, backbone: Backbone, results: dict[str, Any]
+) -> None:
+    """The timm folder, results.json and, last, model.json: the run has ended.
+
+    A ViT with token-routed experts is none that timm could load.
+    """
+    head = {"num_classes": vit.num_classes, "global_pool": "avg", "fc_norm": True}
+    if backbone.dense:
+        write_timm_folder(folder, vit, backbone.spec, **head)
+    write_json(folder / "results.json", results)
+    metrics = {results["metric"]: results[results["metric"]]}
+    kept = {name: results[name] for name in ("labels", "classes")}
+    info = {"spec": backbone.spec.to_dict(), "metrics": metrics, **kept}
+    write_model(folder, "classifier", vit.state_dict(), info)

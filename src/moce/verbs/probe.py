@@ -7,31 +7,44 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from moce.config import ProbeSettings
-from moce.features import extract_features, input_size
+from moce.features import input_size
 from moce.hardware import prepare
 from moce.loading import load_backbone
 from moce.runs import open_folder, write_json, write_skipped
 from moce.training.progress import say
-from moce.transfer.probe import knn_predictions, linear_predictions
+from moce.transfer.linear import steps_of
+from moce.transfer.metrics import score
+from moce.transfer.prober import Prober, is_sgd
+from moce.transfer.scoring import choose_metric, confusion_counts
 from moce.transfer.task import draw_labels, load_task
+from moce.verbs.start import hint_few_steps
+
+ADVICE = "see recipes/probe_small.yaml, or use --solver lbfgs"
 
 
 @dataclass
 class ProbeResult:
-    """values: accuracy in 0..1 of every draw of labels; mean and std of them."""
+    """values: the metric, in 0..1, of every draw of labels; mean and std of them.
+
+    solver: of kind linear, else None. confusion: test images by true and predicted class, summed
+    over the draws; None where images have several labels.
+    """
 
     backbone: str
     task: str
     protocol: str
+    solver: str | None
+    pooling: str
     metric: str
     labels: int
     values: list[float]
     mean: float
     std: float
+    confusion: list[list[int]] | None
 
     def summary(self) -> str:
         return (
-            f"{self.protocol} probe of {self.backbone} on {self.task}: accuracy "
+            f"{self.protocol} probe of {self.backbone} on {self.task}: {self.metric} "
             f"{100 * self.mean:.1f} ± {100 * self.std:.1f} % "
             f"({len(self.values)} draws of {self.labels} labels)"
         )
@@ -41,37 +54,29 @@ def run(settings: ProbeSettings) -> ProbeResult:
     device, precision = prepare(settings)
     backbone = load_backbone(settings.backbone)
     task = load_task(settings.data, input_size(backbone.vit))
-    train, test = (
-        extract_features(
-            backbone.vit,
-            backbone.spec,
-            images,
-            device=device,
-            precision=precision,
-            pooling=settings.pooling,
-            batch_size=settings.batch_size,
-        ).numpy()
-        for images in (task.train, task.test)
-    )
-    values, labels = [], 0
-    for draw in range(settings.draws):
-        rows = draw_labels(task.train_labels, settings.num_labels, settings.seed + draw)
-        labels = len(rows)
-        seen = (train[rows], task.train_labels[rows], test)
-        if settings.kind == "linear":
-            predicted = linear_predictions(*seen)
-        else:
-            predicted = knn_predictions(*seen, settings.neighbours)
-        values.append(float((predicted == task.test_labels).mean()))
+    metric = choose_metric(settings.metric, task)
+    draws = [
+        draw_labels(task.train_labels, settings.num_labels, settings.seed + number)
+        for number in range(settings.draws)
+    ]
+    if is_sgd(settings):
+        hint_few_steps(settings, steps_of(settings, len(draws[0]))[0], ADVICE)
+    prober = Prober(backbone, task, settings, device, precision)
+    classify = prober.classifier()
+    all_scores = [classify(rows, number) for number, rows in enumerate(draws)]
+    values = [score(metric, scores, task.test_labels) for scores in all_scores]
     result = ProbeResult(
         backbone=settings.backbone,
         task=settings.data,
         protocol=settings.kind,
-        metric="accuracy",
-        labels=labels,
+        solver=settings.solver if settings.kind == "linear" else None,
+        pooling=prober.pooling,
+        metric=metric,
+        labels=len(draws[0]),
         values=values,
         mean=float(np.mean(values)),
         std=float(np.std(values)),
+        confusion=confusion_counts(all_scores, task),
     )
     if settings.out is not None:
         folder = open_folder(settings.out, settings)

@@ -7,9 +7,13 @@ from typing import TypeVar
 
 import torch
 
-from moce.config import RunSettings, TrainingSettings, parse
+from moce.config import RunSettings, Settings
 from moce.hardware import prepare
+from moce.parsing import parse
 from moce.runs import CONFIG, check_folder, check_unchanged, open_folder, read_config
+from moce.training.progress import say
+
+FEW_STEPS = 500  # below which the published recipes for labelled tasks stop half trained
 
 R = TypeVar("R", bound=RunSettings)
 
@@ -46,7 +50,13 @@ def open_run(settings: RunSettings) -> Path:
 
 
 def _resumes(settings: RunSettings) -> bool:
-    return isinstance(settings, TrainingSettings) and settings.resume
+    return bool(getattr(settings, "resume", False))
+
+
+def hint_few_steps(settings: Settings, steps: int, advice: str) -> None:
+    """Say it where the default batch of a published recipe leaves few steps for few images."""
+    if steps < FEW_STEPS and "batch_size" not in settings.model_fields_set:
+        say(f"only {steps} steps: the defaults are made for many images; for few, {advice}")
 
 
 def pixel_store(settings: RunSettings) -> Path:

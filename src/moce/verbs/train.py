@@ -1,29 +1,33 @@
-"""moce train: cluster-conditional experts from an MAE (stage 2), or the MAE for as long (MAE+)."""
+"""moce train: cluster-conditional experts from an MAE (stage 2), or a baseline for as long."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moce.clustering.model import ClusterModel, group_clusters
+from moce.clustering.model import ClusterModel
 from moce.config import TrainSettings
 from moce.data.images import ImageSet, load_images
-from moce.data.keyed import Stream, keyed_generator
 from moce.errors import MoceError
-from moce.features import extract_features, input_size
-from moce.loading import load_clusters, load_mae, read_assignments
-from moce.models.gates import gate_for, random_gate
+from moce.features import input_size
+from moce.loading import load_clusters, load_mae
 from moce.models.mae import MAE, MAESpec
-from moce.models.moce import MoCE, MoCESpec, check_blocks, default_blocks
-from moce.runs import last_metrics, read_config, write_model, write_skipped
-from moce.training.loop import fit
+from moce.models.moce import MoCE, MoCESpec
+from moce.runs import last_metrics, write_model, write_skipped
+from moce.training.loop import Stage, fit
 from moce.training.progress import say
-from moce.training.stages import mae_stage, moce_stage
+from moce.training.stages import mae_stage, moce_stage, token_moe_stage
+from moce.training.upcycling import upcycle, upcycle_by_token
+from moce.verbs.assign import assign, assign_images
 from moce.verbs.pretrain import save_mae
 from moce.verbs.start import open_run, pixel_store, settle
+
+NEEDS_CLUSTERS = frozenset({"moce", "sdr", "subset"})
 
 
 @dataclass
@@ -41,121 +45,126 @@ class TrainResult:
 
 
 def run(settings: TrainSettings) -> TrainResult:
-    if settings.method == "moce" and settings.clusters is None:
-        raise MoceError("method moce needs clusters: add --clusters RUN (of moce cluster)")
     settings, device = settle(settings)
+    _check(settings)
     spec, mae = load_mae(settings.mae)
     images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
-    if settings.method == "mae":
-        return _continue_mae(settings, spec, mae, images, device)
-    assert settings.clusters is not None
-    clusters = load_clusters(settings.clusters)
-    moce_spec, moce = upcycle(settings, spec, mae, clusters)
-    cluster_of = assign_images(settings, clusters, images, device)
-    open_run(settings)
-    write_skipped(settings.out, images.skipped, say)
-    stage = moce_stage(moce, spec.encoder, images, cluster_of, settings)
-    fit(stage, settings, device, settings.precision)
-    return _save(settings, moce_spec, moce.cpu(), clusters, len(images))
+    return METHODS[settings.method](_Job(settings, device, spec, mae, images))
 
 
-def _continue_mae(
-    settings: TrainSettings, spec: MAESpec, mae: MAE, images: ImageSet, device: torch.device
-) -> TrainResult:
-    open_run(settings)
-    write_skipped(settings.out, images.skipped, say)
-    stage = mae_stage("mae_plus", mae, spec.encoder, images, settings)
-    fit(stage, settings, device, settings.precision)
-    saved = save_mae(settings.out, spec, mae, images)
-    return TrainResult(settings.out, saved.loss, len(images), 0)
+def _check(settings: TrainSettings) -> None:
+    method = settings.method
+    if method in NEEDS_CLUSTERS and settings.clusters is None:
+        raise MoceError(f"method {method} needs clusters: add --clusters RUN (of moce cluster)")
+    if method == "subset" and settings.task is None:
+        raise MoceError("method subset needs a task: add --task IMAGES")
 
 
-def assign_images(
-    settings: TrainSettings, clusters: ClusterModel, images: ImageSet, device: torch.device
-) -> Tensor:
-    """The cluster of every image, [n] int64: as it was clustered, or assigned if it was not there."""
-    assert settings.clusters is not None
-    origin = read_config(settings.clusters)["data"]
-    if origin != settings.data:
-        say(f"the clusters were made from {origin}; images are matched to them by name")
-    known = read_assignments(settings.clusters)
-    cluster_of = torch.tensor([known.get(name, -1) for name in images.ids])
-    unseen = (cluster_of < 0).nonzero()[:, 0].tolist()
-    if unseen:
-        say(f"{len(unseen)} images were not clustered before; assigning them")
-        raw = extract_features(
-            clusters.encoder,
-            clusters.spec,
-            images.subset(unseen),
-            device=device,
-            precision=settings.precision,
-            pooling=clusters.pooling,
-        )
-        clusters.encoder.cpu()
-        cluster_of[unseen] = clusters.assign(clusters.normalise(raw))[0]
-    return cluster_of
+@dataclass
+class _Job:
+    settings: TrainSettings
+    device: torch.device
+    spec: MAESpec
+    mae: MAE
+    images: ImageSet
+
+    def clusters(self) -> ClusterModel:
+        assert self.settings.clusters is not None
+        return load_clusters(self.settings.clusters)
+
+    def fit(self, stage: Stage) -> nn.Module:
+        """Train; the module, back on the CPU."""
+        open_run(self.settings)
+        write_skipped(self.settings.out, self.images.skipped, say)
+        fit(stage, self.settings, self.device, self.settings.precision)
+        return stage.module.cpu()
 
 
-def upcycle(
-    settings: TrainSettings, spec: MAESpec, mae: MAE, clusters: ClusterModel
-) -> tuple[MoCESpec, MoCE]:
-    """A mixture whose experts are copies of the FFNs of `mae`, which becomes part of it."""
-    depth = len(mae.encoder.blocks)
-    if settings.num_experts > clusters.num_clusters:
-        raise MoceError(
-            f"{settings.num_experts} experts need as many clusters, and there are "
-            f"{clusters.num_clusters}"
-        )
-    moce_spec = MoCESpec(
-        mae=spec,
-        blocks=check_blocks(settings.moe_blocks or default_blocks(depth), depth),
-        num_experts=settings.num_experts,
-        num_clusters=clusters.num_clusters,
-        cluster_dim=clusters.centroids.shape[1],
-        gate_scale=settings.gate_scale,
-        shared_gate=settings.shared_gate,
+def _train_experts(job: _Job) -> TrainResult:
+    """MoCE, and SDR: the same with gates that stay as they start."""
+    clusters = job.clusters()
+    spec, moce = upcycle(job.settings, job.spec, job.mae, clusters)
+    cluster_of = assign_images(job.settings, clusters, job.images, job.device)
+    job.fit(moce_stage(moce, job.spec.encoder, job.images, cluster_of, job.settings))
+    return _save_experts(job, spec, moce, clusters)
+
+
+def _continue_mae(job: _Job) -> TrainResult:
+    """MAE+: the MAE trained on, without experts."""
+    job.fit(mae_stage("mae_plus", job.mae, job.spec.encoder, job.images, job.settings))
+    saved = save_mae(job.settings.out, job.spec, job.mae, job.images)
+    return TrainResult(job.settings.out, saved.loss, len(job.images), 0)
+
+
+def _continue_on_subset(job: _Job) -> TrainResult:
+    """MAE+ on the images of the task's clusters only: what MoCE's experts are to come near to."""
+    assert job.settings.task is not None
+    clusters = job.clusters()
+    cluster_of = assign_images(job.settings, clusters, job.images, job.device)
+    task = load_images(job.settings.task, input_size(clusters.encoder))
+    histogram = assign(task, clusters, job.device, job.settings.precision).bincount(
+        minlength=clusters.num_clusters
     )
-    moce = MoCE(
-        mae,
-        moce_spec.blocks,
-        [initial_gate(settings, clusters.centroids, n) for n in range(moce_spec.num_gates)],
-        clusters.centroids,
-        clusters.sizes,
-        settings.gate_scale,
-        settings.balance_scope,
-    )
-    return moce_spec, moce
+    chosen = clusters_of_task(histogram, clusters.sizes, job.settings.task_share)
+    rows = chosen[cluster_of].nonzero()[:, 0].tolist()
+    if not rows:
+        raise MoceError(f"none of the images is of a cluster of {job.settings.task}")
+    say(f"{len(rows)} of {len(job.images)} images are of the task's {int(chosen.sum())} clusters")
+    job.images = job.images.subset(rows)
+    return _continue_mae(job)
 
 
-def initial_gate(settings: TrainSettings, centroids: Tensor, number: int) -> Tensor:
-    """Weights [E, D] of gate 0, 1, ...: every gate groups the clusters in its own way."""
-    if settings.gate_init == "random":
-        generator = keyed_generator(settings.seed, Stream.GATE, -1 - number)
-        width = centroids.shape[1]
-        return random_gate(settings.num_experts, width, settings.gate_init_std, generator)
-    groups = group_clusters(centroids, settings.num_experts, settings.seed + 1 + number)
-    return gate_for(centroids, groups, settings.num_experts, settings.gate_confidence)
+def clusters_of_task(histogram: Tensor, sizes: Tensor, share: float) -> Tensor:
+    """The clusters in which a task is densest, [K] bool, as many as hold `share` of its images.
+
+    histogram: [K] the task's images per cluster; sizes: [K] the training images per cluster.
+    """
+    order = (histogram.double() / sizes.clamp(min=1)).argsort(descending=True)
+    before = histogram[order].cumsum(0) - histogram[order]
+    chosen = torch.zeros(len(histogram), dtype=torch.bool)
+    chosen[order] = (before < share * histogram.sum()) & (histogram[order] > 0)
+    return chosen
 
 
-def _save(
-    settings: TrainSettings, spec: MoCESpec, moce: MoCE, clusters: ClusterModel, count: int
-) -> TrainResult:
-    last = last_metrics(settings.out)
+def _train_by_token(job: _Job) -> TrainResult:
+    """TokenMoE: experts whose gate reads tokens."""
+    spec, model = upcycle_by_token(job.settings, job.spec, job.mae)
+    job.fit(token_moe_stage(model, job.spec.encoder, job.images, job.settings))
+    metrics = _metrics(job, ("loss", "reconstruction", "balance"))
+    info = {"spec": spec.to_dict(), "metrics": metrics, "images": len(job.images)}
+    write_model(job.settings.out, "token_moe", model.state_dict(), info)
+    return TrainResult(job.settings.out, metrics["loss"], len(job.images), 0)
+
+
+METHODS: dict[str, Callable[[_Job], TrainResult]] = {
+    "moce": _train_experts,
+    "sdr": _train_experts,
+    "mae": _continue_mae,
+    "subset": _continue_on_subset,
+    "token_moe": _train_by_token,
+}
+
+
+def _metrics(job: _Job, names: tuple[str, ...]) -> dict[str, Any]:
+    last = last_metrics(job.settings.out)
+    return {name: last[name] for name in names}
+
+
+def _save_experts(job: _Job, spec: MoCESpec, moce: MoCE, clusters: ClusterModel) -> TrainResult:
     routes = moce.routes()
     distinct = len(routes.unique(dim=0))
+    metrics = _metrics(job, ("loss", "reconstruction", "balance", "imbalance"))
     info = {
         "spec": spec.to_dict(),
         "clusters": clusters.info(),
         "experts_of_clusters": {
             str(layer): routes[:, n].tolist() for n, layer in enumerate(spec.blocks)
         },
-        "metrics": {
-            name: last[name] for name in ("loss", "reconstruction", "balance", "imbalance")
-        },
-        "images": count,
+        "metrics": metrics,
+        "images": len(job.images),
         "routes": distinct,
     }
     tensors = {f"model.{name}": value for name, value in moce.state_dict().items()}
     tensors |= {f"clusters.{name}": value for name, value in clusters.tensors().items()}
-    write_model(settings.out, "moce", tensors, info)
-    return TrainResult(settings.out, last["loss"], count, distinct)
+    write_model(job.settings.out, "moce", tensors, info)
+    return TrainResult(job.settings.out, metrics["loss"], len(job.images), distinct)

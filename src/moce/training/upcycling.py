@@ -1,0 +1,89 @@
+"""From a trained MAE and its clusters to a mixture: experts that are copies, gates that know groups."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moce.clustering.model import ClusterModel, group_clusters
+from moce.config import TrainSettings
+from moce.data.keyed import Stream, keyed_generator
+from moce.errors import MoceError
+from moce.models.gates import gate_for, random_gate
+from moce.models.mae import MAE, MAESpec
+from moce.models.moce import MoCE, MoCESpec, check_blocks, default_blocks
+from moce.models.token_moe import TokenMoE, TokenMoESpec
+
+SDR_CONFIDENCE = 0.99  # of a fixed gate: only its argmax matters
+
+
+def blocks_of(settings: TrainSettings, mae: MAE) -> tuple[int, ...]:
+    """The blocks that get experts. Raises MoceError if the encoder has no such block."""
+    depth = len(mae.encoder.blocks)
+    return check_blocks(settings.moe_blocks or default_blocks(depth), depth)
+
+
+def upcycle(
+    settings: TrainSettings, spec: MAESpec, mae: MAE, clusters: ClusterModel
+) -> tuple[MoCESpec, MoCE]:
+    """A mixture whose experts are copies of the FFNs of `mae`, which becomes part of it."""
+    if settings.num_experts > clusters.num_clusters:
+        raise MoceError(
+            f"{settings.num_experts} experts need as many clusters, and there are "
+            f"{clusters.num_clusters}"
+        )
+    moce_spec = MoCESpec(
+        mae=spec,
+        blocks=blocks_of(settings, mae),
+        num_experts=settings.num_experts,
+        num_clusters=clusters.num_clusters,
+        cluster_dim=clusters.centroids.shape[1],
+        gate_scale=settings.gate_scale,
+        shared_gate=settings.shared_gate or settings.method == "sdr",
+    )
+    moce = MoCE(
+        mae,
+        moce_spec.blocks,
+        [initial_gate(settings, clusters.centroids, n) for n in range(moce_spec.num_gates)],
+        clusters.centroids,
+        clusters.sizes,
+        settings.gate_scale,
+        settings.balance_scope,
+    )
+    if settings.method == "sdr":
+        moce.gates.requires_grad_(False)
+    return moce_spec, moce
+
+
+def initial_gate(settings: TrainSettings, centroids: Tensor, number: int) -> Tensor:
+    """Weights [E, D] of gate 0, 1, ...: every gate groups the clusters in its own way.
+
+    A gate that is the only one groups the centroids themselves, not a projection of them.
+    """
+    fixed = settings.method == "sdr"
+    if not fixed and settings.gate_init == "random":
+        generator = keyed_generator(settings.seed, Stream.GATE, -1 - number)
+        width = centroids.shape[1]
+        return random_gate(settings.num_experts, width, settings.gate_init_std, generator)
+    alone = fixed or settings.shared_gate
+    groups = group_clusters(
+        centroids, settings.num_experts, settings.seed + 1 + number, projected=not alone
+    )
+    confidence = SDR_CONFIDENCE if fixed else settings.gate_confidence
+    return gate_for(centroids, groups, settings.num_experts, confidence)
+
+
+def upcycle_by_token(
+    settings: TrainSettings, spec: MAESpec, mae: MAE
+) -> tuple[TokenMoESpec, TokenMoE]:
+    """The token-routed baseline, with experts in the same blocks."""
+    token_spec = TokenMoESpec(
+        spec, blocks_of(settings, mae), settings.num_experts, settings.gate_scale
+    )
+    model = TokenMoE(
+        mae,
+        token_spec.blocks,
+        settings.num_experts,
+        settings.gate_scale,
+        settings.gate_init_std,
+    )
+    return token_spec, model

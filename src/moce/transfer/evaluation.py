@@ -1,0 +1,160 @@
+"""One contender on one task: a value per draw of labels, and how the task's backbone was chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from moce.config import ProbeSettings
+from moce.customization.bank import Bank
+from moce.customization.selection import Choice, Route
+from moce.data.images import ImageSet
+from moce.errors import MoceError
+from moce.features import extract_features
+from moce.loading import Backbone
+from moce.transfer.contenders import candidate_routes, oracle_values, random_routes
+from moce.transfer.metrics import score
+from moce.transfer.probe import cross_validated
+from moce.transfer.prober import Prober
+from moce.transfer.scoring import confusion_counts
+from moce.transfer.task import Task, draw_labels
+
+
+@dataclass
+class Outcome:
+    """values: the metric, 0..1, per draw; confusion: summed over the draws; choice: of a MoCE run."""
+
+    values: list[float]
+    confusion: list[list[int]] | None = None
+    choice: dict[str, Any] | None = None
+
+
+class Bench:
+    """A task with its draws of labels; every contender is probed on the same ones."""
+
+    def __init__(
+        self,
+        task: Task,
+        metric: str,
+        settings: ProbeSettings,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self.task, self.metric, self.settings = task, metric, settings
+        self.device, self.precision = device, precision
+        self.draws = [
+            draw_labels(task.train_labels, settings.num_labels, settings.seed + number)
+            for number in range(settings.draws)
+        ]
+
+    def probe(self, contender: Backbone | Bank, how: str | None = None) -> Outcome:
+        """The contender's outcome; how: a strategy, random, oracle or probe, for a bank."""
+        if isinstance(contender, Backbone):
+            return self._outcome(self._scores(contender, self._all))
+        if how == "random":
+            return self._random(contender)
+        if how == "oracle":
+            return self._oracle(contender)
+        if how == "probe":
+            return self._by_labels(contender)
+        choice = contender.select(self.task.train, how or "auto")
+        scores = self._scores(as_backbone(contender, choice), self._all)
+        return self._outcome(scores, choice.to_json())
+
+    @property
+    def _all(self) -> list[int]:
+        return list(range(len(self.draws)))
+
+    def _scores(self, backbone: Backbone, numbers: list[int]) -> list[np.ndarray]:
+        """Scores [m, C] of the test images for these draws."""
+        prober = Prober(backbone, self.task, self.settings, self.device, self.precision)
+        classify = prober.classifier()
+        return [classify(self.draws[number], number) for number in numbers]
+
+    def _outcome(self, scores: list[np.ndarray], choice: dict[str, Any] | None = None) -> Outcome:
+        values = [score(self.metric, of, self.task.test_labels) for of in scores]
+        return Outcome(values, confusion_counts(scores, self.task), choice)
+
+    def _random(self, bank: Bank) -> Outcome:
+        routes = random_routes(bank, len(self.draws), self.settings.seed)
+        scores: dict[int, np.ndarray] = {}
+        for route in set(routes):
+            numbers = [n for n, drawn in enumerate(routes) if drawn == route]
+            scores |= zip(numbers, self._scores(of_route(bank, route), numbers), strict=True)
+        return self._outcome([scores[n] for n in self._all])
+
+    def _oracle(self, bank: Bank) -> Outcome:
+        """The best of the routes; the values of each are in `choice`."""
+        routes = candidate_routes(bank)
+        scores = [self._scores(of_route(bank, route), self._all) for route in routes]
+        labels = self.task.test_labels
+        values = oracle_values(
+            scores,
+            lambda of, rows: score(self.metric, of, labels[rows]),
+            len(labels),
+            self.settings.seed,
+        )
+        by_route = {
+            "-".join(map(str, route)): float(np.mean([score(self.metric, s, labels) for s in of]))
+            for route, of in zip(routes, scores, strict=True)
+        }
+        return Outcome(values, choice={"routes": by_route})
+
+    def _by_labels(self, bank: Bank) -> Outcome:
+        """Every draw's labels choose for that draw."""
+        scores, strategies = [], []
+        for number, rows in enumerate(self.draws):
+            images = self.task.train.subset(rows.tolist())
+            labels = self.task.train_labels[rows]
+            choice = choose_by_probe(bank, images, labels, len(self.task.classes))
+            strategies.append(f"{choice.strategy} {'-'.join(map(str, choice.route))}")
+            scores += self._scores(as_backbone(bank, choice), [number])
+        return self._outcome(scores, {"chosen": strategies})
+
+
+def as_backbone(bank: Bank, choice: Choice) -> Backbone:
+    """The dense backbone of a choice."""
+    return Backbone(bank.encoder_spec, bank.backbone(choice))
+
+
+def of_route(bank: Bank, route: Route) -> Backbone:
+    return as_backbone(bank, bank.route_choice(route))
+
+
+def choose_by_probe(bank: Bank, images: ImageSet, labels: np.ndarray, num_classes: int) -> Choice:
+    """The candidate whose frozen features classify the labelled images best, by cross-validation.
+
+    Candidates are the most used routes, the merge by the task's votes and the generalist; of equal
+    ones the first, in the order of the task's votes. Raises MoceError if a class has one image.
+    """
+    merged = bank.select(images, "merge")
+    total = sum(merged.votes.values())
+    routes = sorted(candidate_routes(bank), key=lambda route: -merged.votes[route])
+    candidates = [merged, bank.select(images, "generalist")]
+    for route in reversed(routes):
+        made = replace(
+            bank.route_choice(route),
+            votes=merged.votes,
+            share=merged.votes[route] / total,
+            cluster_histogram=merged.cluster_histogram,
+            similarity=merged.similarity,
+        )
+        candidates.insert(0, made)
+
+    def value(choice: Choice) -> float:
+        features = extract_features(
+            bank.backbone(choice),
+            bank.encoder_spec,
+            images,
+            device=bank.device,
+            precision=bank.precision,
+        )
+        found = cross_validated(features.numpy(), labels, num_classes)
+        if not found:
+            raise MoceError("strategy probe needs at least two labelled images of every class")
+        return max(found.values())
+
+    return max(candidates, key=value)

@@ -1,0 +1,73 @@
+"""Suites: labelled tasks as data. A YAML file names tasks, labels, metrics and the probes' settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from moce.config import Count, Metric, Settings
+from moce.data.sources import is_named
+from moce.errors import MoceError
+from moce.parsing import parse, read_recipe
+
+Role = Literal["development", "held_out"]
+
+
+class SuiteTask(Settings):
+    """One labelled task. role: whether defaults may be tuned on it."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    data: str
+    metric: Metric | None = None
+    labels: Count | None = None
+    role: Role = "held_out"
+
+
+class Suite(Settings):
+    """Tasks, and the settings of `moce probe` and `moce finetune` that every backbone gets alike."""
+
+    name: str
+    tasks: tuple[SuiteTask, ...] = Field(min_length=1)
+    probe: dict[str, Any] = Field({})
+    finetune: dict[str, Any] = Field({})
+    draws: Count = 1
+    labels: Count | None = None
+
+
+def read_suite(path: Path, root: Path) -> Suite:
+    """The suite of a YAML file, its relative paths of data taken from `root`.
+
+    Raises MoceError, with all mistakes in one line, if it is no suite.
+    """
+    try:
+        suite = parse(Suite, read_recipe(path))
+    except MoceError as error:
+        raise MoceError(f"suite {path}: {error}") from None
+    names = [task.name for task in suite.tasks]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise MoceError(f"suite {path} has two tasks named {double[0]}")
+    tasks = tuple(
+        task.model_copy(update={"data": located(task.data, root)}) for task in suite.tasks
+    )
+    return suite.model_copy(update={"tasks": tasks})
+
+
+def located(data: str, root: Path) -> str:
+    """A DATA argument with a relative path taken from `root`; names such as demo:digits stay."""
+    return data if is_named(data) else str(root / data)
+
+
+def pick_tasks(suite: Suite, names: tuple[str, ...], role: Role | None) -> list[SuiteTask]:
+    """The tasks of these names (none: all) and role. Raises MoceError for unknown names or no task."""
+    known = [task.name for task in suite.tasks]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise MoceError(f"no task '{unknown[0]}' in suite {suite.name} (valid: {', '.join(known)})")
+    tasks = [task for task in suite.tasks if not names or task.name in names]
+    chosen = [task for task in tasks if role is None or task.role == role]
+    if not chosen:
+        raise MoceError(f"suite {suite.name} has no task of role {role} among those asked for")
+    return chosen

@@ -1,0 +1,50 @@
+"""The clusters of the images that a verb trains on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moce.clustering.model import ClusterModel
+from moce.config import HeadroomSettings, TrainSettings
+from moce.data.images import ImageSet
+from moce.features import extract_features
+from moce.loading import read_assignments
+from moce.runs import read_config
+from moce.training.progress import say
+
+
+def assign_images(
+    settings: TrainSettings | HeadroomSettings,
+    clusters: ClusterModel,
+    images: ImageSet,
+    device: torch.device,
+) -> Tensor:
+    """The cluster of every image, [n] int64: as it was clustered, or assigned if it was not there."""
+    assert settings.clusters is not None
+    origin = read_config(settings.clusters)["data"]
+    if origin != settings.data:
+        say(f"the clusters were made from {origin}; images are matched to them by name")
+    known = read_assignments(settings.clusters)
+    cluster_of = torch.tensor([known.get(name, -1) for name in images.ids])
+    unseen = (cluster_of < 0).nonzero()[:, 0].tolist()
+    if unseen:
+        say(f"{len(unseen)} images were not clustered before; assigning them")
+        cluster_of[unseen] = assign(images.subset(unseen), clusters, device, settings.precision)
+    return cluster_of
+
+
+def assign(
+    images: ImageSet, clusters: ClusterModel, device: torch.device, precision: str
+) -> Tensor:
+    """The cluster of every image, [n] int64, by one forward pass."""
+    raw = extract_features(
+        clusters.encoder,
+        clusters.spec,
+        images,
+        device=device,
+        precision=precision,
+        pooling=clusters.pooling,
+    )
+    clusters.encoder.cpu()
+    return clusters.assign(clusters.normalise(raw))[0]

@@ -1,0 +1,188 @@
+"""moce evaluate: backbones side by side on a suite of labelled tasks, resumable result by result."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moce.config import EvaluateSettings, FinetuneSettings, ProbeSettings
+from moce.customization.bank import Bank
+from moce.customization.export import write_card, write_timm_folder
+from moce.errors import MoceError
+from moce.features import input_size
+from moce.hardware import prepare
+from moce.loading import Backbone
+from moce.parsing import parse
+from moce.runs import (
+    open_folder,
+    provenance,
+    read_lines,
+    write_config,
+    write_json,
+    write_text,
+)
+from moce.training.progress import say
+from moce.transfer.contenders import Contender, open_contender, read_contenders
+from moce.transfer.evaluation import Bench, Outcome
+from moce.transfer.results import suite_table
+from moce.transfer.scoring import choose_metric
+from moce.transfer.suite import Suite, SuiteTask, pick_tasks, read_suite
+from moce.transfer.task import Task, load_task
+from moce.verbs import finetune
+from moce.verbs.start import settle
+
+ROWS, TABLE = "rows.jsonl", "results.md"
+NOT_TUNED = frozenset({"random", "oracle", "probe"})  # no single backbone that could be fine-tuned
+
+
+@dataclass
+class EvaluateResult:
+    """run: the folder; rows: one per task, backbone and protocol, as in rows.jsonl."""
+
+    run: Path
+    rows: list[dict[str, Any]]
+
+    def summary(self) -> str:
+        return f"{suite_table(self.rows)}\n\nrows: {self.run / ROWS}"
+
+
+def run(settings: EvaluateSettings) -> EvaluateResult:
+    settings, _ = settle(settings)
+    suite = read_suite(settings.suite, settings.root)
+    tasks = pick_tasks(suite, settings.tasks, settings.role)
+    contenders = read_contenders(settings.backbones)
+    opened = {contender: open_contender(contender) for contender in contenders}
+    _check_protocols(settings, contenders)
+    open_folder(settings.out, settings)
+    write_config(settings.out, settings)
+    write_json(settings.out / "evaluation.json", {"suite": suite.name, **provenance()})
+    work = _Work(settings, suite, opened)
+    for plan in tasks:
+        work.evaluate(plan)
+    write_text(settings.out / TABLE, suite_table(work.rows) + "\n")
+    return EvaluateResult(settings.out, work.rows)
+
+
+def _check_protocols(settings: EvaluateSettings, contenders: list[Contender]) -> None:
+    wrong = [c.name for c in contenders if c.how in NOT_TUNED]
+    if "finetune" in settings.protocols and wrong and len(wrong) == len(contenders):
+        raise MoceError(f"{wrong[0]} can be probed only: it has no one backbone to fine-tune")
+
+
+class _Work:
+    """The rows there are, and the making of those that are missing."""
+
+    def __init__(
+        self, settings: EvaluateSettings, suite: Suite, opened: dict[Contender, Backbone | Bank]
+    ) -> None:
+        self.settings, self.suite, self.opened = settings, suite, opened
+        self.device, self.precision = prepare(settings)
+        self.draws = settings.draws or suite.draws
+        self.rows = read_lines(settings.out / ROWS, "backbone")
+        for bank in opened.values():
+            if isinstance(bank, Bank):
+                bank.device, bank.precision = self.device, self.precision
+
+    def evaluate(self, plan: SuiteTask) -> None:
+        """All missing rows of one task; its images are read only if there are any."""
+        task: Task | None = None
+        for contender, protocol in self._missing(plan):
+            opened = self.opened[contender]
+            vit = opened.clusters.encoder if isinstance(opened, Bank) else opened.vit
+            if task is None or input_size(vit) != tuple(task.train.pixels.shape[2:]):
+                task = load_task(plan.data, input_size(vit))
+            start = time.perf_counter()
+            tune = protocol == "finetune"
+            outcome = (self._finetune if tune else self._probe)(plan, task, contender, protocol)
+            row = {
+                "suite": self.suite.name,
+                "task": plan.name,
+                "role": plan.role,
+                "backbone": contender.name,
+                "how": contender.how,
+                "protocol": protocol,
+                "metric": choose_metric(plan.metric, task),
+                "labels": self._labels(plan),
+                "values": [round(value, 6) for value in outcome.values],
+                "seconds": round(time.perf_counter() - start, 2),
+                "choice": outcome.choice,
+                "confusion": outcome.confusion,
+            }
+            self._keep(row)
+            shown = " ".join(f"{100 * value:.1f}" for value in outcome.values)
+            say(f"{plan.name}, {contender.name}, {protocol}: {shown}")
+
+    def _missing(self, plan: SuiteTask) -> Iterator[tuple[Contender, str]]:
+        done = {(row["task"], row["backbone"], row["protocol"]) for row in self.rows}
+        for protocol in self.settings.protocols:
+            for contender in self.opened:
+                tuned = protocol == "finetune" and contender.how in NOT_TUNED
+                if not tuned and (plan.name, contender.name, protocol) not in done:
+                    yield contender, protocol
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        """Written whole each time: an interruption loses no more than the row being made."""
+        self.rows.append(row)
+        lines = [json.dumps(row) + "\n" for row in self.rows]
+        write_text(self.settings.out / ROWS, "".join(lines))
+
+    def _labels(self, plan: SuiteTask) -> int | None:
+        return plan.labels or self.suite.labels
+
+    def _runtime(self) -> dict[str, Any]:
+        names = ("seed", "device", "precision", "threads")
+        return {name: getattr(self.settings, name) for name in names}
+
+    def _probe(self, plan: SuiteTask, task: Task, contender: Contender, protocol: str) -> Outcome:
+        values = {
+            **self.suite.probe,
+            **self._runtime(),
+            "backbone": contender.reference,
+            "data": plan.data,
+            "kind": protocol,
+            "num_labels": self._labels(plan),
+            "draws": self.draws,
+        }
+        settings = parse(ProbeSettings, values)
+        metric = choose_metric(plan.metric, task)
+        bench = Bench(task, metric, settings, self.device, self.precision)
+        return bench.probe(self.opened[contender], contender.how)
+
+    def _finetune(
+        self, plan: SuiteTask, task: Task, contender: Contender, protocol: str
+    ) -> Outcome:
+        reference, choice = self._dense_reference(plan, task, contender)
+        values = []
+        for draw in range(min(self.draws, self.settings.finetune_draws)):
+            out = self.settings.out / "finetune" / contender.name / plan.name / str(draw)
+            given = {
+                **self.suite.finetune,
+                **self._runtime(),
+                "seed": self.settings.seed + draw,
+                "backbone": reference,
+                "data": plan.data,
+                "metric": plan.metric,
+                "num_labels": self._labels(plan),
+                "out": out,
+                "resume": out.is_dir(),
+            }
+            values.append(finetune.run(parse(FinetuneSettings, given)).value)
+        return Outcome(values, choice=choice)
+
+    def _dense_reference(
+        self, plan: SuiteTask, task: Task, contender: Contender
+    ) -> tuple[str, dict[str, Any] | None]:
+        """What `moce finetune` takes: a MoCE run's choice is written to a folder first."""
+        bank = self.opened[contender]
+        if not isinstance(bank, Bank):
+            return contender.reference, None
+        choice = bank.select(task.train, contender.how or "auto")
+        folder = self.settings.out / "backbones" / contender.name / plan.name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_timm_folder(folder, bank.backbone(choice), bank.encoder_spec)
+        write_card(folder, choice, Path(contender.reference))
+        return str(folder), choice.to_json()

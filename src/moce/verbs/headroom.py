@@ -1,0 +1,160 @@
+"""moce headroom: before any experts are trained, what could they gain on these images?
+
+The MAE is trained on for a few steps on all images, and for as many on each group of clusters
+alone. What the second lowers the error of the group's held-out images below the first is what an
+expert of its own could gain; where training on everything is as good, there is nothing to gain.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moce.clustering.model import group_clusters
+from moce.config import HeadroomSettings
+from moce.data.images import ImageSet, load_images
+from moce.errors import MoceError
+from moce.features import input_size
+from moce.loading import load_clusters, load_mae
+from moce.models.encoder import EncoderSpec
+from moce.models.mae import MAE
+from moce.reconstruction import reconstruction_error
+from moce.runs import write_config, write_json, write_skipped
+from moce.training.loop import fit
+from moce.training.progress import say
+from moce.training.stages import mae_stage
+from moce.verbs.assign import assign_images
+from moce.verbs.start import open_run, pixel_store, settle
+
+HELD_OUT = 0.1  # share of the images that errors are measured on
+MOST_HELD_OUT = 4000
+SMALLEST_GROUP = 64  # images
+WORTHWHILE = 0.01  # see docs/results.md: below this, the map shows no gain in accuracy
+
+
+@dataclass
+class GroupGain:
+    """One group of clusters; errors on its held-out images after training on all, and on it alone."""
+
+    images: int
+    error_all: float
+    error_alone: float
+
+    @property
+    def gain(self) -> float:
+        """By what share training on the group alone lowers the error further."""
+        return 1 - self.error_alone / self.error_all
+
+
+@dataclass
+class HeadroomResult:
+    """gain: mean over the groups, weighted by their images; worthwhile: whether experts are likely to pay."""
+
+    run: Path
+    groups: list[GroupGain]
+    gain: float
+    worthwhile: bool
+    steps: int
+
+    def summary(self) -> str:
+        lines = [
+            f"group {number}: {group.images} images, error {group.error_all:.4f} trained on all, "
+            f"{group.error_alone:.4f} alone ({100 * group.gain:+.1f} %)"
+            for number, group in enumerate(self.groups)
+        ]
+        verdict = (
+            "experts are likely to reconstruct better: worth training"
+            if self.worthwhile
+            else "training on everything serves the groups as well: experts are unlikely to pay "
+            "yet; a smaller model, longer pre-training or more unlike images change that"
+        )
+        return "\n".join([*lines, f"headroom {100 * self.gain:+.2f} %: {verdict}"])
+
+    def to_json(self) -> dict[str, Any]:
+        groups = [{**asdict(group), "gain": group.gain} for group in self.groups]
+        return {**asdict(self), "run": str(self.run), "groups": groups}
+
+
+def run(settings: HeadroomSettings) -> HeadroomResult:
+    settings, device = settle(settings)
+    spec, mae = load_mae(settings.mae)
+    clusters = load_clusters(settings.clusters)
+    if settings.num_groups > clusters.num_clusters:
+        raise MoceError(
+            f"{settings.num_groups} groups need as many clusters; there are {clusters.num_clusters}"
+        )
+    images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
+    cluster_of = assign_images(settings, clusters, images, device)
+    group_of = group_clusters(
+        clusters.centroids, settings.num_groups, settings.seed, projected=False
+    )[cluster_of]
+    held, seen = split(len(images), settings.seed)
+    check_groups(group_of[seen], settings.num_groups)
+    open_run(settings)
+    write_config(settings.out, settings)
+    write_skipped(settings.out, images.skipped, say)
+    work = _Work(settings, device, spec.encoder, mae, images)
+    everyone = work.train("all", seen)
+    groups = []
+    for number in range(settings.num_groups):
+        mine = group_of == number
+        alone = work.train(f"group{number}", seen[mine[seen]])
+        test = held[mine[held]]
+        errors = work.error(everyone, test), work.error(alone, test)
+        groups.append(GroupGain(int(mine.sum()), *errors))
+    total = sum(group.images for group in groups)
+    gain = sum(group.gain * group.images for group in groups) / total
+    result = HeadroomResult(settings.out, groups, gain, gain >= WORTHWHILE, settings.steps or 0)
+    write_json(settings.out / "results.json", result.to_json())
+    return result
+
+
+def split(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows held out and rows to train on."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    number = min(MOST_HELD_OUT, round(HELD_OUT * count))
+    return order[:number].sort().values, order[number:].sort().values
+
+
+def check_groups(group_of: Tensor, num_groups: int) -> None:
+    """Raise MoceError if a group has too few images to say anything."""
+    smallest = int(group_of.bincount(minlength=num_groups).min())
+    if smallest < SMALLEST_GROUP:
+        raise MoceError(f"the smallest group has {smallest} images; lower --num-groups")
+
+
+@dataclass
+class _Work:
+    settings: HeadroomSettings
+    device: torch.device
+    spec: EncoderSpec
+    mae: MAE
+    images: ImageSet
+
+    def train(self, name: str, rows: Tensor) -> MAE:
+        """A copy of the MAE trained on for the settings' steps on these images."""
+        mae = copy.deepcopy(self.mae)
+        folder = self.settings.out / name
+        settings = self.settings.model_copy(update={"out": folder})
+        folder.mkdir(exist_ok=True)
+        part = self.images.subset(rows.tolist())
+        fit(
+            mae_stage(name, mae, self.spec, part, settings),
+            settings,
+            self.device,
+            settings.precision,
+        )
+        return mae
+
+    def error(self, mae: MAE, rows: Tensor) -> float:
+        if len(rows) == 0:
+            raise MoceError("a group has no held-out image; lower --num-groups")
+        part = self.images.subset(rows.tolist())
+        return reconstruction_error(
+            mae, self.spec, part, device=self.device, precision=self.settings.precision
+        )

@@ -1,0 +1,353 @@
+"""Suites, contenders, fair oracles, resumed evaluations, and the estimate of headroom."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from builders import RUNTIME, TRAIN, customize
+from conftest import Runs
+
+import moce
+from moce.errors import Interrupted, MoceError
+from moce.transfer.contenders import (
+    Contender,
+    oracle_values,
+    random_routes,
+    read_contenders,
+)
+from moce.transfer.evaluation import choose_by_probe
+from moce.transfer.results import suite_table
+from moce.transfer.suite import pick_tasks, read_suite
+from moce.transfer.task import load_task
+from moce.verbs import evaluate as evaluate_verb
+from moce.verbs.headroom import split
+
+FINETUNE = {"epochs": 1, "batch_size": 8, "rand_augment": "", "mixup": 0, "cutmix": 0}
+SUITES = Path(__file__).parents[1] / "recipes" / "suites"
+
+
+def write_suite(folder: Path, **changes: object) -> Path:
+    tasks = [
+        {"name": "digits", "data": "task", "role": "development"},
+        {"name": "clothes", "data": "demo:clothes", "labels": 20, "metric": "mean_per_class"},
+    ]
+    content = {
+        "name": "small",
+        "draws": 2,
+        "labels": 12,
+        "probe": {"solver": "lbfgs"},
+        "finetune": FINETUNE,
+        "tasks": tasks,
+    }
+    path = folder / "suite.yaml"
+    path.write_text(yaml.safe_dump({**content, **changes}))
+    return path
+
+
+def evaluate(runs: Runs, suite: Path, out: Path, *backbones: str, **settings: object):
+    return moce.evaluate(
+        suite, backbones=backbones, root=runs.task.parent, out=out, **RUNTIME, **settings
+    )
+
+
+# --- suites ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mix32", "paper11"])
+def test_the_suites_that_come_along_are_read(name: str) -> None:
+    suite = read_suite(SUITES / f"{name}.yaml", Path("data"))
+    assert suite.name == name
+    assert len(suite.tasks) >= 10
+    moce.config.ProbeSettings(backbone="b", data="d", **suite.probe)
+    moce.config.FinetuneSettings(backbone="b", data="d", out=Path("o"), **suite.finetune)
+
+
+def test_mix32_keeps_development_and_held_out_tasks_apart() -> None:
+    suite = read_suite(SUITES / "mix32.yaml", Path("data"))
+    development, held_out = (pick_tasks(suite, (), r) for r in ("development", "held_out"))
+    assert len(development) == 5
+    assert len(held_out) == 8
+
+
+def test_paper11_has_the_papers_tasks_and_metrics() -> None:
+    tasks = {t.name: t.metric for t in read_suite(SUITES / "paper11.yaml", Path()).tasks}
+    assert len(tasks) == 11
+    per_class = {name for name, metric in tasks.items() if metric == "mean_per_class"}
+    assert per_class == {"aircraft", "caltech101", "flowers", "pets"}
+    assert tasks["voc2007"] == "map11"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"taks": []}, "unknown setting 'taks' .did you mean 'tasks'"),
+        ({"tasks": []}, "tasks"),
+        ({"draws": 0}, "draws"),
+        ({"tasks": [{"name": "a", "data": "x"}] * 2}, "two tasks named a"),
+        ({"tasks": [{"name": "../a", "data": "x"}]}, "name"),
+        ({"tasks": [{"name": "a", "data": "x", "metric": "auc"}]}, "metric"),
+    ],
+)
+def test_a_wrong_suite_is_refused_in_one_line(tmp_path: Path, changes, message: str) -> None:
+    with pytest.raises(MoceError, match=message) as caught:
+        read_suite(write_suite(tmp_path, **changes), Path())
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_start_from_the_root_and_names_stay(tmp_path: Path) -> None:
+    tasks = read_suite(write_suite(tmp_path), Path("root")).tasks
+    assert [task.data for task in tasks] == [str(Path("root/task")), "demo:clothes"]
+
+
+def test_an_unknown_task_names_the_valid_ones(tmp_path: Path) -> None:
+    suite = read_suite(write_suite(tmp_path), Path())
+    with pytest.raises(MoceError, match="digits, clothes"):
+        pick_tasks(suite, ("cars",), None)
+
+
+# --- contenders -----------------------------------------------------------------------------------
+
+
+def test_contenders_are_read() -> None:
+    found = read_contenders(("a=runs/a", "b=runs/b@oracle"))
+    assert found == [Contender("a", "runs/a"), Contender("b", "runs/b", "oracle")]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (("runs/a",), "NAME=REFERENCE"),
+        (("=x",), "NAME=REFERENCE"),
+        (("a=x@best",), "@best"),
+        (("a=x", "a=y"), "one name"),
+        (("a/b=x",), "NAME=REFERENCE"),
+    ],
+)
+def test_wrong_contenders_are_refused(texts, message: str) -> None:
+    with pytest.raises(MoceError, match=message):
+        read_contenders(texts)
+
+
+def test_a_dense_backbone_has_no_experts_to_choose_from(runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(MoceError, match="leave out @HOW"):
+        evaluate(runs, write_suite(tmp_path), tmp_path / "out", f"a={runs.mae}@route")
+    assert not (tmp_path / "out").exists()
+
+
+# --- the oracle -----------------------------------------------------------------------------------
+
+
+def as_scores(correct: np.ndarray) -> list[list[np.ndarray]]:
+    """[routes][draws] scores [m, 2] that are right (class 1) where `correct` [routes, draws, m] is."""
+    return [[np.stack([1 - of, of], axis=1).astype(float) for of in route] for route in correct]
+
+
+def accuracy(scores: np.ndarray, rows: np.ndarray) -> float:
+    return float((scores.argmax(axis=1) == 1).mean())
+
+
+def test_the_oracle_finds_a_route_that_is_better_everywhere() -> None:
+    correct = np.random.default_rng(0).random((4, 3, 2000)) < 0.5
+    correct[2] = np.random.default_rng(1).random((3, 2000)) < 0.7
+    values = oracle_values(as_scores(correct), accuracy, 2000, 0)
+    np.testing.assert_allclose(values, correct[2].mean(axis=1), atol=1e-9)
+
+
+def test_the_oracle_does_not_win_by_luck() -> None:
+    """Routes that are all alike: the best on the images it is scored on would look better."""
+    correct = np.random.default_rng(0).random((8, 50, 100)) < 0.5
+    fair = np.mean(oracle_values(as_scores(correct), accuracy, 100, 0))
+    assert abs(fair - 0.5) < 0.02
+    assert correct.mean(axis=2).max(axis=0).mean() > 0.55
+
+
+def test_random_routes_are_drawn_anew_for_every_draw(runs: Runs) -> None:
+    bank = moce.load(runs.moce)
+    routes = random_routes(bank, 40, 0)
+    assert set(routes) <= set(bank.routes)
+    assert len(set(routes)) > 1
+    assert routes == random_routes(bank, 40, 0)
+
+
+# --- the verb -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evaluate")
+    names = [f"moce_{how}={runs.moce}@{how}" for how in ("route", "random", "oracle", "probe")]
+    protocols = ("linear", "knn", "finetune")
+    backbones = (f"mae={runs.mae}", f"moce={runs.moce}", f"dense={runs.backbone}", *names)
+    evaluate(runs, write_suite(root), root / "out", *backbones, protocols=protocols)
+    return root / "out"
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def test_every_task_backbone_and_protocol_has_a_row(evaluated: Path) -> None:
+    rows = rows_of(evaluated)
+    assert len(rows) == 2 * (2 * 7 + 4)  # random, oracle and probe are not fine-tuned
+    assert {row["protocol"] for row in rows} == {"linear", "knn", "finetune"}
+    assert all(0 <= value <= 1 for row in rows for value in row["values"])
+    probes = [row for row in rows if row["protocol"] != "finetune"]
+    assert all(len(row["values"]) == 2 for row in probes)
+    by_task = {row["task"]: (row["labels"], row["metric"], row["role"]) for row in rows}
+    assert by_task == {
+        "digits": (12, "accuracy", "development"),
+        "clothes": (20, "mean_per_class", "held_out"),
+    }
+
+
+def test_confusion_counts_every_test_image_in_every_draw(runs: Runs, evaluated: Path) -> None:
+    count = len(load_task(str(runs.task), (16, 16)).test)
+    row = next(r for r in rows_of(evaluated) if (r["task"], r["backbone"]) == ("digits", "mae"))
+    assert np.sum(row["confusion"]) == 2 * count
+
+
+def test_a_moce_run_says_what_each_task_got(evaluated: Path) -> None:
+    rows = {(row["backbone"], row["task"]): row for row in rows_of(evaluated)}
+    assert rows["moce_route", "digits"]["choice"]["strategy"] == "route"
+    assert len(rows["moce_oracle", "digits"]["choice"]["routes"]) > 1
+    assert len(rows["moce_probe", "digits"]["choice"]["chosen"]) == 2
+
+
+def test_the_same_values_as_the_single_verbs_give(runs: Runs, evaluated: Path) -> None:
+    rows = {(r["backbone"], r["task"], r["protocol"]): r["values"] for r in rows_of(evaluated)}
+    options = {"num_labels": 12, "draws": 2, **RUNTIME}
+    alone = moce.probe(runs.mae, runs.task, solver="lbfgs", **options)
+    assert rows["mae", "digits", "linear"] == pytest.approx(alone.values, abs=1e-6)
+    near = moce.probe(runs.mae, runs.task, kind="knn", **options)
+    assert rows["mae", "digits", "knn"] == pytest.approx(near.values, abs=1e-6)
+
+
+def test_what_an_evaluation_leaves(evaluated: Path) -> None:
+    names = {path.name for path in evaluated.iterdir()}
+    assert names == {
+        "config.yaml", "evaluation.json", "rows.jsonl", "results.md", "finetune", "backbones"
+    }  # fmt: skip
+    table = (evaluated / "results.md").read_text()
+    assert "| digits | 12 | accuracy |" in table
+    vit = timm.create_model(f"local-dir:{evaluated}/backbones/moce/digits", pretrained=True)
+    assert vit(torch.zeros(1, 3, 16, 16)).shape == (1, 32)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, out = write_suite(tmp_path), tmp_path / "out"
+    backbones = (f"mae={runs.mae}", f"moce={runs.moce}")
+    whole = evaluate(runs, suite, tmp_path / "whole", *backbones).rows
+    keep, made = evaluate_verb._Work._keep, []
+
+    def stop_after_two(work, row) -> None:
+        keep(work, row)
+        made.append(row["task"])
+        if len(made) == 2:
+            raise Interrupted(2, out, 0)
+
+    monkeypatch.setattr(evaluate_verb._Work, "_keep", stop_after_two)
+    with pytest.raises(Interrupted):
+        evaluate(runs, suite, out, *backbones)
+    assert len(rows_of(out)) == 2
+    monkeypatch.setattr(evaluate_verb._Work, "_keep", keep)
+    again = evaluate(runs, suite, out, *backbones, resume=True).rows
+    plain = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
+    assert plain(again) == plain(whole)
+
+
+def test_a_finished_evaluation_is_not_overwritten_unasked(runs: Runs, evaluated: Path) -> None:
+    suite = write_suite(evaluated.parent)
+    with pytest.raises(MoceError, match="not empty"):
+        evaluate(runs, suite, evaluated, f"mae={runs.mae}")
+
+
+def test_the_table_averages_only_what_is_complete() -> None:
+    row = {"labels": None, "metric": "accuracy", "protocol": "linear", "values": [0.5, 0.7]}
+    rows = [
+        {**row, "task": "a", "backbone": "x"},
+        {**row, "task": "b", "backbone": "x"},
+        {**row, "task": "b", "backbone": "y"},
+    ]
+    table = suite_table(rows).splitlines()
+    assert table[-1] == "| **mean** | | | **60.0** |  |"
+    assert "60.0 ± 10.0" in table[2]
+
+
+# --- choosing by labels ---------------------------------------------------------------------------
+
+
+def test_labels_choose_the_candidate_that_separates_them(runs: Runs) -> None:
+    """One expert is kept, the others are ruined: the labels must find the good one."""
+    bank, task = moce.load(runs.moce), load_task(str(runs.task), (16, 16))
+    for layer in bank.model.experts:
+        for number, expert in enumerate(layer.experts):
+            if number != 1:
+                for parameter in expert.parameters():
+                    parameter.data.normal_(0, 3)
+    assert any(1 in route for route in bank.routes)
+    chosen = choose_by_probe(bank, task.train, task.train_labels, len(task.classes))
+    assert chosen.strategy == "route"
+    assert 1 in chosen.route
+    assert chosen.share == pytest.approx(chosen.votes[chosen.route] / sum(chosen.votes.values()))
+
+
+def test_customize_by_probe_writes_a_backbone(runs: Runs, tmp_path: Path) -> None:
+    customize(runs.moce, runs.task, out=tmp_path / "b", strategy="probe")
+    assert timm.create_model(f"local-dir:{tmp_path}/b", pretrained=True) is not None
+    card = json.loads((tmp_path / "b" / "selection.json").read_text())
+    assert card["strategy"] in ("route", "merge", "generalist")
+
+
+def test_choosing_by_labels_needs_two_images_of_a_class(runs: Runs) -> None:
+    bank, task = moce.load(runs.moce), load_task(str(runs.task), (16, 16))
+    one_each = [int(np.flatnonzero(task.train_labels == n)[0]) for n in range(3)]
+    with pytest.raises(MoceError, match="two labelled images"):
+        choose_by_probe(bank, task.train.subset(one_each), np.arange(3), 3)
+
+
+# --- headroom -------------------------------------------------------------------------------------
+
+
+HEADROOM = {**{k: v for k, v in TRAIN.items() if k != "num_experts"}, "steps": 12, "num_groups": 2}
+
+
+def test_headroom_compares_each_group_alone_with_all(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moce.verbs.headroom.SMALLEST_GROUP", 8)
+    found = moce.headroom(
+        runs.data, mae=runs.mae, clusters=runs.clusters, out=tmp_path / "h", **HEADROOM
+    )
+    assert len(found.groups) == 2
+    assert sum(group.images for group in found.groups) == 160
+    for group in found.groups:
+        assert group.gain == pytest.approx(1 - group.error_alone / group.error_all)
+    weighted = sum(group.gain * group.images for group in found.groups) / 160
+    assert found.gain == pytest.approx(weighted)
+    assert json.loads((tmp_path / "h" / "results.json").read_text())["gain"] == found.gain
+    assert f"{100 * found.gain:+.2f} %" in found.summary()
+
+
+def test_headroom_refuses_groups_too_small_to_tell(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moce.verbs.headroom.SMALLEST_GROUP", 200)
+    with pytest.raises(MoceError, match="--num-groups"):
+        moce.headroom(
+            runs.data, mae=runs.mae, clusters=runs.clusters, out=tmp_path / "h", **HEADROOM
+        )
+    assert not (tmp_path / "h").exists()
+
+
+def test_held_out_images_are_not_trained_on() -> None:
+    held, seen = split(1000, 0)
+    assert len(held) == 100
+    assert sorted(torch.cat([held, seen]).tolist()) == list(range(1000))
