@@ -1,0 +1,218 @@
+"""Run Mix-32: the map of negative transfer, the main comparison and the ablations.
+
+    python -m experiments.mix32.run --recipe experiments/mix32/cpu.yaml --out runs/mix32 --jobs 2
+
+Every group (one seed of the comparison, one cell of the map, some ablations) is a chain of moce's
+verbs in folders of its own; finished folders are passed over and interrupted ones resumed, so the
+same command goes on after an interruption. The rows of a finished group are merged into
+`results/RECIPE.jsonl`, and a group whose rows are there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import moce
+from experiments.mix32.collect import evaluation_rows, merge, read_rows
+from experiments.mix32.measure import measure_run
+
+HERE = Path(__file__).parent
+SUITE = HERE.parents[1] / "recipes" / "suites" / "mix32.yaml"
+STUDIES = ("map", "main", "ablation")
+OF_CLUSTERS = ("num_clusters", "pooling", "update", "epsilon")
+SOURCE_OF = {"cifar10": "cifar10", "mnist": "digits", "fashion_mnist": "fashion"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one process does in one go. name: unique, and the folder's."""
+
+    study: str
+    name: str
+    seed: int
+    options: dict[str, Any]
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+class Folders:
+    """Recipe, data and run folders of one group."""
+
+    def __init__(self, recipe: dict[str, Any], out: Path, group: Group) -> None:
+        self.recipe, self.out, self.group = recipe, out, group
+        self.base = out / group.name
+
+    def pool(self, name: str) -> str:
+        return str(self.out / "data" / "pools" / f"{name}.parquet")
+
+    def task(self, name: str) -> str:
+        return str(self.out / "data" / "tasks" / f"{name}.parquet")
+
+    def pretrain(self, folder: Path, **changes: Any) -> Path:
+        settings = {**self.recipe["model"], **self.recipe["training"], **self.recipe["pretrain"]}
+        return self._run("pretrain", folder, {"data": self.pool("all"), **settings, **changes})
+
+    def cluster(self, folder: Path, mae: Path, **changes: Any) -> Path:
+        settings = {"data": self.pool("all"), "mae": mae, **self.recipe["clusters"]}
+        return self._run("cluster", folder, {**settings, **changes})
+
+    def train(self, folder: Path, mae: Path, method: str, **changes: Any) -> Path:
+        settings = {**self.recipe["training"], **self.recipe["train"]}
+        settings |= {"data": self.pool("all"), "mae": mae, "method": method}
+        if method in ("moce", "sdr", "token_moe"):
+            settings |= self.recipe["experts"]
+        return self._run("train", folder, {**settings, **changes})
+
+    def evaluate(self, folder: Path, backbones: dict[str, str], **changes: Any) -> Path:
+        named = tuple(f"{name}={reference}" for name, reference in backbones.items())
+        settings = {"suite": SUITE, "root": self.out / "data", "backbones": named, **changes}
+        return self._run("evaluate", folder, settings, done="results.md")
+
+    def _run(
+        self, verb: str, folder: Path, values: dict[str, Any], done: str = "model.json"
+    ) -> Path:
+        if not (folder / done).is_file():
+            started = (folder / "config.yaml").is_file()
+            go_on = {"resume": True} if verb != "cluster" else {"overwrite": True}
+            given = {**self.recipe["runtime"], "seed": self.group.seed, **values, "out": folder}
+            getattr(moce, verb)(**given, **(go_on if started else {}))
+        return folder
+
+
+# The studies
+
+
+def map_groups(recipe: dict[str, Any]) -> Iterator[Group]:
+    """Cells of the map: the MAE trained on, on all images or on a part of them, for as many steps."""
+    for cell in recipe["map"]["cells"]:
+        name = ",".join(f"{key}={value}" for key, value in cell.items() if key != "parts")
+        for seed in recipe["map"]["seeds"]:
+            yield Group("map", f"map/{name}/{seed}", seed, {"variant": name, **cell})
+
+
+def run_map(work: Folders) -> list[dict[str, Any]]:
+    options, base, recipe = work.group.options, work.base, work.recipe
+    arguments = {**recipe["model"]["model_args"], "embed_dim": options["width"]}
+    mae = work.pretrain(base / "mae", model_args=arguments, epochs=options["epochs"])
+    share = options["epochs"] / recipe["pretrain"]["epochs"]
+    steps = max(1, round(recipe["train"]["steps"] * share))
+    runs = {"mae": mae, "mae_plus": work.train(base / "mae_plus", mae, "mae", steps=steps)}
+    for part in options.get("parts", recipe["map"]["parts"]):
+        folder = base / f"only_{part}"
+        runs[f"only_{part}"] = work.train(folder, mae, "mae", data=work.pool(part), steps=steps)
+    backbones = {name: str(folder) for name, folder in runs.items()}
+    folder = work.evaluate(base / "evaluation", backbones)
+    rows = evaluation_rows(folder)
+    for name, run in runs.items():
+        rows += measure_run(run, name, work.out / "data", None)
+    return rows
+
+
+def main_groups(recipe: dict[str, Any]) -> Iterator[Group]:
+    for seed in recipe["seeds"]:
+        yield Group("main", f"main/{seed}", seed, {"variant": "default"})
+
+
+def run_main(work: Folders) -> list[dict[str, Any]]:
+    base, recipe = work.base, work.recipe
+    mae = work.pretrain(base / "mae")
+    clusters = work.cluster(base / "clusters", mae)
+    runs = {"mae": mae}
+    for method in recipe["methods"]:
+        name = {"mae": "mae_plus"}.get(method, method)
+        needs = {"clusters": clusters} if method in ("moce", "sdr") else {}
+        runs[name] = work.train(base / name, mae, method, **needs)
+    for source in recipe["subsets"]:
+        name = f"subset_{source}"
+        task = work.task(SOURCE_OF[source])
+        runs[name] = work.train(base / name, mae, "subset", clusters=clusters, task=task)
+    backbones = {name: str(folder) for name, folder in runs.items()}
+    moce_run = backbones["moce"]
+    chosen = {
+        "moce_route": f"{moce_run}@route",
+        "moce_merge": f"{moce_run}@merge",
+        "moce_generalist": f"{moce_run}@generalist",
+        "moce_probe": f"{moce_run}@probe",
+        "moce_random": f"{moce_run}@random",
+        "moce_oracle": f"{moce_run}@oracle",
+        "sdr_oracle": f"{backbones['sdr']}@oracle",
+    }
+    probes = work.evaluate(base / "evaluation", {**backbones, **chosen})
+    tuned = {name: backbones[name] for name in recipe["finetuned"]}
+    tunings = work.evaluate(base / "finetuning", tuned, protocols=("finetune",))
+    rows = evaluation_rows(probes) + evaluation_rows(tunings)
+    for name, run in runs.items():
+        rows += measure_run(run, name, work.out / "data", clusters)
+    return rows
+
+
+def ablation_groups(recipe: dict[str, Any]) -> Iterator[Group]:
+    """One factor changed at a time, each value for every seed of the ablations."""
+    for seed in recipe["ablation"]["seeds"]:
+        for change in recipe["ablation"]["changes"]:
+            variant = ",".join(f"{name}={value}" for name, value in change.items())
+            options = {"variant": variant, "change": change}
+            yield Group("ablation", f"ablation/{seed}/{variant}", seed, options)
+
+
+def run_ablation(work: Folders) -> list[dict[str, Any]]:
+    """On the MAE, and unless they are what is changed the clusters, of the main comparison."""
+    change, base = dict(work.group.options["change"]), work.base
+    parent = work.out / "main" / str(work.group.seed)
+    mae, clusters = work.pretrain(parent / "mae"), parent / "clusters"
+    work.cluster(clusters, mae)
+    of_clusters = {name: change.pop(name) for name in OF_CLUSTERS if name in change}
+    if of_clusters:
+        clusters = work.cluster(base / "clusters", mae, **of_clusters)
+    run = work.train(base / "moce", mae, "moce", clusters=clusters, **change)
+    backbones = {"moce": str(run), "moce_oracle": f"{run}@oracle"}
+    folder = work.evaluate(base / "evaluation", backbones, role="development")
+    return evaluation_rows(folder) + measure_run(run, "moce", work.out / "data", clusters)
+
+
+GROUPS = {"map": map_groups, "main": main_groups, "ablation": ablation_groups}
+RUNS = {"map": run_map, "main": run_main, "ablation": run_ablation}
+
+
+def run_group(recipe: dict[str, Any], out: Path, group: Group) -> list[dict[str, Any]]:
+    """The rows of one group, each marked with its study, variant and seed."""
+    rows = RUNS[group.study](Folders(recipe, out, group))
+    mark = {"study": group.study, "variant": group.options["variant"], "seed": group.seed}
+    return [{**mark, **row} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--recipe", type=Path, default=HERE / "cpu.yaml")
+    parser.add_argument("--out", type=Path, default=Path("runs/mix32"))
+    parser.add_argument("--results", type=Path, help="default: results/ beside this script")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    given = parser.parse_args()
+    recipe = yaml.safe_load(given.recipe.read_text())
+    results = given.results or HERE / "results" / f"{given.recipe.stem}.jsonl"
+    done = {(row["study"], row["variant"], row["seed"]) for row in read_rows(results)}
+    for study in given.studies:  # in this order: ablations stand on the main comparison's MAE
+        todo = [
+            group
+            for group in GROUPS[study](recipe)
+            if (study, group.options["variant"], group.seed) not in done
+        ]
+        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(run_group, recipe, given.out, group): group for group in todo}
+            for future in as_completed(running):
+                merge(results, future.result())
+                print(f"done: {running[future].name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
