@@ -26,8 +26,9 @@ from torch.testing import assert_close
 
 import moce
 from moce.config import TrainSettings
+from moce.errors import MoceError
 from moce.models.encoder import encode_tokens
-from moce.models.experts import ExpertFFN
+from moce.models.experts import ExpertFFN, ExpertLayer
 from moce.models.moce import MoCE, MoCESpec, check_blocks, default_blocks
 from moce.runs import read_tensors
 from moce.training.loop import Stage, fit
@@ -364,3 +365,39 @@ def test_shared_gate_run_loads_and_routes_alike(runs, tmp_path: Path) -> None:
     bank = moce.load(tmp_path / "run")
     assert all(len(set(route)) == 1 for route in bank.routes)
     customize(tmp_path / "run", runs.task, out=tmp_path / "dense")
+
+
+# --- experts that are whole blocks ------------------------------------------------------------------
+
+
+def test_whole_block_experts_start_as_the_mae_and_end_as_a_dense_vit() -> None:
+    images, noise, clusters = batch(6)
+    expected = tiny_mae()(images, noise).loss
+    mixture = tiny_moce(tiny_mae(), expert_scope="block").eval()
+    assert_close(mixture(images, noise, clusters).reconstruction, expected)
+    mixture = tiny_moce(tiny_mae(), expert_scope="block", different=True).eval()
+    route = mixture.routes()[int(clusters[0])]
+    shares = torch.nn.functional.one_hot(route, EXPERTS).double()
+    dense = mixture.dense_encoder(shares, torch.ones_like(shares))
+    assert not any(isinstance(module, ExpertLayer) for module in dense.modules())
+    same = clusters[:1].expand(len(images))
+    assert_close(dense.forward_features(images), mixture.features(images, same))
+
+
+def test_whole_block_experts_give_the_gate_its_gradient() -> None:
+    images, noise, clusters = batch(6)
+    mixture = tiny_moce(tiny_mae(), expert_scope="block", different=True).train()
+    mixture(images, noise, clusters).reconstruction.backward()
+    assert all(gate.weight.grad.abs().sum() > 0 for gate in mixture.gates)
+
+
+def test_whole_block_experts_refuse_the_scale_no_dense_block_could_equal() -> None:
+    with pytest.raises(MoceError, match="straight_through"):
+        tiny_moce(tiny_mae(), gate_scale="prob", expert_scope="block")
+
+
+def test_whole_block_experts_are_built_again_from_their_spec() -> None:
+    mixture = tiny_moce(tiny_mae(), expert_scope="block", different=True)
+    spec = MoCESpec(tiny_spec(), BLOCKS, EXPERTS, CLUSTERS, 32, expert_scope="block")
+    again = MoCESpec.from_dict(spec.to_dict()).build()
+    again.load_state_dict(mixture.state_dict())

@@ -23,12 +23,13 @@ import yaml
 import moce
 from experiments.mix32.collect import evaluation_rows, merge, read_rows
 from experiments.mix32.measure import measure_run
+from experiments.mix32.parts import PICKED_BY, TASKS_OF
 
 HERE = Path(__file__).parent
 SUITE = HERE.parents[1] / "recipes" / "suites" / "mix32.yaml"
-STUDIES = ("map", "main", "ablation")
+ROUTED = ("moce", "sdr", "token_moe")
+STUDIES = ("main", "ablation", "map")
 OF_CLUSTERS = ("num_clusters", "pooling", "update", "epsilon")
-SOURCE_OF = {"cifar10": "cifar10", "mnist": "digits", "fashion_mnist": "fashion"}
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ class Folders:
     def train(self, folder: Path, mae: Path, method: str, **changes: Any) -> Path:
         settings = {**self.recipe["training"], **self.recipe["train"]}
         settings |= {"data": self.pool("all"), "mae": mae, "method": method}
-        if method in ("moce", "sdr", "token_moe"):
-            settings |= self.recipe["experts"]
+        settings |= self.recipe["experts"] if method in ROUTED else {}
         return self._run("train", folder, {**settings, **changes})
 
     def evaluate(self, folder: Path, backbones: dict[str, str], **changes: Any) -> Path:
@@ -103,14 +103,14 @@ def run_map(work: Folders) -> list[dict[str, Any]]:
     options, base, recipe = work.group.options, work.base, work.recipe
     arguments = {**recipe["model"]["model_args"], "embed_dim": options["width"]}
     mae = work.pretrain(base / "mae", model_args=arguments, epochs=options["epochs"])
-    share = options["epochs"] / recipe["pretrain"]["epochs"]
-    steps = max(1, round(recipe["train"]["steps"] * share))
+    steps = options["steps"]
     runs = {"mae": mae, "mae_plus": work.train(base / "mae_plus", mae, "mae", steps=steps)}
-    for part in options.get("parts", recipe["map"]["parts"]):
+    for part in options["parts"]:
         folder = base / f"only_{part}"
         runs[f"only_{part}"] = work.train(folder, mae, "mae", data=work.pool(part), steps=steps)
     backbones = {name: str(folder) for name, folder in runs.items()}
-    folder = work.evaluate(base / "evaluation", backbones)
+    own = {task for part in options["parts"] for task in TASKS_OF[part]}
+    folder = work.evaluate(base / "evaluation", backbones, tasks=tuple(sorted(own)))
     rows = evaluation_rows(folder)
     for name, run in runs.items():
         rows += measure_run(run, name, work.out / "data", None)
@@ -127,29 +127,22 @@ def run_main(work: Folders) -> list[dict[str, Any]]:
     mae = work.pretrain(base / "mae")
     clusters = work.cluster(base / "clusters", mae)
     runs = {"mae": mae}
-    for method in recipe["methods"]:
-        name = {"mae": "mae_plus"}.get(method, method)
-        needs = {"clusters": clusters} if method in ("moce", "sdr") else {}
-        runs[name] = work.train(base / name, mae, method, **needs)
+    for name, settings in recipe["methods"].items():
+        needs = {"clusters": clusters} if settings["method"] in ("moce", "sdr") else {}
+        runs[name] = work.train(base / name, mae, **settings, **needs)
+    references = {name: str(folder) for name, folder in runs.items()}
+    chosen = {name: f"{runs[of]}@{how}" for name, (of, how) in recipe["chosen"].items()}
+    rows = evaluation_rows(work.evaluate(base / "evaluation", {**references, **chosen}))
+    tuned = {name: references[name] for name in recipe["finetuned"]}
+    options = {"protocols": ("finetune",), "role": "held_out"}
+    rows += evaluation_rows(work.evaluate(base / "finetuning", tuned, **options))
     for source in recipe["subsets"]:
         name = f"subset_{source}"
-        task = work.task(SOURCE_OF[source])
+        task = work.task(PICKED_BY[source])
         runs[name] = work.train(base / name, mae, "subset", clusters=clusters, task=task)
-    backbones = {name: str(folder) for name, folder in runs.items()}
-    moce_run = backbones["moce"]
-    chosen = {
-        "moce_route": f"{moce_run}@route",
-        "moce_merge": f"{moce_run}@merge",
-        "moce_generalist": f"{moce_run}@generalist",
-        "moce_probe": f"{moce_run}@probe",
-        "moce_random": f"{moce_run}@random",
-        "moce_oracle": f"{moce_run}@oracle",
-        "sdr_oracle": f"{backbones['sdr']}@oracle",
-    }
-    probes = work.evaluate(base / "evaluation", {**backbones, **chosen})
-    tuned = {name: backbones[name] for name in recipe["finetuned"]}
-    tunings = work.evaluate(base / "finetuning", tuned, protocols=("finetune",))
-    rows = evaluation_rows(probes) + evaluation_rows(tunings)
+        folder = base / f"evaluation_{name}"
+        own = work.evaluate(folder, {name: str(runs[name])}, tasks=TASKS_OF[source])
+        rows += evaluation_rows(own)
     for name, run in runs.items():
         rows += measure_run(run, name, work.out / "data", clusters)
     return rows
@@ -173,7 +166,8 @@ def run_ablation(work: Folders) -> list[dict[str, Any]]:
     of_clusters = {name: change.pop(name) for name in OF_CLUSTERS if name in change}
     if of_clusters:
         clusters = work.cluster(base / "clusters", mae, **of_clusters)
-    run = work.train(base / "moce", mae, "moce", clusters=clusters, **change)
+    settings = {**work.recipe["methods"]["moce"], **change}
+    run = work.train(base / "moce", mae, clusters=clusters, **settings)
     backbones = {"moce": str(run), "moce_oracle": f"{run}@oracle"}
     folder = work.evaluate(base / "evaluation", backbones, role="development")
     return evaluation_rows(folder) + measure_run(run, "moce", work.out / "data", clusters)

@@ -176,6 +176,9 @@ class TrainSettings(TrainingSettings):
     moe_blocks: tuple[Index, ...] | None = Field(
         None, description="encoder blocks with experts, e.g. 9,11 (default: the last two odd ones)"
     )
+    expert_scope: Literal["ffn", "block"] = Field(
+        "ffn", description="what an expert is: the block's FFN (the paper's), or the whole block"
+    )
     gate_scale: GateScale = Field(
         "straight_through",
         description="scale of an expert's output: straight_through (value 1) or prob (the paper's)",

@@ -1,4 +1,4 @@
-"""A feed-forward layer with several experts, one of which works on each whole image."""
+"""Layers with several experts, one of which works on each whole image: FFNs, or whole blocks."""
 
 from __future__ import annotations
 
@@ -18,26 +18,44 @@ class Routing:
     gate: Tensor
 
 
-class ExpertFFN(nn.Module):
-    """Stands in for a ViT block's FFN: every token of an image goes to the image's expert.
+class ExpertLayer(nn.Module):
+    """Experts that start as copies of one layer, and the routing of the batch at hand.
 
-    The block calls it with tokens alone, so the routing of the batch is set before (`routing`).
+    The encoder calls it with tokens alone, so the routing of the batch is set before (`routing`).
     Experts are separate modules. One without images in a step gets no gradient at all, so the
     optimiser leaves it where it is: neither momentum nor weight decay moves an idle expert.
     """
 
-    def __init__(self, ffn: nn.Module, num_experts: int) -> None:
-        """Experts start as copies of the trained `ffn` (upcycling)."""
+    def __init__(self, layer: nn.Module, num_experts: int) -> None:
+        """Experts start as copies of the trained `layer` (upcycling)."""
         super().__init__()
-        self.experts = nn.ModuleList(copy.deepcopy(ffn) for _ in range(num_experts))
+        self.experts = nn.ModuleList(copy.deepcopy(layer) for _ in range(num_experts))
         self.routing: Routing | None = None
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: [b, n, d]. Returns gate * expert(tokens), [b, n, d]. Raises if no routing is set."""
+    def mixed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Every image by its expert, [b, n, d], and its gate, [b, 1, 1]. Raises if no routing is set."""
         if self.routing is None:
-            raise RuntimeError("set .routing before calling an ExpertFFN")
+            raise RuntimeError("set .routing before calling an expert layer")
         mixed = apply_experts(self.experts, tokens, self.routing.expert)
-        return mixed * self.routing.gate[:, None, None].to(mixed.dtype)
+        return mixed, self.routing.gate[:, None, None].to(mixed.dtype)
+
+
+class ExpertFFN(ExpertLayer):
+    """Stands in for a ViT block's FFN (the paper's experts)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: [b, n, d]. Returns gate * expert(tokens), [b, n, d]."""
+        mixed, gate = self.mixed(tokens)
+        return mixed * gate
+
+
+class ExpertBlock(ExpertLayer):
+    """Stands in for a whole ViT block: attention and norms, too, are each expert's own."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: [b, n, d]. Returns tokens + gate * (expert(tokens) - tokens), [b, n, d]."""
+        mixed, gate = self.mixed(tokens)
+        return tokens + gate * (mixed - tokens)
 
 
 def apply_experts(experts: nn.ModuleList, rows: Tensor, expert: Tensor) -> Tensor:

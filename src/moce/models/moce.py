@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moce.errors import MoceError
 from moce.models.encoder import encode_tokens
-from moce.models.experts import ExpertFFN, Routing
+from moce.models.experts import ExpertBlock, ExpertFFN, ExpertLayer, Routing
 from moce.models.gates import ClusterGate, balance_loss, imbalance_loss
 from moce.models.mae import MAE, MAESpec
 
@@ -33,13 +33,21 @@ class MoCESpec:
     cluster_dim: int
     gate_scale: str = "straight_through"
     shared_gate: bool = False
+    expert_scope: str = "ffn"
 
     def build(self) -> MoCE:
         mae = self.mae.build()
         gates = [torch.zeros(self.num_experts, self.cluster_dim)] * self.num_gates
         clusters = torch.zeros(self.num_clusters, self.cluster_dim)
+        sizes = torch.ones(self.num_clusters)
         return MoCE(
-            mae, self.blocks, gates, clusters, torch.ones(self.num_clusters), self.gate_scale
+            mae,
+            self.blocks,
+            gates,
+            clusters,
+            sizes,
+            self.gate_scale,
+            expert_scope=self.expert_scope,
         )
 
     @property
@@ -81,13 +89,19 @@ class MoCE(nn.Module):
         cluster_sizes: Tensor,
         gate_scale: str = "straight_through",
         balance_scope: str = "dataset",
+        expert_scope: str = "ffn",
     ) -> None:
         """Turns `mae` into a mixture in place: pass a copy to keep the original.
+
+        expert_scope: what an expert is, the block's FFN (ffn, the paper's) or the whole block.
+        Raises MoceError for whole blocks under gate_scale prob, which no dense block could equal.
 
         gate_weights: one [E, D] per MoE block, or a single one shared by all; clusters: [K, D]
         unit embeddings; cluster_sizes: [K] images of each cluster in the training data.
         """
         super().__init__()
+        if expert_scope == "block" and gate_scale != "straight_through":
+            raise MoceError("experts that are whole blocks need gate_scale straight_through")
         self.mae = mae
         self.blocks = tuple(blocks)
         self.gate_scale = gate_scale
@@ -98,12 +112,16 @@ class MoCE(nn.Module):
         self.num_experts = gate_weights[0].shape[0]
         for layer in self.blocks:
             block: Any = mae.encoder.blocks[layer]
-            block.mlp = ExpertFFN(block.mlp, self.num_experts)
+            if expert_scope == "block":
+                mae.encoder.blocks[layer] = ExpertBlock(block, self.num_experts)
+            else:
+                block.mlp = ExpertFFN(block.mlp, self.num_experts)
 
     @property
-    def experts(self) -> list[ExpertFFN]:
+    def experts(self) -> list[ExpertLayer]:
         """The expert layers, one per MoE block."""
-        return [cast(Any, self.mae.encoder.blocks[layer]).mlp for layer in self.blocks]
+        blocks = [cast(Any, self.mae.encoder.blocks[layer]) for layer in self.blocks]
+        return [block if isinstance(block, ExpertBlock) else block.mlp for block in blocks]
 
     def tables(self, noise: Tensor | None = None) -> list[Tensor]:
         """One [K, E] table per MoE block. noise: [gates, K, E], or None for the clean tables."""
@@ -174,13 +192,13 @@ class MoCE(nn.Module):
             return encode_tokens(self.mae.encoder, images)
 
     def dense_encoder(self, shares: Tensor, gains: Tensor) -> VisionTransformer:
-        """A plain encoder whose FFNs are the experts averaged by `shares`, scaled by `gains`.
+        """A plain encoder whose FFNs (or blocks) are the experts averaged by `shares`, scaled by `gains`.
 
         shares: [blocks, E], rows sum to 1 (one-hot: that expert alone); gains: [blocks, E], the
         scale of each expert's output, folded into its last linear layer. With one-hot shares
         and the right gain it computes what the routed model computes.
         """
-        # A memo tells deepcopy what to put in the place of an object: here, FFNs for expert layers.
+        # A memo tells deepcopy what to put in the place of an object: here, of expert layers.
         memo: dict[int, Any] = {
             id(layer): merge_experts(layer, share, gain)
             for layer, share, gain in zip(self.experts, shares, gains, strict=True)
@@ -188,8 +206,11 @@ class MoCE(nn.Module):
         return copy.deepcopy(self.mae.encoder, memo)
 
 
-def merge_experts(layer: ExpertFFN, share: Tensor, gain: Tensor) -> nn.Module:
-    """One FFN: the experts' parameters averaged by `share` [E], outputs scaled by `gain` [E]."""
+def merge_experts(layer: ExpertLayer, share: Tensor, gain: Tensor) -> nn.Module:
+    """One FFN or block: the experts' parameters averaged by `share` [E], outputs scaled by `gain` [E].
+
+    Gains of whole blocks are 1.
+    """
     chosen = [index for index, weight in enumerate(share.tolist()) if weight > 0]
     merged = copy.deepcopy(layer.experts[chosen[0]])
     with torch.no_grad():

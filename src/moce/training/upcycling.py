@@ -38,6 +38,7 @@ def upcycle(
         num_clusters=clusters.num_clusters,
         cluster_dim=clusters.centroids.shape[1],
         gate_scale=settings.gate_scale,
+        expert_scope=settings.expert_scope,
         shared_gate=settings.shared_gate or settings.method == "sdr",
     )
     moce = MoCE(
@@ -48,6 +49,7 @@ def upcycle(
         clusters.sizes,
         settings.gate_scale,
         settings.balance_scope,
+        settings.expert_scope,
     )
     if settings.method == "sdr":
         moce.gates.requires_grad_(False)

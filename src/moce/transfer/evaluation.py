@@ -49,20 +49,38 @@ class Bench:
             draw_labels(task.train_labels, settings.num_labels, settings.seed + number)
             for number in range(settings.draws)
         ]
+        # By MoCE run and route, for all draws: strategies, random routes and the oracle share them.
+        self._of_routes: dict[tuple[str, Route], list[np.ndarray]] = {}
 
-    def probe(self, contender: Backbone | Bank, how: str | None = None) -> Outcome:
-        """The contender's outcome; how: a strategy, random, oracle or probe, for a bank."""
+    def probe(
+        self, contender: Backbone | Bank, how: str | None = None, reference: str = ""
+    ) -> Outcome:
+        """The contender's outcome; how: a strategy, random, oracle or probe, for a bank.
+
+        reference: names the bank, so that its routes are probed once for all ways to choose.
+        """
         if isinstance(contender, Backbone):
             return self._outcome(self._scores(contender, self._all))
         if how == "random":
-            return self._random(contender)
+            return self._random(contender, reference)
         if how == "oracle":
-            return self._oracle(contender)
+            return self._oracle(contender, reference)
         if how == "probe":
             return self._by_labels(contender)
         choice = contender.select(self.task.train, how or "auto")
-        scores = self._scores(as_backbone(contender, choice), self._all)
+        if choice.strategy == "route" and contender.model.gate_scale == "straight_through":
+            scores = self._route_scores(contender, reference, choice.route)
+        else:  # a merge is of the task's own, and so is the scale of a route under prob
+            scores = self._scores(as_backbone(contender, choice), self._all)
         return self._outcome(scores, choice.to_json())
+
+    def _route_scores(self, bank: Bank, reference: str, route: Route) -> list[np.ndarray]:
+        """Scores [m, C] for every draw, of the dense backbone of a route."""
+        key = reference, route
+        if key not in self._of_routes:
+            backbone = as_backbone(bank, bank.route_choice(route))
+            self._of_routes[key] = self._scores(backbone, self._all)
+        return self._of_routes[key]
 
     @property
     def _all(self) -> list[int]:
@@ -78,18 +96,15 @@ class Bench:
         values = [score(self.metric, of, self.task.test_labels) for of in scores]
         return Outcome(values, confusion_counts(scores, self.task), choice)
 
-    def _random(self, bank: Bank) -> Outcome:
+    def _random(self, bank: Bank, reference: str) -> Outcome:
         routes = random_routes(bank, len(self.draws), self.settings.seed)
-        scores: dict[int, np.ndarray] = {}
-        for route in set(routes):
-            numbers = [n for n, drawn in enumerate(routes) if drawn == route]
-            scores |= zip(numbers, self._scores(of_route(bank, route), numbers), strict=True)
-        return self._outcome([scores[n] for n in self._all])
+        scores = [self._route_scores(bank, reference, r)[n] for n, r in enumerate(routes)]
+        return self._outcome(scores)
 
-    def _oracle(self, bank: Bank) -> Outcome:
+    def _oracle(self, bank: Bank, reference: str) -> Outcome:
         """The best of the routes; the values of each are in `choice`."""
         routes = candidate_routes(bank)
-        scores = [self._scores(of_route(bank, route), self._all) for route in routes]
+        scores = [self._route_scores(bank, reference, route) for route in routes]
         labels = self.task.test_labels
         values = oracle_values(
             scores,
@@ -118,10 +133,6 @@ class Bench:
 def as_backbone(bank: Bank, choice: Choice) -> Backbone:
     """The dense backbone of a choice."""
     return Backbone(bank.encoder_spec, bank.backbone(choice))
-
-
-def of_route(bank: Bank, route: Route) -> Backbone:
-    return as_backbone(bank, bank.route_choice(route))
 
 
 def choose_by_probe(bank: Bank, images: ImageSet, labels: np.ndarray, num_classes: int) -> Choice:

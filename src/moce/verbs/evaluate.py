@@ -90,14 +90,19 @@ class _Work:
     def evaluate(self, plan: SuiteTask) -> None:
         """All missing rows of one task; its images are read only if there are any."""
         task: Task | None = None
+        benches: dict[str, Bench] = {}
         for contender, protocol in self._missing(plan):
             opened = self.opened[contender]
             vit = opened.clusters.encoder if isinstance(opened, Bank) else opened.vit
             if task is None or input_size(vit) != tuple(task.train.pixels.shape[2:]):
                 task = load_task(plan.data, input_size(vit))
+                benches = {}
             start = time.perf_counter()
-            tune = protocol == "finetune"
-            outcome = (self._finetune if tune else self._probe)(plan, task, contender, protocol)
+            if protocol == "finetune":
+                outcome = self._finetune(plan, task, contender)
+            else:
+                bench = benches.setdefault(protocol, self._bench(plan, task, protocol))
+                outcome = bench.probe(opened, contender.how, contender.reference)
             row = {
                 "suite": self.suite.name,
                 "task": plan.name,
@@ -137,11 +142,11 @@ class _Work:
         names = ("seed", "device", "precision", "threads")
         return {name: getattr(self.settings, name) for name in names}
 
-    def _probe(self, plan: SuiteTask, task: Task, contender: Contender, protocol: str) -> Outcome:
+    def _bench(self, plan: SuiteTask, task: Task, protocol: str) -> Bench:
         values = {
             **self.suite.probe,
             **self._runtime(),
-            "backbone": contender.reference,
+            "backbone": "",
             "data": plan.data,
             "kind": protocol,
             "num_labels": self._labels(plan),
@@ -149,12 +154,9 @@ class _Work:
         }
         settings = parse(ProbeSettings, values)
         metric = choose_metric(plan.metric, task)
-        bench = Bench(task, metric, settings, self.device, self.precision)
-        return bench.probe(self.opened[contender], contender.how)
+        return Bench(task, metric, settings, self.device, self.precision)
 
-    def _finetune(
-        self, plan: SuiteTask, task: Task, contender: Contender, protocol: str
-    ) -> Outcome:
+    def _finetune(self, plan: SuiteTask, task: Task, contender: Contender) -> Outcome:
         reference, choice = self._dense_reference(plan, task, contender)
         values = []
         for draw in range(min(self.draws, self.settings.finetune_draws)):

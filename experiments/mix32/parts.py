@@ -1,0 +1,20 @@
+"""Which tasks a part of the pre-training pool is made for."""
+
+from __future__ import annotations
+
+TASKS_OF = {
+    "cifar10": ("cifar10", "animals", "vehicles"),
+    "fashion_mnist": ("fashion", "shoes", "tops"),
+    "mnist": ("digits", "coloured_digits"),
+    "noto_emoji": ("twemoji", "apple_emoji", "facebook_emoji"),
+    "animate": ("animals",),
+    "inanimate": ("vehicles",),
+    "glyphs": ("digits", "fashion", "twemoji"),
+}
+# A task whose images, without labels, pick the clusters that `subset` trains on.
+PICKED_BY = {
+    "cifar10": "cifar10",
+    "mnist": "digits",
+    "fashion_mnist": "fashion",
+    "noto_emoji": "twemoji",
+}
