@@ -29,9 +29,11 @@ LOOKS = {
     "token_moe": Look("token MoE", "#e69f00", "v"),
     "sdr": Look("SDR", "#56b4e9", "o"),
     "moce": METHODS["moce"],
+    "moce_block": Look("MoCE, whole blocks", "#8c3b00", "D"),
     "moce_probe": Look("MoCE by labels", "#f0e442", "d"),
     "moce_random": METHODS["random_route"],
     "moce_oracle": METHODS["oracle"],
+    "moce_block_oracle": Look("oracle route, whole blocks", "#005f45", "^"),
     "subset": Look("subset", INK, "P"),
 }
 

@@ -28,13 +28,15 @@ from experiments.mix32.stats import REGRET, Gain, Row, cells, compare, gain, spr
 
 CONTRASTS = (
     ("moce", "mae_plus"),
+    ("moce_block", "mae_plus"),
     ("token_moe", "mae_plus"),
     ("sdr", "mae_plus"),
     ("subset", "mae_plus"),
     ("moce", "moce_random"),
     REGRET,
+    ("moce_block_oracle", "moce_block"),
 )
-IN_FIGURE = ("moce", "token_moe", "sdr", "subset")
+IN_FIGURE = ("moce", "moce_block", "token_moe", "sdr", "subset")
 
 
 # Numbers and tables as text

@@ -133,10 +133,11 @@ def _show(value: Any) -> str:
 
 
 def _metavar(field: FieldInfo) -> str:
-    if typing.get_origin(field.annotation) is Literal:
-        return "{" + ",".join(typing.get_args(field.annotation)) + "}"
     if _holds(field, tuple):
         return "A,B,..."
+    for kind in (field.annotation, *typing.get_args(field.annotation)):
+        if typing.get_origin(kind) is Literal:
+            return "{" + ",".join(typing.get_args(kind)) + "}"
     for kind, shown in ((float, "X"), (int, "N"), (Path, "PATH"), (dict, "YAML")):
         if _holds(field, kind) or kind in _bare_types(field):
             return shown

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -47,10 +47,23 @@ class BatchOrder:
         return rows, epochs
 
 
+RESIDENT_SHARE = 0.5  # of an accelerator's free memory, up to which all pixels are kept there
+
+
+def resident(images: ImageSet, device: torch.device) -> ImageSet:
+    """The images with their pixels on a CUDA device, if it has room: no batch has to be sent then."""
+    if device.type != "cuda":
+        return images
+    free, _ = torch.cuda.mem_get_info(device)
+    if images.pixels.numel() > RESIDENT_SHARE * free:
+        return images
+    return replace(images, pixels=images.pixels.to(device))
+
+
 def fetch(images: ImageSet, rows: Tensor, epochs: Tensor, device: torch.device) -> Batch:
     """The batch of these rows on `device`."""
-    pixels = images.pixels[rows]
-    if device.type == "cuda":
+    pixels = images.pixels[rows.to(images.pixels.device)]
+    if device.type == "cuda" and not pixels.is_cuda:
         pixels = pixels.pin_memory()
     return Batch(rows.to(device), epochs.to(device), pixels.to(device, non_blocking=True))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moce.config import TrainingSettings
-from moce.data.batches import Batch, BatchOrder, fetch
+from moce.data.batches import Batch, BatchOrder, fetch, resident
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
 from moce.errors import Interrupted, MoceError
@@ -75,6 +75,7 @@ class _Loop:
     ) -> None:
         self.stage, self.settings, self.folder = stage, settings, settings.out
         self.count = len(stage.images)
+        self.images = resident(stage.images, device)
         self.total = total_steps(settings, self.count)
         self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
         self.fabric = open_fabric(device, precision)
@@ -136,7 +137,7 @@ class _Loop:
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             with self.window.waiting():
-                batch = fetch(self.stage.images, rows[part], epochs[part], self.fabric.device)
+                batch = fetch(self.images, rows[part], epochs[part], self.fabric.device)
             share = len(batch.rows) / len(rows)
             more = start + size < len(rows)
             with self.fabric.no_backward_sync(self.model, enabled=more):

@@ -82,6 +82,8 @@ def erase(images: Tensor, keys: list[int], probability: float) -> Tensor:
 
     Rectangles are drawn by `keys`, the noise by torch's generator, which the loop seeds per step.
     """
+    if probability == 0:
+        return images
     eraser = RandomErasing(probability, mode="pixel", device=images.device)
     for image, key in zip(images, keys, strict=True):
         with _drawing(key):

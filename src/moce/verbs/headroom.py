@@ -25,7 +25,7 @@ from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE
 from moce.reconstruction import reconstruction_error
 from moce.runs import write_config, write_json, write_skipped
-from moce.training.loop import fit
+from moce.training.loop import fit, total_steps
 from moce.training.progress import say
 from moce.training.stages import mae_stage
 from moce.verbs.assign import assign_images
@@ -34,7 +34,8 @@ from moce.verbs.start import open_run, pixel_store, settle
 HELD_OUT = 0.1  # share of the images that errors are measured on
 MOST_HELD_OUT = 4000
 SMALLEST_GROUP = 64  # images
-WORTHWHILE = 0.01  # see docs/results.md: below this, the map shows no gain in accuracy
+# Between what gained no accuracy and what did: see docs/log.md.
+WORTHWHILE = 0.03
 
 
 @dataclass
@@ -50,16 +51,25 @@ class GroupGain:
         """By what share training on the group alone lowers the error further."""
         return 1 - self.error_alone / self.error_all
 
+    @property
+    def worthwhile(self) -> bool:
+        """Whether an expert of its own is likely to pay for this group."""
+        return self.gain >= WORTHWHILE
+
 
 @dataclass
 class HeadroomResult:
-    """gain: mean over the groups, weighted by their images; worthwhile: whether experts are likely to pay."""
+    """gain: mean over the groups, weighted by their images; steps: of each short training."""
 
     run: Path
     groups: list[GroupGain]
     gain: float
-    worthwhile: bool
     steps: int
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether experts are likely to pay for any group."""
+        return any(group.worthwhile for group in self.groups)
 
     def summary(self) -> str:
         lines = [
@@ -67,17 +77,22 @@ class HeadroomResult:
             f"{group.error_alone:.4f} alone ({100 * group.gain:+.1f} %)"
             for number, group in enumerate(self.groups)
         ]
+        paying = [str(number) for number, group in enumerate(self.groups) if group.worthwhile]
         verdict = (
-            "experts are likely to reconstruct better: worth training"
-            if self.worthwhile
-            else "training on everything serves the groups as well: experts are unlikely to pay "
-            "yet; a smaller model, longer pre-training or more unlike images change that"
+            "training on everything serves the groups as well; experts are unlikely to pay yet "
+            "(a smaller model, longer pre-training or more unlike images would change that)"
         )
+        if paying:
+            verdict = f"experts are likely to pay for images like those of {', '.join(paying)}"
         return "\n".join([*lines, f"headroom {100 * self.gain:+.2f} %: {verdict}"])
 
     def to_json(self) -> dict[str, Any]:
-        groups = [{**asdict(group), "gain": group.gain} for group in self.groups]
-        return {**asdict(self), "run": str(self.run), "groups": groups}
+        groups = [
+            {**asdict(group), "gain": group.gain, "worthwhile": group.worthwhile}
+            for group in self.groups
+        ]
+        values = {**asdict(self), "run": str(self.run), "groups": groups}
+        return {**values, "worthwhile": self.worthwhile}
 
 
 def run(settings: HeadroomSettings) -> HeadroomResult:
@@ -109,7 +124,7 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
         groups.append(GroupGain(int(mine.sum()), *errors))
     total = sum(group.images for group in groups)
     gain = sum(group.gain * group.images for group in groups) / total
-    result = HeadroomResult(settings.out, groups, gain, gain >= WORTHWHILE, settings.steps or 0)
+    result = HeadroomResult(settings.out, groups, gain, total_steps(settings, len(seen)))
     write_json(settings.out / "results.json", result.to_json())
     return result
 
