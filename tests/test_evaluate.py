@@ -169,10 +169,11 @@ def test_the_oracle_does_not_win_by_luck() -> None:
 
 def test_random_routes_are_drawn_anew_for_every_draw(runs: Runs) -> None:
     bank = moce.load(runs.moce)
-    routes = random_routes(bank, 40, 0)
+    routes = random_routes(bank, 40, 0, "digits")
     assert set(routes) <= set(bank.routes)
     assert len(set(routes)) > 1
-    assert routes == random_routes(bank, 40, 0)
+    assert routes == random_routes(bank, 40, 0, "digits")
+    assert routes != random_routes(bank, 40, 0, "letters")
 
 
 # --- the verb -------------------------------------------------------------------------------------

@@ -125,7 +125,9 @@ def tasks_meant_for(backbone: str, rows: list[Row]) -> set[str]:
 
 
 def named(pair: tuple[str, str], protocol: str) -> list[str]:
-    name = f"{title(pair[0])} − {title(pair[1])}" + (" (regret)" if pair == REGRET else "")
+    name = f"{title(pair[0])} − {title(pair[1])}" + (
+        " (regret)" if pair[0].endswith("_oracle") else ""
+    )
     return [name, PROTOCOLS[protocol]]
 
 

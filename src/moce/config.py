@@ -292,6 +292,7 @@ class FinetuneSettings(TrainingSettings):
     )
     data: str = Field(description="labelled images: class folders (train/ and test/ if split)")
     num_labels: Count | None = Field(None, description="labelled images to train on (default: all)")
+    draw: Index = Field(0, description="which random draw of the labels, as numbered by moce probe")
     metric: Metric | None = Field(
         None,
         description="accuracy, mean_per_class or map11 (default: map11 where an image can have "

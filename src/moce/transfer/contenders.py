@@ -67,10 +67,10 @@ def candidate_routes(bank: Bank) -> list[Route]:
     return list(bank.routes)[:MOST_ROUTES]
 
 
-def random_routes(bank: Bank, draws: int, seed: int) -> list[Route]:
-    """A route drawn anew for every draw of labels."""
+def random_routes(bank: Bank, draws: int, seed: int, task: str) -> list[Route]:
+    """A route drawn anew for every task and draw of labels."""
     routes = candidate_routes(bank)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng([seed, *task.encode()])
     return [routes[int(generator.integers(len(routes)))] for _ in range(draws)]
 
 

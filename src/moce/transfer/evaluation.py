@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class Bench:
         self.task, self.metric, self.settings = task, metric, settings
         self.device, self.precision = device, precision
         self.draws = [
-            draw_labels(task.train_labels, settings.num_labels, settings.seed + number)
+            draw_labels(task.train_labels, settings.num_labels, settings.seed, number)
             for number in range(settings.draws)
         ]
         # By MoCE run and route, for all draws: strategies, random routes and the oracle share them.
@@ -97,9 +98,9 @@ class Bench:
         return Outcome(values, confusion_counts(scores, self.task), choice)
 
     def _random(self, bank: Bank, reference: str) -> Outcome:
-        routes = random_routes(bank, len(self.draws), self.settings.seed)
+        routes = random_routes(bank, len(self.draws), self.settings.seed, Path(self.task.name).name)
         scores = [self._route_scores(bank, reference, r)[n] for n, r in enumerate(routes)]
-        return self._outcome(scores)
+        return self._outcome(scores, {"chosen": ["-".join(map(str, r)) for r in routes]})
 
     def _oracle(self, bank: Bank, reference: str) -> Outcome:
         """The best of the routes; the values of each are in `choice`."""

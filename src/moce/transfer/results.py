@@ -72,9 +72,7 @@ def _protocol_table(protocol: str, rows: list[dict[str, Any]]) -> str:
         of_task = [cells.get((task, backbone)) for backbone in backbones]
         one = next(row for row in of_task if row)
         shown = [_percent_cell(row["values"]) if row else "" for row in of_task]
-        lines.append(
-            f"| {task} | {one['labels'] or 'all'} | {one['metric']} | " + " | ".join(shown) + " |"
-        )
+        lines.append(f"| {task} | {one['labels']} | {one['metric']} | " + " | ".join(shown) + " |")
     means = [
         [float(np.mean(cells[task, backbone]["values"])) for task in tasks]
         if all((task, backbone) in cells for task in tasks)

@@ -112,8 +112,8 @@ def _split_by_class(entries: list[Entry]) -> list[str]:
     return splits
 
 
-def draw_labels(labels: np.ndarray, count: int | None, seed: int) -> np.ndarray:
-    """Rows of a random draw of `count` labels, [count].
+def draw_labels(labels: np.ndarray, count: int | None, seed: int, number: int = 0) -> np.ndarray:
+    """Rows of random draw `number` of `count` labels, [count]; no two seeds share a draw.
 
     labels: [n] class numbers, drawn as even over the classes as they allow, or [n, C] of 0 and 1,
     drawn without regard to classes: images of several cannot be dealt out class by class.
@@ -122,7 +122,7 @@ def draw_labels(labels: np.ndarray, count: int | None, seed: int) -> np.ndarray:
         raise MoceError("num_labels 1 leaves one class only; give 2 or more")
     if count is None or count >= len(labels):
         return np.arange(len(labels))
-    order = np.random.default_rng(seed).permutation(len(labels))
+    order = np.random.default_rng([seed, number]).permutation(len(labels))
     if labels.ndim == 2:
         return np.sort(order[:count])
     shuffled = labels[order]

@@ -111,7 +111,7 @@ class _Work:
                 "how": contender.how,
                 "protocol": protocol,
                 "metric": choose_metric(plan.metric, task),
-                "labels": self._labels(plan),
+                "labels": min(self._labels(plan) or len(task.train), len(task.train)),
                 "values": [round(value, 6) for value in outcome.values],
                 "seconds": round(time.perf_counter() - start, 2),
                 "choice": outcome.choice,
@@ -164,7 +164,7 @@ class _Work:
             given = {
                 **self.suite.finetune,
                 **self._runtime(),
-                "seed": self.settings.seed + draw,
+                "draw": draw,
                 "backbone": reference,
                 "data": plan.data,
                 "metric": plan.metric,

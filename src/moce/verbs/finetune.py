@@ -55,7 +55,7 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     read_policy(settings.rand_augment, backbone.spec, size)  # refused before anything is written
     task = load_task(settings.data, size, pixel_store(settings))
     metric = choose_metric(settings.metric, task)
-    rows = draw_labels(task.train_labels, settings.num_labels, settings.seed)
+    rows = draw_labels(task.train_labels, settings.num_labels, settings.seed, settings.draw)
     open_run(settings)
     write_skipped(settings.out, task.skipped, say)
     hint_few_steps(settings, total_steps(settings, len(rows)), "see recipes/finetune_small.yaml")

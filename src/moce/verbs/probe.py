@@ -56,7 +56,7 @@ def run(settings: ProbeSettings) -> ProbeResult:
     task = load_task(settings.data, input_size(backbone.vit))
     metric = choose_metric(settings.metric, task)
     draws = [
-        draw_labels(task.train_labels, settings.num_labels, settings.seed + number)
+        draw_labels(task.train_labels, settings.num_labels, settings.seed, number)
         for number in range(settings.draws)
     ]
     if is_sgd(settings):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moce.clustering.model import ClusterModel
 from moce.config import TrainSettings
 from moce.data.images import ImageSet, load_images
+from moce.data.sources import open_source
 from moce.errors import MoceError
 from moce.features import input_size
 from moce.loading import load_clusters, load_mae
@@ -101,7 +102,8 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     assert job.settings.task is not None
     clusters = job.clusters()
     cluster_of = assign_images(job.settings, clusters, job.images, job.device)
-    task = load_images(job.settings.task, input_size(clusters.encoder))
+    entries = [e for e in open_source(job.settings.task) if e.split != "test"]
+    task = load_images(entries, input_size(clusters.encoder))
     histogram = assign(task, clusters, job.device, job.settings.precision).bincount(
         minlength=clusters.num_clusters
     )
