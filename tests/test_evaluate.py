@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from builders import RUNTIME, TRAIN, customize
+from builders import RUNTIME, TRAIN, copy_run, customize
 from conftest import Runs
 
 import moce
@@ -24,7 +24,7 @@ from moce.transfer.contenders import (
 from moce.transfer.evaluation import choose_by_probe
 from moce.transfer.results import suite_table
 from moce.transfer.suite import pick_tasks, read_suite
-from moce.transfer.task import load_task
+from moce.transfer.task import draw_labels, load_task
 from moce.verbs import evaluate as evaluate_verb
 from moce.verbs.headroom import split
 
@@ -91,6 +91,7 @@ def test_paper11_has_the_papers_tasks_and_metrics() -> None:
         ({"draws": 0}, "draws"),
         ({"tasks": [{"name": "a", "data": "x"}] * 2}, "two tasks named a"),
         ({"tasks": [{"name": "../a", "data": "x"}]}, "name"),
+        ({"tasks": [{"name": "..", "data": "x"}]}, "name"),
         ({"tasks": [{"name": "a", "data": "x", "metric": "auc"}]}, "metric"),
     ],
 )
@@ -127,6 +128,8 @@ def test_contenders_are_read() -> None:
         (("a=x@best",), "@best"),
         (("a=x", "a=y"), "one name"),
         (("a/b=x",), "NAME=REFERENCE"),
+        (("..=x",), "NAME=REFERENCE"),
+        (("a|b=x",), "NAME=REFERENCE"),
     ],
 )
 def test_wrong_contenders_are_refused(texts, message: str) -> None:
@@ -148,21 +151,21 @@ def as_scores(correct: np.ndarray) -> list[list[np.ndarray]]:
     return [[np.stack([1 - of, of], axis=1).astype(float) for of in route] for route in correct]
 
 
-def accuracy(scores: np.ndarray, rows: np.ndarray) -> float:
-    return float((scores.argmax(axis=1) == 1).mean())
+def accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
+    return float((scores.argmax(axis=1) == labels).mean())
 
 
 def test_the_oracle_finds_a_route_that_is_better_everywhere() -> None:
     correct = np.random.default_rng(0).random((4, 3, 2000)) < 0.5
     correct[2] = np.random.default_rng(1).random((3, 2000)) < 0.7
-    values = oracle_values(as_scores(correct), accuracy, 2000, 0)
+    values = oracle_values(as_scores(correct), accuracy, np.ones(2000, int), 0)
     np.testing.assert_allclose(values, correct[2].mean(axis=1), atol=1e-9)
 
 
 def test_the_oracle_does_not_win_by_luck() -> None:
     """Routes that are all alike: the best on the images it is scored on would look better."""
     correct = np.random.default_rng(0).random((8, 50, 100)) < 0.5
-    fair = np.mean(oracle_values(as_scores(correct), accuracy, 100, 0))
+    fair = np.mean(oracle_values(as_scores(correct), accuracy, np.ones(100, int), 0))
     assert abs(fair - 0.5) < 0.02
     assert correct.mean(axis=2).max(axis=0).mean() > 0.55
 
@@ -352,3 +355,81 @@ def test_held_out_images_are_not_trained_on() -> None:
     held, seen = split(1000, 0)
     assert len(held) == 100
     assert sorted(torch.cat([held, seen]).tolist()) == list(range(1000))
+
+
+# --- what an attacker broke -----------------------------------------------------------------------
+
+
+def test_overwriting_spares_the_inputs(runs: Runs, tmp_path: Path) -> None:
+    backbone = tmp_path / "b"
+    customize(runs.moce, runs.task, out=backbone)
+    suite = write_suite(tmp_path)
+    with pytest.raises(MoceError, match="holds the input"):
+        evaluate(runs, suite, backbone, f"a={backbone}", overwrite=True)
+    assert (backbone / "model.safetensors").is_file()
+
+
+def test_an_evaluation_and_a_headroom_run_can_be_overwritten(
+    runs: Runs, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moce.verbs.headroom.SMALLEST_GROUP", 8)
+    out = copy_run(evaluated, tmp_path / "out")
+    evaluate(runs, write_suite(tmp_path), out, f"a={runs.mae}", tasks=("digits",), overwrite=True)
+    assert len(rows_of(out)) == 1
+    (out / "finetune" / "notes").mkdir(parents=True)
+    (out / "finetune" / "notes" / "mine.txt").write_text("x")
+    with pytest.raises(MoceError, match="other things"):
+        evaluate(runs, write_suite(tmp_path), out, f"a={runs.mae}", overwrite=True)
+    for _ in range(2):
+        moce.headroom(
+            runs.data,
+            mae=runs.mae,
+            clusters=runs.clusters,
+            out=tmp_path / "h",
+            overwrite=True,
+            **HEADROOM,
+        )
+
+
+def test_a_changed_suite_is_noticed_and_more_can_be_asked_for(runs: Runs, tmp_path: Path) -> None:
+    out, suite = tmp_path / "out", write_suite(tmp_path)
+    evaluate(runs, suite, out, f"a={runs.mae}", tasks=("digits",))
+    more = (f"a={runs.mae}", f"b={runs.backbone}")
+    rows = evaluate(runs, suite, out, *more, tasks=("digits",), resume=True).rows
+    assert [row["backbone"] for row in rows] == ["a", "b"]
+    write_suite(tmp_path, labels=9)
+    with pytest.raises(MoceError, match="has changed"):
+        evaluate(runs, suite, out, *more, tasks=("digits",), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("probe", {"solvr": "sgd"}, "probe: unknown setting 'solvr'"),
+        ("probe", {"draws": 5}, "must not set draws"),
+        ("finetune", {"epochs": -1}, "finetune: setting 'epochs'"),
+    ],
+)
+def test_wrong_sections_are_found_at_once(tmp_path: Path, section, values, message: str) -> None:
+    with pytest.raises(MoceError, match=message):
+        read_suite(write_suite(tmp_path, **{section: values}), Path())
+
+
+def test_the_oracle_needs_enough_images() -> None:
+    with pytest.raises(MoceError, match="4 test images"):
+        oracle_values([[np.ones((3, 2))]], accuracy, np.ones(3, int), 0)
+
+
+def test_draws_of_labels_are_distinct_between_seeds() -> None:
+    labels = np.arange(200) % 4
+    drawn = {tuple(draw_labels(labels, 20, seed, n)) for seed in range(4) for n in range(4)}
+    assert len(drawn) == 16
+
+
+def test_a_rate_that_overflows_loses_and_a_grid_can_be_resumed(runs: Runs, tmp_path: Path) -> None:
+    options = {**RUNTIME, **FINETUNE, "base_lr": 1e-3, "lr_grid": (2e-3, 1e30)}
+    found = moce.finetune(runs.backbone, runs.task, out=tmp_path / "t", **options)
+    tried = json.loads((tmp_path / "t" / "results.json").read_text())["lr_grid"]
+    assert tried[1] == {"base_lr": 1e30, "score": 0.0}
+    again = moce.finetune(runs.backbone, runs.task, out=tmp_path / "t", resume=True, **options)
+    assert again.value == found.value

@@ -208,7 +208,9 @@ class HeadroomSettings(TrainingSettings):
     data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
     mae: Folder = Field(description="run folder of moce pretrain")
     clusters: Folder = Field(description="run folder of moce cluster")
-    steps: Count | None = Field(300, description="optimiser steps of each short training")
+    steps: Count | None = Field(
+        800, description="optimiser steps on all images; a group alone takes its share of them"
+    )
     num_groups: Count = Field(4, description="groups of clusters, each trained on alone")
 
 
@@ -216,7 +218,7 @@ class CustomizeSettings(RuntimeSettings):
     """Pick the expert for a task and export a dense timm backbone (stage 3)."""
 
     run: Folder = Field(description="run folder of moce train")
-    images: str = Field(description="the task's images (labels are not used)")
+    images: str = Field(description="the task's images (labels are used by strategy probe only)")
     out: Folder = Field(description="folder to write the backbone to")
     overwrite: bool = Field(False, description="replace what is in the output folder")
     strategy: Strategy = Field(

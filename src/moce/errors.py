@@ -8,6 +8,10 @@ class MoceError(Exception):
     """
 
 
+class NotFinite(MoceError):
+    """The loss or the weights of a training are not finite numbers."""
+
+
 class Interrupted(MoceError):
     """A run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -25,12 +26,12 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from moce.config import Settings, expand
+from moce.config import EvaluateSettings, Settings, expand
 from moce.errors import MoceError
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
 SKIPPED, STATE = "skipped.jsonl", "state"
-INPUTS = ("data", "images", "init", "mae", "clusters", "run", "backbone", "suite")
+INPUTS = ("data", "images", "init", "mae", "clusters", "run", "backbone", "suite", "task")
 PROOFS = frozenset({INFO, CONFIG, "selection.json", "results.json", "demo.json"})
 EXTRAS = frozenset(
     {"assignments.parquet", "config.json", "README.md", "report.html"}
@@ -38,8 +39,11 @@ EXTRAS = frozenset(
 )
 OWN_FILES = PROOFS | EXTRAS | {WEIGHTS, METRICS, SKIPPED}
 DEMO_RUNS = frozenset({"mae", "clusters", "moce", "mae_plus"})
-DEMO_FOLDERS = frozenset({"backbones", "finetune"})
+FOLDERS_OF_RUNS = frozenset({"backbones", "finetune"})  # of the demo, of evaluations
+HEADROOM_RUN = re.compile(r"all|group\d+")
 FREE_TO_CHANGE = frozenset({"resume", "overwrite", "out", "threads", "log_every", "save_every"})
+# Each row of an evaluation stands for itself: a resumed one may be asked for others.
+ROWS_TO_MAKE = frozenset({"backbones", "protocols", "tasks", "role", "root"})
 
 
 def check_folder(path: Path, settings: Settings) -> None:
@@ -90,10 +94,14 @@ def _check_apart(path: Path, settings: Settings) -> None:
     """Raise MoceError if emptying `path` would take an input with it."""
     for name in INPUTS:
         value = getattr(settings, name, None)
-        if value is not None and expand(Path(value)).resolve().is_relative_to(path.resolve()):
-            raise MoceError(
-                f"{path} holds the input {name} ({value}); choose another output folder"
-            )
+        if value is not None:
+            check_apart(path, name, value)
+
+
+def check_apart(path: Path, name: str, value: str | Path) -> None:
+    """Raise MoceError if the input `name`, a path or a name, lies in the output folder `path`."""
+    if expand(Path(value)).resolve().is_relative_to(path.resolve()):
+        raise MoceError(f"{path} holds the input {name} ({value}); choose another output folder")
 
 
 def _is_ours(path: Path) -> bool:
@@ -106,9 +114,16 @@ def _is_ours(path: Path) -> bool:
 def _is_known(path: Path) -> bool:
     if not path.is_dir():
         return path.name in OWN_FILES or path.name.startswith(".")
-    if path.name in DEMO_FOLDERS:
-        return all(child.is_dir() and _is_ours(child) for child in path.iterdir())
-    return path.name in (STATE, "tensorboard") or (path.name in DEMO_RUNS and _is_ours(path))
+    if path.name in FOLDERS_OF_RUNS:
+        return _holds_runs(path)
+    inner = path.name in DEMO_RUNS or HEADROOM_RUN.fullmatch(path.name)
+    return path.name in (STATE, "tensorboard") or (bool(inner) and _is_ours(path))
+
+
+def _holds_runs(path: Path) -> bool:
+    """Whether a folder holds runs, or folders of runs, and nothing else."""
+    children = list(path.iterdir())
+    return all(child.is_dir() and (_is_ours(child) or _holds_runs(child)) for child in children)
 
 
 @contextmanager
@@ -183,10 +198,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 def check_unchanged(folder: Path, settings: Settings) -> None:
     """Raise MoceError, showing the difference, if a resumed run's settings are not those it began with."""
     before, now = read_config(folder), settings.model_dump(mode="json", by_alias=True)
+    free = FREE_TO_CHANGE | (ROWS_TO_MAKE if isinstance(settings, EvaluateSettings) else set())
+    free |= {"base_lr"} if getattr(settings, "lr_grid", ()) else set()  # the grid's choice is there
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}"
         for name, value in now.items()
-        if name not in FREE_TO_CHANGE and before.get(name) != value
+        if name not in free and before.get(name) != value
     ]
     if changed:
         raise MoceError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")

@@ -17,7 +17,7 @@ from moce.config import TrainingSettings
 from moce.data.batches import Batch, BatchOrder, fetch, resident
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
-from moce.errors import Interrupted, MoceError
+from moce.errors import Interrupted, NotFinite
 from moce.hardware import open_fabric
 from moce.models.encoder import use_plain_attention
 from moce.runs import write_config
@@ -63,7 +63,7 @@ def total_steps(settings: TrainingSettings, count: int) -> int:
 def fit(stage: Stage, settings: TrainingSettings, device: torch.device, precision: str) -> None:
     """Train `stage.module` in place; leaves config, metrics and checkpoints in the run folder.
 
-    Raises MoceError, with the last good state on disk, when the loss is not finite, and
+    Raises NotFinite, with the last good state on disk, when the loss is not finite, and
     Interrupted, with the current state on disk, when the user or the system asks to stop.
     """
     _Loop(stage, settings, device, precision).run()
@@ -117,7 +117,7 @@ class _Loop:
         """A finite loss can still have made a step that overflows: look before saving."""
         self.window.check_finite(self.folder)
         if not all(value.isfinite().all() for value in self.stage.module.state_dict().values()):
-            raise MoceError(f"the weights are not finite; {remedy(self.folder)}")
+            raise NotFinite(f"the weights are not finite; {remedy(self.folder)}")
 
     def _set_rate(self, number: int) -> float:
         settings = self.settings
@@ -189,9 +189,9 @@ class Window:
         return row
 
     def check_finite(self, folder: Path) -> None:
-        """Raise MoceError if any loss since the start was not finite; called before anything is written."""
+        """Raise NotFinite if any loss since the start was not finite; called before anything is written."""
         if not self._finite.item():
-            raise MoceError(f"the loss is not finite; {remedy(folder)}")
+            raise NotFinite(f"the loss is not finite; {remedy(folder)}")
 
 
 def remedy(folder: Path) -> str:

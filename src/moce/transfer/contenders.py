@@ -7,6 +7,7 @@ of `moce customize`, by a route at `random`, by the best route there is (`oracle
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from moce.errors import MoceError
 from moce.loading import Backbone, holds_moce, load_backbone
 
 HOWS: tuple[str, ...] = (*get_args(Strategy), "random", "oracle")
+NAME = re.compile(r"\w[\w.+-]*")  # names become folders and columns
+FEWEST_TO_HALVE = 4  # test images
 MOST_ROUTES = 8  # that the oracle tries and a random one is drawn from
 
 
@@ -41,7 +44,7 @@ def read_contenders(texts: tuple[str, ...]) -> list[Contender]:
         how: str | None = None
         if "@" in reference:
             reference, _, how = reference.rpartition("@")
-        if not (name and equals and reference) or "/" in name:
+        if not (NAME.fullmatch(name) and equals and reference):
             raise MoceError(f"backbone '{text}' is not NAME=REFERENCE or NAME=REFERENCE@HOW")
         if how is not None and how not in HOWS:
             raise MoceError(f"backbone '{text}': @{how} is none of {', '.join(HOWS)}")
@@ -77,18 +80,23 @@ def random_routes(bank: Bank, draws: int, seed: int, task: str) -> list[Route]:
 def oracle_values(
     scores: list[list[np.ndarray]],
     metric: Callable[[np.ndarray, np.ndarray], float],
-    count: int,
+    labels: np.ndarray,
     seed: int,
 ) -> list[float]:
     """The metric of the best route, [draws]: chosen on one half of the test images, scored on the other.
 
     Both halves take both parts, and the two values are averaged. Choosing and scoring on the same
     images would let the luckiest route win. scores: [routes][draws] of [m, C] each; metric: from
-    scores and the rows they are of to a value; count: m.
+    scores and labels to a value; labels: of the m test images. Raises MoceError if they are too few.
     """
-    halves = np.array_split(np.random.default_rng(seed).permutation(count), 2)
+    if len(labels) < FEWEST_TO_HALVE:
+        raise MoceError(f"an oracle needs {FEWEST_TO_HALVE} test images or more, not {len(labels)}")
+    order = np.random.default_rng(seed).permutation(len(labels))
+    if labels.ndim == 1:  # both halves get their part of every class
+        order = order[np.argsort(labels[order], kind="stable")]
+    halves = order[::2], order[1::2]
     values = np.array(
-        [[[metric(of[half], half) for of in route] for route in scores] for half in halves]
+        [[[metric(of[half], labels[half]) for of in route] for route in scores] for half in halves]
     )  # [2, routes, draws]
     best = values.argmax(axis=1)
     draws = np.arange(values.shape[2])

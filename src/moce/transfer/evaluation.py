@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from moce.transfer.probe import cross_validated
 from moce.transfer.prober import Prober
 from moce.transfer.scoring import confusion_counts
 from moce.transfer.task import Task, draw_labels
+
+
+class TooFewLabels(MoceError):
+    """Candidates cannot be compared by cross-validation."""
 
 
 @dataclass
@@ -107,12 +112,7 @@ class Bench:
         routes = candidate_routes(bank)
         scores = [self._route_scores(bank, reference, route) for route in routes]
         labels = self.task.test_labels
-        values = oracle_values(
-            scores,
-            lambda of, rows: score(self.metric, of, labels[rows]),
-            len(labels),
-            self.settings.seed,
-        )
+        values = oracle_values(scores, partial(score, self.metric), labels, self.settings.seed)
         by_route = {
             "-".join(map(str, route)): float(np.mean([score(self.metric, s, labels) for s in of]))
             for route, of in zip(routes, scores, strict=True)
@@ -120,12 +120,15 @@ class Bench:
         return Outcome(values, choice={"routes": by_route})
 
     def _by_labels(self, bank: Bank) -> Outcome:
-        """Every draw's labels choose for that draw."""
+        """Every draw's labels choose for that draw, its images where the labels are too few."""
         scores, strategies = [], []
         for number, rows in enumerate(self.draws):
             images = self.task.train.subset(rows.tolist())
             labels = self.task.train_labels[rows]
-            choice = choose_by_probe(bank, images, labels, len(self.task.classes))
+            try:
+                choice = choose_by_probe(bank, images, labels, len(self.task.classes))
+            except TooFewLabels:
+                choice = bank.select(images)
             strategies.append(f"{choice.strategy} {'-'.join(map(str, choice.route))}")
             scores += self._scores(as_backbone(bank, choice), [number])
         return self._outcome(scores, {"chosen": strategies})
@@ -140,7 +143,7 @@ def choose_by_probe(bank: Bank, images: ImageSet, labels: np.ndarray, num_classe
     """The candidate whose frozen features classify the labelled images best, by cross-validation.
 
     Candidates are the most used routes, the merge by the task's votes and the generalist; of equal
-    ones the first, in the order of the task's votes. Raises MoceError if a class has one image.
+    ones the first, in the order of the task's votes. Raises TooFewLabels if a class has one image.
     """
     merged = bank.select(images, "merge")
     total = sum(merged.votes.values())
@@ -166,7 +169,7 @@ def choose_by_probe(bank: Bank, images: ImageSet, labels: np.ndarray, num_classe
         )
         found = cross_validated(features.numpy(), labels, num_classes)
         if not found:
-            raise MoceError("strategy probe needs at least two labelled images of every class")
+            raise TooFewLabels("strategy probe needs at least two labelled images of every class")
         return max(found.values())
 
     return max(candidates, key=value)

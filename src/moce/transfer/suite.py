@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from moce.config import Count, Metric, Settings
+from moce.config import Count, FinetuneSettings, Metric, ProbeSettings, Role, Settings
 from moce.data.sources import is_named
 from moce.errors import MoceError
 from moce.parsing import parse, read_recipe
 
-Role = Literal["development", "held_out"]
+# Settings of the single verbs that `moce evaluate` gives itself.
+OWN = frozenset(
+    {"backbone", "data", "out", "overwrite", "resume", "json", "kind", "metric", "num_labels"}
+    | {"draw", "draws", "seed", "device", "precision", "threads"}
+)
 
 
 class SuiteTask(Settings):
     """One labelled task. role: whether defaults may be tuned on it."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     data: str
     metric: Metric | None = None
     labels: Count | None = None
@@ -45,6 +49,8 @@ def read_suite(path: Path, root: Path) -> Suite:
         suite = parse(Suite, read_recipe(path))
     except MoceError as error:
         raise MoceError(f"suite {path}: {error}") from None
+    _check_section(path, "probe", ProbeSettings, suite.probe)
+    _check_section(path, "finetune", FinetuneSettings, suite.finetune)
     names = [task.name for task in suite.tasks]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
@@ -53,6 +59,18 @@ def read_suite(path: Path, root: Path) -> Suite:
         task.model_copy(update={"data": located(task.data, root)}) for task in suite.tasks
     )
     return suite.model_copy(update={"tasks": tasks})
+
+
+def _check_section(path: Path, name: str, kind: type[Settings], values: dict[str, Any]) -> None:
+    """Raise MoceError unless a section holds settings of its verb that the evaluation leaves alone."""
+    own = sorted(OWN & values.keys())
+    if own:
+        raise MoceError(f"suite {path}: {name} must not set {own[0]}: that is for the evaluation")
+    fill = {"backbone": "", "data": "", **({"out": "x"} if name == "finetune" else {})}
+    try:
+        parse(kind, {**fill, **values})
+    except MoceError as error:
+        raise MoceError(f"suite {path}: {name}: {error}") from None
 
 
 def located(data: str, root: Path) -> str:

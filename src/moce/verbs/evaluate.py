@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from moce.hardware import prepare
 from moce.loading import Backbone
 from moce.parsing import parse
 from moce.runs import (
+    CONFIG,
+    check_apart,
     open_folder,
     provenance,
     read_lines,
@@ -35,7 +38,9 @@ from moce.transfer.task import Task, load_task
 from moce.verbs import finetune
 from moce.verbs.start import settle
 
-ROWS, TABLE = "rows.jsonl", "results.md"
+ROWS, TABLE, ABOUT = "rows.jsonl", "results.md", "evaluation.json"
+# What tells a row from all others.
+KEY = ("task", "backbone", "reference", "how", "protocol")
 NOT_TUNED = frozenset({"random", "oracle", "probe"})  # no single backbone that could be fine-tuned
 
 
@@ -56,10 +61,11 @@ def run(settings: EvaluateSettings) -> EvaluateResult:
     tasks = pick_tasks(suite, settings.tasks, settings.role)
     contenders = read_contenders(settings.backbones)
     opened = {contender: open_contender(contender) for contender in contenders}
-    _check_protocols(settings, contenders)
+    _check(settings, suite, contenders)
     open_folder(settings.out, settings)
     write_config(settings.out, settings)
-    write_json(settings.out / "evaluation.json", {"suite": suite.name, **provenance()})
+    content = {"suite": suite.model_dump(mode="json"), **provenance()}
+    write_json(settings.out / ABOUT, content)
     work = _Work(settings, suite, opened)
     for plan in tasks:
         work.evaluate(plan)
@@ -67,7 +73,17 @@ def run(settings: EvaluateSettings) -> EvaluateResult:
     return EvaluateResult(settings.out, work.rows)
 
 
-def _check_protocols(settings: EvaluateSettings, contenders: list[Contender]) -> None:
+def _check(settings: EvaluateSettings, suite: Suite, contenders: list[Contender]) -> None:
+    """Raise MoceError if inputs lie in the output, a row could not be made, or the suite has changed."""
+    for contender in contenders:
+        check_apart(settings.out, contender.name, contender.reference)
+    for task in suite.tasks:
+        check_apart(settings.out, task.name, task.data)
+    about = settings.out / ABOUT
+    if settings.resume and about.is_file():
+        began = json.loads(about.read_text())["suite"]
+        if began != suite.model_dump(mode="json"):
+            raise MoceError(f"{settings.suite} has changed since {settings.out} began; start anew")
     wrong = [c.name for c in contenders if c.how in NOT_TUNED]
     if "finetune" in settings.protocols and wrong and len(wrong) == len(contenders):
         raise MoceError(f"{wrong[0]} can be probed only: it has no one backbone to fine-tune")
@@ -82,7 +98,9 @@ class _Work:
         self.settings, self.suite, self.opened = settings, suite, opened
         self.device, self.precision = prepare(settings)
         self.draws = settings.draws or suite.draws
-        self.rows = read_lines(settings.out / ROWS, "backbone")
+        self.rows = [
+            row for row in read_lines(settings.out / ROWS, "values") if set(KEY) < set(row)
+        ]
         for bank in opened.values():
             if isinstance(bank, Bank):
                 bank.device, bank.precision = self.device, self.precision
@@ -97,17 +115,21 @@ class _Work:
             if task is None or input_size(vit) != tuple(task.train.pixels.shape[2:]):
                 task = load_task(plan.data, input_size(vit))
                 benches = {}
+                if task.skipped:
+                    say(f"{plan.name}: skipped {len(task.skipped)} unreadable images")
             start = time.perf_counter()
             if protocol == "finetune":
                 outcome = self._finetune(plan, task, contender)
             else:
-                bench = benches.setdefault(protocol, self._bench(plan, task, protocol))
-                outcome = bench.probe(opened, contender.how, contender.reference)
+                if protocol not in benches:
+                    benches[protocol] = self._bench(plan, task, protocol)
+                outcome = benches[protocol].probe(opened, contender.how, contender.reference)
             row = {
                 "suite": self.suite.name,
                 "task": plan.name,
                 "role": plan.role,
                 "backbone": contender.name,
+                "reference": contender.reference,
                 "how": contender.how,
                 "protocol": protocol,
                 "metric": choose_metric(plan.metric, task),
@@ -122,11 +144,12 @@ class _Work:
             say(f"{plan.name}, {contender.name}, {protocol}: {shown}")
 
     def _missing(self, plan: SuiteTask) -> Iterator[tuple[Contender, str]]:
-        done = {(row["task"], row["backbone"], row["protocol"]) for row in self.rows}
-        for protocol in self.settings.protocols:
+        done = {tuple(row[name] for name in KEY) for row in self.rows}
+        for protocol in dict.fromkeys(self.settings.protocols):
             for contender in self.opened:
+                key = (plan.name, contender.name, contender.reference, contender.how, protocol)
                 tuned = protocol == "finetune" and contender.how in NOT_TUNED
-                if not tuned and (plan.name, contender.name, protocol) not in done:
+                if not tuned and key not in done:
                     yield contender, protocol
 
     def _keep(self, row: dict[str, Any]) -> None:
@@ -161,6 +184,9 @@ class _Work:
         values = []
         for draw in range(min(self.draws, self.settings.finetune_draws)):
             out = self.settings.out / "finetune" / contender.name / plan.name / str(draw)
+            resume = (out / CONFIG).is_file()
+            if out.is_dir() and not resume:  # stopped before it began
+                shutil.rmtree(out)
             given = {
                 **self.suite.finetune,
                 **self._runtime(),
@@ -170,7 +196,7 @@ class _Work:
                 "metric": plan.metric,
                 "num_labels": self._labels(plan),
                 "out": out,
-                "resume": out.is_dir(),
+                "resume": resume,
             }
             values.append(finetune.run(parse(FinetuneSettings, given)).value)
         return Outcome(values, choice=choice)

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from moce.config import FinetuneSettings
 from moce.customization.export import write_timm_folder
 from moce.data.images import ImageSet
+from moce.errors import MoceError, NotFinite
 from moce.features import input_size
 from moce.loading import Backbone, load_backbone
 from moce.runs import STATE, write_config, write_json, write_model, write_skipped
@@ -63,6 +64,8 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     tried = tuner.search(settings, rows) if settings.lr_grid else []
     if tried:
         best = max(tried, key=lambda member: member["score"])["base_lr"]
+        if all(member["score"] == 0 for member in tried):
+            raise MoceError("no rate of lr_grid learns anything; give lower ones (--overwrite)")
         settings = settings.model_copy(update={"base_lr": best})
     vit = tuner.train(settings, rows)
     scores = tuner.scores(vit, task.test, settings)
@@ -119,14 +122,22 @@ class _Tuner:
                 folder.mkdir(parents=True, exist_ok=True)
                 update = {"base_lr": rate, "out": folder, "resume": True}
                 member = settings.model_copy(update=update)
-                vit = self.train(member, kept)
-                scores = self.scores(vit, self.task.train.subset(held.tolist()), member)
-                value = score(self.metric, scores, self.task.train_labels[held])
+                value = self._held_out(member, kept, held)
                 write_json(result, {"base_lr": rate, "score": value})
-                shutil.rmtree(folder / STATE)
+                shutil.rmtree(folder / STATE, ignore_errors=True)
             tried.append(json.loads(result.read_text()))
             say(f"base_lr {rate:g}: {self.metric} {100 * tried[-1]['score']:.1f} % held out")
         return tried
+
+    def _held_out(self, settings: FinetuneSettings, kept: np.ndarray, held: np.ndarray) -> float:
+        """The metric on the held-out images; 0, the worst, for a rate at which training overflows."""
+        try:
+            vit = self.train(settings, kept)
+        except NotFinite:
+            say(f"base_lr {settings.base_lr:g}: the loss is not finite")
+            return 0.0
+        scores = self.scores(vit, self.task.train.subset(held.tolist()), settings)
+        return score(self.metric, scores, self.task.train_labels[held])
 
 
 def _write(

@@ -59,6 +59,13 @@ def _check(settings: TrainSettings) -> None:
         raise MoceError(f"method {method} needs clusters: add --clusters RUN (of moce cluster)")
     if method == "subset" and settings.task is None:
         raise MoceError("method subset needs a task: add --task IMAGES")
+    if method != "subset" and settings.task is not None:
+        raise MoceError(f"--task is for method subset, not {method}: leave it out")
+    if method == "token_moe" and (settings.shared_gate or settings.expert_scope != "ffn"):
+        raise MoceError(
+            "--shared-gate and --expert-scope are not for method token_moe: its gate "
+            "reads tokens, and a token has no block of its own"
+        )
 
 
 @dataclass
