@@ -28,7 +28,7 @@ from experiments.mix32.parts import PICKED_BY, TASKS_OF
 HERE = Path(__file__).parent
 SUITE = HERE.parents[1] / "recipes" / "suites" / "mix32.yaml"
 ROUTED = ("moce", "sdr", "token_moe")
-STUDIES = ("main", "ablation", "map")
+STUDIES = ("map", "main", "ablation")
 OF_CLUSTERS = ("num_clusters", "pooling", "update", "epsilon")
 
 
