@@ -25,7 +25,7 @@ from moce.features import input_size
 from moce.loading import Backbone, load_backbone, read_assignments
 from moce.models.encoder import encode_tokens
 from moce.models.token_moe import TokenExpertFFN
-from moce.reporting.style import expert_colour
+from moce.reporting.style import INK, expert_colour
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 PER_EXPERT, EXAMPLES = 16, 10
@@ -63,15 +63,15 @@ def draw_experts(images: ImageSet, expert: Tensor, num_experts: int) -> Figure:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         axes = figure.add_subplot(num_experts, 1, number + 1)
         strip = images.pixels[rows[order[:PER_EXPERT]]].permute(2, 0, 3, 1).reshape(32, -1, 3)
-        show(axes, strip.numpy(), f"expert {number}, {len(rows):,} images")
-        axes.title.set_color(expert_colour(number, num_experts))
+        title = f"expert {number}, {len(rows):,} images"
+        show(axes, strip.numpy(), title, expert_colour(number, num_experts))
     return figure
 
 
-def show(axes: Axes, picture: np.ndarray, title: str) -> None:
+def show(axes: Axes, picture: np.ndarray, title: str, colour: str = INK) -> None:
     axes.imshow(picture, interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title(title, fontsize=8, loc="left", pad=2)
+    axes.set_title(title, fontsize=8, loc="left", pad=2, color=colour)
 
 
 def examples(images: ImageSet) -> list[int]:

@@ -133,9 +133,9 @@ def run_main(work: Folders) -> list[dict[str, Any]]:
     references = {name: str(folder) for name, folder in runs.items()}
     chosen = {name: f"{runs[of]}@{how}" for name, (of, how) in recipe["chosen"].items()}
     rows = evaluation_rows(work.evaluate(base / "evaluation", {**references, **chosen}))
-    tuned = {name: references[name] for name in recipe["finetuned"]}
-    options = {"protocols": ("finetune",), "role": "held_out"}
-    rows += evaluation_rows(work.evaluate(base / "finetuning", tuned, **options))
+    if tuned := {name: references[name] for name in recipe["finetuned"]}:
+        options = {"protocols": ("finetune",), "role": "held_out"}
+        rows += evaluation_rows(work.evaluate(base / "finetuning", tuned, **options))
     for source in recipe["subsets"]:
         name = f"subset_{source}"
         task = work.task(PICKED_BY[source])
