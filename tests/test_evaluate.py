@@ -255,10 +255,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(
         keep(work, row)
         made.append(row["task"])
         if len(made) == 2:
-            raise Interrupted(2, out, 0)
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate_verb._Work, "_keep", stop_after_two)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match=r"after 2 rows, .* --resume"):
         evaluate(runs, suite, out, *backbones)
     assert len(rows_of(out)) == 2
     monkeypatch.setattr(evaluate_verb._Work, "_keep", keep)
@@ -433,3 +433,10 @@ def test_a_rate_that_overflows_loses_and_a_grid_can_be_resumed(runs: Runs, tmp_p
     assert tried[1] == {"base_lr": 1e30, "score": 0.0}
     again = moce.finetune(runs.backbone, runs.task, out=tmp_path / "t", resume=True, **options)
     assert again.value == found.value
+
+
+def test_tasks_without_images_are_found_before_any_is_run(runs: Runs, tmp_path: Path) -> None:
+    tasks = [{"name": "good", "data": "task"}, {"name": "gone", "data": "nowhere"}]
+    with pytest.raises(MoceError, match=r"gone: no images at .*nowhere"):
+        evaluate(runs, write_suite(tmp_path, tasks=tasks), tmp_path / "out", f"a={runs.mae}")
+    assert not (tmp_path / "out").exists()

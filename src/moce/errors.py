@@ -15,6 +15,7 @@ class NotFinite(MoceError):
 class Interrupted(MoceError):
     """A run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
 
-    def __init__(self, number: int, folder: object, step: int) -> None:
-        super().__init__(f"stopped after step {step}, saved in {folder}; go on with --resume")
+    def __init__(self, number: int, folder: object, done: str) -> None:
+        """number: of the signal; done: what the folder holds the state after, such as "step 40"."""
+        super().__init__(f"stopped after {done}, saved in {folder}; go on with --resume")
         self.exit_status = 128 + number  # as shells report a process ended by this signal

@@ -109,7 +109,7 @@ class _Loop:
                     save_checkpoint(self.folder, number + 1, self.stage.module, self.optimiser)
                 progress.advance(note)
                 if received is not None and number + 1 < self.total:
-                    raise Interrupted(received, self.folder, number + 1)
+                    raise Interrupted(received, self.folder, f"step {number + 1}")
         log.close()
         self.stage.module.eval()
 

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 from moce.config import EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.customization.bank import Bank
 from moce.customization.export import write_card, write_timm_folder
-from moce.errors import MoceError
+from moce.data.sources import is_named
+from moce.errors import Interrupted, MoceError
 from moce.features import input_size
 from moce.hardware import prepare
 from moce.loading import Backbone
@@ -67,8 +69,11 @@ def run(settings: EvaluateSettings) -> EvaluateResult:
     content = {"suite": suite.model_dump(mode="json"), **provenance()}
     write_json(settings.out / ABOUT, content)
     work = _Work(settings, suite, opened)
-    for plan in tasks:
-        work.evaluate(plan)
+    try:
+        for plan in tasks:
+            work.evaluate(plan)
+    except KeyboardInterrupt:
+        raise Interrupted(SIGINT, settings.out, f"{len(work.rows)} rows") from None
     write_text(settings.out / TABLE, suite_table(work.rows) + "\n")
     return EvaluateResult(settings.out, work.rows)
 
@@ -77,8 +82,10 @@ def _check(settings: EvaluateSettings, suite: Suite, contenders: list[Contender]
     """Raise MoceError if inputs lie in the output, a row could not be made, or the suite has changed."""
     for contender in contenders:
         check_apart(settings.out, contender.name, contender.reference)
-    for task in suite.tasks:
+    for task in pick_tasks(suite, settings.tasks, settings.role):
         check_apart(settings.out, task.name, task.data)
+        if not is_named(task.data) and not Path(task.data).exists():
+            raise MoceError(f"task {task.name}: no images at {task.data}; see --root")
     about = settings.out / ABOUT
     if settings.resume and about.is_file():
         began = json.loads(about.read_text())["suite"]
