@@ -19,6 +19,7 @@ from moce.errors import MoceError
 
 # While centroids still move, potentials carried over from the last round need few iterations.
 ROUND_ITERATIONS, FINAL_ITERATIONS = 20, 1000
+RESCUES = 5  # tries to fill clusters whose centroids have merged with others
 
 
 @dataclass
@@ -75,13 +76,39 @@ def balanced_kmeans(
             centroids = soft_centroids(features, centroids, potentials, epsilon, chunk_size)
         centroids = reseed_empty(features, centroids, assignment)
         potentials = torch.where(empty, potentials.mean(), potentials)
-    potentials = balance(
-        features, centroids, epsilon, potentials, tolerance, FINAL_ITERATIONS, chunk_size
+    centroids, potentials = settle_potentials(
+        features, centroids, potentials, epsilon, tolerance, chunk_size
     )
-    potentials, _ = fill_empty(features, centroids, potentials, epsilon, chunk_size)
     assignment = assign(everything, centroids, potentials, epsilon, chunk_size)
     sizes = assignment.bincount(minlength=num_clusters)
     return Clustering(centroids, potentials, assignment, sizes, round_)
+
+
+def settle_potentials(
+    features: Tensor,
+    centroids: Tensor,
+    potentials: Tensor,
+    epsilon: float,
+    tolerance: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Balanced potentials under which no cluster is empty, and the centroids they are for.
+
+    Centroids that have merged cannot be told apart by potentials: the empty ones move away first.
+    Raises MoceError if clusters stay empty all the same.
+    """
+    for _ in range(RESCUES):
+        potentials = balance(
+            features, centroids, epsilon, potentials, tolerance, FINAL_ITERATIONS, chunk_size
+        )
+        filled = fill_empty(features, centroids, potentials, epsilon, chunk_size)
+        if filled is not None:
+            return centroids, filled
+        assignment = assign(features, centroids, potentials, epsilon, chunk_size)
+        centroids = reseed_empty(features, centroids, assignment)
+    raise MoceError(
+        f"cannot fill {len(centroids)} clusters: too many images are alike; use fewer clusters"
+    )
 
 
 def distinct(features: Tensor, chunk_size: int = 65536) -> Tensor:
@@ -176,8 +203,8 @@ def reseed_empty(features: Tensor, centroids: Tensor, assignment: Tensor) -> Ten
 
 def fill_empty(
     features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """Potentials raised just enough that no cluster is empty, and the assignment they give.
+) -> Tensor | None:
+    """Potentials raised just enough that no cluster is empty; None if that cannot be reached.
 
     Each empty cluster gets the image that costs it least, from a cluster with more than one.
     """
@@ -187,14 +214,12 @@ def fill_empty(
         sizes = assignment.bincount(minlength=len(potentials))
         empty = (sizes == 0).nonzero()[:, 0]
         if len(empty) == 0:
-            return potentials, assignment
+            return potentials
         cluster = empty[0]
         gap = _gap(features, centroids, potentials, epsilon, cluster, chunk_size)
         gap[sizes[assignment] <= 1] = torch.inf
         potentials[cluster] += gap.min() * (1 + 1e-5) + 1e-4
-    raise MoceError(
-        f"cannot fill {len(potentials)} clusters: too many images are alike; use fewer clusters"
-    )
+    return None
 
 
 def _gap(
