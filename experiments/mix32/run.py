@@ -168,8 +168,7 @@ def run_ablation(work: Folders) -> list[dict[str, Any]]:
         clusters = work.cluster(base / "clusters", mae, **of_clusters)
     settings = {**work.recipe["methods"]["moce"], **change}
     run = work.train(base / "moce", mae, clusters=clusters, **settings)
-    backbones = {"moce": str(run), "moce_oracle": f"{run}@oracle"}
-    folder = work.evaluate(base / "evaluation", backbones, role="development")
+    folder = work.evaluate(base / "evaluation", {"moce": str(run)}, role="development")
     return evaluation_rows(folder) + measure_run(run, "moce", work.out / "data", clusters)
 
 
