@@ -149,7 +149,9 @@ def write_data(folder: Path) -> None:
     pyarrow.parquet.write_table(mnist.select(columns), folder / "pools" / "mnist.parquet")
     for name, task in STAND_INS.items():
         rows = table.filter(pyarrow.compute.equal(table["task"].cast("string"), task))
-        kept = [n for n, split in enumerate(rows["split"].to_pylist()) if split == "train" or n % 6 == 0]
+        kept = [
+            n for n, split in enumerate(rows["split"].to_pylist()) if split == "train" or n % 6 == 0
+        ]
         rows = rows.take(kept)
         rows = rows.select([*columns, "label", "split"])
         pyarrow.parquet.write_table(rows, folder / "tasks" / f"{name}.parquet")

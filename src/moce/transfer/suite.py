@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import Field
 
-from moce.config import Count, FinetuneSettings, Metric, ProbeSettings, Role, Settings
+from moce.config import FinetuneSettings, Metric, ProbeSettings, Role, Settings
+from moce.config.base import Count
 from moce.data.sources import is_named
 from moce.errors import MoceError
 from moce.parsing import parse, read_recipe

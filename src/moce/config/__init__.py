@@ -1,0 +1,71 @@
+"""The settings of every verb: names, types, defaults, units. Flags, recipes and functions read them here.
+
+One class per verb; `moce.parsing` checks values against them. Nothing heavy is imported, so that
+`moce --help` is quick.
+"""
+
+from moce.config.base import (
+    BalanceScope,
+    CentroidUpdate,
+    ClusterPooling,
+    GateInit,
+    GateScale,
+    Method,
+    Metric,
+    Pooling,
+    Protocol,
+    Role,
+    RunSettings,
+    RuntimeSettings,
+    Settings,
+    Strategy,
+    TrainingSettings,
+    expand,
+)
+from moce.config.stages import (
+    ClusterSettings,
+    CustomizeSettings,
+    HeadroomSettings,
+    PretrainSettings,
+    TrainSettings,
+)
+from moce.config.tools import (
+    DemoSettings,
+    DoctorSettings,
+    ReportSettings,
+)
+from moce.config.transfer import (
+    EvaluateSettings,
+    FinetuneSettings,
+    ProbeSettings,
+)
+
+__all__ = [
+    "BalanceScope",
+    "CentroidUpdate",
+    "ClusterPooling",
+    "ClusterSettings",
+    "CustomizeSettings",
+    "DemoSettings",
+    "DoctorSettings",
+    "EvaluateSettings",
+    "FinetuneSettings",
+    "GateInit",
+    "GateScale",
+    "HeadroomSettings",
+    "Method",
+    "Metric",
+    "Pooling",
+    "PretrainSettings",
+    "ProbeSettings",
+    "Protocol",
+    "ReportSettings",
+    "Role",
+    "RunSettings",
+    "RuntimeSettings",
+    "Settings",
+    "Strategy",
+    "TrainSettings",
+    "TrainingSettings",
+    "expand",
+]

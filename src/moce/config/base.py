@@ -1,0 +1,100 @@
+"""Types and what verbs have in common: where to compute, what to write, how to train."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def expand(path: Path) -> Path:
+    """A path with ~ as the home folder, also where no shell has seen to it."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for unknown users
+
+
+Folder = Annotated[Path, AfterValidator(expand)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Index = Annotated[int, Field(ge=0, le=2**62)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+
+Channels = tuple[Fraction, Fraction, Fraction]
+Deviations = tuple[Positive, Positive, Positive]
+
+Strategy = Literal["auto", "route", "merge", "generalist", "probe"]
+Method = Literal["moce", "mae", "token_moe", "sdr", "subset"]
+GateScale = Literal["straight_through", "prob"]
+GateInit = Literal["centroids", "random"]
+BalanceScope = Literal["dataset", "batch"]
+Pooling = Literal["mean", "cls"]
+ClusterPooling = Literal["mean", "cls", "pixels"]
+CentroidUpdate = Literal["hard", "soft"]
+Metric = Literal["accuracy", "mean_per_class", "map11"]
+Protocol = Literal["linear", "knn", "finetune"]
+Role = Literal["development", "held_out"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, no unknown names, finite numbers."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+    json_output: bool = Field(
+        False, alias="json", exclude=True, description="print the result as JSON"
+    )
+
+
+class RuntimeSettings(Settings):
+    """Where a verb runs."""
+
+    seed: Index = Field(0, description="seed of everything random")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto", description="arithmetic of the networks; auto picks bf16 where it is faster"
+    )
+    threads: Threads | None = Field(
+        None, description="CPU threads (default: OMP_NUM_THREADS, or all cores)"
+    )
+
+
+class RunSettings(RuntimeSettings):
+    """A verb that leaves a run folder."""
+
+    out: Folder = Field(description="folder to write the run to")
+    overwrite: bool = Field(False, description="replace what is in the output folder")
+
+
+class TrainingSettings(RunSettings):
+    """A verb that optimises a network step by step."""
+
+    resume: bool = Field(False, description="go on from the last checkpoint of the output folder")
+    epochs: Positive = Field(400, description="passes over the images (fractions allowed)")
+    steps: Count | None = Field(
+        None, description="optimiser steps, whatever the number of images (default: by epochs)"
+    )
+    batch_size: Count = Field(
+        256, description="images per optimiser step, over all devices and micro-batches"
+    )
+    micro_batch_size: Count | None = Field(
+        None, description="images per forward pass; gradients add up to one batch (default: all)"
+    )
+    base_lr: Positive = Field(
+        1.5e-4, description="learning rate per 256 images; the rate is base_lr * batch_size / 256"
+    )
+    weight_decay: NonNegative = Field(
+        0.05, description="AdamW weight decay (none on biases, norms)"
+    )
+    beta2: OpenFraction = Field(0.95, description="AdamW second-moment decay")
+    warmup: Fraction = Field(0.05, description="share of the steps with rising learning rate")
+    min_lr: NonNegative = Field(0.0, description="learning rate at the end of the cosine")
+    crop_scale: Fraction = Field(0.2, description="smallest random crop, share of the image's area")
+    hflip: bool = Field(True, description="mirror half of the images")
+    log_every: Count = Field(20, description="steps between lines of metrics.jsonl")
+    save_every: Count = Field(500, description="steps between checkpoints")
+    tensorboard: bool = Field(False, description="also write TensorBoard events")
