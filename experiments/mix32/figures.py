@@ -31,6 +31,7 @@ LOOKS = {
     "moce": METHODS["moce"],
     "moce_block": Look("MoCE, whole blocks", "#8c3b00", "D"),
     "moce_probe": Look("MoCE by labels", "#f0e442", "d"),
+    "moce_generalist": Look("MoCE, all experts averaged", "#a0522d", "X"),
     "moce_random": METHODS["random_route"],
     "moce_oracle": METHODS["oracle"],
     "moce_block_oracle": Look("oracle route, whole blocks", "#005f45", "^"),
@@ -200,19 +201,19 @@ def draw_votes(results: Results, shares: dict[str, dict[str, float]], alt: str) 
 def draw_map(
     results: Results,
     gains: dict[tuple[str, str], Gain | None],
-    parts: list[str],
+    lines: list[str],
     variants: list[str],
     protocol: str,
 ) -> str:
-    """gains: by part and variant."""
-    found = [[gains[part, variant] for variant in variants] for part in parts]
+    """gains: by line and variant."""
+    found = [[gains[line, variant] for variant in variants] for line in lines]
     values = np.array([[cell.mean if cell else np.nan for cell in line] for line in found])
     most = max(1.0, float(np.nanmax(abs(values))))
     alt = f"Gain in points of training on a part of the images only, {PROTOCOLS[protocol]}"
     kind = f"map_{protocol}"
-    with results.figure(kind, 0.42 * len(parts) + 1.2, alt) as figure:
+    with results.figure(kind, 0.34 * len(lines) + 1.2, alt) as figure:
         columns = [variant.replace(",", "\n") for variant in variants]
-        axes = heat(figure, values, parts, columns, "RdBu", (-most, most), "+z.1f")
+        axes = heat(figure, values, lines, columns, "RdBu", (-most, most), "+z.1f")
         axes.set_title("Points gained by training on one part only")
     return results.shown(kind, alt)
 

@@ -11,6 +11,8 @@ TASKS_OF = {
     "inanimate": ("vehicles",),
     "glyphs": ("digits", "fashion", "twemoji"),
 }
+# Tasks whose images come from sources of which pre-training has none (recipes/suites/mix32.yaml).
+FOREIGN = ("optdigits", "twemoji", "apple_emoji", "facebook_emoji", "letters")
 # A task whose images, without labels, pick the clusters that `subset` trains on.
 PICKED_BY = {
     "cifar10": "cifar10",

@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 SUITE = HERE.parents[1] / "recipes" / "suites" / "mix32.yaml"
 ROUTED = ("moce", "sdr", "token_moe")
 STUDIES = ("map", "main", "ablation")
+FINETUNED = 3  # draws of labels
 OF_CLUSTERS = ("num_clusters", "pooling", "update", "epsilon")
 
 
@@ -134,7 +135,7 @@ def run_main(work: Folders) -> list[dict[str, Any]]:
     chosen = {name: f"{runs[of]}@{how}" for name, (of, how) in recipe["chosen"].items()}
     rows = evaluation_rows(work.evaluate(base / "evaluation", {**references, **chosen}))
     if tuned := {name: references[name] for name in recipe["finetuned"]}:
-        options = {"protocols": ("finetune",), "role": "held_out"}
+        options = {"protocols": ("finetune",), "role": "held_out", "finetune_draws": FINETUNED}
         rows += evaluation_rows(work.evaluate(base / "finetuning", tuned, **options))
     for source in recipe["subsets"]:
         name = f"subset_{source}"

@@ -24,6 +24,7 @@ from experiments.mix32.figures import (
     tasks_of,
     title,
 )
+from experiments.mix32.parts import FOREIGN
 from experiments.mix32.stats import REGRET, Gain, Row, cells, compare, gain, spread, task_gains
 
 CONTRASTS = (
@@ -32,6 +33,8 @@ CONTRASTS = (
     ("token_moe", "mae_plus"),
     ("sdr", "mae_plus"),
     ("subset", "mae_plus"),
+    ("moce_probe", "mae_plus"),
+    ("moce_generalist", "mae_plus"),
     ("moce", "moce_random"),
     REGRET,
     ("moce_block_oracle", "moce_block"),
@@ -116,6 +119,33 @@ def headline(results: Results) -> Iterator[str]:
     header = ["difference", "protocol", "held-out", "fixed", "all tasks", "fixed"]
     yield table([*header, "tasks", "seeds", "draws", "unpaired"], lines)
     yield results.caption("main", rows)
+
+
+def by_source(results: Results) -> Iterator[str]:
+    """Gains on tasks whose sources pre-training has images of, and on the others."""
+    rows = results.main()
+    known = set(present(rows, "task")) - set(FOREIGN)
+    lines = []
+    for protocol in protocols(rows):
+        for pair in CONTRASTS:
+            if pair[0] == "subset":  # has tasks of two known sources only
+                continue
+            of_known, of_foreign = (
+                gain(rows, *pair, protocol, tasks) for tasks in (known, FOREIGN)
+            )
+            if of_known and of_foreign:
+                count = f"{of_known.tasks}, {of_foreign.tasks}"
+                lines.append(
+                    [*named(pair, protocol), show_gain(of_known), show_gain(of_foreign), count]
+                )
+    if lines:
+        yield "### Known and foreign sources"
+        yield (
+            "The same, in the mean over tasks whose images are of sources that pre-training has "
+            "images of, and over tasks of sources it has none of. Both hold development tasks."
+        )
+        yield table(["difference", "protocol", "known", "foreign", "tasks"], lines)
+        yield results.caption("main", rows)
 
 
 def tasks_meant_for(backbone: str, rows: list[Row]) -> set[str]:
@@ -204,32 +234,44 @@ def transfer_map(results: Results) -> Iterator[str]:
     """Gain of training on one part of the images over training on all, for that part's tasks."""
     rows = results.of("map")
     names = sorted(name for name in present(rows, "backbone") if name.startswith("only_"))
-    parts = [name.removeprefix("only_") for name in names]
     variants = sorted(present(rows, "variant"), key=by_number)
     for protocol in protocols(rows):
-        gains = {
-            (part, variant): gain(
-                [row for row in rows if row["variant"] == variant],
-                *(f"only_{part}", "mae_plus", protocol, tasks_of(part), True),
-            )
-            for part in parts
-            for variant in variants
-        }
-        if any(gains.values()):
+        gains = map_gains([row for row in rows if row["protocol"] == protocol], names, variants)
+        if gains:
             of_protocol = [row for row in rows if row["protocol"] == protocol]
             yield f"### The map of negative transfer, {PROTOCOLS[protocol]}"
             yield (
                 "The MAE trained on with one part of the images, less the MAE trained on with all "
                 "for as many steps, on the part's own tasks: positive where the other images do "
-                f"harm. Points for just these tasks{with_intervals(of_protocol)}."
+                f"harm. Points{with_intervals(of_protocol)}."
             )
-            lines = [
-                [part, ", ".join(tasks_of(part)), *(show_gain(gains[part, v]) for v in variants)]
-                for part in parts
-            ]
-            yield table(["part", "tasks", *variants], lines)
+            lines = list(dict.fromkeys(line for line, _ in gains))
+            yield table(
+                ["task (trained on)", *variants],
+                [[line, *(show_gain(gains[line, v]) for v in variants)] for line in lines],
+            )
             yield results.caption("map", of_protocol)
-            yield draw_map(results, gains, parts, variants, protocol)
+            yield draw_map(results, gains, lines, variants, protocol)
+
+
+def map_gains(
+    rows: list[Row], backbones: list[str], variants: list[str]
+) -> dict[tuple[str, str], Gain | None]:
+    """The gain of every task of a part by training on the part, by line of the table and variant."""
+    gains: dict[tuple[str, str], Gain | None] = {}
+    for backbone in backbones:
+        part = backbone.removeprefix("only_")
+        for task in tasks_of(part):
+            found = {
+                variant: gain(
+                    [row for row in rows if row["variant"] == variant],
+                    *(backbone, "mae_plus", rows[0]["protocol"], (task,), True),
+                )
+                for variant in variants
+            }
+            if any(found.values()):
+                gains |= {(f"{task} ({part})", variant): of for variant, of in found.items()}
+    return gains
 
 
 # Ablations
@@ -323,4 +365,4 @@ def ratios(results: Results, measure: str) -> dict[str, list[float]]:
     return found
 
 
-SECTIONS = (headline, per_task, votes, transfer_map, ablations, measures, cost)
+SECTIONS = (headline, by_source, per_task, votes, transfer_map, ablations, measures, cost)
