@@ -181,6 +181,7 @@ def test_all_sections_are_drawn(tmp_path: Path) -> None:
     titles = [line[4:] for line in text.splitlines() if line.startswith("### ")]
     assert titles == [
         "Gains in points",
+        "Known and foreign sources",
         "Every task, linear probe",
         "Every task, fine-tuned",
         "Routes",
@@ -206,7 +207,7 @@ def test_numbers_in_the_tables(tmp_path: Path) -> None:
     assert subset.endswith("| 2, 3 | 3 | 3 | 0 |")  # on cifar10's own tasks only
     variants = [line.split(" |")[0][2:] for line in lines if line.endswith(" | 0, 1 |")]
     assert variants == ["num_experts=8", "num_experts=16", "scale=prob"]
-    cells = next(line for line in lines if line.startswith("| part |"))
+    cells = next(line for line in lines if line.startswith("| task (trained on) |"))
     assert cells.index("width=32") < cells.index("width=64")
     assert "| MoCE | 1.80 ± 0.00 | 1.80 ± 0.00 |" in lines
 
