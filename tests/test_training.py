@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -219,14 +220,58 @@ def test_the_two_newest_checkpoints_stay(runs, tmp_path: Path) -> None:
     assert names == ["step_000000018.safetensors", "step_000000020.safetensors"]
 
 
-def test_a_damaged_checkpoint_is_a_plain_error(runs, tmp_path: Path) -> None:
+def flip_a_byte(file: Path) -> None:
+    """In the tensors, so that the file still reads."""
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 0x40
+    file.write_bytes(content)
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_short])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    damage: Callable[[Path], None], runs, tmp_path: Path, capsys
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    run_verb("pretrain", runs, whole, save_every=3)
+    stop_after(out, 7)
+    with pytest.raises(Interrupted):
+        run_verb("pretrain", runs, out, save_every=3)
+    damage(sorted((out / "state").iterdir())[-1])
+    run_verb("pretrain", runs, out, save_every=3, resume=True)
+    said = capsys.readouterr().err
+    assert "going back to the checkpoint before it" in said and "after step 6" in said
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_only_damaged_checkpoints_are_a_plain_error(runs, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stop_after(out, 2)
     with pytest.raises(Interrupted):
         run_verb("pretrain", runs, out)
     next((out / "state").iterdir()).write_bytes(b"junk")
-    with pytest.raises(MoceError, match="cannot read"):
+    with pytest.raises(MoceError, match="damaged; start again with --overwrite"):
         run_verb("pretrain", runs, out, resume=True)
+
+
+def test_a_folder_another_process_writes_to_is_refused(runs, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    code = (
+        "import sys; from pathlib import Path; from moce.claims import claim; "
+        "claim(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        with pytest.raises(MoceError, match="another process is writing"):
+            run_verb("pretrain", runs, out)
+        holder.communicate()
+    run_verb("pretrain", runs, out)  # free again
+    run_verb("pretrain", runs, out, resume=True)
 
 
 # --- losses that are not finite -------------------------------------------------------------------

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from moce import config
+from moce.claims import claims
 from moce.parsing import parse
 
 
@@ -22,7 +23,8 @@ class Verb:
     def run(self, values: dict[str, Any]) -> Any:
         """Validate the values, then import the verb and do its work."""
         settings = parse(self.settings, values)
-        return import_module(f"moce.verbs.{self.name}").run(settings)
+        with claims():
+            return import_module(f"moce.verbs.{self.name}").run(settings)
 
 
 VERBS = {

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from moce.claims import claim
 from moce.config import EvaluateSettings, Settings, expand
 from moce.errors import MoceError
 
@@ -74,6 +75,7 @@ def open_folder(path: Path, settings: Settings) -> Path:
     check_folder(path, settings)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        claim(path)
         if not getattr(settings, "resume", False):
             _empty(path)
     except OSError as error:
@@ -173,6 +175,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise MoceError(f"cannot read weights {path}: {error}") from None
+
+
+def read_tensor_metadata(path: Path) -> dict[str, str]:
+    """What `write_tensors` was told beside the tensors. Raises MoceError as `read_tensors`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise MoceError(f"cannot read weights {path}: {error}") from None
 

@@ -1,7 +1,11 @@
-"""Checkpoints: weights and optimiser state of one step in one safetensors file, written atomically."""
+"""Checkpoints: weights and optimiser state of one step in one safetensors file, written atomically.
+
+Each holds a checksum of its tensors. A damaged one is passed over for the one before it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from moce.errors import MoceError
-from moce.runs import STATE, read_tensors, write_tensors
+from moce.runs import STATE, read_tensor_metadata, read_tensors, write_tensors
+from moce.training.progress import say
 
 KEPT = 2
+CHECKSUM = "sha256"
 
 
 def save_checkpoint(
@@ -22,32 +28,63 @@ def save_checkpoint(
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, values in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": value for name, value in values.items()}
-    write_tensors(folder / STATE / f"step_{step:09d}.safetensors", tensors)
+    path = folder / STATE / f"step_{step:09d}.safetensors"
+    write_tensors(path, tensors, {CHECKSUM: checksum(tensors)})
     for old in _checkpoints(folder)[:-KEPT]:
         old.unlink()
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint in place; the number of steps done (0 without a checkpoint).
+    """Load the newest sound checkpoint in place; the number of steps done (0 without a checkpoint).
 
-    Raises MoceError if it is of another model.
+    Raises MoceError if it is of another model, or if there are checkpoints but all are damaged.
     """
-    found = _checkpoints(folder)
-    if not found:
+    found = _newest_sound(folder)
+    if found is None:
         return 0
-    tensors = read_tensors(found[-1])
+    path, tensors = found
     try:
         model.load_state_dict(_under("model.", tensors))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise MoceError(f"{found[-1]} is of another model: {reason}") from None
+        raise MoceError(f"{path} is of another model: {reason}") from None
     state: dict[int, dict[str, Any]] = {}
     for key, value in _under("optimiser.", tensors).items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": state, "param_groups": groups})
-    return int(found[-1].stem.removeprefix("step_"))
+    return int(path.stem.removeprefix("step_"))
+
+
+def _newest_sound(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
+    """The newest checkpoint that is whole, and its tensors; None if there are no checkpoints."""
+    paths = _checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return path, _read_checked(path)
+        except MoceError as error:
+            say(f"warning: {error}; going back to the checkpoint before it")
+    if paths:
+        raise MoceError(f"all checkpoints of {folder} are damaged; start again with --overwrite")
+    return None
+
+
+def _read_checked(path: Path) -> dict[str, Tensor]:
+    tensors = read_tensors(path)
+    if read_tensor_metadata(path).get(CHECKSUM) != checksum(tensors):
+        raise MoceError(f"{path} is damaged: its checksum is wrong")
+    return tensors
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
