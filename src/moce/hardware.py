@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,8 @@ from moce.errors import MoceError
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+MATMUL_SIZE = 1024
+LONG = 0.5  # seconds of one product, after which it is not repeated
 BF16_GAIN = 1.3  # bf16 is taken if its matrix products are this much faster than float32's
 
 
@@ -39,12 +42,24 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type == "mps":
         return "float32"
-    gain = matmul_rate(device, torch.bfloat16) / matmul_rate(device, torch.float32)
-    return "bf16" if gain >= BF16_GAIN else "float32"
+    return _cpu_precision(torch.get_num_threads())
+
+
+@lru_cache
+def _cpu_precision(threads: int) -> str:
+    """Measured once per number of threads: at most some tenths of a second, also without bf16 units."""
+    for size in (128, MATMUL_SIZE):  # bf16 in software would take seconds at full size
+        bf16, float32 = (
+            matmul_rate(torch.device("cpu"), dtype, size)
+            for dtype in (torch.bfloat16, torch.float32)
+        )
+        if bf16 < float32 / 2:
+            return "float32"
+    return "bf16" if bf16 >= BF16_GAIN * float32 else "float32"
 
 
 def matmul_rate(
-    device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5
+    device: torch.device, dtype: torch.dtype, size: int = MATMUL_SIZE, repeats: int = 5
 ) -> float:
     """Best of a few square matrix products, in FLOP/s."""
     left = torch.randn(size, size, device=device, dtype=dtype)
@@ -55,6 +70,8 @@ def matmul_rate(
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
+        if best > LONG:
+            break
     return 2 * size**3 / best
 
 
