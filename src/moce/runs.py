@@ -200,10 +200,11 @@ def check_unchanged(folder: Path, settings: Settings) -> None:
     before, now = read_config(folder), settings.model_dump(mode="json", by_alias=True)
     free = FREE_TO_CHANGE | (ROWS_TO_MAKE if isinstance(settings, EvaluateSettings) else set())
     free |= {"base_lr"} if getattr(settings, "lr_grid", ()) else set()  # the grid's choice is there
+    # A setting that an older version did not know was off.
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}"
         for name, value in now.items()
-        if name not in free and before.get(name) != value
+        if name not in free and before.get(name) != value and (name in before or value)
     ]
     if changed:
         raise MoceError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")

@@ -26,8 +26,10 @@ from moce.config.stages import (
     ClusterSettings,
     CustomizeSettings,
     HeadroomSettings,
+    MAESettings,
     PretrainSettings,
     TrainSettings,
+    WeightsSettings,
 )
 from moce.config.tools import (
     DemoSettings,
@@ -53,6 +55,7 @@ __all__ = [
     "GateInit",
     "GateScale",
     "HeadroomSettings",
+    "MAESettings",
     "Method",
     "Metric",
     "Pooling",
@@ -67,5 +70,6 @@ __all__ = [
     "Strategy",
     "TrainSettings",
     "TrainingSettings",
+    "WeightsSettings",
     "expand",
 ]
