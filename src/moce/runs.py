@@ -31,11 +31,23 @@ from moce.errors import MoceError
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
 SKIPPED, STATE = "skipped.jsonl", "state"
-INPUTS = ("data", "images", "init", "mae", "clusters", "run", "backbone", "suite", "task")
-PROOFS = frozenset({INFO, CONFIG, "selection.json", "results.json", "demo.json"})
+INPUTS = (
+    "data",
+    "images",
+    "init",
+    "mae",
+    "clusters",
+    "run",
+    "backbone",
+    "suite",
+    "task",
+    "weights",
+)
+PROOFS = frozenset({INFO, CONFIG, "selection.json", "results.json", "demo.json", "export.json"})
 EXTRAS = frozenset(
     {"assignments.parquet", "config.json", "README.md", "report.html"}
     | {"rows.jsonl", "results.md", "evaluation.json"}
+    | {"model.onnx", "preprocessing.json", "preprocessor_config.json", "architecture.json"}
 )
 OWN_FILES = PROOFS | EXTRAS | {WEIGHTS, METRICS, SKIPPED}
 DEMO_RUNS = frozenset({"mae", "clusters", "moce", "mae_plus"})

@@ -8,6 +8,7 @@ from moce.config.base import (
     BalanceScope,
     CentroidUpdate,
     ClusterPooling,
+    Format,
     GateInit,
     GateScale,
     Method,
@@ -32,8 +33,10 @@ from moce.config.stages import (
     WeightsSettings,
 )
 from moce.config.tools import (
+    ConvertSettings,
     DemoSettings,
     DoctorSettings,
+    ExportSettings,
     ReportSettings,
 )
 from moce.config.transfer import (
@@ -47,11 +50,14 @@ __all__ = [
     "CentroidUpdate",
     "ClusterPooling",
     "ClusterSettings",
+    "ConvertSettings",
     "CustomizeSettings",
     "DemoSettings",
     "DoctorSettings",
     "EvaluateSettings",
+    "ExportSettings",
     "FinetuneSettings",
+    "Format",
     "GateInit",
     "GateScale",
     "HeadroomSettings",

@@ -14,6 +14,7 @@ from moce.config.base import (
     Count,
     Deviations,
     Folder,
+    Format,
     Fraction,
     GateInit,
     GateScale,
@@ -183,6 +184,7 @@ class CustomizeSettings(RuntimeSettings):
         "probe: whichever classifies the images' labels best on frozen features",
     )
     threshold: Fraction = Field(0.5, description="vote share from which auto takes the winner")
+    format: Format = Field("timm", description="library that the folder is for")
     assign: Literal["balanced", "nearest"] = Field(
         "balanced", description="cluster of an image: as in training, or the nearest centroid"
     )

@@ -27,8 +27,9 @@ LISTED = 8  # names in a message
 class Wishes:
     """What the user asks of the model beside the weights; None: as the weights have it.
 
-    decoder: width, blocks and heads of a fresh one; decoder_heads: of one in the weights; allow_missing, allow_surplus: patterns of
-    names that may be wanting (those stay fresh) or left over.
+    decoder: width, blocks and heads of a fresh one; decoder_heads: of one in the weights;
+    allow_missing, allow_surplus: patterns of names that may be wanting (those stay fresh) or left
+    over.
     """
 
     model: str | None = None

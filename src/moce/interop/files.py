@@ -43,7 +43,9 @@ def _in_folder(folder: Path) -> Path:
     for name in IN_FOLDERS:
         if (folder / name).is_file():
             return folder / name
-    raise MoceError(f"{folder} holds no weights ({', '.join(IN_FOLDERS)})")
+    raise MoceError(
+        f"{folder} is not a moce run, and it holds no weights ({', '.join(IN_FOLDERS)})"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,9 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from timm.models.vision_transformer import VisionTransformer
+
 from moce.errors import MoceError
 from moce.interop import facebook
 from moce.interop.weights import Source, Weights
+from moce.models.encoder import EncoderSpec
+from moce.models.mae import MAE
 from moce.runs import write_tensors
 
 HEADER = "moce"
@@ -35,12 +39,22 @@ def read(source: Source) -> Weights:
 
 def describe(weights: Weights) -> dict[str, Any]:
     """What the format or the user said of the model, as JSON."""
-    said = {"name": weights.name, "model_args": weights.model_args, "mean": weights.mean}
-    said |= {"std": weights.std, "decoder_heads": weights.decoder_heads}
-    return said | {"mask_ratio": weights.mask_ratio, "norm_pix": weights.norm_pix}
+    return {name: getattr(weights, name) for name in SAID}
 
 
 def write(path: Path, weights: Weights) -> None:
     """Write one safetensors file. Raises MoceError if it cannot be written."""
     tensors = facebook.join(weights.encoder, weights.decoder)
     write_tensors(path, tensors, {"format": "pt", HEADER: json.dumps(describe(weights))})
+
+
+def of_model(spec: EncoderSpec, vit: VisionTransformer, mae: MAE | None = None) -> Weights:
+    """The weights of an encoder, or of `mae` whose encoder it is, with all that a header can say."""
+    weights = Weights(spec.name, dict(vit.state_dict()), {}, spec.name, spec.model_args)
+    weights.mean, weights.std = tuple(spec.mean), tuple(spec.std)
+    if mae is not None:
+        block: Any = mae.decoder.blocks[0]
+        weights.decoder = dict(mae.decoder.state_dict())
+        weights.decoder_heads = block.attn.num_heads
+        weights.mask_ratio, weights.norm_pix = mae.mask_ratio, mae.norm_pix
+    return weights
