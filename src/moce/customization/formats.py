@@ -69,11 +69,21 @@ FORMATS: dict[str, Callable[[Path, Model], str]] = {
 }
 
 
-def write_model_folder(folder: Path, kind: str, model: Model, title: str, facts: list[str]) -> str:
-    """Write a model as `kind` with a README that says what it is; returns how to load it.
+def check_format(kind: str, model: Model) -> None:
+    """Raise MoceError, naming the part, if a format has no room for part of the model.
 
-    Raises MoceError, naming the part, if the format has no room for part of the model.
+    Called before an output folder is emptied for it.
     """
+    if kind == "transformers" and model.mae is not None:
+        transformers_vit.check_mae(model.mae)
+    elif kind == "transformers":
+        transformers_vit.check_vit(model.vit, "ViTModel")
+    elif kind == "onnx":
+        onnx_file.check_installed()
+
+
+def write_model_folder(folder: Path, kind: str, model: Model, title: str, facts: list[str]) -> str:
+    """Write a model as `kind` with a README that says what it is; returns how to load it."""
     snippet = FORMATS[kind](folder, model)
     spec = model.spec
     lines = [

@@ -29,15 +29,17 @@ class _Features(nn.Module):
         return pool_tokens(self.vit, tokens, "mean"), tokens
 
 
-def write(folder: Path, vit: VisionTransformer, spec: EncoderSpec) -> None:
-    """Write model.onnx (any batch size, float32) and preprocessing.json.
-
-    Raises MoceError if the packages it needs are not installed.
-    """
+def check_installed() -> None:
+    """Raise MoceError if the packages that torch's exporter needs are not installed."""
     try:
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError:
         raise MoceError("the onnx format needs more packages: pip install 'moce[onnx]'") from None
+
+
+def write(folder: Path, vit: VisionTransformer, spec: EncoderSpec) -> None:
+    """Write model.onnx (any batch size, float32) and preprocessing.json."""
+    check_installed()
     height, width = vit.patch_embed.img_size
     images = torch.zeros(2, vit.in_chans, height, width)
     module = _Features(copy.deepcopy(vit).cpu().float()).eval()

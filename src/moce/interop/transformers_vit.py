@@ -174,11 +174,8 @@ def write_vit(folder: Path, vit: VisionTransformer, spec: EncoderSpec) -> None:
 
 def write_mae(folder: Path, mae: MAE, spec: EncoderSpec) -> None:
     """A folder for `ViTMAEForPreTraining.from_pretrained(FOLDER)`. Raises MoceError as `write_vit`."""
+    check_mae(mae)
     vit, decoder = mae.encoder, mae.decoder
-    check_vit(vit, "ViTMAEForPreTraining")
-    (height, width), patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
-    if height != width or patch[0] != patch[1]:
-        raise MoceError(f"ViTMAE takes square images and patches, not {height}x{width}, {patch}")
     block: Any = decoder.blocks[0]
     config = {
         "architectures": ["ViTMAEForPreTraining"],
@@ -197,6 +194,21 @@ def write_mae(folder: Path, mae: MAE, spec: EncoderSpec) -> None:
     write_json(folder / "config.json", config)
     _write_processor(folder, vit, spec)
     write_tensors(folder / WEIGHTS, {**_their_encoder(vit, "vit."), **theirs}, {"format": "pt"})
+
+
+def check_mae(mae: MAE) -> None:
+    """Raise MoceError if ViTMAEForPreTraining has no room for the model."""
+    vit = mae.encoder
+    check_vit(vit, "ViTMAEForPreTraining")
+    (height, width), patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
+    if height != width or patch[0] != patch[1]:
+        raise MoceError(
+            f"ViTMAE takes square images and patches, not {height}x{width} in patches of "
+            f"{patch[0]}x{patch[1]}; export it as torch"
+        )
+    norm: Any = vit.norm
+    if norm.eps != EPS:
+        raise MoceError(f"ViTMAE has one eps for all norms; here they differ ({norm.eps}, {EPS})")
 
 
 def check_vit(vit: VisionTransformer, what: str) -> None:

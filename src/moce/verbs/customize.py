@@ -9,7 +9,7 @@ from typing import Any
 from moce.config import CustomizeSettings
 from moce.customization.bank import Bank, load
 from moce.customization.export import facts_of
-from moce.customization.formats import Model, write_model_folder
+from moce.customization.formats import Model, check_format, write_model_folder
 from moce.customization.selection import Choice, route_name
 from moce.data.images import load_images
 from moce.features import input_size
@@ -52,9 +52,10 @@ def run(settings: CustomizeSettings) -> CustomizeResult:
     bank = load(settings.run)
     bank.device, bank.precision = device, precision
     choice, skipped = _choose(settings, bank)
+    model = Model(bank.encoder_spec, bank.backbone(choice))
+    check_format(settings.format, model)
     folder = open_folder(settings.out, settings)
     write_skipped(folder, skipped, say)
-    model = Model(bank.encoder_spec, bank.backbone(choice))
     title = f"Backbone customised by moce from {settings.run.name}"
     load_it = write_model_folder(folder, settings.format, model, title, facts_of(choice))
     write_json(folder / "selection.json", choice.to_json())

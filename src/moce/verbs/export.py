@@ -8,7 +8,7 @@ from pathlib import Path
 from moce.config import ExportSettings
 from moce.customization.bank import Bank, load
 from moce.customization.export import facts_of
-from moce.customization.formats import Model, write_model_folder
+from moce.customization.formats import Model, check_format, write_model_folder
 from moce.customization.selection import Choice, Route, route_name
 from moce.errors import MoceError
 from moce.interop.build import Wishes, build_mae, read_weights
@@ -32,6 +32,7 @@ class ExportResult:
 
 def run(settings: ExportSettings) -> ExportResult:
     model, facts = _model(settings)
+    check_format(settings.format, model)
     folder = open_folder(settings.out, settings)
     title = f"Exported by moce from {settings.run.name}"
     load_it = write_model_folder(folder, settings.format, model, title, facts)
