@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
     from moce.customization.bank import Bank
     from moce.verbs.cluster import ClusterResult
+    from moce.verbs.convert import ConvertResult
     from moce.verbs.customize import CustomizeResult
     from moce.verbs.demo import DemoResult
     from moce.verbs.doctor import DoctorResult
     from moce.verbs.evaluate import EvaluateResult
+    from moce.verbs.export import ExportResult
     from moce.verbs.finetune import FinetuneResult
     from moce.verbs.headroom import HeadroomResult
     from moce.verbs.pretrain import PretrainResult
@@ -36,10 +38,12 @@ __version__ = version("moce")
 __all__ = [
     "MoceError",
     "cluster",
+    "convert",
     "customize",
     "demo",
     "doctor",
     "evaluate",
+    "export",
     "finetune",
     "headroom",
     "load",
@@ -73,6 +77,16 @@ def headroom(data: str | Path, **settings: Any) -> HeadroomResult:
 def customize(run: str | Path, images: str | Path, **settings: Any) -> CustomizeResult:
     """Write a task's backbone; settings: moce.config.CustomizeSettings."""
     return _call("customize", run=run, images=str(images), **settings)
+
+
+def export(run: str | Path, **settings: Any) -> ExportResult:
+    """Write a model for another library; settings: moce.config.ExportSettings."""
+    return _call("export", run=run, **settings)
+
+
+def convert(weights: str | Path, **settings: Any) -> ConvertResult:
+    """Convert weights to safetensors; settings: moce.config.ConvertSettings."""
+    return _call("convert", weights=weights, **settings)
 
 
 def finetune(backbone: str | Path, data: str | Path, **settings: Any) -> FinetuneResult:

@@ -62,6 +62,18 @@ VERBS = {
             "moce customize runs/moce birds/ --out backbones/birds",
         ),
         Verb(
+            "export",
+            config.ExportSettings,
+            ("run",),
+            "moce export runs/moce --route 2-0 --format transformers --out backbones/route",
+        ),
+        Verb(
+            "convert",
+            config.ConvertSettings,
+            ("weights",),
+            "moce convert mae_pretrain_vit_base.pth --out mae_base.safetensors",
+        ),
+        Verb(
             "finetune",
             config.FinetuneSettings,
             ("backbone", "data"),

@@ -32,11 +32,23 @@ from moce.errors import MoceError
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
 SKIPPED, STATE = "skipped.jsonl", "state"
-INPUTS = ("data", "images", "init", "mae", "clusters", "run", "backbone", "suite", "task")
-PROOFS = frozenset({INFO, CONFIG, "selection.json", "results.json", "demo.json"})
+INPUTS = (
+    "data",
+    "images",
+    "init",
+    "mae",
+    "clusters",
+    "run",
+    "backbone",
+    "suite",
+    "task",
+    "weights",
+)
+PROOFS = frozenset({INFO, CONFIG, "selection.json", "results.json", "demo.json", "export.json"})
 EXTRAS = frozenset(
     {"assignments.parquet", "config.json", "README.md", "report.html"}
     | {"rows.jsonl", "results.md", "evaluation.json"}
+    | {"model.onnx", "preprocessing.json", "preprocessor_config.json", "architecture.json"}
 )
 OWN_FILES = PROOFS | EXTRAS | {WEIGHTS, METRICS, SKIPPED}
 DEMO_RUNS = frozenset({"mae", "clusters", "moce", "mae_plus"})
@@ -213,10 +225,11 @@ def check_unchanged(folder: Path, settings: Settings) -> None:
     before, now = read_config(folder), settings.model_dump(mode="json", by_alias=True)
     free = FREE_TO_CHANGE | (ROWS_TO_MAKE if isinstance(settings, EvaluateSettings) else set())
     free |= {"base_lr"} if getattr(settings, "lr_grid", ()) else set()  # the grid's choice is there
+    # A setting that an older version did not know was off.
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}"
         for name, value in now.items()
-        if name not in free and before.get(name) != value
+        if name not in free and before.get(name) != value and (name in before or value)
     ]
     if changed:
         raise MoceError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")

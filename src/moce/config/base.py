@@ -27,6 +27,7 @@ Channels = tuple[Fraction, Fraction, Fraction]
 Deviations = tuple[Positive, Positive, Positive]
 
 Strategy = Literal["auto", "route", "merge", "generalist", "probe"]
+Format = Literal["timm", "transformers", "torch", "onnx"]
 Method = Literal["moce", "mae", "token_moe", "sdr", "subset"]
 GateScale = Literal["straight_through", "prob"]
 GateInit = Literal["centroids", "random"]

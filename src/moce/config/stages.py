@@ -14,6 +14,7 @@ from moce.config.base import (
     Count,
     Deviations,
     Folder,
+    Format,
     Fraction,
     GateInit,
     GateScale,
@@ -24,12 +25,43 @@ from moce.config.base import (
     Positive,
     RunSettings,
     RuntimeSettings,
+    Settings,
     Strategy,
     TrainingSettings,
 )
 
 
-class PretrainSettings(TrainingSettings):
+class WeightsSettings(Settings):
+    """What a verb may be told of the weights it starts from."""
+
+    allow_missing: tuple[str, ...] = Field(
+        (),
+        description="patterns of weights that a file of other libraries may lack, e.g. norm.*; "
+        "they start fresh",
+    )
+    allow_surplus: tuple[str, ...] = Field(
+        (), description="patterns of weights that such a file may have beyond the model's"
+    )
+
+
+class MAESettings(WeightsSettings):
+    """A verb that reads a masked autoencoder: a run of moce, or weights of other libraries."""
+
+    mae: Folder = Field(
+        description="run of moce pretrain, or weights of other libraries: a file, a folder, a timm name"
+    )
+    model: str | None = Field(
+        None, description="timm architecture of a weights file (default: as its tensors say)"
+    )
+    model_args: dict[str, Any] = Field(
+        {}, description='timm model arguments for a weights file, e.g. {"num_heads": 2}'
+    )
+    img_size: Count | None = Field(
+        None, description="image side in pixels for a weights file (default: its own)"
+    )
+
+
+class PretrainSettings(TrainingSettings, WeightsSettings):
     """Pre-train a masked autoencoder on unlabelled images (stage 0)."""
 
     data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
@@ -39,7 +71,9 @@ class PretrainSettings(TrainingSettings):
     )
     img_size: Count | None = Field(None, description="image side in pixels (default: the model's)")
     init: str | None = Field(
-        None, description="start from a moce MAE run, or the timm model's own weights: 'pretrained'"
+        None,
+        description="start from a moce MAE run; weights of other libraries: a file, a folder or a "
+        "timm name; or 'pretrained', the timm model's own weights",
     )
     mean: Channels = Field(
         (0.485, 0.456, 0.406), description="mean of the channels, 0..1, that pixels are centred on"
@@ -54,11 +88,10 @@ class PretrainSettings(TrainingSettings):
     decoder_heads: Count = Field(16, description="decoder attention heads")
 
 
-class ClusterSettings(RunSettings):
+class ClusterSettings(RunSettings, MAESettings):
     """Group the images into balanced clusters by an MAE's features (stage 1)."""
 
     data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
-    mae: Folder = Field(description="run folder of moce pretrain")
     num_clusters: Count = Field(256, description="number of clusters K")
     pooling: ClusterPooling = Field(
         "mean",
@@ -79,11 +112,10 @@ class ClusterSettings(RunSettings):
     batch_size: Count = Field(256, description="images per forward pass")
 
 
-class TrainSettings(TrainingSettings):
+class TrainSettings(TrainingSettings, MAESettings):
     """Train cluster-conditional experts from an MAE (stage 2), or a baseline for as long."""
 
     data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
-    mae: Folder = Field(description="run folder of moce pretrain")
     clusters: Folder | None = Field(
         None, description="run folder of moce cluster (not for methods mae and token_moe)"
     )
@@ -127,11 +159,10 @@ class TrainSettings(TrainingSettings):
     )
 
 
-class HeadroomSettings(TrainingSettings):
+class HeadroomSettings(TrainingSettings, MAESettings):
     """Estimate, before training experts, whether these images and this MAE leave them anything to gain."""
 
     data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
-    mae: Folder = Field(description="run folder of moce pretrain")
     clusters: Folder = Field(description="run folder of moce cluster")
     steps: Count | None = Field(
         800, description="optimiser steps on all images; a group alone takes its share of them"
@@ -153,6 +184,7 @@ class CustomizeSettings(RuntimeSettings):
         "probe: whichever classifies the images' labels best on frozen features",
     )
     threshold: Fraction = Field(0.5, description="vote share from which auto takes the winner")
+    format: Format = Field("timm", description="library that the folder is for")
     assign: Literal["balanced", "nearest"] = Field(
         "balanced", description="cluster of an image: as in training, or the nearest centroid"
     )

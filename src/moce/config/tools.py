@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from moce.config.base import (
     Count,
     Folder,
+    Format,
     Positive,
     RuntimeSettings,
     Settings,
@@ -21,6 +23,37 @@ class ReportSettings(Settings):
     runs: tuple[Folder, ...] = Field(description="run folders, or a folder that holds some")
     out: Folder = Field(Path("report.html"), description="file to write")
     max_images: Count = Field(12, description="pictures per row of a montage")
+
+
+class ExportSettings(Settings):
+    """Write a trained model as a folder that another library loads."""
+
+    run: Folder = Field(
+        description="run of moce train or pretrain, a customised folder, or a file of weights"
+    )
+    out: Folder = Field(description="folder to write the model to")
+    format: Format = Field("timm", description="library that the folder is for")
+    route: str | None = Field(
+        None,
+        description="experts of a MoCE run, one per MoE block, e.g. 2-0 (moce customize names them)",
+    )
+    strategy: Literal["route", "generalist"] = Field(
+        "route", description="of a MoCE run: one route, or all experts averaged (generalist)"
+    )
+    overwrite: bool = Field(False, description="replace what is in the output folder")
+
+
+class ConvertSettings(Settings):
+    """Convert weights of any library that moce reads to one safetensors file."""
+
+    weights: Folder = Field(description="file or folder of weights, or a run of moce")
+    out: Folder = Field(
+        description="file to write, FILE.safetensors: names of timm and facebookresearch/mae"
+    )
+    trust_pickle: bool = Field(
+        False, description="read by pickle, which runs whatever code the file holds"
+    )
+    overwrite: bool = Field(False, description="replace the output file")
 
 
 class DemoSettings(RuntimeSettings):

@@ -13,6 +13,8 @@ from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec
 from moce.runs import write_json, write_text
 
+MOST_CLUSTERS = 12  # on a card
+
 
 def write_timm_folder(folder: Path, vit: VisionTransformer, spec: EncoderSpec, **head: Any) -> None:
     """Write config.json and model.safetensors, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
@@ -35,15 +37,12 @@ def write_timm_folder(folder: Path, vit: VisionTransformer, spec: EncoderSpec, *
 
 
 def write_card(folder: Path, choice: Choice, source: Path) -> None:
-    """selection.json and a README.md that says what the folder is and how to load it."""
+    """selection.json and a README.md for a timm folder: what it is and how to load it."""
     write_json(folder / "selection.json", choice.to_json())
     lines = [
         f"# Backbone customised by moce from {source.name}",
         "",
-        f"- strategy: {choice.strategy}",
-        f"- route: {route_name(choice.route)} ({choice.share:.0%} of the task's images)",
-        f"- similarity to the clusters: {choice.similarity:.3f} "
-        f"(training images: {choice.training_similarity:.3f})",
+        *(f"- {fact}" for fact in facts_of(choice)),
         "",
         "```python",
         "import timm",
@@ -53,3 +52,18 @@ def write_card(folder: Path, choice: Choice, source: Path) -> None:
         "`model(images)` is the mean of the patch tokens; pass `num_classes=N` for a new head.",
     ]
     write_text(folder / "README.md", "\n".join(lines) + "\n")
+
+
+def facts_of(choice: Choice) -> list[str]:
+    """What a card says of a choice."""
+    counts = enumerate(choice.cluster_histogram)
+    most = sorted(((n, c) for c, n in counts if n), key=lambda pair: (-pair[0], pair[1]))
+    clusters = ", ".join(f"{cluster} ({count} images)" for count, cluster in most[:MOST_CLUSTERS])
+    more = len(most) - MOST_CLUSTERS
+    return [
+        f"strategy: {choice.strategy}",
+        f"route: {route_name(choice.route)} ({choice.share:.0%} of the images)",
+        f"clusters: {clusters}" + (f" and {more} more" if more > 0 else ""),
+        f"similarity to the clusters: {choice.similarity:.3f} "
+        f"(training images: {choice.training_similarity:.3f})",
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -54,16 +55,37 @@ class EncoderSpec:
         )
 
 
+# Why models and blocks of other kinds will not do, by a part of their name.
+UNFIT = [
+    (
+        "Eva",
+        "its rotary positions are made in each block for a whole grid, which masking breaks up",
+    ),
+    ("Swin", "windows of patches are attended to, which masking breaks up"),
+    ("Parallel", "attention and FFN are one computation, so the FFN alone cannot be an expert's"),
+    ("ResPost", "norms come after the FFN, which gates could not be folded into"),
+]
+UNFIT_ANY = "other networks have no tokens to mask, or no FFN per block to make experts of"
+
+
 def check_plain(vit: nn.Module, name: str) -> VisionTransformer:
     """`vit` itself. Raises MoceError, with the reason, unless it has plain blocks and positions."""
+    kind = type(vit).__name__
     if type(vit) is not VisionTransformer:
-        raise MoceError(f"{name} is a {type(vit).__name__}; moce needs a timm VisionTransformer")
+        why = next((why for part, why in UNFIT if part in kind), UNFIT_ANY)
+        raise MoceError(f"{name} is a {kind}, and moce needs a timm VisionTransformer: {why}")
+    if type(vit.patch_embed) is not PatchEmbed:
+        kind = type(vit.patch_embed).__name__
+        raise MoceError(f"{name} makes its tokens by a {kind}: masked patches would leak through")
     blocks: list[Any] = list(vit.blocks)
     if any(type(block) is not Block for block in blocks):
         kinds = sorted({type(block).__name__ for block in vit.blocks})
+        why = next((why for part, why in UNFIT if part in kinds[0]), "their FFN is not apart")
         raise MoceError(
-            f"{name} has blocks of type {', '.join(kinds)}; moce needs plain ViT blocks"
+            f"{name} has blocks of type {', '.join(kinds)}; moce needs plain ViT blocks: {why}"
         )
+    if not isinstance(vit.patch_drop, nn.Identity):
+        raise MoceError(f"{name}: patch_drop_rate is not supported, masking drops patches itself")
     if not blocks or any(block.attn.num_heads < 1 for block in blocks):
         raise MoceError(f"{name} needs at least one block and one attention head")
     if vit.pos_embed is None:

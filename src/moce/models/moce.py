@@ -209,8 +209,12 @@ class MoCE(nn.Module):
 def merge_experts(layer: ExpertLayer, share: Tensor, gain: Tensor) -> nn.Module:
     """One FFN or block: the experts' parameters averaged by `share` [E], outputs scaled by `gain` [E].
 
-    Gains of whole blocks are 1.
+    Gains of whole blocks are 1. Raises MoceError for a gain that an FFN of an unknown kind cannot
+    take: one that does not end in a linear layer `fc2`, as all of timm's do.
     """
+    if not hasattr(layer.experts[0], "fc2") and not torch.allclose(gain, torch.ones_like(gain)):
+        kind = type(layer.experts[0]).__name__
+        raise MoceError(f"an FFN of type {kind} cannot be scaled; train with straight_through")
     chosen = [index for index, weight in enumerate(share.tolist()) if weight > 0]
     merged = copy.deepcopy(layer.experts[chosen[0]])
     with torch.no_grad():

@@ -8,12 +8,13 @@ from typing import Any
 
 from moce.config import CustomizeSettings
 from moce.customization.bank import Bank, load
-from moce.customization.export import write_card, write_timm_folder
+from moce.customization.export import facts_of
+from moce.customization.formats import Model, check_format, write_model_folder
 from moce.customization.selection import Choice, route_name
 from moce.data.images import load_images
 from moce.features import input_size
 from moce.hardware import prepare
-from moce.runs import open_folder, write_skipped
+from moce.runs import open_folder, write_json, write_skipped
 from moce.training.progress import say
 from moce.transfer.evaluation import choose_by_probe
 from moce.transfer.task import load_task
@@ -21,10 +22,11 @@ from moce.transfer.task import load_task
 
 @dataclass
 class CustomizeResult:
-    """folder: loads with timm.create_model("local-dir:FOLDER", pretrained=True); choice: what is in it."""
+    """folder: the backbone; choice: what is in it; load_it: the Python that loads it."""
 
     folder: Path
     choice: Choice
+    load_it: str
 
     def summary(self) -> str:
         choice = self.choice
@@ -37,7 +39,7 @@ class CustomizeResult:
                 f"strategy {choice.strategy}; the winner has {choice.share:.0%} of the votes",
                 f"similarity to the clusters {choice.similarity:.3f} "
                 f"(training images: {choice.training_similarity:.3f})",
-                f"load it: timm.create_model('local-dir:{self.folder}', pretrained=True)",
+                f"load it:\n{self.load_it}",
             ]
         )
 
@@ -50,11 +52,14 @@ def run(settings: CustomizeSettings) -> CustomizeResult:
     bank = load(settings.run)
     bank.device, bank.precision = device, precision
     choice, skipped = _choose(settings, bank)
+    model = Model(bank.encoder_spec, bank.backbone(choice))
+    check_format(settings.format, model)
     folder = open_folder(settings.out, settings)
     write_skipped(folder, skipped, say)
-    write_timm_folder(folder, bank.backbone(choice), bank.encoder_spec)
-    write_card(folder, choice, settings.run)
-    return CustomizeResult(folder, choice)
+    title = f"Backbone customised by moce from {settings.run.name}"
+    load_it = write_model_folder(folder, settings.format, model, title, facts_of(choice))
+    write_json(folder / "selection.json", choice.to_json())
+    return CustomizeResult(folder, choice, load_it)
 
 
 def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple[str, str]]]:

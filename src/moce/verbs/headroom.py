@@ -22,7 +22,7 @@ from moce.config import HeadroomSettings
 from moce.data.images import ImageSet, load_images
 from moce.errors import MoceError
 from moce.features import input_size
-from moce.loading import load_clusters, load_mae
+from moce.loading import load_clusters
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE
 from moce.reconstruction import reconstruction_error
@@ -32,6 +32,7 @@ from moce.training.progress import say
 from moce.training.stages import mae_stage
 from moce.verbs.assign import assign_images
 from moce.verbs.start import open_run, pixel_store, settle
+from moce.verbs.weights import start_from
 
 HELD_OUT = 0.1  # share of the images that errors are measured on
 MOST_HELD_OUT = 4000
@@ -99,7 +100,7 @@ class HeadroomResult:
 
 def run(settings: HeadroomSettings) -> HeadroomResult:
     settings, device = settle(settings)
-    spec, mae = load_mae(settings.mae)
+    spec, mae = start_from(settings.mae, settings)
     clusters = load_clusters(settings.clusters)
     if settings.num_groups > clusters.num_clusters:
         raise MoceError(

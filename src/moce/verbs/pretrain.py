@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import timm
 
 from moce.config import PretrainSettings
 from moce.data.images import ImageSet, load_images
 from moce.errors import MoceError
 from moce.features import input_size
-from moce.loading import load_mae
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
 from moce.runs import last_metrics, write_model, write_skipped
@@ -20,13 +16,9 @@ from moce.training.loop import fit
 from moce.training.progress import say
 from moce.training.stages import mae_stage
 from moce.verbs.start import open_run, pixel_store, settle
+from moce.verbs.weights import check_arguments, from_timm, start_from, wishes_of
 
 PRETRAINED = "pretrained"
-FIXED = frozenset({"num_classes", "global_pool", "fc_norm", "checkpoint_path", "cache_dir"})
-OF_THE_MODEL = frozenset(
-    {"model", "model_args", "img_size", "mean", "std", "mask_ratio", "norm_pix"}
-    | {"decoder_dim", "decoder_depth", "decoder_heads"}
-)
 
 
 @dataclass
@@ -64,41 +56,11 @@ def save_mae(folder: Path, spec: MAESpec, mae: MAE, images: ImageSet) -> Pretrai
 
 def _build(settings: PretrainSettings) -> tuple[MAESpec, MAE]:
     if settings.init is not None and settings.init != PRETRAINED:
-        given = sorted(settings.model_fields_set & OF_THE_MODEL)
-        if given:
-            raise MoceError(
-                f"{given[0]} comes from the run of --init {settings.init}; leave it out"
-            )
-        return load_mae(Path(settings.init))
-    fixed = sorted(set(settings.model_args) & FIXED)
-    if fixed:
-        raise MoceError(
-            f"model_args must not set {fixed[0]}: the encoder gives tokens, with no head"
-        )
-    arguments = dict(settings.model_args)
-    if settings.img_size is not None:
-        arguments["img_size"] = settings.img_size
-    pretrained = settings.init == PRETRAINED
-    spec = MAESpec(
-        encoder=_encoder_spec(settings, arguments, pretrained),
-        decoder_dim=settings.decoder_dim,
-        decoder_depth=settings.decoder_depth,
-        decoder_heads=settings.decoder_heads,
-        mask_ratio=settings.mask_ratio,
-        norm_pix=settings.norm_pix,
-    )
-    try:
-        return spec, spec.build(pretrained=pretrained)
-    except OSError as error:  # the hub client's errors derive from it
-        raise MoceError(f"cannot get timm's weights of {settings.model}: {error}") from None
-
-
-def _encoder_spec(settings: PretrainSettings, arguments: dict, pretrained: bool) -> EncoderSpec:
-    """Pixels are normalised as timm's weights want it, unless the settings say otherwise."""
-    name, mean, std = settings.model, settings.mean, settings.std
-    if pretrained and timm.is_model(name):
-        cfg: Any = timm.models.get_pretrained_cfg(name)
-        given = settings.model_fields_set
-        mean = mean if "mean" in given else tuple(cfg.mean)
-        std = std if "std" in given else tuple(cfg.std)
-    return EncoderSpec(name, arguments, mean, std)
+        return start_from(settings.init, settings)
+    check_arguments(settings.model_args)
+    if settings.init == PRETRAINED:
+        return from_timm(settings.model, settings)
+    wishes = wishes_of(settings)
+    encoder = EncoderSpec(settings.model, wishes.model_args, settings.mean, settings.std)
+    spec = MAESpec(encoder, *wishes.decoder, settings.mask_ratio, settings.norm_pix)
+    return spec, spec.build()

@@ -16,7 +16,7 @@ from moce.data.images import ImageSet, load_images
 from moce.data.sources import open_source
 from moce.errors import MoceError
 from moce.features import input_size
-from moce.loading import load_clusters, load_mae
+from moce.loading import load_clusters
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.runs import last_metrics, write_model, write_skipped
@@ -27,6 +27,7 @@ from moce.training.upcycling import upcycle, upcycle_by_token
 from moce.verbs.assign import assign, assign_images
 from moce.verbs.pretrain import save_mae
 from moce.verbs.start import open_run, pixel_store, settle
+from moce.verbs.weights import start_from
 
 NEEDS_CLUSTERS = frozenset({"moce", "sdr", "subset"})
 
@@ -48,7 +49,7 @@ class TrainResult:
 def run(settings: TrainSettings) -> TrainResult:
     settings, device = settle(settings)
     _check(settings)
-    spec, mae = load_mae(settings.mae)
+    spec, mae = start_from(settings.mae, settings)
     images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
     return METHODS[settings.method](_Job(settings, device, spec, mae, images))
 

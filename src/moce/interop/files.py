@@ -1,0 +1,113 @@
+"""Read a weights file or folder, of whatever names, without running anything that is in it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moce.errors import MoceError
+from moce.interop.weights import Source
+from moce.runs import read_tensors
+
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+IN_FOLDERS = ("model.safetensors", INDEX, "pytorch_model.bin")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+DATA_PARALLEL = "module."
+
+
+def read_source(path: Path) -> Source:
+    """The tensors of a file (.safetensors, or .pth, .pt, .bin of plain tensors) or of a folder.
+
+    Raises MoceError if there is none, it is damaged, or it can be read by pickle only.
+    """
+    file = _in_folder(path) if path.is_dir() else path
+    if not file.is_file():
+        raise MoceError(f"no weights at {path}")
+    config = _read_json(file.parent / CONFIG) if (file.parent / CONFIG).is_file() else {}
+    if file.name == INDEX:
+        return Source(str(path), _read_shards(file), config)
+    if file.suffix == ".safetensors":
+        return Source(str(path), read_tensors(file), config, _header(file))
+    tensors, notes = unwrap(_load_plain(file), file)
+    return Source(str(path), tensors, config, notes=notes)
+
+
+def _in_folder(folder: Path) -> Path:
+    for name in IN_FOLDERS:
+        if (folder / name).is_file():
+            return folder / name
+    raise MoceError(
+        f"{folder} is not a moce run, and it holds no weights ({', '.join(IN_FOLDERS)})"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise MoceError(f"cannot read {path}: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors |= read_tensors(index.parent / Path(name).name)
+    return tensors
+
+
+def _header(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise MoceError(f"cannot read weights {path}: {error}") from None
+
+
+def _load_plain(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|global|type) ([\w.]+)", str(error))
+        what = f"a {found[1]}" if found else "more than tensors"
+        raise MoceError(
+            f"{path} holds {what}, which only pickle can read, and pickle can run any code that a "
+            f"file holds. If you trust where it comes from: moce convert {path} "
+            f"--out {path.with_suffix('.safetensors')} --trust-pickle"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MoceError(f"cannot read weights {path}: {reason}") from None
+
+
+def unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by name in what a .pth file holds, and what was left out of it.
+
+    Raises MoceError if it holds no tensors by name.
+    """
+    notes: list[str] = []
+    while isinstance(content, dict):
+        inner = next((name for name in WRAPPERS if isinstance(content.get(name), dict)), None)
+        if inner is None:
+            break
+        rest = sorted(str(name) for name in content if name != inner)
+        if rest:
+            notes.append(f"left out what lies beside the weights ({', '.join(rest)})")
+        content = content[inner]
+    if not isinstance(content, dict) or not content:
+        raise MoceError(f"{path} holds no weights by name but a {type(content).__name__}")
+    odd = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise MoceError(f"{path} holds more than tensors: {', '.join(odd[:5])}")
+    tensors = {str(name): value.detach() for name, value in content.items()}
+    if all(name.startswith(DATA_PARALLEL) for name in tensors):
+        tensors = {name.removeprefix(DATA_PARALLEL): value for name, value in tensors.items()}
+    return tensors, notes

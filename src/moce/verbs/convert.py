@@ -1,0 +1,58 @@
+"""moce convert: weights of any library that moce reads, to one safetensors file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moce.config import ConvertSettings
+from moce.errors import MoceError
+from moce.interop import own
+from moce.interop.build import read_weights, translate
+from moce.interop.pickled import read_trusted
+from moce.interop.weights import Weights
+from moce.loading import load_mae
+from moce.training.progress import say
+from moce.verbs.weights import moce_run
+
+SUFFIX = ".safetensors"
+
+
+@dataclass
+class ConvertResult:
+    """file: written, with the names of timm and facebookresearch/mae; tensors: how many."""
+
+    file: Path
+    tensors: int
+    decoder: bool
+
+    def summary(self) -> str:
+        parts = "encoder and decoder" if self.decoder else "encoder"
+        return f"{parts}, {self.tensors} tensors: {self.file}"
+
+
+def run(settings: ConvertSettings) -> ConvertResult:
+    out = settings.out
+    if out.suffix != SUFFIX:
+        raise MoceError(f"--out is a file that ends in {SUFFIX}, not {out.name}")
+    if out.resolve() == settings.weights.resolve():
+        raise MoceError("--out is the input itself; choose another file")
+    if out.exists() and not settings.overwrite:
+        raise MoceError(f"{out} exists; add --overwrite to replace it")
+    weights = _read(settings)
+    for note in weights.notes:
+        say(note)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    own.write(out, weights)
+    count = len(weights.encoder) + len(weights.decoder)
+    return ConvertResult(out, count, bool(weights.decoder))
+
+
+def _read(settings: ConvertSettings) -> Weights:
+    run = moce_run(settings.weights)
+    if run is not None:
+        spec, mae = load_mae(run)
+        return own.of_model(spec.encoder, mae.encoder, mae)
+    if settings.trust_pickle:
+        return translate(read_trusted(settings.weights))
+    return read_weights(settings.weights)

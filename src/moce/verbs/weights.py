@@ -1,0 +1,128 @@
+"""The masked autoencoder that a verb starts from: a run of moce, or weights of other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models.vision_transformer import VisionTransformer
+
+from moce.config import MAESettings, PretrainSettings, expand
+from moce.errors import MoceError
+from moce.interop.build import Wishes, build_mae, read_weights
+from moce.interop.files import IN_FOLDERS
+from moce.loading import load_mae
+from moce.models.encoder import EncoderSpec
+from moce.models.mae import MAE, MAESpec
+from moce.runs import CONFIG, INFO, WEIGHTS
+from moce.training.progress import say
+
+OF_A_RUN = frozenset(
+    {"model", "model_args", "img_size", "mean", "std", "mask_ratio", "norm_pix"}
+    | {"decoder_dim", "decoder_depth", "decoder_heads", "allow_missing", "allow_surplus"}
+)
+OF_THE_DECODER = frozenset({"decoder_dim", "decoder_depth"})
+FIXED = frozenset({"num_classes", "global_pool", "fc_norm", "checkpoint_path", "cache_dir"})
+
+
+def start_from(
+    reference: str | Path, settings: MAESettings | PretrainSettings
+) -> tuple[MAESpec, MAE]:
+    """The model that `--mae` or `--init` names. What the user should hear of goes to stderr.
+
+    Raises MoceError if there is none, or its weights do not fit.
+    """
+    path = expand(Path(reference))
+    run = moce_run(path)
+    if run is not None:
+        _refuse_given(settings, OF_A_RUN, f"run {reference}")
+        return load_mae(run)
+    check_arguments(settings.model_args)
+    if path.exists():
+        weights = read_weights(path)
+        if weights.decoder:
+            _refuse_given(settings, OF_THE_DECODER, f"decoder in {reference}")
+        spec, mae, notes = build_mae(weights, wishes_of(settings))
+        for note in notes:
+            say(note)
+        return spec, mae
+    if timm.is_model(str(reference)):
+        return from_timm(str(reference), settings)
+    raise MoceError(
+        f"no run, no weights and no timm model at {reference} (a folder of weights holds one of "
+        f"{', '.join(IN_FOLDERS)})"
+    )
+
+
+def moce_run(path: Path) -> Path | None:
+    """The run folder of moce that a path is, or is the weights of; None if it is of others."""
+    folder = path.parent if path.name == WEIGHTS else path
+    return folder if any((folder / name).is_file() for name in (INFO, CONFIG)) else None
+
+
+def from_timm(name: str, settings: MAESettings | PretrainSettings) -> tuple[MAESpec, MAE]:
+    """A timm model with its own weights and a fresh decoder."""
+    wishes = wishes_of(settings)
+    try:
+        vit = EncoderSpec(name, wishes.model_args).build(pretrained=True)
+    except MoceError:
+        raise
+    except Exception as error:  # whatever the hub client raises when there is no network
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MoceError(f"cannot get timm's weights of {name}: {reason}") from None
+    say(f"{name} has no decoder: it starts fresh")
+    spec = timm_spec(vit, name, wishes)
+    mae = spec.build()
+    mae.encoder.load_state_dict(vit.state_dict())
+    return spec, mae
+
+
+def timm_spec(vit: VisionTransformer, name: str, wishes: Wishes) -> MAESpec:
+    """Pixels are normalised as timm's weights want it, unless the settings say otherwise."""
+    cfg: Any = vit.pretrained_cfg
+    mean, std = wishes.mean or tuple(cfg["mean"]), wishes.std or tuple(cfg["std"])
+    encoder = EncoderSpec(name, wishes.model_args, mean, std)
+    norm_pix = True if wishes.norm_pix is None else wishes.norm_pix
+    return MAESpec(encoder, *wishes.decoder, wishes.mask_ratio or 0.75, norm_pix)
+
+
+def wishes_of(settings: MAESettings | PretrainSettings) -> Wishes:
+    """What the settings ask of the model: only what was given counts as asked."""
+    names = _given(settings) & {"model", "mean", "std", "mask_ratio", "norm_pix", "decoder_heads"}
+    asked = {name: getattr(settings, name) for name in names}
+    arguments = dict(settings.model_args)
+    if settings.img_size is not None:
+        arguments["img_size"] = settings.img_size
+    form = [getattr(settings, f"decoder_{part}", None) for part in ("dim", "depth", "heads")]
+    if None not in form:
+        asked["decoder"] = tuple(form)
+    return Wishes(
+        model_args=arguments,
+        allow_missing=settings.allow_missing,
+        allow_surplus=settings.allow_surplus,
+        **asked,
+    )
+
+
+def check_arguments(model_args: dict[str, Any]) -> None:
+    """Raise MoceError if an argument would give the encoder a head."""
+    fixed = sorted(set(model_args) & FIXED)
+    if fixed:
+        raise MoceError(
+            f"model_args must not set {fixed[0]}: the encoder gives tokens, with no head"
+        )
+
+
+def _refuse_given(
+    settings: MAESettings | PretrainSettings, names: frozenset[str], origin: str
+) -> None:
+    given = sorted(_given(settings) & names)
+    if given:
+        raise MoceError(f"{given[0]} comes from the {origin}; leave it out")
+
+
+def _given(settings: MAESettings | PretrainSettings) -> set[str]:
+    """Settings unlike their defaults: a resumed run has read all of them from its config.yaml."""
+    fields = type(settings).model_fields
+    return {n for n in settings.model_fields_set if getattr(settings, n) != fields[n].default}

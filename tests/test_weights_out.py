@@ -1,0 +1,167 @@
+"""Models written for other libraries give the same there, and come back as they went."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from builders import batch, customize, tiny_encoder, tiny_mae
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import ViTImageProcessor, ViTMAEForPreTraining, ViTModel
+
+import moce
+from moce.customization.selection import route_name
+from moce.errors import MoceError
+from moce.interop import onnx_file
+from moce.interop.build import Wishes, build_mae, read_weights
+from moce.interop.transformers_vit import check_vit
+from moce.loading import load_mae
+from moce.models.encoder import encode_tokens, pool_tokens
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def route(runs) -> str:
+    return route_name(next(iter(moce.load(runs.moce).routes)))
+
+
+def features_of(runs, route: str, images: torch.Tensor) -> torch.Tensor:
+    bank = moce.load(runs.moce)
+    chosen = next(r for r in bank.routes if route_name(r) == route)
+    vit = bank.backbone(bank.route_choice(chosen))
+    with torch.no_grad():
+        return pool_tokens(vit, encode_tokens(vit, images), "mean")
+
+
+def test_timm_gets_the_features_of_the_route(runs, route: str, tmp_path: Path) -> None:
+    folder = moce.export(runs.moce, route=route, out=tmp_path / "out").folder
+    images, _, _ = batch(4)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        assert_close(model(images), features_of(runs, route, images), **CLOSE)
+        final, layers = model.forward_intermediates(images)
+    assert_close(final[:, 1:].mean(dim=1), features_of(runs, route, images), **CLOSE)
+    assert len(layers) == 4 and layers[0].shape == (4, 32, 4, 4)
+    card = (folder / "README.md").read_text()
+    assert f"route: {route}" in card and "clusters:" in card and "create_model" in card
+
+
+def test_transformers_gets_the_features_of_the_route(runs, route: str, tmp_path: Path) -> None:
+    folder = moce.export(runs.moce, route=route, format="transformers", out=tmp_path / "out").folder
+    images, _, _ = batch(4)
+    model, said = ViTModel.from_pretrained(
+        folder, add_pooling_layer=False, output_loading_info=True
+    )
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    with torch.no_grad():
+        tokens = model.eval()(pixel_values=images).last_hidden_state
+    assert_close(tokens[:, 1:].mean(dim=1), features_of(runs, route, images), **CLOSE)
+    assert ViTImageProcessor.from_pretrained(folder).size == {"height": 16, "width": 16}
+
+
+def test_vitmae_gets_the_loss_of_an_mae_run(runs, tmp_path: Path) -> None:
+    folder = moce.export(runs.mae, format="transformers", out=tmp_path / "out").folder
+    model, said = ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    _, mae = load_mae(runs.mae)
+    images, noise, _ = batch(4)
+    with torch.no_grad():
+        theirs, ours = model.eval()(images, noise=noise), mae.eval()(images, noise)
+    assert_close(theirs.loss, ours.loss, **CLOSE)
+    assert_close(theirs.logits, ours.prediction, **CLOSE)
+
+
+def test_onnx_runtime_gets_the_features(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    for number, arguments in enumerate(({}, {"reg_tokens": 1, "init_values": 0.1})):
+        vit, spec = tiny_mae(**arguments).encoder, tiny_encoder(**arguments)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        onnx_file.write(folder, vit, spec)
+        session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+        for count in (1, 5):
+            images, _, _ = batch(count)
+            features, tokens = session.run(None, {"images": images.numpy()})
+            with torch.no_grad():
+                expected = encode_tokens(vit, images)
+            assert_close(torch.from_numpy(tokens), expected, atol=1e-4, rtol=1e-4)
+            pooled = pool_tokens(vit, expected, "mean")
+            assert_close(torch.from_numpy(features), pooled, atol=1e-4, rtol=1e-4)
+        assert json.loads((folder / "preprocessing.json").read_text())["input_size"] == [3, 16, 16]
+
+
+@pytest.mark.parametrize("kind", ["torch", "transformers"])
+def test_an_mae_that_goes_out_comes_back_the_same(kind: str, runs, tmp_path: Path) -> None:
+    folder = moce.export(runs.mae, format=kind, out=tmp_path / "out").folder
+    spec, mae, _ = build_mae(read_weights(folder), Wishes())
+    first_spec, first = load_mae(runs.mae)
+    own = first.state_dict()
+    assert mae.state_dict().keys() == own.keys()
+    assert all(torch.equal(value, own[name]) for name, value in mae.state_dict().items())
+    assert (spec.mask_ratio, spec.norm_pix) == (first_spec.mask_ratio, first_spec.norm_pix)
+    if kind == "torch":
+        assert spec == first_spec
+        assert "decoder_blocks.0.norm1.weight" in load_file(folder / "model.safetensors")
+
+
+def test_a_backbone_that_goes_out_to_timm_and_back_is_the_same(runs, tmp_path: Path) -> None:
+    once = moce.export(runs.backbone, out=tmp_path / "once").folder
+    before, after = (load_file(f / "model.safetensors") for f in (runs.backbone, once))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_customize_writes_other_formats(runs, tmp_path: Path) -> None:
+    result = customize(runs.moce, runs.task, tmp_path / "out", format="transformers")
+    assert (result.folder / "selection.json").is_file()
+    assert "ViTModel.from_pretrained" in result.load_it
+    assert "route:" in (result.folder / "README.md").read_text()
+
+
+def test_generalist_and_overwrite(runs, tmp_path: Path) -> None:
+    for overwrite in (False, True):
+        result = moce.export(
+            runs.moce, strategy="generalist", out=tmp_path / "out", overwrite=overwrite
+        )
+    assert "generalist" in (result.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"reg_tokens": 2}, "registers"),
+        ({"init_values": 0.1}, "LayerScale"),
+        ({"class_token": False}, "no class token"),
+        ({"qk_norm": True}, "normed queries"),
+        ({"no_embed_class": True}, "positions for patches only"),
+    ],
+)
+def test_transformers_refuses_what_it_cannot_hold(arguments: dict, part: str) -> None:
+    with pytest.raises(MoceError, match=part):
+        check_vit(tiny_mae(**arguments).encoder, "ViTModel")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, "say which --route"),
+        ({"route": "9-9"}, "no cluster takes"),
+        ({"route": "9-9", "strategy": "generalist"}, "leave out --route"),
+    ],
+)
+def test_routes_that_are_none_are_refused(settings: dict, reason: str, runs, tmp_path) -> None:
+    with pytest.raises(MoceError, match=reason):
+        moce.export(runs.moce, out=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_mae_has_no_routes_and_clusters_no_encoder_of_their_own(runs, tmp_path: Path) -> None:
+    with pytest.raises(MoceError, match="no experts"):
+        moce.export(runs.mae, out=tmp_path / "out", route="0-0")
+    with pytest.raises(MoceError, match="clusters"):
+        moce.export(runs.clusters, out=tmp_path / "out")
