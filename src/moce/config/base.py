@@ -24,7 +24,6 @@ Index = Annotated[int, Field(ge=0, le=2**62)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
-
 def _one_or_several(value: Any) -> Any:
     """A single number as a list of one."""
     return (value,) if isinstance(value, int | float) else value
@@ -43,12 +42,8 @@ def _joined(value: Any) -> Any:
     return ",".join(parts)
 
 
-Channels = Annotated[
-    tuple[Fraction, ...], BeforeValidator(_one_or_several), Field(min_length=1)
-]
-Deviations = Annotated[
-    tuple[Positive, ...], BeforeValidator(_one_or_several), Field(min_length=1)
-]
+Channels = Annotated[tuple[Fraction, ...], BeforeValidator(_one_or_several), Field(min_length=1)]
+Deviations = Annotated[tuple[Positive, ...], BeforeValidator(_one_or_several), Field(min_length=1)]
 Data = Annotated[str, BeforeValidator(_joined)]
 IMAGES = (
     "images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a saved Hugging "

@@ -9,9 +9,8 @@ from typing import Any
 import timm
 
 from moce.config import PretrainSettings
-from moce.data.images import ImageSet, load_images
+from moce.data.images import ImageSet
 from moce.errors import MoceError
-from moce.features import input_size
 from moce.loading import load_mae
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
@@ -19,8 +18,9 @@ from moce.runs import last_metrics, write_model, write_skipped
 from moce.training.loop import fit
 from moce.training.progress import say
 from moce.training.stages import mae_stage
-from moce.verbs.start import open_run, pixel_store, settle
+from moce.verbs.start import open_run, read_images, settle
 
+RGB, OTHERWISE = 3, 0.5  # mean and deviation of images of another number of channels
 PRETRAINED = "pretrained"
 FIXED = frozenset({"num_classes", "global_pool", "fc_norm", "checkpoint_path", "cache_dir"})
 OF_THE_MODEL = frozenset(
@@ -44,9 +44,7 @@ class PretrainResult:
 def run(settings: PretrainSettings) -> PretrainResult:
     settings, device = settle(settings)
     spec, mae = _build(settings)
-    if mae.encoder.in_chans != 3:
-        raise MoceError(f"images have 3 channels; in_chans {mae.encoder.in_chans} is not supported")
-    images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
+    images = read_images(settings, settings.data, mae.encoder)
     open_run(settings)
     write_skipped(settings.out, images.skipped, say)
     stage = mae_stage("pretrain", mae, spec.encoder, images, settings)
@@ -95,10 +93,26 @@ def _build(settings: PretrainSettings) -> tuple[MAESpec, MAE]:
 
 def _encoder_spec(settings: PretrainSettings, arguments: dict, pretrained: bool) -> EncoderSpec:
     """Pixels are normalised as timm's weights want it, unless the settings say otherwise."""
-    name, mean, std = settings.model, settings.mean, settings.std
+    name, channels = settings.model, int(arguments.get("in_chans", RGB))
+    usual = settings.mean, settings.std
     if pretrained and timm.is_model(name):
         cfg: Any = timm.models.get_pretrained_cfg(name)
-        given = settings.model_fields_set
-        mean = mean if "mean" in given else tuple(cfg.mean)
-        std = std if "std" in given else tuple(cfg.std)
+        usual = tuple(cfg.mean), tuple(cfg.std)
+    if channels != RGB:
+        usual = (OTHERWISE,), (OTHERWISE,)
+    mean, std = (
+        _per_channel(
+            key, getattr(settings, key) if key in settings.model_fields_set else value, channels
+        )
+        for key, value in zip(("mean", "std"), usual, strict=True)
+    )
     return EncoderSpec(name, arguments, mean, std)
+
+
+def _per_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """One value per channel. Raises MoceError if there are neither as many nor one for all."""
+    if len(values) not in (1, channels):
+        raise MoceError(
+            f"--{name} has {len(values)} values for {channels} channels; give one or {channels}"
+        )
+    return values * channels if len(values) == 1 else values
