@@ -61,7 +61,6 @@ BY_SUFFIX: dict[str, Read] = {
     ".parquet": lambda data: parquet_entries(read_parquet(Path(data)), data),
     ".npy": lambda data: read_arrays(Path(data), data),
     ".npz": lambda data: read_arrays(Path(data), data),
-    ".tar": read_shards,
 }
 
 
@@ -108,24 +107,31 @@ def _open(part: Part) -> list[Entry]:
             return read(data.removeprefix(prefix))
     path = expand(Path(data))
     suffix = path.suffix.lower()
+    if suffix == ".tar":  # a pattern is no path
+        return read_shards(str(path))
+    if not _exists(path):
+        raise MoceError(f"no such images: {data[:500]} (give {ACCEPTED})")
     if path.is_dir():
         return read_saved(path) if is_saved(path) else read_folder(path)
-    if suffix in BY_SUFFIX and (path.is_file() or suffix == ".tar"):
+    if suffix in BY_SUFFIX and path.is_file():
         return BY_SUFFIX[suffix](str(path))
     if is_image_name(path.name) and path.is_file():
         return [file_entry(path, part.written)]
-    problem = "is no source of images" if path.is_file() else "is not there"
-    raise MoceError(f"no such images: {data} {problem} (give {ACCEPTED})")
+    raise MoceError(f"no images in {data}: it is none of what can be read (give {ACCEPTED})")
 
 
 def parts_of(data: str) -> list[Part]:
     """The sources that a DATA argument names: separated by commas, or the lines of @FILE."""
-    if not data or os.path.exists(expand(Path(data))):  # noqa: PTH110 - pathlib's raises
+    if not data or _exists(expand(Path(data))):
         return [Part(data, data)] if data else []
     parts = [part.strip() for part in _split_outside_braces(data)]
     if not all(parts):
         raise MoceError(f"an empty name between the commas of '{data}'")
     return [source for part in parts for source in _listed(part)]
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - pathlib's raises for names that are too long
 
 
 def _split_outside_braces(data: str) -> list[str]:
@@ -186,7 +192,7 @@ def _unique(entries: list[Entry]) -> list[Entry]:
 
 def located(data: str, root: Path) -> str:
     """A DATA argument with relative paths taken from `root`; names such as demo:digits stay."""
-    if not data or os.path.exists(root / data):  # noqa: PTH110 - pathlib's raises
+    if not data or _exists(root / data):
         return str(root / data)
     return ",".join(_located(part.strip(), root) for part in _split_outside_braces(data))
 
