@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import middle, picture
+from builders import PRETRAIN, RUNTIME, middle, picture
 from PIL import Image
 
+import moce
 from moce.config import PretrainSettings
 from moce.data.images import as_image_set, load_images
 from moce.data.kinds.shards import expand_braces
@@ -293,3 +294,26 @@ def test_images_of_too_many_pixels_are_skipped(tmp_path: Path, monkeypatch) -> N
     Image.new("RGB", (10, 10)).save(tmp_path / "b.png")
     images = load_images(str(tmp_path), SIZE)
     assert images.ids == ["b.png"] and "more than 300" in images.skipped[0][1]
+
+
+# --- from a source to a run -----------------------------------------------------------------------
+
+
+def test_a_tar_pattern_and_a_hugging_face_folder_are_pretrained_on(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    for number, colour in enumerate(COLOURS):
+        tar(tmp_path / f"s-{number}.tar", {f"{n}.png": png(colour) for n in range(12)})
+    rows = datasets.Dataset.from_dict({"image": [png(COLOURS[0])] * 12})
+    rows.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+    both = [f"{tmp_path}/s-{{0..2}}.tar", tmp_path / "saved"]
+    run = moce.pretrain(both, out=tmp_path / "mae", epochs=1, **PRETRAIN)
+    assert run.images == 48
+    with pytest.raises(MoceError, match="holds the input data"):
+        moce.pretrain([tmp_path / "mae" / "s.tar", "x"], out=tmp_path / "mae", overwrite=True)
+
+
+def test_a_list_is_a_task(tmp_path: Path, runs) -> None:
+    (tmp_path / "task.txt").write_text(f"{runs.task}\n")
+    found = moce.probe(runs.mae, f"@{tmp_path}/task.txt", solver="lbfgs", **RUNTIME)
+    same = moce.probe(runs.mae, runs.task, solver="lbfgs", **RUNTIME)
+    assert found.values == same.values

@@ -8,6 +8,7 @@ same brightness in all images.
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ Box = tuple[int, int]
 
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**28 // 3  # Pillow's limit: beyond, memory may not do
 # Only decoders: some formats that Pillow knows are programs, which it would have run.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO", "DIB", "PPM", "JPEG2000", "TGA")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "DIB", "PPM", "JPEG2000", "TGA")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FLOAT_SLACK = 1e-3  # beyond 0..1, as resampling leaves it
-MOST_CHANNELS = 1024
+MOST_CHANNELS, MOST_VALUES = 1024, 2**30
 
 
 def open_encoded(source: Path | bytes) -> Raster:
@@ -33,10 +34,10 @@ def open_encoded(source: Path | bytes) -> Raster:
     file: Path | io.BytesIO = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         image = Image.open(file, formats=FORMATS)
-    except (UnidentifiedImageError, SyntaxError, KeyError):
+    except UnidentifiedImageError:
         if _start(source) in TIFF_STARTS:
             return _read_tiff(source)
-        raise
+        raise ValueError("not an image, or of a kind that is not read") from None
     _check_area(image.width, image.height)
     return image
 
@@ -59,10 +60,13 @@ def _read_tiff(source: Path | bytes) -> np.ndarray:
         import tifffile
     except ImportError:
         raise ValueError("Pillow cannot read this TIFF; pip install 'moce[tiff]' may") from None
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is listed once
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with tifffile.TiffFile(file) as tiff:
         page: Any = tiff.pages[0]
         _check_area(page.imagewidth, page.imagelength)
+        if page.size > MOST_VALUES or page.samplesperpixel > MOST_CHANNELS:
+            raise ValueError(f"a TIFF of shape {list(page.shape)} is too large")
         pixels = page.asarray()
         if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
             raise ValueError("the TIFF counts white as 0; convert it")
@@ -144,6 +148,7 @@ def _mismatch(found: str, channels: int) -> None:
 
 def to_bytes(pixels: np.ndarray) -> np.ndarray:
     """uint8 0..255 of any pixels. Raises ValueError if it is unclear what their values mean."""
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     kind = pixels.dtype
     if kind == np.uint8:
         return pixels
