@@ -264,7 +264,7 @@ def mistakes(runs, out: Path) -> dict[str, tuple[list[object], str]]:
         "model arguments no mapping": ([*pretrain, "--model-args", "depth"], "model_args"),
         "model arguments no YAML": ([*pretrain, "--model-args", "{a: ["], "model-args"),
         "other channels": (
-            [*pretrain, "--model-args", json.dumps({**TINY_ARGS, "in_chans": 1})], "in_chans"),
+            [*pretrain, "--model-args", json.dumps({**TINY_ARGS, "in_chans": 2})], "2 channels"),
         "decoder of odd width": ([*pretrain, "--decoder-dim", 30], "30"),
         "decoder heads": ([*pretrain, "--decoder-dim", 16, "--decoder-heads", 3], "heads"),
         "image size": ([*pretrain, "--img-size", 30], "multiple"),

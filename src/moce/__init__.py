@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moce.errors import MoceError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from moce.customization.bank import Bank
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from moce.verbs.probe import ProbeResult
     from moce.verbs.report import ReportResult
     from moce.verbs.train import TrainResult
+
+    Data = str | Path | Sequence[str | Path]  # a DATA argument, or several sources
 
 __version__ = version("moce")
 __all__ = [
@@ -54,29 +57,29 @@ __all__ = [
 ]
 
 
-def pretrain(data: str | Path, **settings: Any) -> PretrainResult:
+def pretrain(data: Data, **settings: Any) -> PretrainResult:
     """Pre-train a masked autoencoder; settings: moce.config.PretrainSettings."""
-    return _call("pretrain", data=str(data), **settings)
+    return _call("pretrain", data=data, **settings)
 
 
-def cluster(data: str | Path, **settings: Any) -> ClusterResult:
+def cluster(data: Data, **settings: Any) -> ClusterResult:
     """Cluster images by an MAE's features; settings: moce.config.ClusterSettings."""
-    return _call("cluster", data=str(data), **settings)
+    return _call("cluster", data=data, **settings)
 
 
-def train(data: str | Path, **settings: Any) -> TrainResult:
+def train(data: Data, **settings: Any) -> TrainResult:
     """Train experts (or MAE+); settings: moce.config.TrainSettings."""
-    return _call("train", data=str(data), **settings)
+    return _call("train", data=data, **settings)
 
 
-def headroom(data: str | Path, **settings: Any) -> HeadroomResult:
+def headroom(data: Data, **settings: Any) -> HeadroomResult:
     """Estimate what experts could gain; settings: moce.config.HeadroomSettings."""
-    return _call("headroom", data=str(data), **settings)
+    return _call("headroom", data=data, **settings)
 
 
-def customize(run: str | Path, images: str | Path, **settings: Any) -> CustomizeResult:
+def customize(run: str | Path, images: Data, **settings: Any) -> CustomizeResult:
     """Write a task's backbone; settings: moce.config.CustomizeSettings."""
-    return _call("customize", run=run, images=str(images), **settings)
+    return _call("customize", run=run, images=images, **settings)
 
 
 def export(run: str | Path, **settings: Any) -> ExportResult:
@@ -89,14 +92,14 @@ def convert(weights: str | Path, **settings: Any) -> ConvertResult:
     return _call("convert", weights=weights, **settings)
 
 
-def finetune(backbone: str | Path, data: str | Path, **settings: Any) -> FinetuneResult:
+def finetune(backbone: str | Path, data: Data, **settings: Any) -> FinetuneResult:
     """Fine-tune a backbone on a labelled task; settings: moce.config.FinetuneSettings."""
-    return _call("finetune", backbone=str(backbone), data=str(data), **settings)
+    return _call("finetune", backbone=str(backbone), data=data, **settings)
 
 
-def probe(backbone: str | Path, data: str | Path, **settings: Any) -> ProbeResult:
+def probe(backbone: str | Path, data: Data, **settings: Any) -> ProbeResult:
     """Score frozen features on a labelled task; settings: moce.config.ProbeSettings."""
-    return _call("probe", backbone=str(backbone), data=str(data), **settings)
+    return _call("probe", backbone=str(backbone), data=data, **settings)
 
 
 def evaluate(suite: str | Path, **settings: Any) -> EvaluateResult:

@@ -22,6 +22,16 @@ def input_size(vit: VisionTransformer) -> tuple[int, int]:
     return tuple(vit.patch_embed.img_size)
 
 
+def input_channels(vit: VisionTransformer) -> int:
+    """How many channels the images of an encoder have."""
+    return vit.patch_embed.proj.in_channels
+
+
+def input_shape(vit: VisionTransformer) -> tuple[int, int, int]:
+    """Channels, height and width of the images an encoder takes."""
+    return (input_channels(vit), *input_size(vit))
+
+
 @torch.inference_mode()
 def extract_features(
     vit: VisionTransformer,

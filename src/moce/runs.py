@@ -28,6 +28,7 @@ from torch import Tensor
 
 from moce.claims import claim
 from moce.config import EvaluateSettings, Settings, expand
+from moce.data.sources import paths_of
 from moce.errors import MoceError
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
@@ -45,6 +46,7 @@ INPUTS = (
     "weights",
 )
 PROOFS = frozenset({INFO, CONFIG, "selection.json", "results.json", "demo.json", "export.json"})
+READ_AS_DATA = frozenset({"data", "images", "task"})
 EXTRAS = frozenset(
     {"assignments.parquet", "config.json", "README.md", "report.html"}
     | {"rows.jsonl", "results.md", "evaluation.json"}
@@ -54,7 +56,9 @@ OWN_FILES = PROOFS | EXTRAS | {WEIGHTS, METRICS, SKIPPED}
 DEMO_RUNS = frozenset({"mae", "clusters", "moce", "mae_plus"})
 FOLDERS_OF_RUNS = frozenset({"backbones", "finetune"})  # of the demo, of evaluations
 HEADROOM_RUN = re.compile(r"all|group\d+")
-FREE_TO_CHANGE = frozenset({"resume", "overwrite", "out", "threads", "log_every", "save_every"})
+FREE_TO_CHANGE = frozenset(
+    {"resume", "overwrite", "out", "threads", "log_every", "save_every"} | {"max_skipped"}
+)
 # Each row of an evaluation stands for itself: a resumed one may be asked for others.
 ROWS_TO_MAKE = frozenset({"backbones", "protocols", "tasks", "role", "root"})
 
@@ -109,7 +113,8 @@ def _check_apart(path: Path, settings: Settings) -> None:
     for name in INPUTS:
         value = getattr(settings, name, None)
         if value is not None:
-            check_apart(path, name, value)
+            for place in paths_of(value) if name in READ_AS_DATA else [value]:
+                check_apart(path, name, place)
 
 
 def check_apart(path: Path, name: str, value: str | Path) -> None:

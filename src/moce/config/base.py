@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def expand(path: Path) -> Path:
@@ -23,8 +23,36 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Index = Annotated[int, Field(ge=0, le=2**62)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
-Channels = tuple[Fraction, Fraction, Fraction]
-Deviations = tuple[Positive, Positive, Positive]
+
+def _one_or_several(value: Any) -> Any:
+    """A single number as a list of one."""
+    return (value,) if isinstance(value, int | float) else value
+
+
+def _joined(value: Any) -> Any:
+    """A path, or a list of sources, as one DATA argument."""
+    if isinstance(value, Path):
+        return str(value)
+    if not isinstance(value, list | tuple):
+        return value
+    parts = [str(part) for part in value]
+    comma = next((part for part in parts if "," in part and "{" not in part), None)
+    if comma is not None and len(parts) > 1:
+        raise ValueError(f"'{comma}' has a comma in it: name it in a list of lines, @FILE")
+    return ",".join(parts)
+
+
+Channels = Annotated[tuple[Fraction, ...], BeforeValidator(_one_or_several), Field(min_length=1)]
+Deviations = Annotated[tuple[Positive, ...], BeforeValidator(_one_or_several), Field(min_length=1)]
+Data = Annotated[str, BeforeValidator(_joined)]
+IMAGES = (
+    "images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a saved Hugging "
+    "Face data set, hf:NAME, torchvision:NAME or demo:pretrain; several with commas between, or "
+    "one per line of @FILE"
+)
+LABELLED = (
+    "labelled images: class folders (train/ and test/ if split), or another source with labels"
+)
 
 Strategy = Literal["auto", "route", "merge", "generalist", "probe"]
 Format = Literal["timm", "transformers", "torch", "onnx"]
@@ -64,7 +92,15 @@ class RuntimeSettings(Settings):
     )
 
 
-class RunSettings(RuntimeSettings):
+class DataSettings(RuntimeSettings):
+    """A verb that reads images."""
+
+    max_skipped: Fraction = Field(
+        0.5, description="largest share of the images that may be unreadable; beyond it, stop"
+    )
+
+
+class RunSettings(DataSettings):
     """A verb that leaves a run folder."""
 
     out: Folder = Field(description="folder to write the run to")

@@ -7,11 +7,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moce.config.base import (
+    IMAGES,
     BalanceScope,
     CentroidUpdate,
     Channels,
     ClusterPooling,
     Count,
+    Data,
+    DataSettings,
     Deviations,
     Folder,
     Format,
@@ -24,7 +27,6 @@ from moce.config.base import (
     OpenFraction,
     Positive,
     RunSettings,
-    RuntimeSettings,
     Settings,
     Strategy,
     TrainingSettings,
@@ -64,7 +66,7 @@ class MAESettings(WeightsSettings):
 class PretrainSettings(TrainingSettings, WeightsSettings):
     """Pre-train a masked autoencoder on unlabelled images (stage 0)."""
 
-    data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
+    data: Data = Field(description=IMAGES)
     model: str = Field("vit_base_patch16_224", description="encoder: any plain timm ViT")
     model_args: dict[str, Any] = Field(
         {}, description='timm model arguments, e.g. {"embed_dim": 128, "depth": 6}'
@@ -76,10 +78,14 @@ class PretrainSettings(TrainingSettings, WeightsSettings):
         "timm name; or 'pretrained', the timm model's own weights",
     )
     mean: Channels = Field(
-        (0.485, 0.456, 0.406), description="mean of the channels, 0..1, that pixels are centred on"
+        (0.485, 0.456, 0.406),
+        description="mean of the channels, 0..1, that pixels are centred on: one value or as many "
+        "as the encoder takes (default for other than 3: 0.5)",
     )
     std: Deviations = Field(
-        (0.229, 0.224, 0.225), description="deviation of the channels that pixels are scaled by"
+        (0.229, 0.224, 0.225),
+        description="deviation of the channels that pixels are scaled by (default for other than "
+        "3 channels: 0.5)",
     )
     mask_ratio: OpenFraction = Field(0.75, description="share of patches hidden")
     norm_pix: bool = Field(True, description="predict pixels normalised per patch")
@@ -91,7 +97,7 @@ class PretrainSettings(TrainingSettings, WeightsSettings):
 class ClusterSettings(RunSettings, MAESettings):
     """Group the images into balanced clusters by an MAE's features (stage 1)."""
 
-    data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
+    data: Data = Field(description=IMAGES)
     num_clusters: Count = Field(256, description="number of clusters K")
     pooling: ClusterPooling = Field(
         "mean",
@@ -115,7 +121,7 @@ class ClusterSettings(RunSettings, MAESettings):
 class TrainSettings(TrainingSettings, MAESettings):
     """Train cluster-conditional experts from an MAE (stage 2), or a baseline for as long."""
 
-    data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
+    data: Data = Field(description=IMAGES)
     clusters: Folder | None = Field(
         None, description="run folder of moce cluster (not for methods mae and token_moe)"
     )
@@ -125,7 +131,7 @@ class TrainSettings(TrainingSettings, MAESettings):
         "(the gate reads tokens), sdr (experts of clusters fixed beforehand), subset (mae on the "
         "images of one task's clusters only)",
     )
-    task: str | None = Field(None, description="the task's images (for method subset)")
+    task: Data | None = Field(None, description="the task's images (for method subset)")
     task_share: Fraction = Field(
         0.9, description="share of the task's images whose clusters method subset trains on"
     )
@@ -162,7 +168,7 @@ class TrainSettings(TrainingSettings, MAESettings):
 class HeadroomSettings(TrainingSettings, MAESettings):
     """Estimate, before training experts, whether these images and this MAE leave them anything to gain."""
 
-    data: str = Field(description="images: a folder, a parquet file or demo:pretrain")
+    data: Data = Field(description=IMAGES)
     clusters: Folder = Field(description="run folder of moce cluster")
     steps: Count | None = Field(
         800, description="optimiser steps on all images; a group alone takes its share of them"
@@ -170,11 +176,11 @@ class HeadroomSettings(TrainingSettings, MAESettings):
     num_groups: Count = Field(4, description="groups of clusters, each trained on alone")
 
 
-class CustomizeSettings(RuntimeSettings):
+class CustomizeSettings(DataSettings):
     """Pick the expert for a task and export a dense timm backbone (stage 3)."""
 
     run: Folder = Field(description="run folder of moce train")
-    images: str = Field(description="the task's images (labels are used by strategy probe only)")
+    images: Data = Field(description="the task's images (labels are used by strategy probe only)")
     out: Folder = Field(description="folder to write the backbone to")
     overwrite: bool = Field(False, description="replace what is in the output folder")
     strategy: Strategy = Field(

@@ -8,7 +8,10 @@ from typing import Literal
 from pydantic import Field
 
 from moce.config.base import (
+    LABELLED,
     Count,
+    Data,
+    DataSettings,
     Folder,
     Fraction,
     Index,
@@ -20,12 +23,11 @@ from moce.config.base import (
     Protocol,
     Role,
     RunSettings,
-    RuntimeSettings,
     TrainingSettings,
 )
 
 
-class ProbeSettings(RuntimeSettings):
+class ProbeSettings(DataSettings):
     """Score frozen features on a labelled task with a linear or nearest-neighbour classifier."""
 
     # The defaults of solver sgd are those published for MAE's linear probe on ImageNet-1K.
@@ -33,7 +35,7 @@ class ProbeSettings(RuntimeSettings):
     backbone: str = Field(
         description="customised folder, MAE run folder, timm name (nothing fine-tuned)"
     )
-    data: str = Field(description="labelled images: class folders (train/ and test/ if split)")
+    data: Data = Field(description=LABELLED)
     kind: Literal["linear", "knn"] = Field("linear", description="classifier")
     solver: Literal["sgd", "lbfgs"] = Field(
         "sgd",
@@ -83,7 +85,7 @@ class FinetuneSettings(TrainingSettings):
     backbone: str = Field(
         description="customised folder, MAE run folder, timm name (nothing fine-tuned)"
     )
-    data: str = Field(description="labelled images: class folders (train/ and test/ if split)")
+    data: Data = Field(description=LABELLED)
     num_labels: Count | None = Field(None, description="labelled images to train on (default: all)")
     draw: Index = Field(0, description="which random draw of the labels, as numbered by moce probe")
     metric: Metric | None = Field(

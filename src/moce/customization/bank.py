@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from moce.clustering.model import ClusterModel
 from moce.customization.selection import Choice, Route, choose, count_votes, on_route
 from moce.data.images import as_image_set
-from moce.features import extract_features, input_size
+from moce.features import extract_features, input_shape
 from moce.loading import load_moce
 from moce.models.encoder import EncoderSpec
 from moce.models.moce import MoCE, MoCESpec
@@ -41,6 +41,11 @@ class Bank:
         return self.spec.mae.encoder
 
     @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that clusters are found for."""
+        return input_shape(self.clusters.encoder)
+
+    @property
     def routes(self) -> dict[Route, int]:
         """Every route some cluster takes, with the training images on it, most first."""
         return count_votes(self.model.cluster_sizes.long(), self.model.routes())
@@ -49,7 +54,8 @@ class Bank:
         self, images: object, rule: str = "balanced", batch_size: int = 256
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cluster [n] int64 of every image and its similarity [n] to the centroid: one forward pass."""
-        image_set = as_image_set(images, input_size(self.clusters.encoder))
+        channels, *size = self.input_shape
+        image_set = as_image_set(images, (size[0], size[1]), channels)
         raw = extract_features(
             self.clusters.encoder,
             self.clusters.spec,
@@ -72,7 +78,7 @@ class Bank:
         """Choose experts for a task by its images (labels are not needed).
 
         images: a DATA argument, an ImageSet, a list of paths or PIL images, or uint8
-        [n, 3, h, w] of exactly the model's size. assign: balanced or nearest, as
+        [n, c, h, w] of exactly the model's size. assign: balanced or nearest, as
         `ClusterModel.assign`. Raises MoceError if there are no images.
         """
         cluster, similarity = self.assign(images, assign, batch_size)

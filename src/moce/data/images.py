@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from moce.data.sources import Entry, open_source
+from moce.data.decode import Raster, open_encoded, to_pixels
+from moce.data.kinds.entry import Entry, is_image_name
+from moce.data.sources import Part, open_parts, open_source
 from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
 
@@ -23,7 +28,7 @@ MEMORY_SHARE = 0.4  # of the free memory, beyond which pixels are kept in a file
 
 @dataclass
 class ImageSet:
-    """pixels: [n, 3, h, w] uint8; ids: n stable names; labels: n names, tuples of names or None.
+    """pixels: [n, c, h, w] uint8; ids: n stable names; labels: n names, tuples of names or None.
 
     skipped: (id, reason) of images that could not be decoded.
     """
@@ -51,25 +56,31 @@ class ImageSet:
 
 
 def load_images(
-    data: str | Sequence[Entry], size: tuple[int, int], store: Path | None = None
+    data: str | Sequence[Entry],
+    size: tuple[int, int],
+    store: Path | None = None,
+    *,
+    channels: int = 3,
+    max_skipped: float = 1.0,
 ) -> ImageSet:
     """Decode all images of a DATA argument, the shorter side resized and the rest cropped to `size`.
 
-    Broken images are skipped and listed. Pixels that would fill the memory go to the file `store`,
-    if given. Raises MoceError if nothing is readable or neither memory nor disk has room.
+    Broken images, and those of another number of channels, are skipped and listed. Pixels that
+    would fill the memory go to the file `store`, if given. Raises MoceError if nothing is
+    readable, more than the share `max_skipped` is not, or neither memory nor disk has room.
     """
     name = data if isinstance(data, str) else "the list of images"
     entries = open_source(data) if isinstance(data, str) else list(data)
     if not entries:
         raise MoceError(f"no images in {name}")
-    pixels = _allocate((len(entries), 3, *size), store)
+    pixels = _allocate((len(entries), channels, *size), store)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = list(
             pool.map(lambda row: _decode_into(pixels, row, entries[row]), range(len(entries)))
         )
     good = [row for row, reason in enumerate(reasons) if reason is None]
-    if not good:
-        raise MoceError(f"no readable image in {name}; the first one: {reasons[0]}")
+    skipped = [(entries[row].id, reason) for row, reason in enumerate(reasons) if reason]
+    _check_skipped(skipped, len(entries), max_skipped, name)
     for place, row in enumerate(good):  # in place: the pixels may be a file larger than memory
         if place != row:
             pixels[place] = pixels[row]
@@ -78,7 +89,22 @@ def load_images(
         ids=[entries[row].id for row in good],
         labels=[entries[row].label for row in good],
         splits=[entries[row].split for row in good],
-        skipped=[(entries[row].id, reason) for row, reason in enumerate(reasons) if reason],
+        skipped=skipped,
+    )
+
+
+def _check_skipped(skipped: list[tuple[str, str]], count: int, most: float, name: str) -> None:
+    """Raise MoceError, with the commonest reason, if too many images are skipped, or all."""
+    if not skipped or (len(skipped) < count and len(skipped) <= most * count):
+        return
+    reason, times = Counter(reason for _, reason in skipped).most_common(1)[0]
+    first = next(identity for identity, why in skipped if why == reason)
+    cause = f"{times} x {reason} (as {first})"
+    if len(skipped) == count:
+        raise MoceError(f"no readable image among the {count} of {name}: {cause}")
+    raise MoceError(
+        f"{len(skipped)} of the {count} images of {name} cannot be read: {cause}; mend them, or "
+        f"allow a larger share than {most:g} by --max-skipped"
     )
 
 
@@ -108,62 +134,62 @@ def _free_memory() -> int:
 def _decode_into(pixels: np.ndarray, row: int, entry: Entry) -> str | None:
     """Decode one image into its row; the reason if it cannot be."""
     try:
-        with entry.open() as image:
-            pixels[row] = to_pixels(image, (pixels.shape[2], pixels.shape[3]))
+        with _closing(entry.open()) as image:
+            pixels[row] = to_pixels(image, (pixels.shape[2], pixels.shape[3]), pixels.shape[1])
     except Exception as error:  # decoders raise whatever they like on broken files
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
     return None
 
 
-def to_pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """[3, h, w] uint8 of a PIL image: upright, on white where transparent, filled to `size` (h, w)."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8 rather than scale
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("float pixels of unknown range; convert the image to 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    height, width = size
-    image = image.convert("RGB")
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1)
+@contextmanager
+def _closing(image: Raster) -> Iterator[Raster]:
+    """The image, its file closed afterwards."""
+    try:
+        yield image
+    finally:
+        if isinstance(image, Image.Image):
+            image.close()
 
 
-def as_image_set(images: object, size: tuple[int, int]) -> ImageSet:
+def as_image_set(images: object, size: tuple[int, int], channels: int = 3) -> ImageSet:
     """Images in any form as an ImageSet.
 
-    A DATA argument, an ImageSet, a list of paths or PIL images, or a uint8 tensor or array
-    [n, 3, h, w] of the right size. Raises MoceError otherwise.
+    A DATA argument, an ImageSet, a list of paths, sources, PIL images or arrays [h, w(, c)], or a
+    uint8 tensor or array [n, channels, h, w] of the right size. Raises MoceError otherwise.
     """
     if isinstance(images, ImageSet):
         return images
     if isinstance(images, str | Path):
-        return load_images(str(images), size)
+        return load_images(str(images), size, channels=channels)
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
         images = torch.from_numpy(np.ascontiguousarray(images))  # flipped views have no tensor
     if isinstance(images, Tensor):
-        return _from_tensor(images, size)
+        return _from_tensor(images, size, channels)
     if isinstance(images, Sequence) and len(images) > 0:
-        return load_images([_as_entry(number, item) for number, item in enumerate(images)], size)
+        return load_images(_as_entries(images), size, channels=channels)
     raise MoceError("images must be a folder, a parquet file, a list of images, or a uint8 tensor")
 
 
+def _as_entries(items: Sequence[object]) -> list[Entry]:
+    texts = [str(item) for item in items if isinstance(item, str | Path)]
+    if len(texts) == len(items) and not all(is_image_name(text) for text in texts):
+        return open_parts([Part(text, text) for text in texts])
+    return [_as_entry(number, item) for number, item in enumerate(items)]
+
+
 def _as_entry(number: int, item: object) -> Entry:
-    if isinstance(item, Image.Image):
+    if isinstance(item, Image.Image | np.ndarray):
         return Entry(str(number), item.copy)
     if isinstance(item, str | Path):
-        path = Path(item)
-        return Entry(str(item), lambda: Image.open(path))
+        return Entry(str(item), partial(open_encoded, Path(item)))
     raise MoceError(f"image {number} is a {type(item).__name__}; give paths or PIL images")
 
 
-def _from_tensor(pixels: Tensor, size: tuple[int, int]) -> ImageSet:
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *size):
+def _from_tensor(pixels: Tensor, size: tuple[int, int], channels: int) -> ImageSet:
+    wanted = (channels, *size)
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != wanted:
         raise MoceError(
-            f"a tensor of images must be uint8 [n, 3, {size[0]}, {size[1]}], "
+            f"a tensor of images must be uint8 [n, {channels}, {size[0]}, {size[1]}], "
             f"not {pixels.dtype} {list(pixels.shape)}"
         )
     if len(pixels) == 0:

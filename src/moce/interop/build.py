@@ -16,7 +16,7 @@ from moce.interop import dinov2, facebook, own, timm_files, transformers_vit
 from moce.interop.files import read_source
 from moce.interop.shapes import architecture_of, depth_of, pair
 from moce.interop.weights import Source, Tensors, Weights
-from moce.models.encoder import EncoderSpec
+from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 
 ADAPTERS = (own, transformers_vit, facebook, dinov2, timm_files)  # the first that matches reads
@@ -95,8 +95,9 @@ def _architecture(weights: Weights, wishes: Wishes) -> tuple[str, dict[str, Any]
 
 def _spec(weights: Weights, wishes: Wishes, name: str, arguments: dict[str, Any]) -> MAESpec:
     encoder = EncoderSpec(name, arguments)
-    mean = wishes.mean or weights.mean or encoder.mean
-    std = wishes.std or weights.std or encoder.std
+    channels = int(arguments.get("in_chans", RGB))
+    mean = per_channel("mean", wishes.mean, weights.mean or encoder.mean, channels)
+    std = per_channel("std", wishes.std, weights.std or encoder.std, channels)
     norm_pix = weights.norm_pix if wishes.norm_pix is None else wishes.norm_pix
     return MAESpec(
         EncoderSpec(name, arguments, mean, std),

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from moce.errors import MoceError
 
+RGB, OTHERWISE = 3, 0.5  # mean and deviation of images of another number of channels
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -99,6 +101,22 @@ def check_plain(vit: nn.Module, name: str) -> VisionTransformer:
             f"image size {height}x{width} is no multiple of the patch {patch_height}x{patch_width}"
         )
     return vit
+
+
+def per_channel(
+    name: str, asked: tuple[float, ...] | None, usual: tuple[float, ...], channels: int
+) -> tuple[float, ...]:
+    """One value per channel: as asked (one for all, or each), else the usual ones, else OTHERWISE.
+
+    Raises MoceError if what is asked fits neither way.
+    """
+    if asked is None:
+        return tuple(usual) if len(usual) == channels else (OTHERWISE,) * channels
+    if len(asked) not in (1, channels):
+        raise MoceError(
+            f"--{name} has {len(asked)} values for {channels} channels; give one or {channels}"
+        )
+    return asked * channels if len(asked) == 1 else asked
 
 
 def use_plain_attention(module: nn.Module) -> None:

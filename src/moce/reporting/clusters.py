@@ -11,7 +11,7 @@ from moce.errors import MoceError
 from moce.loading import read_assignments
 from moce.reporting.blocks import Block, Chart, Chip, Gallery, Item, Note, Picture, Section
 from moce.reporting.gather import Material, Run
-from moce.reporting.pictures import Source, montage, sample, tile_size
+from moce.reporting.pictures import Source, montage, sample, tile_shape
 from moce.reporting.style import SOFT, drawing, expert_chip
 
 MOST_TILES = 1200  # pictures in all montages of a clustering: they must not swamp the page
@@ -54,11 +54,12 @@ def members_of(run: Run) -> list[list[str]]:
     return members
 
 
-def image_size(run: Run) -> tuple[int, int]:
-    """Height and width in pixels of the images a run's encoder takes."""
+def image_shape(run: Run) -> tuple[int, int, int]:
+    """Channels, height and width of the images a run's encoder takes."""
     arguments = run.info["clusters"]["encoder"]["model_args"]
     size = arguments.get("img_size", 224)
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    height, width = (size, size) if isinstance(size, int) else size
+    return arguments.get("in_chans", 3), height, width
 
 
 def experts_by_cluster(material: Material, num_clusters: int) -> dict[int, list[Chip]]:
@@ -95,14 +96,14 @@ def _item(
         mix = source.describe(ids)
         note += f" · {mix}" if mix else ""
         alt = f"Images of cluster {number}{': ' + mix if mix else ''}"
-        picture = sampled_montage(source, ids, image_size(run), (max_images, 1), number, alt)
+        picture = sampled_montage(source, ids, image_shape(run), (max_images, 1), number, alt)
     return Item(f"Cluster {number}", note, picture, chips)
 
 
 def sampled_montage(
     source: Source,
     ids: Sequence[str],
-    size: tuple[int, int],
+    image: tuple[int, int, int],
     shape: tuple[int, int],
     number: int,
     alt: str,
@@ -110,7 +111,7 @@ def sampled_montage(
     """A montage of `shape` (columns, rows) of a random draw; None if no image can be read."""
     columns, rows = shape
     try:
-        images = source.load(sample(ids, columns * rows, number), tile_size(size))
+        images = source.load(sample(ids, columns * rows, number), tile_shape(image))
     except (MoceError, OSError):
         return None
     return montage(images.pixels, columns, alt)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moce.customization.bank import Bank
 from moce.errors import MoceError
-from moce.features import input_size
+from moce.features import input_shape
 from moce.loading import read_assignments
 from moce.reporting.blocks import Block, Chart, Gallery, Item, Note, Picture, Section
 from moce.reporting.clusters import sampled_montage
@@ -137,8 +137,8 @@ def _expert_item(
     mix = source.describe(ids)
     note = f"{work[1]:,} images in {work[0]} clusters" + (f" · {mix}" if mix else "")
     alt = f"Images that expert {expert} of block {block} sees{': ' + mix if mix else ''}"
-    size = input_size(bank.model.mae.encoder)
-    picture = sampled_montage(source, ids, size, (max_images, 2), 1000 * block + expert, alt)
+    shape = input_shape(bank.model.mae.encoder)
+    picture = sampled_montage(source, ids, shape, (max_images, 2), 1000 * block + expert, alt)
     return Item("Expert", note, picture, [expert_chip(expert, bank.model.num_experts)])
 
 
@@ -165,7 +165,7 @@ def known_clusters(
 
 def assign_anew(bank: Bank, source: Source, ids: list[str]) -> tuple[list[str], Tensor]:
     """The clusters of images as the run's own cluster model sees them."""
-    images = source.load(ids, input_size(bank.clusters.encoder))
+    images = source.load(ids, bank.input_shape)
     return images.ids, bank.assign(images)[0]
 
 

@@ -33,9 +33,10 @@ class Source:
     def ids(self) -> list[str]:
         return list(self._entries)
 
-    def load(self, ids: Iterable[str], size: tuple[int, int]) -> ImageSet:
-        """Decode these images, as far as they are still there; MoceError if none is."""
-        return load_images([self._entries[name] for name in ids if name in self._entries], size)
+    def load(self, ids: Iterable[str], shape: tuple[int, int, int]) -> ImageSet:
+        """Decode these images to (channels, h, w), as far as they are there; MoceError if none is."""
+        chosen = [self._entries[name] for name in ids if name in self._entries]
+        return load_images(chosen, shape[1:], channels=shape[0])
 
     def describe(self, ids: Sequence[str]) -> str:
         """Where most of the images come from, as "cifar10 81 %, mnist 19 %"; "" without domains."""
@@ -69,21 +70,27 @@ def sample(items: Sequence[str], count: int, number: int) -> list[str]:
     return [items[row] for row in rows.tolist()]
 
 
-def tile_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a montage tile for images of `size`, no side over THUMBNAIL."""
-    scale = min(1.0, THUMBNAIL / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+def tile_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Channels, height and width of a montage tile for such images, no side over THUMBNAIL."""
+    channels, height, width = shape
+    scale = min(1.0, THUMBNAIL / max(height, width))
+    return channels, max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def as_shown(pixels: Tensor) -> Tensor:
+    """Images of any channels [n, c, h, w] as [n, 3, h, w]: the first three, or the first one grey."""
+    return pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
 
 
 def montage(pixels: Tensor, columns: int, alt: str) -> Picture:
-    """Images [n, 3, h, w] uint8 in rows of `columns`, with clear gaps between them."""
+    """Images [n, c, h, w] uint8 in rows of `columns`, with clear gaps between them."""
     count, _, height, width = pixels.shape
     gap = max(1, height // 16)
     rows = -(-count // columns)
     canvas = np.zeros(
         (rows * (height + gap) - gap, columns * (width + gap) - gap, 4), dtype=np.uint8
     )
-    for index, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+    for index, image in enumerate(as_shown(pixels).permute(0, 2, 3, 1).numpy()):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         canvas[top : top + height, left : left + width, :3] = image
         canvas[top : top + height, left : left + width, 3] = 255

@@ -12,7 +12,7 @@ from moce.customization.bank import Bank
 from moce.data.augment import denormalise, normalise
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_uniform
-from moce.features import input_size
+from moce.features import input_shape
 from moce.loading import load_mae
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, patch_statistics, patchify, unpatchify
@@ -43,7 +43,7 @@ class Painter:
     @property
     def geometry(self) -> tuple[object, ...]:
         """Painters with the same one take the same images with the same mask."""
-        return input_size(self.mae.encoder), self.mae.patch_size, self.mae.mask_ratio
+        return input_shape(self.mae.encoder), self.mae.patch_size, self.mae.mask_ratio
 
 
 def reconstructions_section(material: Material, banks: dict[str, Bank]) -> Section | None:
@@ -113,7 +113,7 @@ def _groups(source: Source) -> list[tuple[str, list[str]]]:
 @torch.no_grad()
 def _comparison(name: str, ids: list[str], source: Source, painters: list[Painter]) -> Comparison:
     mae = painters[0].mae
-    stored = source.load(ids, input_size(mae.encoder))
+    stored = source.load(ids, input_shape(mae.encoder))
     rows = torch.arange(len(stored))
     patches = mae.encoder.patch_embed.num_patches
     noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(rows), rows, patches)

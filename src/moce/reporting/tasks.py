@@ -89,7 +89,7 @@ def _pictures(material: Material, task: str, max_images: int) -> Gallery | None:
     except MoceError:
         return None
     alt = f"Images of the task {task}"
-    picture = sampled_montage(source, source.ids, (SIDE, SIDE), (2 * max_images, 1), 0, alt)
+    picture = sampled_montage(source, source.ids, (3, SIDE, SIDE), (2 * max_images, 1), 0, alt)
     return Gallery([Item("", "", picture)]) if picture else None
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from moce.config import FinetuneSettings, Metric, ProbeSettings, Role, Settings
 from moce.config.base import Count
-from moce.data.sources import is_named
+from moce.data.sources import located
 from moce.errors import MoceError
 from moce.parsing import parse, read_recipe
 
@@ -72,11 +72,6 @@ def _check_section(path: Path, name: str, kind: type[Settings], values: dict[str
         parse(kind, {**fill, **values})
     except MoceError as error:
         raise MoceError(f"suite {path}: {name}: {error}") from None
-
-
-def located(data: str, root: Path) -> str:
-    """A DATA argument with a relative path taken from `root`; names such as demo:digits stay."""
-    return data if is_named(data) else str(root / data)
 
 
 def pick_tasks(suite: Suite, names: tuple[str, ...], role: Role | None) -> list[SuiteTask]:

@@ -36,8 +36,13 @@ class Task:
         return self.train.skipped + self.test.skipped
 
 
-def load_task(data: str, size: tuple[int, int], store: Path | None = None) -> Task:
-    """The labelled images of a DATA argument.
+def load_task(
+    data: str,
+    shape: tuple[int, ...],
+    store: Path | None = None,
+    max_skipped: float = 1.0,
+) -> Task:
+    """The labelled images of a DATA argument. shape: (channels, h, w), or (h, w) of colour images.
 
     Without a train/test split in the source, a fifth of each class is the test set. Raises
     MoceError if labels or one of the splits are missing.
@@ -46,11 +51,16 @@ def load_task(data: str, size: tuple[int, int], store: Path | None = None) -> Ta
     if not entries:
         raise MoceError(f"{data} has no labels; put every class in a folder of its own")
     splits = _splits(entries)
-    train = load_images(
-        [e for e, s in zip(entries, splits, strict=True) if s == "train"], size, store
-    )
-    test = load_images(
-        [e for e, s in zip(entries, splits, strict=True) if s == "test"], size, store
+    channels, height, width = shape if len(shape) == 3 else (3, *shape)
+    train, test = (
+        load_images(
+            [e for e, split in zip(entries, splits, strict=True) if split == part],
+            (height, width),
+            store,
+            channels=channels,
+            max_skipped=max_skipped,
+        )
+        for part in ("train", "test")
     )
     classes = sorted(_names(train.labels))
     if len(classes) < 2:

@@ -8,12 +8,11 @@ from pathlib import Path
 from moce.clustering.balanced import balanced_kmeans, check_count
 from moce.clustering.model import ClusterModel, unit_features
 from moce.config import ClusterSettings
-from moce.data.images import load_images
-from moce.features import extract_features, input_size
+from moce.features import extract_features
 from moce.loading import write_assignments
 from moce.runs import write_config, write_model, write_skipped
 from moce.training.progress import meter, say
-from moce.verbs.start import open_run, pixel_store, settle
+from moce.verbs.start import open_run, read_images, settle
 from moce.verbs.weights import start_from
 
 FEW = 10  # images per cluster, below which clusters say little
@@ -38,7 +37,7 @@ class ClusterResult:
 def run(settings: ClusterSettings) -> ClusterResult:
     settings, device = settle(settings)
     spec, mae = start_from(settings.mae, settings)
-    images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
+    images = read_images(settings, settings.data, mae.encoder)
     check_count(len(images), settings.num_clusters)
     if len(images) < FEW * settings.num_clusters:
         say(

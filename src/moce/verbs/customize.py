@@ -12,7 +12,6 @@ from moce.customization.export import facts_of
 from moce.customization.formats import Model, check_format, write_model_folder
 from moce.customization.selection import Choice, route_name
 from moce.data.images import load_images
-from moce.features import input_size
 from moce.hardware import prepare
 from moce.runs import open_folder, write_json, write_skipped
 from moce.training.progress import say
@@ -64,12 +63,14 @@ def run(settings: CustomizeSettings) -> CustomizeResult:
 
 def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple[str, str]]]:
     """The choice, and the images that could not be read."""
-    size = input_size(bank.clusters.encoder)
+    shape = bank.input_shape
     if settings.strategy == "probe":
-        task = load_task(settings.images, size)
+        task = load_task(settings.images, shape, max_skipped=settings.max_skipped)
         chosen = choose_by_probe(bank, task.train, task.train_labels, len(task.classes))
         return chosen, task.skipped
-    images = load_images(settings.images, size)
+    images = load_images(
+        settings.images, shape[1:], channels=shape[0], max_skipped=settings.max_skipped
+    )
     choice = bank.select(
         images, settings.strategy, settings.threshold, settings.assign, settings.batch_size
     )

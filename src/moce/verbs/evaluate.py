@@ -14,9 +14,9 @@ from typing import Any
 from moce.config import EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.customization.bank import Bank
 from moce.customization.export import write_card, write_timm_folder
-from moce.data.sources import is_named
+from moce.data.sources import paths_of
 from moce.errors import Interrupted, MoceError
-from moce.features import input_size
+from moce.features import input_shape
 from moce.hardware import prepare
 from moce.loading import Backbone
 from moce.parsing import parse
@@ -83,9 +83,10 @@ def _check(settings: EvaluateSettings, suite: Suite, contenders: list[Contender]
     for contender in contenders:
         check_apart(settings.out, contender.name, contender.reference)
     for task in pick_tasks(suite, settings.tasks, settings.role):
-        check_apart(settings.out, task.name, task.data)
-        if not is_named(task.data) and not Path(task.data).exists():
-            raise MoceError(f"task {task.name}: no images at {task.data}; see --root")
+        for place in paths_of(task.data):
+            check_apart(settings.out, task.name, place)
+            if not place.exists():
+                raise MoceError(f"task {task.name}: no images at {place}; see --root")
     about = settings.out / ABOUT
     if settings.resume and about.is_file():
         began = json.loads(about.read_text())["suite"]
@@ -119,8 +120,9 @@ class _Work:
         for contender, protocol in self._missing(plan):
             opened = self.opened[contender]
             vit = opened.clusters.encoder if isinstance(opened, Bank) else opened.vit
-            if task is None or input_size(vit) != tuple(task.train.pixels.shape[2:]):
-                task = load_task(plan.data, input_size(vit))
+            shape = input_shape(vit)
+            if task is None or shape != tuple(task.train.pixels.shape[1:]):
+                task = load_task(plan.data, shape, max_skipped=self.settings.max_skipped)
                 benches = {}
                 if task.skipped:
                     say(f"{plan.name}: skipped {len(task.skipped)} unreadable images")

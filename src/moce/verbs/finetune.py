@@ -16,7 +16,7 @@ from moce.config import FinetuneSettings
 from moce.customization.export import write_timm_folder
 from moce.data.images import ImageSet
 from moce.errors import MoceError, NotFinite
-from moce.features import input_size
+from moce.features import input_shape
 from moce.loading import Backbone, load_backbone
 from moce.runs import STATE, write_config, write_json, write_model, write_skipped
 from moce.training.loop import fit, total_steps
@@ -52,9 +52,12 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     settings, device = settle(settings)
     backbone = load_backbone(settings.backbone)
     settings = by_size(settings, backbone.vit)
-    size = input_size(backbone.vit)
-    read_policy(settings.rand_augment, backbone.spec, size)  # refused before anything is written
-    task = load_task(settings.data, size, pixel_store(settings))
+    shape = input_shape(backbone.vit)
+    settings = _policy_of(settings, shape[0])
+    read_policy(
+        settings.rand_augment, backbone.spec, shape[1:]
+    )  # refused before anything is written
+    task = load_task(settings.data, shape, pixel_store(settings), settings.max_skipped)
     metric = choose_metric(settings.metric, task)
     rows = draw_labels(task.train_labels, settings.num_labels, settings.seed, settings.draw)
     open_run(settings)
@@ -80,6 +83,18 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     }
     _write(settings.out, vit.cpu(), backbone, results)
     return FinetuneResult(settings.out, metric, value, len(rows))
+
+
+def _policy_of(settings: FinetuneSettings, channels: int) -> FinetuneSettings:
+    """RandAugment works on colour images: for others it is left out, or refused if it was asked for."""
+    if channels == 3 or not settings.rand_augment:
+        return settings
+    if "rand_augment" in settings.model_fields_set and not settings.resume:
+        raise MoceError(
+            f"rand_augment works on images of 3 channels, not {channels}; add --rand-augment ''"
+        )
+    say(f"images of {channels} channels: without RandAugment")
+    return settings.model_copy(update={"rand_augment": ""})
 
 
 @dataclass

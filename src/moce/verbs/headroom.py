@@ -19,9 +19,8 @@ from torch import Tensor
 
 from moce.clustering.model import group_clusters
 from moce.config import HeadroomSettings
-from moce.data.images import ImageSet, load_images
+from moce.data.images import ImageSet
 from moce.errors import MoceError
-from moce.features import input_size
 from moce.loading import load_clusters
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE
@@ -31,7 +30,7 @@ from moce.training.loop import fit, total_steps
 from moce.training.progress import say
 from moce.training.stages import mae_stage
 from moce.verbs.assign import assign_images
-from moce.verbs.start import open_run, pixel_store, settle
+from moce.verbs.start import open_run, read_images, settle
 from moce.verbs.weights import start_from
 
 HELD_OUT = 0.1  # share of the images that errors are measured on
@@ -106,7 +105,7 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
         raise MoceError(
             f"{settings.num_groups} groups need as many clusters; there are {clusters.num_clusters}"
         )
-    images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
+    images = read_images(settings, settings.data, mae.encoder)
     cluster_of = assign_images(settings, clusters, images, device)
     group_of = group_clusters(
         clusters.centroids, settings.num_groups, settings.seed, projected=False

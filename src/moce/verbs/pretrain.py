@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce.config import PretrainSettings
-from moce.data.images import ImageSet, load_images
-from moce.errors import MoceError
-from moce.features import input_size
-from moce.models.encoder import EncoderSpec
+from moce.data.images import ImageSet
+from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs import last_metrics, write_model, write_skipped
 from moce.training.loop import fit
 from moce.training.progress import say
 from moce.training.stages import mae_stage
-from moce.verbs.start import open_run, pixel_store, settle
+from moce.verbs.start import open_run, read_images, settle
 from moce.verbs.weights import check_arguments, from_timm, start_from, wishes_of
 
 PRETRAINED = "pretrained"
@@ -36,9 +34,7 @@ class PretrainResult:
 def run(settings: PretrainSettings) -> PretrainResult:
     settings, device = settle(settings)
     spec, mae = _build(settings)
-    if mae.encoder.in_chans != 3:
-        raise MoceError(f"images have 3 channels; in_chans {mae.encoder.in_chans} is not supported")
-    images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
+    images = read_images(settings, settings.data, mae.encoder)
     open_run(settings)
     write_skipped(settings.out, images.skipped, say)
     stage = mae_stage("pretrain", mae, spec.encoder, images, settings)
@@ -61,6 +57,9 @@ def _build(settings: PretrainSettings) -> tuple[MAESpec, MAE]:
     if settings.init == PRETRAINED:
         return from_timm(settings.model, settings)
     wishes = wishes_of(settings)
-    encoder = EncoderSpec(settings.model, wishes.model_args, settings.mean, settings.std)
+    channels = int(wishes.model_args.get("in_chans", RGB))
+    mean = per_channel("mean", wishes.mean, settings.mean, channels)
+    std = per_channel("std", wishes.std, settings.std, channels)
+    encoder = EncoderSpec(settings.model, wishes.model_args, mean, std)
     spec = MAESpec(encoder, *wishes.decoder, settings.mask_ratio, settings.norm_pix)
     return spec, spec.build()

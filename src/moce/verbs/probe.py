@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from moce.config import ProbeSettings
-from moce.features import input_size
+from moce.features import input_shape
 from moce.hardware import prepare
 from moce.loading import load_backbone
 from moce.runs import open_folder, write_json, write_skipped
@@ -53,7 +53,7 @@ class ProbeResult:
 def run(settings: ProbeSettings) -> ProbeResult:
     device, precision = prepare(settings)
     backbone = load_backbone(settings.backbone)
-    task = load_task(settings.data, input_size(backbone.vit))
+    task = load_task(settings.data, input_shape(backbone.vit), max_skipped=settings.max_skipped)
     metric = choose_metric(settings.metric, task)
     draws = [
         draw_labels(task.train_labels, settings.num_labels, settings.seed, number)

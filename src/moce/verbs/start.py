@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import RunSettings, Settings
+from moce.data.images import ImageSet, load_images
+from moce.features import input_channels, input_size
 from moce.hardware import prepare
 from moce.parsing import parse
 from moce.runs import CONFIG, check_folder, check_unchanged, open_folder, read_config
@@ -57,6 +60,17 @@ def hint_few_steps(settings: Settings, steps: int, advice: str) -> None:
     """Say it where the default batch of a published recipe leaves few steps for few images."""
     if steps < FEW_STEPS and "batch_size" not in settings.model_fields_set:
         say(f"only {steps} steps: the defaults are made for many images; for few, {advice}")
+
+
+def read_images(settings: RunSettings, data: str, vit: VisionTransformer) -> ImageSet:
+    """The images of a DATA argument as an encoder takes them."""
+    return load_images(
+        data,
+        input_size(vit),
+        pixel_store(settings),
+        channels=input_channels(vit),
+        max_skipped=settings.max_skipped,
+    )
 
 
 def pixel_store(settings: RunSettings) -> Path:

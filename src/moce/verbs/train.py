@@ -15,7 +15,7 @@ from moce.config import TrainSettings
 from moce.data.images import ImageSet, load_images
 from moce.data.sources import open_source
 from moce.errors import MoceError
-from moce.features import input_size
+from moce.features import input_channels, input_size
 from moce.loading import load_clusters
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
@@ -26,7 +26,7 @@ from moce.training.stages import mae_stage, moce_stage, token_moe_stage
 from moce.training.upcycling import upcycle, upcycle_by_token
 from moce.verbs.assign import assign, assign_images
 from moce.verbs.pretrain import save_mae
-from moce.verbs.start import open_run, pixel_store, settle
+from moce.verbs.start import open_run, read_images, settle
 from moce.verbs.weights import start_from
 
 NEEDS_CLUSTERS = frozenset({"moce", "sdr", "subset"})
@@ -50,7 +50,7 @@ def run(settings: TrainSettings) -> TrainResult:
     settings, device = settle(settings)
     _check(settings)
     spec, mae = start_from(settings.mae, settings)
-    images = load_images(settings.data, input_size(mae.encoder), pixel_store(settings))
+    images = read_images(settings, settings.data, mae.encoder)
     return METHODS[settings.method](_Job(settings, device, spec, mae, images))
 
 
@@ -111,7 +111,8 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     clusters = job.clusters()
     cluster_of = assign_images(job.settings, clusters, job.images, job.device)
     entries = [e for e in open_source(job.settings.task) if e.split != "test"]
-    task = load_images(entries, input_size(clusters.encoder))
+    encoder = clusters.encoder
+    task = load_images(entries, input_size(encoder), channels=input_channels(encoder))
     histogram = assign(task, clusters, job.device, job.settings.precision).bincount(
         minlength=clusters.num_clusters
     )

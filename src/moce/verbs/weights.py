@@ -13,7 +13,7 @@ from moce.errors import MoceError
 from moce.interop.build import Wishes, build_mae, read_weights
 from moce.interop.files import IN_FOLDERS
 from moce.loading import load_mae
-from moce.models.encoder import EncoderSpec
+from moce.models.encoder import EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs import CONFIG, INFO, WEIGHTS
 from moce.training.progress import say
@@ -81,7 +81,8 @@ def from_timm(name: str, settings: MAESettings | PretrainSettings) -> tuple[MAES
 def timm_spec(vit: VisionTransformer, name: str, wishes: Wishes) -> MAESpec:
     """Pixels are normalised as timm's weights want it, unless the settings say otherwise."""
     cfg: Any = vit.pretrained_cfg
-    mean, std = wishes.mean or tuple(cfg["mean"]), wishes.std or tuple(cfg["std"])
+    mean = per_channel("mean", wishes.mean, tuple(cfg["mean"]), vit.in_chans)
+    std = per_channel("std", wishes.std, tuple(cfg["std"]), vit.in_chans)
     encoder = EncoderSpec(name, wishes.model_args, mean, std)
     norm_pix = True if wishes.norm_pix is None else wishes.norm_pix
     return MAESpec(encoder, *wishes.decoder, wishes.mask_ratio or 0.75, norm_pix)

@@ -1,0 +1,166 @@
+"""From an image file, or an array, to uint8 pixels of the size and channels that an encoder takes.
+
+How values become 0..255, whatever the file: 8 bits stay; of 16 bits the upper 8 are kept; floats
+have to lie in 0..1. Nothing is stretched to an image's own range, so that the same value is the
+same brightness in all images.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Raster = Image.Image | np.ndarray  # an array: [h, w] or [h, w, c]
+Box = tuple[int, int]
+
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**28 // 3  # Pillow's limit: beyond, memory may not do
+# Only decoders: some formats that Pillow knows are programs, which it would have run.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "DIB", "PPM", "JPEG2000", "TGA")
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+FLOAT_SLACK = 1e-3  # beyond 0..1, as resampling leaves it
+MOST_CHANNELS, MOST_VALUES = 1024, 2**30
+
+
+def open_encoded(source: Path | bytes) -> Raster:
+    """Open an image file or its content. TIFFs that Pillow cannot read are tifffile's, if installed.
+
+    Raises what the decoders raise, or ValueError for images of more than `MOST_PIXELS` pixels.
+    """
+    file: Path | io.BytesIO = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        if _start(source) in TIFF_STARTS:
+            return _read_tiff(source)
+        raise ValueError("not an image, or of a kind that is not read") from None
+    _check_area(image.width, image.height)
+    return image
+
+
+def _start(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:4]
+    with source.open("rb") as file:
+        return file.read(4)
+
+
+def _check_area(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MOST_PIXELS:,}")
+
+
+def _read_tiff(source: Path | bytes) -> np.ndarray:
+    """The first page of a TIFF, [h, w] or [h, w, c]: any number of channels, 16 bits, floats."""
+    try:
+        import tifffile
+    except ImportError:
+        raise ValueError("Pillow cannot read this TIFF; pip install 'moce[tiff]' may") from None
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is listed once
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with tifffile.TiffFile(file) as tiff:
+        page: Any = tiff.pages[0]
+        _check_area(page.imagewidth, page.imagelength)
+        if page.size > MOST_VALUES or page.samplesperpixel > MOST_CHANNELS:
+            raise ValueError(f"a TIFF of shape {list(page.shape)} is too large")
+        pixels = page.asarray()
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            raise ValueError("the TIFF counts white as 0; convert it")
+        planes = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
+    return np.moveaxis(pixels, 0, -1) if planes and pixels.ndim == 3 else pixels
+
+
+def to_pixels(image: Raster, size: Box, channels: int = 3) -> np.ndarray:
+    """[channels, h, w] uint8 of an image: upright, on white where transparent, filled to `size` (h, w).
+
+    Grey and colour become one another. Any other number of channels has to be the image's own;
+    4 are those of an image with alpha. Raises ValueError if they cannot be had.
+    """
+    planes = (
+        _array_planes(image, channels)
+        if isinstance(image, np.ndarray)
+        else _planes(image, channels)
+    )
+    return np.concatenate([_filled(plane, size) for plane in planes])
+
+
+def _filled(image: Image.Image, size: Box) -> np.ndarray:
+    """[c, h, w]: the shorter side resized, the middle cut out."""
+    height, width = size
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _planes(image: Image.Image, channels: int) -> list[Image.Image]:
+    """8-bit images that together have the channels."""
+    image = _upright(image)
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip to 8 bits, not scale
+        image = Image.fromarray(to_bytes(np.asarray(image)))
+    if channels in (1, 3):
+        return [_on_white(image).convert("RGB" if channels == 3 else "L")]
+    if channels == 4 and image.mode != "RGBX" and image.has_transparency_data:
+        image = image.convert("RGBA")
+    bands = len(image.getbands())
+    if bands != channels or image.mode in ("P", "CMYK", "YCbCr"):
+        _mismatch(f"an image of mode {image.mode}", channels)
+    return list(image.split())
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except OSError:  # the pixels are broken, not the orientation
+        raise
+    except Exception:  # broken metadata: the picture itself may be whole
+        return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def _array_planes(pixels: np.ndarray, channels: int) -> list[Image.Image]:
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.ndim != 3 or 0 in pixels.shape or pixels.shape[2] > MOST_CHANNELS:
+        raise ValueError(f"an array of shape {list(pixels.shape)} is no image [h, w, c]")
+    found = pixels.shape[2]
+    if found != channels and {found, channels} != {1, 3}:
+        _mismatch(f"an image of {found} channels", channels)
+    planes = [Image.fromarray(plane) for plane in np.moveaxis(to_bytes(pixels), 2, 0).copy()]
+    if found == channels:
+        return planes
+    return planes * 3 if channels == 3 else [Image.merge("RGB", planes).convert("L")]
+
+
+def _mismatch(found: str, channels: int) -> None:
+    raise ValueError(f"{found} for an encoder of {channels} channels")
+
+
+def to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """uint8 0..255 of any pixels. Raises ValueError if it is unclear what their values mean."""
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    kind = pixels.dtype
+    if kind == np.uint8:
+        return pixels
+    if kind.kind == "b":
+        return pixels.astype(np.uint8) * 255
+    if kind in (np.uint16, np.int16, np.int32):  # Pillow and cameras keep 16 bits in all three
+        if kind != np.uint16 and (pixels.min() < 0 or pixels.max() > 65535):
+            raise ValueError(f"{kind} pixels outside 0..65535; convert them to 8 or 16 bits")
+        return (pixels >> 8).astype(np.uint8)
+    if np.issubdtype(kind, np.floating):
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= -FLOAT_SLACK and high <= 1 + FLOAT_SLACK):  # also where they are NaN
+            raise ValueError(f"float pixels from {low:g} to {high:g}; scale them to 0..1")
+        return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+    raise ValueError(f"{kind} pixels; convert them to uint8, uint16 or floats in 0..1")
