@@ -205,7 +205,7 @@ def test_batches_hold_the_pixels_of_their_rows() -> None:
     rows = torch.tensor([5, 2, 9])
     batch = fetch(images, rows, torch.zeros(3), torch.device("cpu"))
     assert torch.equal(batch.pixels, images.pixels[rows])
-    assert torch.equal(torch.cat(list(in_order(images, 7, torch.device("cpu")))), images.pixels)
+    assert torch.equal(torch.cat(list(in_order(images, 7, torch.device("cpu"), SIZE))), images.pixels)
 
 
 # --- decoding -------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moce.verbs.evaluate import EvaluateResult
     from moce.verbs.finetune import FinetuneResult
     from moce.verbs.headroom import HeadroomResult
+    from moce.verbs.pack import PackResult
     from moce.verbs.pretrain import PretrainResult
     from moce.verbs.probe import ProbeResult
     from moce.verbs.report import ReportResult
@@ -43,11 +44,17 @@ __all__ = [
     "finetune",
     "headroom",
     "load",
+    "pack",
     "pretrain",
     "probe",
     "report",
     "train",
 ]
+
+
+def pack(data: str | Path, **settings: Any) -> PackResult:
+    """Decode images once, into one file; settings: moce.config.PackSettings."""
+    return _call("pack", data=str(data), **settings)
 
 
 def pretrain(data: str | Path, **settings: Any) -> PretrainResult:

@@ -32,6 +32,7 @@ from moce.config.stages import (
 from moce.config.tools import (
     DemoSettings,
     DoctorSettings,
+    PackSettings,
     ReportSettings,
 )
 from moce.config.transfer import (
@@ -55,6 +56,7 @@ __all__ = [
     "HeadroomSettings",
     "Method",
     "Metric",
+    "PackSettings",
     "Pooling",
     "PretrainSettings",
     "ProbeSettings",

@@ -87,6 +87,21 @@ def resized_crop(pixels: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor
     return images.permute(0, 2, 1, 3).clamp(0, 255)
 
 
+def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle of every image, as much as has the shape of `size`, resized to it; uint8.
+
+    pixels: [b, c, h, w] uint8; they are returned as they are if they have that size already.
+    """
+    height, width = pixels.shape[2:]
+    if (height, width) == tuple(size):
+        return pixels
+    scale = min(height / size[0], width / size[1])
+    box_height, box_width = round(size[0] * scale), round(size[1] * scale)
+    box = [(height - box_height) // 2, (width - box_width) // 2, box_height, box_width]
+    boxes = torch.tensor([box], device=pixels.device).expand(len(pixels), -1)
+    return resized_crop(pixels, boxes, size).round().to(torch.uint8)
+
+
 def augment(
     pixels: Tensor, uniform: Tensor, size: tuple[int, int], smallest_crop: float, hflip: bool
 ) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from moce.data.packed import Packed, find_packed
 from moce.data.sources import Entry, open_source
 from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
@@ -23,8 +24,9 @@ MEMORY_SHARE = 0.4  # of the free memory, beyond which pixels are kept in a file
 
 @dataclass
 class ImageSet:
-    """pixels: [n, 3, h, w] uint8; ids: n stable names; labels: n names, tuples of names or None.
+    """pixels: [n, c, h, w] uint8, not to be written to: they may be a file.
 
+    ids: n stable names; labels: n names, tuples of names or None.
     skipped: (id, reason) of images that could not be decoded.
     """
 
@@ -56,8 +58,12 @@ def load_images(
     """Decode all images of a DATA argument, the shorter side resized and the rest cropped to `size`.
 
     Broken images are skipped and listed. Pixels that would fill the memory go to the file `store`,
-    if given. Raises MoceError if nothing is readable or neither memory nor disk has room.
+    if given. A packed file is not decoded: its images keep their size, at least `size`. Raises
+    MoceError if nothing is readable or neither memory nor disk has room.
     """
+    packed = find_packed(data) if isinstance(data, str) else None
+    if packed is not None:
+        return _from_packed(packed, size)
     name = data if isinstance(data, str) else "the list of images"
     entries = open_source(data) if isinstance(data, str) else list(data)
     if not entries:
@@ -65,7 +71,7 @@ def load_images(
     pixels = _allocate((len(entries), 3, *size), store)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = list(
-            pool.map(lambda row: _decode_into(pixels, row, entries[row]), range(len(entries)))
+            pool.map(lambda row: decode_into(pixels, row, entries[row]), range(len(entries)))
         )
     good = [row for row, reason in enumerate(reasons) if reason is None]
     if not good:
@@ -80,6 +86,19 @@ def load_images(
         splits=[entries[row].split for row in good],
         skipped=[(entries[row].id, reason) for row, reason in enumerate(reasons) if reason],
     )
+
+
+def _from_packed(packed: Packed, size: tuple[int, int]) -> ImageSet:
+    """The images of a packed file, in memory if they are few and else mapped from the file."""
+    height, width = packed.shape[2:]
+    if height < size[0] or width < size[1]:
+        raise MoceError(
+            f"{packed.path} holds images of {height}x{width}, smaller than the {size[0]}x{size[1]} "
+            f"that are needed; pack them again with --size {size[0]}x{size[1]} or more"
+        )
+    in_memory = packed.num_bytes <= MEMORY_SHARE * _free_memory()
+    pixels = packed.tensor(in_memory=in_memory)
+    return ImageSet(pixels, packed.ids, packed.labels, packed.splits, packed.skipped)
 
 
 def _allocate(shape: tuple[int, ...], store: Path | None) -> np.ndarray:
@@ -105,7 +124,7 @@ def _free_memory() -> int:
         return 4 * 2**30
 
 
-def _decode_into(pixels: np.ndarray, row: int, entry: Entry) -> str | None:
+def decode_into(pixels: np.ndarray, row: int, entry: Entry) -> str | None:
     """Decode one image into its row; the reason if it cannot be."""
     try:
         with entry.open() as image:

@@ -18,6 +18,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from moce.config import expand
+from moce.data.packed import Packed, find_packed
 from moce.data.torchvision_sets import TORCHVISION_PREFIX, Label, torchvision_rows
 from moce.errors import MoceError
 
@@ -58,8 +59,11 @@ def open_source(data: str) -> list[Entry]:
         return _folder_entries(path)
     if path.suffix == ".parquet" and path.is_file():
         return _parquet_entries(read_parquet(path), data)
+    packed = find_packed(data)
+    if packed is not None:
+        return _packed_entries(packed)
     if path.is_file():
-        raise MoceError(f"{data} is neither a folder of images nor a .parquet file")
+        raise MoceError(f"{data} is no folder of images, .parquet file or packed file")
     raise MoceError(f"no such images: {data} (give a folder, a .parquet file or demo:pretrain)")
 
 
@@ -110,6 +114,11 @@ def _parquet_entries(table: pyarrow.Table, name: str) -> list[Entry]:
         return Entry(str(ids[row]), lambda: _decode(images[row].as_py()), labels[row], split)
 
     return [entry(row) for row in range(table.num_rows)]
+
+
+def _packed_entries(packed: Packed) -> list[Entry]:
+    columns = (packed.ids, packed.openers(), packed.labels, packed.splits)
+    return [Entry(*row) for row in zip(*columns, strict=True)]
 
 
 def _strings(table: pyarrow.Table, column: str) -> Sequence[str | None]:
