@@ -235,7 +235,8 @@ def test_the_middle_is_taken_as_pillow_takes_it(store: Path, size: tuple[int, in
         theirs = ImageOps.fit(to_pil_image(image), size[::-1], Image.Resampling.BICUBIC)
         difference = (ours.int() - pil_to_tensor(theirs).int()).abs()
         inner = difference[:, margin : size[0] - margin, margin : size[1] - margin]
-        assert inner.max() <= 2  # Pillow rounds after each direction
+        assert inner.max() <= 8  # Pillow rounds and clips between the two directions
+        assert inner.float().mean() < 0.5
 
 
 def test_reading_in_order_fits_the_images_and_training_crops_them(store: Path) -> None:
