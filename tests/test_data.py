@@ -20,7 +20,9 @@ from moce.data.augment import (
     denormalise,
     normalise,
     random_crops,
+    resized_by_products,
     resized_crop,
+    resized_one_by_one,
 )
 from moce.data.batches import BatchOrder, fetch, in_order
 from moce.data.images import load_images, to_pixels
@@ -56,7 +58,8 @@ def test_resized_crop_is_torchvisions(target: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 13])
 @pytest.mark.parametrize(
-    ("source", "target"), [((32, 48), (16, 24)), ((40, 24), (20, 28)), ((18, 18), (16, 16))]
+    ("source", "target"),
+    [((32, 48), (16, 24)), ((40, 24), (20, 28)), ((18, 18), (16, 16)), ((64, 72), (60, 50))],
 )
 def test_crop_flip_and_normalisation_are_torchvisions(
     channels: int, source: tuple[int, int], target: tuple[int, int]
@@ -79,6 +82,13 @@ def test_crop_flip_and_normalisation_are_torchvisions(
             expected = reference.horizontal_flip(expected)
         expected = reference.normalize(expected, mean, std)
         assert (result - expected).abs().max() < PARITY
+
+
+def test_both_ways_to_resize_agree() -> None:
+    pixels = torch.randint(0, 256, (16, 3, 40, 56), dtype=torch.uint8)
+    boxes = random_crops(uniform(16, 4 * TRIES), (40, 56), 0.05)
+    one, other = (way(pixels, boxes, (24, 32)) for way in (resized_one_by_one, resized_by_products))
+    assert (one - other).abs().max() < PARITY * 255
 
 
 def test_whole_image_at_its_own_size_is_untouched() -> None:
