@@ -20,7 +20,9 @@ from moce.data.augment import (
     denormalise,
     normalise,
     random_crops,
+    resized_by_products,
     resized_crop,
+    resized_one_by_one,
 )
 from moce.data.batches import BatchOrder, fetch, in_order
 from moce.data.images import load_images, to_pixels
@@ -28,6 +30,7 @@ from moce.data.keyed import Stream, keyed_generator, keyed_uniform
 from moce.errors import MoceError
 
 SIZE = (16, 16)
+PARITY = 1e-4  # of the range of a pixel: float32 in another order
 NOW = torch.zeros(1, dtype=torch.int64)
 
 
@@ -50,7 +53,42 @@ def test_resized_crop_is_torchvisions(target: tuple[int, int]) -> None:
         expected = reference.resized_crop(
             image.float(), *box, size=list(target), interpolation=3, antialias=True
         ).clamp(0, 255)
-        assert (result - expected).abs().max() < 1e-3 * 255
+        assert (result - expected).abs().max() < PARITY * 255
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 13])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [((32, 48), (16, 24)), ((40, 24), (20, 28)), ((18, 18), (16, 16)), ((64, 72), (60, 50))],
+)
+def test_crop_flip_and_normalisation_are_torchvisions(
+    channels: int, source: tuple[int, int], target: tuple[int, int]
+) -> None:
+    """The whole way from pixels to what the network sees, image by image."""
+    pixels = torch.randint(0, 256, (24, channels, *source), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))  # fmt: skip
+    numbers = uniform(24, 4 * TRIES + 1)
+    mean = tuple(0.3 + 0.02 * c for c in range(channels))
+    std = tuple(0.2 + 0.01 * c for c in range(channels))
+    ours = normalise(augment(pixels, numbers, target, 0.2, True), mean, std)
+    boxes = random_crops(numbers[:, 1:], source, 0.2).tolist()
+    assert 0 < (numbers[:, 0] < 0.5).sum() < 24
+    for image, box, number, result in zip(pixels, boxes, numbers, ours, strict=True):
+        expected = reference.resized_crop(
+            image.float(), *box, size=list(target), interpolation=3, antialias=True
+        )
+        expected = expected.clamp(0, 255) / 255
+        if number[0] < 0.5:
+            expected = reference.horizontal_flip(expected)
+        expected = reference.normalize(expected, mean, std)
+        assert (result - expected).abs().max() < PARITY
+
+
+def test_both_ways_to_resize_agree() -> None:
+    pixels = torch.randint(0, 256, (16, 3, 40, 56), dtype=torch.uint8)
+    boxes = random_crops(uniform(16, 4 * TRIES), (40, 56), 0.05)
+    one, other = (way(pixels, boxes, (24, 32)) for way in (resized_one_by_one, resized_by_products))
+    assert (one - other).abs().max() < PARITY * 255
 
 
 def test_whole_image_at_its_own_size_is_untouched() -> None:
@@ -205,7 +243,9 @@ def test_batches_hold_the_pixels_of_their_rows() -> None:
     rows = torch.tensor([5, 2, 9])
     batch = fetch(images, rows, torch.zeros(3), torch.device("cpu"))
     assert torch.equal(batch.pixels, images.pixels[rows])
-    assert torch.equal(torch.cat(list(in_order(images, 7, torch.device("cpu")))), images.pixels)
+    assert torch.equal(
+        torch.cat(list(in_order(images, 7, torch.device("cpu"), SIZE))), images.pixels
+    )
 
 
 # --- decoding -------------------------------------------------------------------------------------

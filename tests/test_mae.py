@@ -22,7 +22,15 @@ from moce.models.encoder import (
     sincos_positions,
     use_plain_attention,
 )
-from moce.models.mae import MAESpec, masked_mse, patch_target, patchify, random_mask, unpatchify
+from moce.models.mae import (
+    MAESpec,
+    masked_mse,
+    patch_statistics,
+    patch_target,
+    patchify,
+    random_mask,
+    unpatchify,
+)
 
 # --- masks and patches ------------------------------------------------------------------------------
 
@@ -284,3 +292,15 @@ def test_parallel_blocks_are_refused(block: str) -> None:
 def test_unknown_model_suggests_a_name() -> None:
     with pytest.raises(MoceError, match="vit_base_patch16_224"):
         EncoderSpec("vit_base_patch16_24").build()
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 48), (2, 9, 12), (1, 4, 7)])
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+def test_patch_statistics_are_those_of_torch_var(shape: tuple[int, ...], offset: float) -> None:
+    patches = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + offset
+    patches[0, 0] = offset  # one without any contrast
+    mean, deviation = patch_statistics(patches)
+    exact = patches.double()
+    assert torch.allclose(mean, exact.mean(-1, keepdim=True).float(), atol=1e-6)
+    expected = (exact.var(-1, keepdim=True) + 1e-6).sqrt().float()
+    assert torch.allclose(deviation, expected, rtol=0, atol=1e-6)

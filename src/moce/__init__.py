@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moce.verbs.export import ExportResult
     from moce.verbs.finetune import FinetuneResult
     from moce.verbs.headroom import HeadroomResult
+    from moce.verbs.pack import PackResult
     from moce.verbs.pretrain import PretrainResult
     from moce.verbs.probe import ProbeResult
     from moce.verbs.report import ReportResult
@@ -50,11 +51,17 @@ __all__ = [
     "finetune",
     "headroom",
     "load",
+    "pack",
     "pretrain",
     "probe",
     "report",
     "train",
 ]
+
+
+def pack(data: Data, **settings: Any) -> PackResult:
+    """Decode images once, into one file; settings: moce.config.PackSettings."""
+    return _call("pack", data=data, **settings)
 
 
 def pretrain(data: Data, **settings: Any) -> PretrainResult:

@@ -15,7 +15,9 @@ class NotFinite(MoceError):
 class Interrupted(MoceError):
     """A run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
 
-    def __init__(self, number: int, folder: object, done: str) -> None:
+    def __init__(
+        self, number: int, folder: object, done: str, go_on: str = "go on with --resume"
+    ) -> None:
         """number: of the signal; done: what the folder holds the state after, such as "step 40"."""
-        super().__init__(f"stopped after {done}, saved in {folder}; go on with --resume")
+        super().__init__(f"stopped after {done}, saved in {folder}; {go_on}")
         self.exit_status = 128 + number  # as shells report a process ended by this signal

@@ -53,7 +53,7 @@ def extract_features(
     parts = []
     steps = -(-len(images) // batch_size)
     with meter("features", steps) as progress, autocast(device, precision):
-        for pixels in in_order(images, batch_size, device):
+        for pixels in in_order(images, batch_size, device, input_size(vit)):
             inputs = normalise(pixels, spec.mean, spec.std)
             parts.append(_feature(vit, inputs, pooling).cpu())
             progress.advance()

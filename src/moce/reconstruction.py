@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from moce.data.augment import normalise
+from moce.data.augment import fitted, normalise
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_uniform
 from moce.hardware import autocast
@@ -27,7 +27,7 @@ def reconstruction_error(
     precision: str = "float32",
     batch_size: int = 256,
 ) -> float:
-    """Mean loss over the images, uncropped, each with one mask of its own.
+    """Mean loss over the images, in the middle crop of the model's shape, each with one mask of its own.
 
     clusters: [n] int64, by which a mixture routes the images (None for an MAE).
     """
@@ -39,7 +39,8 @@ def reconstruction_error(
     total = 0.0
     for start in range(0, len(images), batch_size):
         rows = torch.arange(start, min(start + batch_size, len(images)))
-        pixels = normalise(images.pixels[rows].to(device), spec.mean, spec.std)
+        stored = images.pixels[start : start + batch_size].to(device)
+        pixels = normalise(fitted(stored, mae.encoder.patch_embed.img_size), spec.mean, spec.std)
         on_device = rows.to(device)
         patches = mae.encoder.patch_embed.num_patches
         noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(on_device), on_device, patches)

@@ -31,6 +31,12 @@ VERBS = {
     verb.name: verb
     for verb in (
         Verb(
+            "pack",
+            config.PackSettings,
+            ("data",),
+            "moce pack photos/ --size 256 --out photos.moce",
+        ),
+        Verb(
             "pretrain",
             config.PretrainSettings,
             ("data",),

@@ -39,6 +39,7 @@ from moce.config.tools import (
     DemoSettings,
     DoctorSettings,
     ExportSettings,
+    PackSettings,
     ReportSettings,
 )
 from moce.config.transfer import (
@@ -68,6 +69,7 @@ __all__ = [
     "MAESettings",
     "Method",
     "Metric",
+    "PackSettings",
     "Pooling",
     "PretrainSettings",
     "ProbeSettings",

@@ -1,20 +1,60 @@
-"""Settings of the verbs around the stages: report, demo and doctor."""
+"""Settings of the verbs around the stages: pack, report, demo and doctor."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from moce.config.base import (
+    IMAGES,
     Count,
+    Data,
     Folder,
     Format,
     Positive,
     RuntimeSettings,
     Settings,
 )
+
+
+def _size_text(value: Any) -> Any:
+    """224 or (224, 192), as a call in Python gives them, in the way they are written in a recipe."""
+    if isinstance(value, list | tuple):
+        return "x".join(map(str, value))
+    return str(value) if isinstance(value, int) else value
+
+
+Size = Annotated[str, BeforeValidator(_size_text), Field(pattern=r"^[1-9]\d{0,4}(x[1-9]\d{0,4})?$")]
+
+
+class PackSettings(Settings):
+    """Decode and resize images once, into one file that every verb takes as DATA."""
+
+    data: Data = Field(description=IMAGES)
+    size: Size | None = Field(
+        None,
+        description="size in pixels, one number or HEIGHTxWIDTH; the model's input or, for crops, "
+        "some 1.15 times as much",
+    )
+    channels: Count = Field(
+        3, description="1 (grey), 3 (colour) or as many as all images have; as the encoder takes"
+    )
+    out: Folder | None = Field(None, description="file to write, such as photos.moce")
+    overwrite: bool = Field(False, description="replace the file, and what an interruption left")
+    verify: bool = Field(
+        False, description="read all pixels back and compare checksums; without --out those of DATA"
+    )
+    workers: Count | None = Field(
+        None, description="images decoded at the same time (default: all cores)"
+    )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        sides = [int(side) for side in (self.size or "").split("x")]
+        return sides[0], sides[-1]
 
 
 class ReportSettings(Settings):

@@ -1,7 +1,8 @@
 """Whole batches at once, on the training device: random resized crop, flip, normalisation.
 
 A resize is two small matrix products per image, with the rows of each matrix the weights of an
-antialiased bicubic filter; crops of different sizes then cost the same and need no loop.
+antialiased bicubic filter; crops of different sizes then cost the same and need no loop. On CPUs
+the zeros in these matrices cost too much from some size on, and images are resized one by one.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 TRIES = 10  # as in torchvision's RandomResizedCrop
+ONE_BY_ONE_FROM = 48 * 48  # pixels of an image from which products lose to a loop, on CPUs
 
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -76,6 +79,22 @@ def resized_crop(pixels: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor
 
     pixels: [b, c, h, w]; boxes: [b, 4] int64 (top, left, height, width).
     """
+    if pixels.device.type == "cpu" and pixels.shape[2] * pixels.shape[3] >= ONE_BY_ONE_FROM:
+        return resized_one_by_one(pixels, boxes, size)
+    return resized_by_products(pixels, boxes, size)
+
+
+def resized_one_by_one(pixels: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """`resized_crop` with a loop over the images."""
+    images = torch.empty(*pixels.shape[:2], *size)
+    for row, (top, left, height, width) in enumerate(boxes.tolist()):
+        crop = pixels[row, None, :, top : top + height, left : left + width].float()
+        images[row] = interpolate(crop, size, mode="bicubic", antialias=True)[0]
+    return images.clamp_(0, 255)
+
+
+def resized_by_products(pixels: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """`resized_crop` with two matrix products for the whole batch."""
     top, left, height, width = boxes.unbind(dim=1)
     rows = resize_weights(top, height, pixels.shape[2], size[0])
     columns = resize_weights(left, width, pixels.shape[3], size[1])
@@ -85,6 +104,21 @@ def resized_crop(pixels: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor
     stacked = (rows @ stacked).reshape(batch, size[0] * channels, source_width)
     images = (stacked @ columns.transpose(1, 2)).reshape(batch, size[0], channels, size[1])
     return images.permute(0, 2, 1, 3).clamp(0, 255)
+
+
+def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle of every image, as much as has the shape of `size`, resized to it; uint8.
+
+    pixels: [b, c, h, w] uint8; they are returned as they are if they have that size already.
+    """
+    height, width = pixels.shape[2:]
+    if (height, width) == tuple(size):
+        return pixels
+    scale = min(height / size[0], width / size[1])
+    box_height, box_width = round(size[0] * scale), round(size[1] * scale)
+    box = [(height - box_height) // 2, (width - box_width) // 2, box_height, box_width]
+    boxes = torch.tensor([box], device=pixels.device).expand(len(pixels), -1)
+    return resized_crop(pixels, boxes, size).round().to(torch.uint8)
 
 
 def augment(

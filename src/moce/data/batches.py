@@ -1,21 +1,24 @@
-"""The order of training: which images make up each optimiser step."""
+"""The order of training: which images make up each optimiser step, and fetching them in time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from moce.data.augment import fitted
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
 
 
 @dataclass
 class Batch:
-    """rows: [b] int64 into the image set; epochs: [b], how often each was seen; pixels: [b, 3, h, w] uint8."""
+    """rows: [b] int64 into the image set; epochs: [b], how often each was seen; pixels: [b, c, h, w] uint8."""
 
     rows: Tensor
     epochs: Tensor
@@ -36,6 +39,14 @@ class BatchOrder:
         generator = keyed_generator(self.seed, Stream.ORDER, epoch)
         return torch.randperm(self.count, generator=generator)
 
+    def parts(self, first: int, end: int, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows and epochs of the steps first .. end - 1, each cut into micro-batches of `size`."""
+        for step in range(first, end):
+            rows, epochs = self(step)
+            yield from zip(
+                rows.split(size or len(rows)), epochs.split(size or len(rows)), strict=True
+            )
+
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Rows and epochs, [batch_size] int64 each, of step 0, 1, ..."""
         positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
@@ -47,6 +58,7 @@ class BatchOrder:
         return rows, epochs
 
 
+FETCHED_AHEAD = 2  # batches that wait, with their pixels in memory
 RESIDENT_SHARE = 0.5  # of an accelerator's free memory, up to which all pixels are kept there
 
 
@@ -68,7 +80,29 @@ def fetch(images: ImageSet, rows: Tensor, epochs: Tensor, device: torch.device) 
     return Batch(rows.to(device), epochs.to(device), pixels.to(device, non_blocking=True))
 
 
-def in_order(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """All pixels once, in their order, [b, 3, h, w] uint8 at a time."""
+def prefetched(
+    images: ImageSet, parts: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> Generator[Batch]:
+    """The batch of every part (rows, epochs), fetched by a thread while the one before is used.
+
+    So pixels that have to come from a disk, or go to a device, are there when they are needed.
+    """
+    with ThreadPoolExecutor(1, "prefetch") as pool:
+        ahead: deque[Future[Batch]] = deque()
+        try:
+            for rows, epochs in parts:
+                ahead.append(pool.submit(fetch, images, rows, epochs, device))
+                if len(ahead) > FETCHED_AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_order(
+    images: ImageSet, batch_size: int, device: torch.device, size: tuple[int, int]
+) -> Iterator[Tensor]:
+    """All images once, in their order, fitted to `size`: [b, c, *size] uint8 at a time."""
     for start in range(0, len(images), batch_size):
-        yield images.pixels[start : start + batch_size].to(device)
+        yield fitted(images.pixels[start : start + batch_size].to(device), size)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moce.data.decode import Raster, open_encoded, to_pixels
 from moce.data.kinds.entry import Entry, is_image_name
+from moce.data.packed import Packed, find_packed
 from moce.data.sources import Part, open_parts, open_source
 from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
@@ -28,8 +29,9 @@ MEMORY_SHARE = 0.4  # of the free memory, beyond which pixels are kept in a file
 
 @dataclass
 class ImageSet:
-    """pixels: [n, c, h, w] uint8; ids: n stable names; labels: n names, tuples of names or None.
+    """pixels: [n, c, h, w] uint8, not to be written to: they may be a file.
 
+    ids: n stable names; labels: n names, tuples of names or None.
     skipped: (id, reason) of images that could not be decoded.
     """
 
@@ -66,9 +68,13 @@ def load_images(
     """Decode all images of a DATA argument, the shorter side resized and the rest cropped to `size`.
 
     Broken images, and those of another number of channels, are skipped and listed. Pixels that
-    would fill the memory go to the file `store`, if given. Raises MoceError if nothing is
-    readable, more than the share `max_skipped` is not, or neither memory nor disk has room.
+    would fill the memory go to the file `store`, if given. A packed file is not decoded: its images
+    keep their size, at least `size`. Raises MoceError if nothing is readable, more than the share
+    `max_skipped` is not, or neither memory nor disk has room.
     """
+    packed = find_packed(data) if isinstance(data, str) else None
+    if packed is not None:
+        return _from_packed(packed, size, channels)
     name = data if isinstance(data, str) else "the list of images"
     entries = open_source(data) if isinstance(data, str) else list(data)
     if not entries:
@@ -76,7 +82,7 @@ def load_images(
     pixels = _allocate((len(entries), channels, *size), store)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = list(
-            pool.map(lambda row: _decode_into(pixels, row, entries[row]), range(len(entries)))
+            pool.map(lambda row: decode_into(pixels, row, entries[row]), range(len(entries)))
         )
     good = [row for row, reason in enumerate(reasons) if reason is None]
     skipped = [(entries[row].id, reason) for row, reason in enumerate(reasons) if reason]
@@ -108,6 +114,24 @@ def _check_skipped(skipped: list[tuple[str, str]], count: int, most: float, name
     )
 
 
+def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageSet:
+    """The images of a packed file, in memory if they are few and else mapped from the file."""
+    found, height, width = packed.shape[1:]
+    if found != channels:
+        raise MoceError(
+            f"{packed.path} holds images of {found} channels for an encoder of {channels}; pack them "
+            f"again with --channels {channels}"
+        )
+    if height < size[0] or width < size[1]:
+        raise MoceError(
+            f"{packed.path} holds images of {height}x{width}, smaller than the {size[0]}x{size[1]} "
+            f"that are needed; pack them again with --size {size[0]}x{size[1]} or more"
+        )
+    in_memory = packed.num_bytes <= MEMORY_SHARE * _free_memory()
+    pixels = packed.tensor(in_memory=in_memory)
+    return ImageSet(pixels, packed.ids, packed.labels, packed.splits, packed.skipped)
+
+
 def _allocate(shape: tuple[int, ...], store: Path | None) -> np.ndarray:
     needed = int(np.prod(shape))
     if needed <= MEMORY_SHARE * _free_memory():
@@ -131,7 +155,7 @@ def _free_memory() -> int:
         return 4 * 2**30
 
 
-def _decode_into(pixels: np.ndarray, row: int, entry: Entry) -> str | None:
+def decode_into(pixels: np.ndarray, row: int, entry: Entry) -> str | None:
     """Decode one image into its row; the reason if it cannot be."""
     try:
         with _closing(entry.open()) as image:

@@ -27,6 +27,7 @@ from moce.data.kinds.parquet import (
     read_parquet,
 )
 from moce.data.kinds.shards import expand_braces, read_shards
+from moce.data.packed import Packed, find_packed
 from moce.data.torchvision_sets import TORCHVISION_PREFIX, torchvision_rows
 from moce.errors import MoceError
 
@@ -48,7 +49,8 @@ __all__ = [
 
 LIST_PREFIX = "@"
 ACCEPTED = (
-    "a folder, image files, .parquet, .npy, .npz or .tar files, @LIST, hf:NAME or demo:pretrain"
+    "a folder, image files, .parquet, .npy, .npz, .tar or packed files, @LIST, hf:NAME or "
+    "demo:pretrain"
 )
 
 Read = Callable[[str], list[Entry]]
@@ -117,6 +119,9 @@ def _open(part: Part) -> list[Entry]:
         return BY_SUFFIX[suffix](str(path))
     if is_image_name(path.name) and path.is_file():
         return [file_entry(path, part.written)]
+    packed = find_packed(data)
+    if packed is not None:
+        return _packed_entries(packed)
     raise MoceError(f"no images in {data}: it is none of what can be read (give {ACCEPTED})")
 
 
@@ -165,6 +170,11 @@ def _listed(part: str) -> list[Part]:
 def _beside(path: Path, line: str) -> str:
     place = expand(Path(line))
     return str(place if place.is_absolute() else path.parent / place)
+
+
+def _packed_entries(packed: Packed) -> list[Entry]:
+    columns = (packed.ids, packed.openers(), packed.labels, packed.splits)
+    return [Entry(*row) for row in zip(*columns, strict=True)]
 
 
 def _names(parts: Sequence[Part]) -> list[str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moce.config import TrainingSettings
-from moce.data.batches import Batch, BatchOrder, fetch, resident
+from moce.data.batches import Batch, BatchOrder, prefetched, resident
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
 from moce.errors import Interrupted, NotFinite
@@ -92,10 +92,15 @@ class _Loop:
         write_config(self.folder, self.settings)
         log = MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
         self.stage.module.train()
-        with meter(self.stage.title, self.total, self.done) as progress, stop_request() as stop:
+        parts = self.order.parts(self.done, self.total, self.settings.micro_batch_size)
+        with (
+            meter(self.stage.title, self.total, self.done) as progress,
+            closing(prefetched(self.images, parts, self.fabric.device)) as batches,
+            stop_request() as stop,
+        ):
             for number in range(self.done, self.total):
                 rate = self._set_rate(number)
-                self._step(number)
+                self._step(number, batches)
                 received = stop.received  # read once: a later signal is for the next step
                 stopping = received is not None or number + 1 == self.total
                 note = None
@@ -126,18 +131,17 @@ class _Loop:
         set_learning_rate(self.optimiser, rate)
         return rate
 
-    def _step(self, number: int) -> None:
-        """Forward and backward over the micro-batches of one batch, then one optimiser step."""
+    def _step(self, number: int, batches: Iterator[Batch]) -> None:
+        """Forward and backward over the next micro-batches, which make one batch; then a step."""
         # Layers that draw their own randomness (drop path) draw the same after a resume.
         seed = keyed_generator(self.settings.seed, Stream.STEP, number).initial_seed()
         torch.manual_seed(seed)
-        rows, epochs = self.order(number)
+        rows, _ = self.order(number)
         size = self.settings.micro_batch_size or len(rows)
         step = Step(number, rows.to(self.fabric.device))
         for start in range(0, len(rows), size):
-            part = slice(start, start + size)
             with self.window.waiting():
-                batch = fetch(self.images, rows[part], epochs[part], self.fabric.device)
+                batch = next(batches)
             share = len(batch.rows) / len(rows)
             more = start + size < len(rows)
             with self.fabric.no_backward_sync(self.model, enabled=more):

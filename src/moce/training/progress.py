@@ -36,8 +36,8 @@ class Meter:
         )
         self._task = self._bar.add_task(title, total=total, completed=done, note="")
 
-    def advance(self, note: str | None = None) -> None:
-        self._done += 1
+    def advance(self, note: str | None = None, count: int = 1) -> None:
+        self._done += count
         self._note = self._note if note is None else note
         self._bar.update(self._task, completed=self._done, note=self._note)
         now = time.monotonic()

@@ -152,6 +152,6 @@ def predict_scores(
     with autocast(device, precision):
         parts = [
             vit(normalise(pixels, spec.mean, spec.std)).float().cpu()
-            for pixels in in_order(images, batch_size, device)
+            for pixels in in_order(images, batch_size, device, vit.patch_embed.img_size)
         ]
     return torch.cat(parts).numpy()

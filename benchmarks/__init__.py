@@ -1,0 +1,1 @@
+"""Measurements of speed against other libraries; each keeps its raw numbers in results/."""
