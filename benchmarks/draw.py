@@ -32,7 +32,7 @@ def section(result: dict) -> str:
         f"average {machine['load_average']:.1f} before the start; revision {machine['revision']}"
         + (" with changes" if machine["changed"] else "")
         + (
-            ". **A short run on a busy machine: rough numbers, to be taken again on an idle one.**"
+            ". **A short run on a busy machine, few passes: rough, to be taken again on an idle one.**"
             if result["short"]
             else "."
         ),

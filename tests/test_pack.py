@@ -236,7 +236,7 @@ def test_the_middle_is_taken_as_pillow_takes_it(store: Path, size: tuple[int, in
         difference = (ours.int() - pil_to_tensor(theirs).int()).abs()
         inner = difference[:, margin : size[0] - margin, margin : size[1] - margin]
         assert inner.max() <= 8  # Pillow rounds and clips between the two directions
-        assert inner.float().mean() < 0.6
+        assert inner.float().mean() < 1
 
 
 def test_reading_in_order_fits_the_images_and_training_crops_them(store: Path) -> None:
