@@ -55,15 +55,20 @@ def write_card(folder: Path, choice: Choice, source: Path) -> None:
 
 
 def facts_of(choice: Choice) -> list[str]:
-    """What a card says of a choice."""
+    """What a card says of a choice for a task."""
+    return [
+        f"strategy: {choice.strategy}",
+        f"route: {route_name(choice.route)} ({choice.share:.0%} of the task's images)",
+        f"clusters: {clusters_of(choice)}",
+        f"similarity to the clusters: {choice.similarity:.3f} "
+        f"(training images: {choice.training_similarity:.3f})",
+    ]
+
+
+def clusters_of(choice: Choice) -> str:
+    """The clusters with most images, as 3 (120 images), 7 (80 images), ..."""
     counts = enumerate(choice.cluster_histogram)
     most = sorted(((n, c) for c, n in counts if n), key=lambda pair: (-pair[0], pair[1]))
     clusters = ", ".join(f"{cluster} ({count} images)" for count, cluster in most[:MOST_CLUSTERS])
     more = len(most) - MOST_CLUSTERS
-    return [
-        f"strategy: {choice.strategy}",
-        f"route: {route_name(choice.route)} ({choice.share:.0%} of the images)",
-        f"clusters: {clusters}" + (f" and {more} more" if more > 0 else ""),
-        f"similarity to the clusters: {choice.similarity:.3f} "
-        f"(training images: {choice.training_similarity:.3f})",
-    ]
+    return clusters + (f" and {more} more" if more > 0 else "")

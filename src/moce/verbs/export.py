@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moce.config import ExportSettings
 from moce.customization.bank import Bank, load
-from moce.customization.export import facts_of
+from moce.customization.export import clusters_of
 from moce.customization.formats import Model, check_format, write_model_folder
 from moce.customization.selection import Choice, Route, route_name
 from moce.errors import MoceError
@@ -67,7 +67,18 @@ def _of_experts(settings: ExportSettings, run: Path) -> tuple[Model, list[str]]:
     bank = load(run)
     choice = _choice(bank, settings)
     model = Model(bank.encoder_spec, bank.backbone(choice).eval())
-    return model, [f"source: {run.name}", *facts_of(choice)]
+    return model, [f"source: {run.name}", *_facts(bank, choice)]
+
+
+def _facts(bank: Bank, choice: Choice) -> list[str]:
+    """What a card says of a choice that no task made."""
+    if choice.strategy == "generalist":
+        return ["strategy: generalist, all experts averaged by their training images"]
+    share = bank.routes[choice.route] / sum(bank.routes.values())
+    return [
+        f"route: {route_name(choice.route)} ({share:.0%} of the training images)",
+        f"clusters: {clusters_of(choice)}",
+    ]
 
 
 def _choice(bank: Bank, settings: ExportSettings) -> Choice:

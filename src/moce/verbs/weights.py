@@ -11,7 +11,6 @@ from timm.models.vision_transformer import VisionTransformer
 from moce.config import MAESettings, PretrainSettings, expand
 from moce.errors import MoceError
 from moce.interop.build import Wishes, build_mae, read_weights
-from moce.interop.files import IN_FOLDERS
 from moce.loading import load_mae
 from moce.models.encoder import EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
@@ -50,8 +49,7 @@ def start_from(
     if timm.is_model(str(reference)):
         return from_timm(str(reference), settings)
     raise MoceError(
-        f"no run, no weights and no timm model at {reference} (a folder of weights holds one of "
-        f"{', '.join(IN_FOLDERS)})"
+        f"{reference} is not a moce run, nor a file or folder of weights, nor the name of a timm model"
     )
 
 
