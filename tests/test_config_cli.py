@@ -252,7 +252,7 @@ def mistakes(runs, out: Path) -> dict[str, tuple[list[object], str]]:
         "customize an mae": (["customize", runs.mae, runs.task, "--out", out], "kind 'mae'"),
         "probe a mixture": (["probe", runs.moce, runs.task], "moce customize"),
         "probe nothing": (["probe", "no/where", runs.task], "no backbone"),
-        "probe unlabelled": (["probe", runs.mae, runs.task / "test" / "0" / "0.png"], "neither"),
+        "probe unlabelled": (["probe", runs.mae, runs.task / "test" / "0" / "0.png"], "no labels"),
         "more clusters than images": ([*cluster, "--num-clusters", 500], "500"),
         "more experts than clusters": ([*train, "--num-experts", 9], "9 experts"),
         "no clusters": (["train", runs.data, "--mae", runs.mae, "--out", out], "--clusters"),

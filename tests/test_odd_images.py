@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import struct
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -104,6 +106,35 @@ def test_programs_called_images_are_not_run(tmp_path: Path) -> None:
     images = load_images(str(tmp_path), (16, 16))
     assert images.ids == ["b.png"]
     assert images.skipped == [("a.png", "ValueError: not an image, or of a kind that is not read")]
+
+
+def raw_png(depth: int, colour_type: int, row: bytes, transparent: bytes) -> bytes:
+    """A PNG of 16 equal rows, 16 pixels wide, with a transparent colour."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + check
+
+    header = struct.pack(">IIBBBBB", 16, 16, depth, colour_type, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + row) * 16)
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", pixels), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+@pytest.mark.parametrize(
+    ("content", "dark"),
+    [
+        (raw_png(1, 0, b"\x00\xff", b"\0\0"), None),
+        (raw_png(4, 0, b"\x77" * 4 + b"\x33" * 4, b"\0\7"), 0x33),
+        (raw_png(8, 0, b"\x77" * 8 + b"\x33" * 8, b"\0\x77"), 0x33),
+        (raw_png(16, 0, b"\x77\x01" * 8 + b"\x77\x02" * 8, b"\x77\x01"), 0x77),
+        (raw_png(16, 2, b"\x77\x01" * 24 + b"\x33\x02" * 24, b"\x77\x01" * 3), 0x33),
+    ],
+)
+def test_a_transparent_colour_is_white_at_any_depth(content: bytes, dark: int | None) -> None:
+    pixels = to_pixels(open_encoded(content), (16, 16))
+    assert (pixels[:, :, :8] == 255).all()
+    assert (pixels[:, :, 8:] == (255 if dark is None else dark)).all()
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif", "tiff"])

@@ -326,7 +326,7 @@ def several(runs, monkeypatch):
         one[:, 3] = one[:, 0] + one[:, 1]
         setattr(task, name, one)
     for verb in (finetune_verb, probe_verb):
-        monkeypatch.setattr(verb, "load_task", lambda *_: task)
+        monkeypatch.setattr(verb, "load_task", lambda *_, **__: task)
     return task
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**28 // 3  # Pillow's limit: beyond, me
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "DIB", "PPM", "JPEG2000", "TGA")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FLOAT_SLACK = 1e-3  # beyond 0..1, as resampling leaves it
+TO_8_BITS: dict[str, Callable[[int], int]] = {  # by Pillow's name of the pixels in the file
+    "1": lambda value: value * 255,
+    "L;2": lambda value: value * 85,
+    "L;4": lambda value: value * 17,
+    "RGB;16B": lambda value: value >> 8,
+}
 MOST_CHANNELS, MOST_VALUES = 1024, 2**30
 
 
@@ -39,7 +46,18 @@ def open_encoded(source: Path | bytes) -> Raster:
             return _read_tiff(source)
         raise ValueError("not an image, or of a kind that is not read") from None
     _check_area(image.width, image.height)
+    _scale_transparency(image)
     return image
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """A PNG's transparent colour to 8 bits, as its pixels are: Pillow leaves it in the file's depth."""
+    colour = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)
+    if image.format == "PNG" and colour is not None and tiles:
+        scale = TO_8_BITS.get(str(tiles[0][3]), lambda value: value)
+        many = isinstance(colour, tuple)
+        image.info["transparency"] = tuple(map(scale, colour)) if many else scale(colour)
 
 
 def _start(source: Path | bytes) -> bytes:
@@ -101,7 +119,7 @@ def _planes(image: Image.Image, channels: int) -> list[Image.Image]:
     """8-bit images that together have the channels."""
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip to 8 bits, not scale
-        image = Image.fromarray(to_bytes(np.asarray(image)))
+        image = _to_8_bits(image)
     if channels in (1, 3):
         return [_on_white(image).convert("RGB" if channels == 3 else "L")]
     if channels == 4 and image.mode != "RGBX" and image.has_transparency_data:
@@ -112,11 +130,20 @@ def _planes(image: Image.Image, channels: int) -> list[Image.Image]:
     return list(image.split())
 
 
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 8 bits, with alpha if a value stands for transparent."""
+    values = np.asarray(image)
+    grey = Image.fromarray(to_bytes(values))
+    if "transparency" not in image.info:
+        return grey
+    opaque = Image.fromarray(to_bytes(values != image.info["transparency"]))
+    return Image.merge("LA", [grey, opaque])
+
+
 def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # whatever is wrong from here on, the pixels are whole
     try:
         return ImageOps.exif_transpose(image)
-    except OSError:  # the pixels are broken, not the orientation
-        raise
     except Exception:  # broken metadata: the picture itself may be whole
         return image
 

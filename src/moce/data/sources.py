@@ -26,7 +26,7 @@ from moce.data.kinds.parquet import (
     parquet_entries,
     read_parquet,
 )
-from moce.data.kinds.shards import expand_braces, read_shards
+from moce.data.kinds.shards import expand_braces, matching, read_shards
 from moce.data.packed import Packed, find_packed
 from moce.data.torchvision_sets import TORCHVISION_PREFIX, torchvision_rows
 from moce.errors import MoceError
@@ -221,4 +221,6 @@ def paths_of(data: str) -> list[Path]:
 
 
 def _files_of(path: str) -> list[str]:
-    return expand_braces(path) if path.endswith(".tar") else [path]
+    if not path.endswith(".tar"):
+        return [path]
+    return [file for text in expand_braces(path) for file in matching(text) or [text]]

@@ -171,7 +171,7 @@ class _Work:
         return plan.labels or self.suite.labels
 
     def _runtime(self) -> dict[str, Any]:
-        names = ("seed", "device", "precision", "threads")
+        names = ("seed", "device", "precision", "threads", "max_skipped")
         return {name: getattr(self.settings, name) for name in names}
 
     def _bench(self, plan: SuiteTask, task: Task, protocol: str) -> Bench:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -46,14 +47,23 @@ def _options(found: re.Match[str]) -> list[str]:
     return [f"{number:0{width}d}" for number in range(first, last + 1)]
 
 
+def matching(text: str) -> list[str]:
+    """The file of this name, or those that * and ? stand for, in order."""
+    if os.path.exists(text):  # noqa: PTH110 - pathlib's raises for names that are too long
+        return [text]
+    return sorted(glob(text))  # noqa: PTH207 - may be absolute
+
+
 def find_shards(pattern: str) -> list[Path]:
     """The files of a pattern with {000..012}, * or ?. Raises MoceError if one is missing."""
     paths = []
     for text in expand_braces(pattern):
-        matches = [text] if Path(text).exists() else sorted(glob(text))  # noqa: PTH207 - may be absolute
-        if not matches:
-            raise MoceError(f"no such shard: {text} (of {pattern})")
-        paths += [Path(match) for match in matches]
+        found = matching(text)
+        if not found:
+            raise MoceError(
+                f"no such images: {text}" + (f" (of {pattern})" if text != pattern else "")
+            )
+        paths += [Path(file) for file in found]
     return paths
 
 
