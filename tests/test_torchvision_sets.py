@@ -247,7 +247,7 @@ SMALL: dict[str, tuple[Writer, list, list, str, tuple[int, int, int]]] = {
         write_flowers,
         ["pink primrose", "passion flower"] + ["pink primrose"] * 2,
         ["passion flower"] * 2,
-        "flowers-102/jpg/image_00003.jpg",
+        "flowers-102/jpg/image_00003.jpg#2",  # the split names it twice
         BLUE,
     ),
     "food": (
