@@ -2,24 +2,34 @@
 
 A page needs an entry in PREPARE: a function that puts what the page takes for granted (small images,
 weights, runs) into an empty folder, in which its blocks run. `moce` runs in this process, with the
-settings of QUICK where the page does not give them.
+settings of QUICK where the page does not give them, a small model where it makes one, and FEWER of
+what it asks for.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import shutil
+import tarfile
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import datasets
+import pyarrow.parquet
 import pytest
 import torch
-from builders import RUNTIME
+import yaml
+from builders import RUNTIME, picture
 from conftest import Runs
 
+import moce
 from moce.cli import main
+from moce.data.sources import demo_table
 from moce.interop import facebook
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAESpec
@@ -27,7 +37,10 @@ from moce.registry import VERBS
 
 PAGES = Path(__file__).parents[1] / "docs" / "howto"
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-QUICK = {**RUNTIME, "batch_size": 64, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+QUICK = {**RUNTIME, **DECODER, "batch_size": 64, "steps": 1}
+FEWER = {"--num-clusters": "8", "--size": "48"}
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 
 
 def official_weights(folder: Path, runs: Runs) -> None:
@@ -48,9 +61,28 @@ def load_elsewhere(folder: Path, runs: Runs) -> None:
     shutil.copytree(runs.task, folder / "task")
 
 
+def own_images(folder: Path, runs: Runs) -> None:
+    """A folder, a parquet file, a list of both, shards and a saved data set."""
+    shutil.copytree(runs.data, folder / "photos")
+    pyarrow.parquet.write_table(demo_table().slice(0, 24), folder / "scans.parquet")
+    (folder / "list.txt").write_text("photos\nscans.parquet\n")
+    for number in range(2):
+        with tarfile.open(folder / f"shards-{number:03d}.tar", "w") as archive:
+            archive.add(folder / "photos", arcname="photos")
+    saved = datasets.Dataset.from_dict({"image": [picture()] * 24})
+    saved.save_to_disk(str(folder / "saved"))
+
+
+def photos(folder: Path, runs: Runs) -> None:
+    shutil.copytree(runs.data, folder / "photos")
+
+
 PREPARE: dict[str, Callable[[Path, Runs], None]] = {
     "official-weights": official_weights,
     "load-elsewhere": load_elsewhere,
+    "own-images": own_images,
+    "multi-channel": lambda folder, runs: None,
+    "fast-images": photos,
 }
 
 
@@ -58,12 +90,21 @@ def run_command(line: str) -> None:
     """One line of a `sh` block: a command of moce."""
     words = shlex.split(line, comments=True)
     assert words[0] == "moce", f"pages show commands of moce only, not {line}"
-    known = VERBS[words[1]].settings.model_fields
+    words = [FEWER.get(before, word) for before, word in pairwise(words)]
+    if words[0] == "pretrain" and "--init" not in words:
+        words += ["--model-args", json.dumps(SMALL | model_args(words))]
+    known = VERBS[words[0]].settings.model_fields
     for name, value in QUICK.items():
         flag = f"--{name.replace('_', '-')}"
         if name in known and flag not in words:
             words += [flag, str(value)]
-    assert main(words[1:]) == 0, line
+    assert main(words) == 0, line
+
+
+def model_args(words: list[str]) -> dict[str, object]:
+    """Those that the page gives."""
+    given = [word for before, word in pairwise(words) if before == "--model-args"]
+    return yaml.safe_load(given[-1]) if given else {}
 
 
 def test_every_page_is_run() -> None:
@@ -74,6 +115,8 @@ def test_every_page_is_run() -> None:
 def test_page(page: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     PREPARE[page](tmp_path, runs)
     monkeypatch.chdir(tmp_path)
+    small = partial(moce.pretrain, **QUICK, model_args=SMALL)
+    monkeypatch.setattr(moce, "pretrain", small)
     scope: dict[str, object] = {"__name__": page}
     blocks = BLOCK.findall((PAGES / f"{page}.md").read_text())
     assert blocks
