@@ -104,14 +104,14 @@ def test_metrics_that_are_gone_are_told(runs, tmp_path: Path, capsys) -> None:
     assert "metrics.jsonl" in refused(capsys, "pretrain", runs.data, "--out", run, "--resume")
 
 
-def test_float_images_are_skipped_with_a_reason(tmp_path: Path) -> None:
+def test_floats_of_an_unknown_range_are_skipped_with_a_reason(tmp_path: Path) -> None:
     write_images(tmp_path, per_source=1)
-    Image.fromarray(np.random.default_rng(0).random((16, 16)).astype(np.float32)).save(
-        tmp_path / "float.tiff"
-    )
+    pixels = np.random.default_rng(0).random((16, 16)).astype(np.float32)
+    Image.fromarray(pixels).save(tmp_path / "share.tiff")
+    Image.fromarray(300 * pixels).save(tmp_path / "counts.tiff")
     images = load_images(str(tmp_path), (16, 16))
-    assert [name for name, _ in images.skipped] == ["float.tiff"]
-    assert "8 or 16 bits" in images.skipped[0][1]
+    assert [name for name, _ in images.skipped] == ["counts.tiff"]
+    assert "0..1" in images.skipped[0][1]
 
 
 def test_one_label_is_no_task(runs, capsys) -> None:
