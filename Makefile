@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One thread per test process: small models gain nothing from more.
+TESTS := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2
 
 .PHONY: demo test test-slow lint types check clean
 .DEFAULT_GOAL := help
@@ -30,10 +32,10 @@ demo: $(VENV)/.installed
 	$(BIN)/moce demo --out runs/demo --reuse
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest
+	$(TESTS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/pytest -m slow
+	$(TESTS) -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
