@@ -16,11 +16,13 @@ from torch.testing import assert_close
 from transformers import ViTConfig, ViTMAEModel, ViTModel
 
 import moce
+from moce.config import ClusterSettings
 from moce.errors import MoceError
 from moce.interop import facebook
 from moce.interop.build import Wishes, build_mae, read_weights
 from moce.models.encoder import encode_tokens
 from moce.models.mae import MAE
+from moce.verbs.weights import start_from
 
 TWO_HEADS = Wishes(model_args={"num_heads": 2}, decoder_heads=2)
 SMALL_DECODER = Wishes(model_args={"num_heads": 2}, decoder=(16, 1, 2))
@@ -94,6 +96,29 @@ def test_positions_are_resampled_to_another_image_size(tmp_path: Path) -> None:
     assert found.encoder.patch_embed.grid_size == (6, 4)
     assert found.encoder.pos_embed.shape[1] == 25
     assert sum("resampled from 4x4 to 6x4" in note for note in notes) == 2
+
+
+def test_the_heads_of_the_decoder_can_be_told(tmp_path: Path) -> None:
+    mae = tiny_mae()
+    path = save_pth(tmp_path / "mae.pth", facebook_tensors(mae))
+    given = {"data": "x", "mae": path, "out": tmp_path / "out", "model_args": {"num_heads": 2}}
+    spec, found = start_from(path, ClusterSettings(**given, decoder_heads=2))
+    assert spec.decoder_heads == 2
+    same_loss(found, mae)
+    assert start_from(path, ClusterSettings(**given))[0].decoder_heads == 16
+
+
+@pytest.mark.parametrize("name", ["junk.pth", "junk.bin", "junk.safetensors"])
+def test_a_file_that_is_no_weights_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"junk")
+    with pytest.raises(MoceError, match="cannot read weights"):
+        read_weights(tmp_path / name)
+
+
+def test_an_unsuitable_timm_model_is_refused_before_it_is_downloaded(tmp_path: Path) -> None:
+    given = {"data": "x", "mae": "resnet18", "out": tmp_path / "out"}
+    with pytest.raises(MoceError, match="resnet18 is a ResNet"):
+        start_from("resnet18", ClusterSettings(**given))
 
 
 def test_a_file_that_needs_pickle_is_refused_and_convert_reads_it(tmp_path: Path, capsys) -> None:

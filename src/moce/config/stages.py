@@ -61,6 +61,9 @@ class MAESettings(WeightsSettings):
     img_size: Count | None = Field(
         None, description="image side in pixels for a weights file (default: its own)"
     )
+    decoder_heads: Count | None = Field(
+        None, description="attention heads of the decoder in a weights file (default: 16)"
+    )
 
 
 class PretrainSettings(TrainingSettings, WeightsSettings):

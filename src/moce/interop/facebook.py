@@ -34,7 +34,10 @@ def read(source: Source) -> Weights:
     encoder, decoder = split(source.tensors)
     notes = list(source.notes)
     encoder = drop(encoder, HARMLESS, notes)
-    notes.append(f"decoder with {DECODER_HEADS} attention heads, as all released ones have")
+    notes.append(
+        f"decoder with {DECODER_HEADS} attention heads, as all released ones have"
+        " (--decoder-heads says otherwise)"
+    )
     return Weights(source.path, encoder, decoder, notes=notes)
 
 

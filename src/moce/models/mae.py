@@ -63,7 +63,10 @@ class Decoder(nn.Module):
     def __init__(self, encoder: VisionTransformer, dim: int, depth: int, heads: int) -> None:
         super().__init__()
         if dim % heads:
-            raise MoceError(f"decoder width {dim} is no multiple of its {heads} attention heads")
+            raise MoceError(
+                f"decoder width {dim} is no multiple of its {heads} attention heads; "
+                "set decoder_heads to what it has"
+            )
         grid, num_prefix = encoder.patch_embed.grid_size, encoder.num_prefix_tokens
         height, width = encoder.patch_embed.patch_size
         self.num_prefix = num_prefix

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import MAESettings, PretrainSettings, expand
@@ -62,6 +63,8 @@ def moce_run(path: Path) -> Path | None:
 def from_timm(name: str, settings: MAESettings | PretrainSettings) -> tuple[MAESpec, MAE]:
     """A timm model with its own weights and a fresh decoder."""
     wishes = wishes_of(settings)
+    with torch.device("meta"):  # refuse what will not do before anything is downloaded
+        EncoderSpec(name, wishes.model_args).build()
     try:
         vit = EncoderSpec(name, wishes.model_args).build(pretrained=True)
     except MoceError:
