@@ -166,7 +166,7 @@ def test_a_group_leaves_rows_and_is_not_run_again(
     recipe["seeds"], recipe["ablation"]["seeds"] = [], []
     recipe["map"]["cells"] = [{"width": 16, "epochs": 0.5, "steps": 2, "parts": ["mnist"]}]
     file, results = tmp_path / "small.yaml", tmp_path / "small.jsonl"
-    file.write_text(yaml.safe_dump(recipe))
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     write_data(tmp_path / "out" / "data")
     command = ["run", "--recipe", file, "--out", tmp_path / "out", "--results", results]
     monkeypatch.setattr("sys.argv", [str(word) for word in command])
