@@ -25,7 +25,7 @@ from moce.data.keyed import Stream, keyed_uniform
 from moce.loading import load_mae, read_assignments
 from moce.reporting.reconstructions import hide, paste
 from moce.reporting.style import INK, SOFT, expert_colour, faded
-from moce.runs import read_info
+from moce.runs import read_config, read_info
 from moce.transfer.results import Results
 
 DOCS = Path(__file__).parent
@@ -76,7 +76,12 @@ def write_table(content: dict[str, Any], demo: Path) -> None:
     lines.append(f"| **mean** | | {' | '.join(means)} |")
     revision = read_info(demo / "moce")["git_revision"]
     seconds = sum(results.seconds.values())
-    lines += ["", f"Revision {revision}, seed 0, {seconds:.0f} s on 2 CPU cores with bf16."]
+    used = read_config(demo / "mae")
+    lines += [
+        "",
+        f"Revision {revision}, seed {used['seed']}, {seconds:.0f} s in {used['precision']}, while other "
+        "programs ran.",
+    ]
     before, _, after = (DOCS.parent / "README.md").read_text().split(MARK)
     text = f"{before}{MARK}\n{chr(10).join(lines)}\n{MARK}{after}"
     (DOCS.parent / "README.md").write_text(text)
