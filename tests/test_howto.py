@@ -38,7 +38,7 @@ from moce.registry import VERBS
 PAGES = Path(__file__).parents[1] / "docs" / "howto"
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
-QUICK = {**RUNTIME, **DECODER, "batch_size": 64, "steps": 1}
+QUICK = {**RUNTIME, "batch_size": 64, "steps": 1}
 FEWER = {"--num-clusters": "8", "--size": "48"}
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 
@@ -94,7 +94,8 @@ def run_command(line: str) -> None:
     if words[0] == "pretrain" and "--init" not in words:
         words += ["--model-args", json.dumps(SMALL | model_args(words))]
     known = VERBS[words[0]].settings.model_fields
-    for name, value in QUICK.items():
+    small = DECODER if words[0] == "pretrain" else {}  # other verbs read it from the MAE
+    for name, value in (QUICK | small).items():
         flag = f"--{name.replace('_', '-')}"
         if name in known and flag not in words:
             words += [flag, str(value)]
@@ -115,7 +116,7 @@ def test_every_page_is_run() -> None:
 def test_page(page: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     PREPARE[page](tmp_path, runs)
     monkeypatch.chdir(tmp_path)
-    small = partial(moce.pretrain, **QUICK, model_args=SMALL)
+    small = partial(moce.pretrain, **QUICK, **DECODER, model_args=SMALL)
     monkeypatch.setattr(moce, "pretrain", small)
     scope: dict[str, object] = {"__name__": page}
     blocks = BLOCK.findall((PAGES / f"{page}.md").read_text())
