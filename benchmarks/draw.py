@@ -20,7 +20,7 @@ def table(rows: list[dict], reference: str) -> list[str]:
     base = median(rates[reference])
     lines = [f"| | images/s | range | × {reference} |", "|---|--:|--:|--:|"]
     for name, found in rates.items():
-        spread = f"{min(found):,.0f} to {max(found):,.0f}"
+        spread = f"{min(found):,.0f} to {max(found):,.0f}" if len(found) > 1 else "one pass"
         lines.append(f"| {name} | {median(found):,.0f} | {spread} | {median(found) / base:.2f} |")
     return lines
 

@@ -1,4 +1,4 @@
-"""Suites, contenders, fair oracles, resumed evaluations, and the estimate of headroom."""
+"""Suites, contenders, fair oracles, resumed evaluations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from builders import RUNTIME, TRAIN, copy_run, customize
+from builders import HEADROOM, RUNTIME, copy_run, customize
 from conftest import Runs
 
 import moce
@@ -26,7 +26,6 @@ from moce.transfer.results import suite_table
 from moce.transfer.suite import pick_tasks, read_suite
 from moce.transfer.task import draw_labels, load_task
 from moce.verbs import evaluate as evaluate_verb
-from moce.verbs.headroom import split
 
 FINETUNE = {"epochs": 1, "batch_size": 8, "rand_augment": "", "mixup": 0, "cutmix": 0}
 SUITES = Path(__file__).parents[1] / "recipes" / "suites"
@@ -211,7 +210,7 @@ def test_every_task_backbone_and_protocol_has_a_row(evaluated: Path) -> None:
 
 
 def test_confusion_counts_every_test_image_in_every_draw(runs: Runs, evaluated: Path) -> None:
-    count = len(load_task(str(runs.task), (16, 16)).test)
+    count = len(load_task(str(runs.task), (3, 16, 16)).test)
     row = next(r for r in rows_of(evaluated) if (r["task"], r["backbone"]) == ("digits", "mae"))
     assert np.sum(row["confusion"]) == 2 * count
 
@@ -290,7 +289,7 @@ def test_the_table_averages_only_what_is_complete() -> None:
 
 def test_labels_choose_the_candidate_that_separates_them(runs: Runs) -> None:
     """One expert is kept, the others are ruined: the labels must find the good one."""
-    bank, task = moce.load(runs.moce), load_task(str(runs.task), (16, 16))
+    bank, task = moce.load(runs.moce), load_task(str(runs.task), (3, 16, 16))
     for layer in bank.model.experts:
         for number, expert in enumerate(layer.experts):
             if number != 1:
@@ -311,50 +310,10 @@ def test_customize_by_probe_writes_a_backbone(runs: Runs, tmp_path: Path) -> Non
 
 
 def test_choosing_by_labels_needs_two_images_of_a_class(runs: Runs) -> None:
-    bank, task = moce.load(runs.moce), load_task(str(runs.task), (16, 16))
+    bank, task = moce.load(runs.moce), load_task(str(runs.task), (3, 16, 16))
     one_each = [int(np.flatnonzero(task.train_labels == n)[0]) for n in range(3)]
     with pytest.raises(MoceError, match="two labelled images"):
         choose_by_probe(bank, task.train.subset(one_each), np.arange(3), 3)
-
-
-# --- headroom -------------------------------------------------------------------------------------
-
-
-HEADROOM = {**{k: v for k, v in TRAIN.items() if k != "num_experts"}, "steps": 12, "num_groups": 2}
-
-
-def test_headroom_compares_each_group_alone_with_all(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moce.verbs.headroom.SMALLEST_GROUP", 8)
-    found = moce.headroom(
-        runs.data, mae=runs.mae, clusters=runs.clusters, out=tmp_path / "h", **HEADROOM
-    )
-    assert len(found.groups) == 2
-    assert sum(group.images for group in found.groups) == 160
-    for group in found.groups:
-        assert group.gain == pytest.approx(1 - group.error_alone / group.error_all)
-    weighted = sum(group.gain * group.images for group in found.groups) / 160
-    assert found.gain == pytest.approx(weighted)
-    assert json.loads((tmp_path / "h" / "results.json").read_text())["gain"] == found.gain
-    assert f"{100 * found.gain:+.2f} %" in found.summary()
-
-
-def test_headroom_refuses_groups_too_small_to_tell(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moce.verbs.headroom.SMALLEST_GROUP", 200)
-    with pytest.raises(MoceError, match="--num-groups"):
-        moce.headroom(
-            runs.data, mae=runs.mae, clusters=runs.clusters, out=tmp_path / "h", **HEADROOM
-        )
-    assert not (tmp_path / "h").exists()
-
-
-def test_held_out_images_are_not_trained_on() -> None:
-    held, seen = split(1000, 0)
-    assert len(held) == 100
-    assert sorted(torch.cat([held, seen]).tolist()) == list(range(1000))
 
 
 # --- what an attacker broke -----------------------------------------------------------------------

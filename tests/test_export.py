@@ -285,7 +285,7 @@ def test_a_fine_tuned_folder_predicts_as_it_was_scored(runs, tmp_path: Path) -> 
         runs.backbone, runs.task, out=tmp_path / "run", epochs=2, batch_size=8, **RUNTIME
     )
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
-    task, spec = load_task(str(runs.task), (16, 16)), tiny_encoder()
+    task, spec = load_task(str(runs.task), (3, 16, 16)), tiny_encoder()
     with torch.no_grad():
         predicted = model(normalise(task.test.pixels, spec.mean, spec.std)).argmax(dim=1)
     right = (predicted.numpy() == task.test_labels).mean()

@@ -73,7 +73,7 @@ def test_a_packed_file_gives_what_decoding_gives(folder, store, memory_share, mo
 def test_splits_and_labels_of_any_kind_are_kept(tmp_path: Path, monkeypatch) -> None:
     task = write_task(tmp_path / "task")
     moce.pack(task, size=16, out=tmp_path / "task.moce")
-    usual, packed = (load_task(str(tmp_path / name), SIZE) for name in ("task", "task.moce"))
+    usual, packed = (load_task(str(tmp_path / name), (3, *SIZE)) for name in ("task", "task.moce"))
     assert packed.classes == usual.classes
     assert same(packed.train, usual.train) and same(packed.test, usual.test)
     entries = open_source(str(task))
@@ -209,8 +209,9 @@ def test_mistakes_are_refused_in_one_line(folder, store, tmp_path) -> None:
     ]:
         with pytest.raises(MoceError, match=reason):
             moce.pack(folder, **settings)
-    with pytest.raises(MoceError, match="is the input"):
-        moce.pack(store, size=16, out=store, overwrite=True)
+    for data in (store, [store, folder]):
+        with pytest.raises(MoceError, match="is the input"):
+            moce.pack(data, size=16, out=store, overwrite=True)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"x")
     with pytest.raises(MoceError, match="no readable image"):

@@ -76,7 +76,7 @@ def test_task_without_splits_holds_out_a_fifth_of_each_class(tmp_path: Path) -> 
         (tmp_path / label).mkdir()
         for number in range(10):
             picture((number, 0, 0)).save(tmp_path / label / f"{number}.png")
-    task, again = (load_task(str(tmp_path), SIZE) for _ in range(2))
+    task, again = (load_task(str(tmp_path), (3, *SIZE)) for _ in range(2))
     assert task.classes == ["cat", "dog"]
     assert np.bincount(task.train_labels).tolist() == [8, 8]
     assert np.bincount(task.test_labels).tolist() == [2, 2]
@@ -98,12 +98,12 @@ def test_tasks_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     picture().save(tmp_path / "cat" / "1.png")
     with pytest.raises(MoceError, match="one image"):
-        load_task(str(tmp_path), SIZE)
+        load_task(str(tmp_path), (3, *SIZE))
     picture().save(tmp_path / "cat" / "2.png")
     with pytest.raises(MoceError, match="one class"):
-        load_task(str(tmp_path), SIZE)
+        load_task(str(tmp_path), (3, *SIZE))
     with pytest.raises(MoceError, match="labels"):
-        load_task("demo:pretrain", SIZE)
+        load_task("demo:pretrain", (3, *SIZE))
 
 
 # --- the embedded images --------------------------------------------------------------------------

@@ -283,7 +283,7 @@ def test_rates_are_chosen_without_the_test_images(runs, tmp_path: Path, monkeypa
     assert [member["base_lr"] for member in results["lr_grid"]] == [1e-7, 3e-2]
     best = max(results["lr_grid"], key=lambda member: member["score"])["base_lr"]
     assert yaml.safe_load((out / "config.yaml").read_text())["base_lr"] == best
-    assert results["labels"] == len(load_task(str(runs.task), (16, 16)).train)
+    assert results["labels"] == len(load_task(str(runs.task), (3, 16, 16)).train)
     assert np.array(results["confusion"]).shape == (3, 3)
 
 
@@ -319,7 +319,7 @@ def test_a_search_goes_on_where_it_stopped(runs, tmp_path: Path, monkeypatch) ->
 @pytest.fixture
 def several(runs, monkeypatch):
     """The task with a fourth label, "round or not", beside its three classes."""
-    task = load_task(str(runs.task), (16, 16))
+    task = load_task(str(runs.task), (3, 16, 16))
     task.multi_label, task.classes = True, [*task.classes, "first two"]
     for name in ("train_labels", "test_labels"):
         one = np.eye(4, dtype=np.float32)[getattr(task, name)]

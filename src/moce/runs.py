@@ -301,7 +301,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return read_lines(Path(folder) / METRICS, "step")
 
 
-def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
+def read_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, if any, up to the first that is damaged or lacks `key`."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -309,7 +309,7 @@ def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        if not isinstance(row, dict) or key not in row:
+        if not isinstance(row, dict) or (key is not None and key not in row):
             break
         rows.append(row)
     return rows

@@ -47,8 +47,8 @@ Deviations = Annotated[tuple[Positive, ...], BeforeValidator(_one_or_several), F
 Data = Annotated[str, BeforeValidator(_joined)]
 IMAGES = (
     "images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a saved Hugging "
-    "Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain; several with commas between, or "
-    "one per line of @FILE"
+    "Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain; several with commas "
+    "between, or one per line of @FILE"
 )
 LABELLED = (
     "labelled images: class folders (train/ and test/ if split), or another source with labels"

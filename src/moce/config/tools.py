@@ -1,4 +1,4 @@
-"""Settings of the verbs around the stages: pack, report, demo and doctor."""
+"""Settings of the verbs around the stages: pack, convert, export, report, demo and doctor."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from timm.models import VisionTransformer, save_for_hf
 from moce.customization.selection import Choice, route_name
 from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec
-from moce.runs import write_json, write_text
 
 MOST_CLUSTERS = 12  # on a card
 
@@ -34,24 +33,6 @@ def write_timm_folder(folder: Path, vit: VisionTransformer, spec: EncoderSpec, *
         save_for_hf(model, str(folder), data_config=preprocessing, safe_serialization=True)
     except (OSError, SafetensorError) as error:
         raise MoceError(f"cannot write {folder}: {error}") from None
-
-
-def write_card(folder: Path, choice: Choice, source: Path) -> None:
-    """selection.json and a README.md for a timm folder: what it is and how to load it."""
-    write_json(folder / "selection.json", choice.to_json())
-    lines = [
-        f"# Backbone customised by moce from {source.name}",
-        "",
-        *(f"- {fact}" for fact in facts_of(choice)),
-        "",
-        "```python",
-        "import timm",
-        'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True)',
-        "```",
-        "",
-        "`model(images)` is the mean of the patch tokens; pass `num_classes=N` for a new head.",
-    ]
-    write_text(folder / "README.md", "\n".join(lines) + "\n")
 
 
 def facts_of(choice: Choice) -> list[str]:

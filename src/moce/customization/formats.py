@@ -8,7 +8,8 @@ from pathlib import Path
 
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.customization.export import write_timm_folder
+from moce.customization.export import facts_of, write_timm_folder
+from moce.customization.selection import Choice
 from moce.interop import onnx_file, own, transformers_vit
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE
@@ -100,3 +101,11 @@ def write_model_folder(folder: Path, kind: str, model: Model, title: str, facts:
     ]
     write_text(folder / "README.md", "\n".join(lines) + "\n")
     return snippet.replace("THIS_FOLDER", str(folder))
+
+
+def write_choice(folder: Path, kind: str, model: Model, choice: Choice, source: Path) -> str:
+    """Write what a task was given: `write_model_folder`, and selection.json; returns how to load it."""
+    title = f"Backbone customised by moce from {source.name}"
+    load_it = write_model_folder(folder, kind, model, title, facts_of(choice))
+    write_json(folder / "selection.json", choice.to_json())
+    return load_it

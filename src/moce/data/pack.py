@@ -25,7 +25,7 @@ from moce.data.images import decode_into
 from moce.data.packed import HEADER_BYTES, Packed, header_block, open_packed
 from moce.data.sources import Entry
 from moce.errors import MoceError
-from moce.runs import write_text
+from moce.runs import read_lines, write_text
 
 CHUNK_BYTES, MOST_IN_CHUNK = 2**25, 1024  # of pixels decoded, written and journaled together
 Reasons = list[str | None]
@@ -66,7 +66,7 @@ class Packer:
 
         Raises MoceError if that was of other images or another size.
         """
-        lines = _read_lines(self._journal) if self._partial.is_file() else []
+        lines = read_lines(self._journal) if self._partial.is_file() else []
         if not lines:
             return 0
         if lines[0] != self._job:
@@ -187,14 +187,3 @@ def _line(row: dict[str, Any]) -> str:
 def _to_disk(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The journal's lines up to one that was cut short."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows

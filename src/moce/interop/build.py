@@ -74,6 +74,11 @@ def build_mae(weights: Weights, wishes: Wishes) -> tuple[MAESpec, MAE, list[str]
     tensors = {f"encoder.{key}": value for key, value in weights.encoder.items()}
     tensors |= {f"decoder.{key}": value for key, value in weights.decoder.items()}
     wanted = mae.state_dict()
+    if weights.decoder and not (wishes.decoder_heads or weights.decoder_heads):
+        notes.append(
+            f"decoder with {facebook.DECODER_HEADS} attention heads, as all released ones have "
+            "(--decoder-heads says otherwise)"
+        )
     if not weights.decoder:
         notes.append(f"{weights.path} has no decoder: it starts fresh")
         wanted = {key: value for key, value in wanted.items() if key.startswith("encoder.")}

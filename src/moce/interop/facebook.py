@@ -7,14 +7,6 @@ import re
 from moce.interop.weights import HARMLESS, Source, Tensors, Weights, drop
 
 DECODER_HEADS = 16  # of all released models; cannot be seen in the tensors
-TO_OURS = [
-    (r"^mask_token$", "mask_token"),
-    (r"^decoder_pos_embed$", "pos_embed"),
-    (r"^decoder_embed\.", "embed."),
-    (r"^decoder_blocks\.", "blocks."),
-    (r"^decoder_norm\.", "norm."),
-    (r"^decoder_pred\.", "head."),
-]
 TO_THEIRS = {
     "mask_token": "mask_token",
     "pos_embed": "decoder_pos_embed",
@@ -23,6 +15,7 @@ TO_THEIRS = {
     "norm": "decoder_norm",
     "head": "decoder_pred",
 }
+TO_OURS = {theirs: ours for ours, theirs in TO_THEIRS.items()}
 
 
 def matches(source: Source) -> bool:
@@ -34,10 +27,6 @@ def read(source: Source) -> Weights:
     encoder, decoder = split(source.tensors)
     notes = list(source.notes)
     encoder = drop(encoder, HARMLESS, notes)
-    notes.append(
-        f"decoder with {DECODER_HEADS} attention heads, as all released ones have"
-        " (--decoder-heads says otherwise)"
-    )
     return Weights(source.path, encoder, decoder, notes=notes)
 
 
@@ -45,10 +34,8 @@ def split(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """Encoder and decoder, the latter by moce's names."""
     encoder, decoder = {}, {}
     for name, value in tensors.items():
-        for pattern, ours in TO_OURS:
-            if re.match(pattern, name):
-                decoder[re.sub(pattern, ours, name)] = value
-                break
+        if name.partition(".")[0] in TO_OURS:
+            decoder[_renamed(name, TO_OURS)] = value
         else:
             encoder[name] = value
     return encoder, decoder
@@ -56,8 +43,10 @@ def split(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 def join(encoder: Tensors, decoder: Tensors) -> Tensors:
     """The inverse of `split`."""
-    renamed = {}
-    for name, value in decoder.items():
-        first, _, rest = name.partition(".")
-        renamed[".".join(filter(None, (TO_THEIRS[first], rest)))] = value
-    return {**encoder, **renamed}
+    return encoder | {_renamed(name, TO_THEIRS): value for name, value in decoder.items()}
+
+
+def _renamed(name: str, table: dict[str, str]) -> str:
+    """The name with its first part, up to a dot, as the table has it."""
+    first, dot, rest = name.partition(".")
+    return table[first] + dot + rest

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moce.errors import MoceError
 from moce.interop.weights import Source
-from moce.runs import read_tensors
+from moce.runs import read_tensor_metadata, read_tensors
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 IN_FOLDERS = ("model.safetensors", INDEX, "pytorch_model.bin")
@@ -34,7 +33,7 @@ def read_source(path: Path) -> Source:
     if file.name == INDEX:
         return Source(str(path), _read_shards(file), config)
     if file.suffix == ".safetensors":
-        return Source(str(path), read_tensors(file), config, _header(file))
+        return Source(str(path), read_tensors(file), config, read_tensor_metadata(file))
     tensors, notes = unwrap(_load_plain(file), file)
     return Source(str(path), tensors, config, notes=notes)
 
@@ -62,14 +61,6 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for name in names:
         tensors |= read_tensors(index.parent / Path(name).name)
     return tensors
-
-
-def _header(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise MoceError(f"cannot read weights {path}: {error}") from None
 
 
 def _load_plain(path: Path) -> Any:

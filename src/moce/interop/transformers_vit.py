@@ -14,6 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.errors import MoceError
+from moce.interop import facebook
 from moce.interop.shapes import pair
 from moce.interop.weights import Source, Tensors, Weights, drop
 from moce.models.encoder import EncoderSpec
@@ -29,19 +30,13 @@ LAYER = [
     (r"^(?:intermediate\.dense|mlp\.fc1)\.", "mlp.fc1."),
     (r"^(?:output\.dense|mlp\.fc2)\.", "mlp.fc2."),
 ]
-ENCODER = [
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^layernorm\.", "norm."),
-]
-DECODER = [
-    (r"^mask_token$", "mask_token"),
-    (r"^decoder_pos_embed$", "pos_embed"),
-    (r"^decoder_embed\.", "embed."),
-    (r"^decoder_norm\.", "norm."),
-    (r"^decoder_pred\.", "head."),
-]
+TO_ENCODER = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+ENCODER = {theirs: ours for ours, theirs in TO_ENCODER.items()}
 LEFT_OUT = {
     "classifier.": "a classification head",
     "pooler.": "a pooler",
@@ -102,7 +97,9 @@ def _encoder_name(name: str) -> str:
 
 def _decoder_name(name: str) -> str:
     layer = re.match(r"^(?:decoder_layers|decoder_encoder\.layer)\.(\d+)\.(.+)$", name)
-    return f"blocks.{layer[1]}.{_layer_name(layer[2])}" if layer else _renamed(name, DECODER)
+    return (
+        f"blocks.{layer[1]}.{_layer_name(layer[2])}" if layer else _renamed(name, facebook.TO_OURS)
+    )
 
 
 def _layer_name(name: str) -> str:
@@ -114,11 +111,10 @@ def _layer_name(name: str) -> str:
     return name
 
 
-def _renamed(name: str, pairs: list[tuple[str, str]]) -> str:
-    for pattern, ours in pairs:
-        if re.match(pattern, name):
-            return re.sub(pattern, ours, name)
-    return name
+def _renamed(name: str, table: dict[str, str]) -> str:
+    """The name with its module, up to weight or bias, as the table has it; as it is if not there."""
+    module = re.sub(r"\.(weight|bias)$", "", name)
+    return table.get(module, module) + name[len(module) :]
 
 
 def _join_attention(tensors: Tensors) -> Tensors:
@@ -144,19 +140,6 @@ TO_LAYER = {
     "norm2": "layernorm_after",
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
-}
-TO_ENCODER = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-TO_DECODER = {
-    "mask_token": "mask_token",
-    "pos_embed": "decoder_pos_embed",
-    "embed": "decoder_embed",
-    "norm": "decoder_norm",
-    "head": "decoder_pred",
 }
 
 
@@ -190,7 +173,7 @@ def write_mae(folder: Path, mae: MAE, spec: EncoderSpec) -> None:
     }
     theirs = {}
     for name, value in _split_attention(dict(decoder.state_dict())).items():
-        theirs["decoder." + _their_name(name, "decoder_layers", TO_DECODER)] = value
+        theirs["decoder." + _their_name(name, "decoder_layers", facebook.TO_THEIRS)] = value
     write_json(folder / "config.json", config)
     _write_processor(folder, vit, spec)
     write_tensors(folder / WEIGHTS, {**_their_encoder(vit, "vit."), **theirs}, {"format": "pt"})
@@ -284,8 +267,7 @@ def _their_name(name: str, layers: str, rest: dict[str, str]) -> str:
     block = re.match(r"^blocks\.(\d+)\.(.+)\.(weight|bias)$", name)
     if block:
         return f"{layers}.{block[1]}.{TO_LAYER[block[2]]}.{block[3]}"
-    module = re.sub(r"\.(weight|bias)$", "", name)
-    return rest[module] + name[len(module) :]
+    return _renamed(name, rest)
 
 
 def _split_attention(tensors: Tensors) -> Tensors:

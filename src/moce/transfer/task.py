@@ -38,11 +38,11 @@ class Task:
 
 def load_task(
     data: str,
-    shape: tuple[int, ...],
+    shape: tuple[int, int, int],
     store: Path | None = None,
     max_skipped: float = 1.0,
 ) -> Task:
-    """The labelled images of a DATA argument. shape: (channels, h, w), or (h, w) of colour images.
+    """The labelled images of a DATA argument. shape: (channels, h, w).
 
     Without a train/test split in the source, a fifth of each class is the test set. Raises
     MoceError if labels or one of the splits are missing.
@@ -51,7 +51,7 @@ def load_task(
     if not entries:
         raise MoceError(f"{data} has no labels; put every class in a folder of its own")
     splits = _splits(entries)
-    channels, height, width = shape if len(shape) == 3 else (3, *shape)
+    channels, height, width = shape
     train, test = (
         load_images(
             [e for e, split in zip(entries, splits, strict=True) if split == part],

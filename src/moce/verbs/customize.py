@@ -8,12 +8,11 @@ from typing import Any
 
 from moce.config import CustomizeSettings
 from moce.customization.bank import Bank, load
-from moce.customization.export import facts_of
-from moce.customization.formats import Model, check_format, write_model_folder
+from moce.customization.formats import Model, check_format, write_choice
 from moce.customization.selection import Choice, route_name
 from moce.data.images import load_images
 from moce.hardware import prepare
-from moce.runs import open_folder, write_json, write_skipped
+from moce.runs import open_folder, write_skipped
 from moce.training.progress import say
 from moce.transfer.evaluation import choose_by_probe
 from moce.transfer.task import load_task
@@ -55,9 +54,7 @@ def run(settings: CustomizeSettings) -> CustomizeResult:
     check_format(settings.format, model)
     folder = open_folder(settings.out, settings)
     write_skipped(folder, skipped, say)
-    title = f"Backbone customised by moce from {settings.run.name}"
-    load_it = write_model_folder(folder, settings.format, model, title, facts_of(choice))
-    write_json(folder / "selection.json", choice.to_json())
+    load_it = write_choice(folder, settings.format, model, choice, settings.run)
     return CustomizeResult(folder, choice, load_it)
 
 

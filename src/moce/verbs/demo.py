@@ -21,7 +21,7 @@ from moce.config import (
     TrainSettings,
 )
 from moce.customization.bank import Bank, load
-from moce.customization.export import write_card, write_timm_folder
+from moce.customization.formats import Model, write_choice
 from moce.data.sources import demo_tasks
 from moce.errors import MoceError
 from moce.hardware import prepare
@@ -176,7 +176,7 @@ class _Demo:
         dense = {name: load_backbone(str(out / name)) for name in ("mae", "mae_plus")}
         with self.timed("probes"):
             for name in tasks:
-                task = load_task(f"demo:{name}", (32, 32))
+                task = load_task(f"demo:{name}", (3, 32, 32))
                 self.comparisons.append(
                     compare_probes(
                         name,
@@ -197,8 +197,8 @@ class _Demo:
     def _export(self, bank: Bank, comparison: Comparison) -> Path:
         folder = self.settings.out / "backbones" / comparison.task
         folder.mkdir(parents=True)
-        write_timm_folder(folder, bank.backbone(comparison.choice), bank.encoder_spec)
-        write_card(folder, comparison.choice, self.settings.out / "moce")
+        model = Model(bank.encoder_spec, bank.backbone(comparison.choice))
+        write_choice(folder, "timm", model, comparison.choice, self.settings.out / "moce")
         return folder
 
     def _finetune(self, comparison: Comparison, method: str, backbone: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from moce.config import EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.customization.bank import Bank
-from moce.customization.export import write_card, write_timm_folder
+from moce.customization.formats import Model, write_choice
 from moce.data.sources import paths_of
 from moce.errors import Interrupted, MoceError
 from moce.features import input_shape
@@ -220,6 +220,6 @@ class _Work:
         choice = bank.select(task.train, contender.how or "auto")
         folder = self.settings.out / "backbones" / contender.name / plan.name
         folder.mkdir(parents=True, exist_ok=True)
-        write_timm_folder(folder, bank.backbone(choice), bank.encoder_spec)
-        write_card(folder, choice, Path(contender.reference))
+        model = Model(bank.encoder_spec, bank.backbone(choice))
+        write_choice(folder, "timm", model, choice, Path(contender.reference))
         return str(folder), choice.to_json()

@@ -7,10 +7,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from moce.config import PackSettings, expand
+from moce.config import PackSettings
 from moce.data.pack import Packer
 from moce.data.packed import Packed, find_packed
-from moce.data.sources import open_source
+from moce.data.sources import open_source, paths_of
 from moce.errors import Interrupted, MoceError
 from moce.training.interrupt import stop_request
 from moce.training.progress import meter, say
@@ -71,7 +71,7 @@ def _pack(settings: PackSettings, out: Path) -> Packed:
         raise MoceError(f"{out} is a folder; give a file to write, such as {out / 'images.moce'}")
     if out.exists() and not settings.overwrite:
         raise MoceError(f"{out} exists; add --overwrite to replace it, or choose another file")
-    if out.resolve() == expand(Path(settings.data)).resolve():
+    if out.resolve() in {path.resolve() for path in paths_of(settings.data)}:
         raise MoceError(f"{out} is the input; choose another file")
     entries = open_source(settings.data)
     packer = Packer(out, entries, (settings.channels, *settings.shape))

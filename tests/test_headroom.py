@@ -1,0 +1,49 @@
+"""The estimate of headroom: each group of clusters alone against all of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from builders import HEADROOM
+from conftest import Runs
+
+import moce
+from moce.errors import MoceError
+from moce.verbs.headroom import split
+
+
+def test_headroom_compares_each_group_alone_with_all(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moce.verbs.headroom.SMALLEST_GROUP", 8)
+    found = moce.headroom(
+        runs.data, mae=runs.mae, clusters=runs.clusters, out=tmp_path / "h", **HEADROOM
+    )
+    assert len(found.groups) == 2
+    assert sum(group.images for group in found.groups) == 160
+    for group in found.groups:
+        assert group.gain == pytest.approx(1 - group.error_alone / group.error_all)
+    weighted = sum(group.gain * group.images for group in found.groups) / 160
+    assert found.gain == pytest.approx(weighted)
+    assert json.loads((tmp_path / "h" / "results.json").read_text())["gain"] == found.gain
+    assert f"{100 * found.gain:+.2f} %" in found.summary()
+
+
+def test_headroom_refuses_groups_too_small_to_tell(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moce.verbs.headroom.SMALLEST_GROUP", 200)
+    with pytest.raises(MoceError, match="--num-groups"):
+        moce.headroom(
+            runs.data, mae=runs.mae, clusters=runs.clusters, out=tmp_path / "h", **HEADROOM
+        )
+    assert not (tmp_path / "h").exists()
+
+
+def test_held_out_images_are_not_trained_on() -> None:
+    held, seen = split(1000, 0)
+    assert len(held) == 100
+    assert sorted(torch.cat([held, seen]).tolist()) == list(range(1000))
