@@ -142,9 +142,25 @@ def _allocate(shape: tuple[int, ...], store: Path | None) -> np.ndarray:
     store.parent.mkdir(parents=True, exist_ok=True)
     if needed > shutil.disk_usage(store.parent).free:
         raise MoceError(f"the images take {gigabytes:.1f} GB, more than is free in {store.parent}")
-    pixels = np.memmap(store, np.uint8, "w+", shape=shape)
-    store.unlink()  # the file stays as long as the process, and leaves nothing behind
-    return pixels
+    return _stored(store, shape, needed)
+
+
+def _stored(store: Path, shape: tuple[int, ...], needed: int) -> np.ndarray:
+    """Room for pixels in a file that stays as long as the process, and leaves nothing behind.
+
+    The room is taken at once: a disk that is full later ends the process without a word.
+    """
+    with store.open("w+b") as file:
+        store.unlink()
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, needed)
+            except OSError as error:
+                gigabytes = needed / 1e9
+                raise MoceError(
+                    f"no room for {gigabytes:.1f} GB of images in {store.parent}: {error.strerror}"
+                ) from None
+        return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
 def _free_memory() -> int:
