@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from benchmarks.kill import kill_runs
 from builders import PRETRAIN, TRAIN
 from conftest import Runs
 
-from benchmarks.kill import kill_runs
 from moce.runs import read_metrics
 
 pytestmark = pytest.mark.slow

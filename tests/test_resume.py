@@ -1,4 +1,4 @@
-"""What a run keeps to go on from, in this process: see test_kill.py for real kills."""
+"""What a run keeps to go on from, what it leaves, and faults. Real kills are in test_kill.py."""
 
 from __future__ import annotations
 
@@ -34,12 +34,15 @@ QUICK = {**PRETRAIN, "steps": 6, "save_every": 3}
 def test_sums_between_rows_survive_a_stop(verb: str, runs: Runs, tmp_path: Path) -> None:
     """Stopped between rows, with a checkpoint that falls on none of them."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    given = {"log_every": 5, "save_every": 4}
+    given = {"log_every": 3, "save_every": 4, "steps": 14}
     run_verb(verb, runs, straight, **given)
-    stop_after(stopped, 1)
-    with pytest.raises(Interrupted):
+    watcher = stop_after(stopped, 1)
+    with pytest.raises(Interrupted) as stop:
         run_verb(verb, runs, stopped, **given)
-    assert all(row["step"] % 5 == 0 for row in read_metrics(stopped))
+    watcher.join()
+    assert stop.value.exit_status == 130
+    assert not (stopped / "model.json").exists()
+    assert all(row["step"] % 3 == 0 for row in read_metrics(stopped))
     run_verb(verb, runs, stopped, resume=True, **given)
     same_losses(straight, stopped)
     same_weights(straight, stopped)
@@ -136,7 +139,9 @@ def test_a_run_killed_before_it_had_a_config_can_begin(runs: Runs, tmp_path: Pat
         assert not list(out.glob(".*"))
 
 
-def test_a_folder_half_emptied_can_still_be_replaced(runs: Runs, tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_half_emptied_can_still_be_replaced(
+    runs: Runs, tmp_path: Path, monkeypatch
+) -> None:
     out = tmp_path / "run"
     moce.pretrain(runs.data, out=out, **QUICK)
     unlink, gone = Path.unlink, []
@@ -257,7 +262,7 @@ def test_what_the_system_refuses_leaves_nothing_half_written(tmp_path: Path, mon
         moce.runs.write_text(tmp_path / "file", "text")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
-    with pytest.raises(MoceError, match="cannot write .*: No such file or directory"):
+    with pytest.raises(MoceError, match=r"cannot write .*: No such file or directory"):
         moce.runs.write_text(tmp_path / "none" / "file", "text")
 
 
@@ -291,7 +296,9 @@ def test_defects_keep_their_traceback(runs: Runs, tmp_path: Path, monkeypatch) -
         main(command(runs, tmp_path / "run"))
 
 
-def test_averages_that_overflow_reach_no_checkpoint(runs: Runs, tmp_path: Path, monkeypatch) -> None:
+def test_averages_that_overflow_reach_no_checkpoint(
+    runs: Runs, tmp_path: Path, monkeypatch
+) -> None:
     """Weights may be finite still when the averages of AdamW are not: they would never move again."""
     step = torch.optim.AdamW.step
 
@@ -305,7 +312,9 @@ def test_averages_that_overflow_reach_no_checkpoint(runs: Runs, tmp_path: Path, 
     assert not list((tmp_path / "run" / "state").glob("step_*"))
 
 
-def test_a_mapped_file_that_is_cut_short_is_an_error(runs: Runs, tmp_path: Path, monkeypatch) -> None:
+def test_a_mapped_file_that_is_cut_short_is_an_error(
+    runs: Runs, tmp_path: Path, monkeypatch
+) -> None:
     packed = tmp_path / "photos.moce"
     moce.pack(runs.data, size="16", out=packed)
     whole = load_images(str(packed), (16, 16))

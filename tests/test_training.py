@@ -125,23 +125,6 @@ def same_weights(one: Path, other: Path) -> None:
         assert torch.equal(value, weights[1][name]), name
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "mae", "moce", "finetune"])
-def test_resumed_run_equals_an_uninterrupted_one(verb: str, runs, tmp_path: Path) -> None:
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    run_verb(verb, runs, straight)
-    watcher = stop_after(stopped, 3)
-    with pytest.raises(Interrupted) as stop:
-        run_verb(verb, runs, stopped)
-    watcher.join()
-    assert stop.value.exit_status == 130
-    assert not (stopped / "model.json").exists()
-    done = len(read_metrics(stopped))
-    assert 3 <= done < len(read_metrics(straight))
-    run_verb(verb, runs, stopped, resume=True)
-    same_losses(straight, stopped)
-    same_weights(straight, stopped)
-
-
 def test_micro_batches_resume_alike(runs, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     run_verb("moce", runs, straight, micro_batch_size=10)

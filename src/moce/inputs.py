@@ -25,24 +25,29 @@ SHOWN = 12  # digits of a checksum
 def describe_inputs(settings: Settings, *sets: ImageSet) -> dict[str, str]:
     """By the name of a setting, in words and checksums, what it stands for now."""
     found = {"data": f"{sum(map(len, sets))} images {_digest_of_names(sets)}"}
-    for name in STARTS:
-        value = getattr(settings, name, None)
-        files = _files_of(expand(Path(value))) if value is not None else []
-        if files:
-            found[name] = f"weights {_digest_of_files(files)}"
-    return found
+    given = {name: getattr(settings, name, None) for name in STARTS}
+    return found | describe_weights({name: value for name, value in given.items() if value})
+
+
+def describe_weights(references: dict[str, Any]) -> dict[str, str]:
+    """By the same names, what files or folders of weights hold; names of models are left out."""
+    files = {name: _files_of(expand(Path(value))) for name, value in references.items()}
+    return {name: f"weights {_digest_of_files(found)}" for name, found in files.items() if found}
 
 
 def check_inputs(folder: Path, now: dict[str, str]) -> None:
     """Raise MoceError, showing the difference, if a run began with other inputs."""
     path = folder / STATE / FILE
-    if not path.is_file():
-        return
-    before = _read(path)
+    if path.is_file():
+        refuse_changes(folder, _read(path), now)
+
+
+def refuse_changes(folder: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Raise MoceError, showing the difference, if one of the inputs from `before` is another `now`."""
     changed = [
-        f"{name} was {before[name]}, is {now.get(name, 'gone')}"
-        for name in before
-        if before[name] != now.get(name)
+        f"{name} was {was}, is {now.get(name, 'gone')}"
+        for name, was in before.items()
+        if was != now.get(name)
     ]
     if changed:
         raise MoceError(
