@@ -243,6 +243,12 @@ def test_a_log_that_cannot_be_written_is_told(
     assert [row["step"] for row in read_metrics(out)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_folder_that_cannot_be_made_is_told(runs: Runs, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(command(runs, tmp_path / "file" / "run")) == 2
+    assert f"cannot make {tmp_path / 'file' / 'run'}: " in last_line(capsys)
+
+
 def test_a_file_in_the_place_of_the_state_is_told(runs: Runs, tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     assert main(command(runs, out)) == 0

@@ -180,6 +180,8 @@ def atomic(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             temporary.chmod(0o644)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # on disk before it has its name, should the power fail
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

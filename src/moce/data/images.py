@@ -89,10 +89,7 @@ def load_images(
     if not entries:
         raise MoceError(f"no images in {name}")
     pixels = _allocate((len(entries), channels, *size), store)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = list(
-            pool.map(lambda row: decode_into(pixels, row, entries[row]), range(len(entries)))
-        )
+    reasons = _decode_all(pixels, entries)
     good = [row for row, reason in enumerate(reasons) if reason is None]
     skipped = [(entries[row].id, reason) for row, reason in enumerate(reasons) if reason]
     _check_skipped(skipped, len(entries), max_skipped, name)
@@ -106,6 +103,17 @@ def load_images(
         splits=[entries[row].split for row in good],
         skipped=skipped,
     )
+
+
+def _decode_all(pixels: np.ndarray, entries: list[Entry]) -> list[str | None]:
+    """Decode every image into its row; the reasons of those that cannot be."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            rows = range(len(entries))
+            return list(pool.map(lambda row: decode_into(pixels, row, entries[row]), rows))
+        except BaseException:  # Ctrl-C is not to wait for all that have been asked for
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _check_skipped(skipped: list[tuple[str, str]], count: int, most: float, name: str) -> None:
