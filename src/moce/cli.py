@@ -18,7 +18,7 @@ from moce.config import Settings
 from moce.errors import MoceError, signal_of
 from moce.parsing import read_recipe
 from moce.registry import VERBS, Verb
-from moce.training.interrupt import terminable
+from moce.signals import terminable
 
 FAILED = 1
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from moce.errors import Terminated
-
-Handler = Callable[[int, FrameType | None], None]
+from moce.signals import handled_by
 
 
 class StopRequest:
@@ -39,29 +36,5 @@ def _tell(message: str) -> None:
 def stop_request() -> Iterator[StopRequest]:
     """Within the context the signals only set `received` (on the main thread; elsewhere: nothing)."""
     request = StopRequest()
-    with _handled_by(request._handle, signal.SIGINT, signal.SIGTERM):
+    with handled_by(request._handle, signal.SIGINT, signal.SIGTERM):
         yield request
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Within the context SIGTERM raises Terminated, as Ctrl-C raises KeyboardInterrupt."""
-    with _handled_by(_terminate, signal.SIGTERM):
-        yield
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
-
-
-@contextmanager
-def _handled_by(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
