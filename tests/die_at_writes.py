@@ -1,10 +1,11 @@
 """A command that kills itself at its n-th dealing with a file; a program for test_kill.py.
 
-    python tests/die_at_writes.py OUT STRAIGHT WORDS...
+    python tests/die_at_writes.py STRIDE OUT STRAIGHT WORDS...
 
 Runs `moce WORDS --out OUT` in processes forked from this one, the n-th killed by itself at its n-th
 chance: when a temporary file has been made, half written, when it is whole but has no name yet, when
 it has its name, and half way through a line of a log. Each is resumed and compared with STRAIGHT.
+STRIDE 3 takes every third chance.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def forked(words: list[str], fatal: int) -> bool:
     return killed
 
 
-def run(out: Path, straight: Path, words: list[str]) -> int:
-    """How many chances there were; all of them were taken, one after the other."""
+def run(stride: int, out: Path, straight: Path, words: list[str]) -> int:
+    """How many chances there were; of every `stride` of them one was taken."""
     assert not forked([*words, "--out", str(straight)], 0)
     command, number = [*words, "--out", str(out)], 1
     while forked(command, number):
@@ -95,10 +96,10 @@ def run(out: Path, straight: Path, words: list[str]) -> int:
         hidden = [path for path in out.rglob(".*") if path.is_file()]
         assert not hidden, (number, hidden)
         shutil.rmtree(out)
-        number += 1
+        number += stride
     return number - 1
 
 
 if __name__ == "__main__":
-    died = run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
-    print(f"died {died} times")
+    chances = run(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    print(f"chances: {chances}")
