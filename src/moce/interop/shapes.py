@@ -97,7 +97,7 @@ def _positions(
         raise MoceError(f"{path} has no absolute position embedding, which masking needs")
     count = encoder["pos_embed"].shape[1]
     prefix = int(arguments["class_token"]) + arguments["reg_tokens"]
-    patch = pair(given.get("patch_size", arguments["patch_size"]))
+    patch = pair(arguments["patch_size"])
     for bare in (False, True):
         patches = count - (0 if bare else prefix)
         side = math.isqrt(max(patches, 0))
