@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import re
 import sys
 import typing
 from dataclasses import asdict, is_dataclass
@@ -37,15 +39,20 @@ def main(arguments: list[str] | None = None) -> int:
             as_json=options.get("json", False),
         )
     except MoceError as error:
-        print(f"moce {name}: {error}", file=sys.stderr)
+        _tell(name, error)
         return getattr(error, "exit_status", 2)
     except OSError as error:
-        print(f"moce {name}: {error}", file=sys.stderr)
+        _tell(name, error)
         return FAILED
     except KeyboardInterrupt:
         print(f"moce {name}: interrupted", file=sys.stderr)
         return CANCELLED
     return 0
+
+
+def _tell(verb: str, error: Exception) -> None:
+    """One line, whatever names are in the message."""
+    print(f"moce {verb}: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
     """Names the nearest valid flag when one is unknown."""
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {_nearer(message)} (see {self.prog} --help)\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         options, unknown = self.parse_known_args(args, namespace)
@@ -75,9 +82,17 @@ class _Parser(argparse.ArgumentParser):
         return options
 
 
-def _unknown_flags(unknown: list[str], verb: str | None) -> str:
-    import difflib
+def _nearer(message: str) -> str:
+    """argparse's message; of an unknown verb, ours, with the nearest one."""
+    found = re.match(r"argument VERB: invalid choice: '(.*?)' \(", message, re.DOTALL)
+    if found is None:
+        return message
+    near = difflib.get_close_matches(found[1], VERBS, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"unknown verb '{found[1]}'; {hint}verbs: {', '.join(VERBS)}"
 
+
+def _unknown_flags(unknown: list[str], verb: str | None) -> str:
     flags = [_flag(name) for name, field in _fields(VERBS[verb].settings)] if verb else []
     flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
     near = difflib.get_close_matches(flag, [*flags, "--config", "--help"], n=1)
