@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from builders import TINY_ARGS, copy_run
-from commands import QUIET, Words, World, one_line, run_command, snapshot
+from commands import Words, World, one_line, run_command, snapshot
 
 from moce.registry import VERBS
 
@@ -24,7 +24,7 @@ SETTINGS: dict[str, Case] = {
     "unknown flag": (lambda w: w.pretrain(None, "--epoch", 3), "did you mean --epochs"),
     "unknown verb": (lambda w: ["pretain", w.runs.data], "did you mean 'pretrain'"),
     "a verb like none": (lambda w: ["xyzzy"], "pretrain, cluster, train"),
-    "a flag before the verb": (lambda w: ["--seed", 3, "doctor"], "--seed"),
+    "a flag before the verb": (lambda w: ["--seed", 3, "doctor"], "--seed is no verb"),
     "a flag without its value": (lambda w: w.pretrain(None, "--steps"), "--steps"),
     "several mistakes": (
         lambda w: w.pretrain(None, "--epochs", "many", "--mask-ratio", 2, "--batch-size", 0),
@@ -76,7 +76,7 @@ SETTINGS: dict[str, Case] = {
     "no size of a pack": (lambda w: ["pack", w.runs.data, "--out", w.file("a")], "--size"),
     "one label": (lambda w: w.probe("--num-labels", 1), "num_labels 1"),
     "allow all weights to be missing": (
-        lambda w: w.cluster("--allow-missing", "*", mae=_weights(w)), "'*' would start"),
+        lambda w: w.cluster("--allow-missing", "*", mae=_weights(w)), "would start any weight fresh"),
     # Settings that would be ignored.
     "epochs of headroom": (lambda w: w.headroom("--epochs", 3), "--steps"),
     "assignment of a probe": (
@@ -85,10 +85,9 @@ SETTINGS: dict[str, Case] = {
         lambda w: w.customize("--strategy", "probe", "--threshold", 0.9), "--threshold"),
     "threshold of a route": (
         lambda w: w.customize("--strategy", "route", "--threshold", 0.9), "--threshold"),
-    "clusters of MAE+": (lambda w: w.train("--method", "mae"), "--clusters"),
-    "experts of MAE+": (
-        lambda w: ["train", w.runs.data, "--mae", w.runs.mae, "--method", "mae", "--num-experts", 3,
-                   "--out", w.out, *QUIET], "--num-experts"),
+    "solver of neighbours": (lambda w: w.probe("--kind", "knn", "--solver", "lbfgs"), "--solver"),
+    "neighbours of a linear probe": (lambda w: w.probe("--neighbours", 3), "--neighbours"),
+    "rate without steps": (lambda w: w.probe("--solver", "lbfgs", "--base-lr", 1), "--base-lr"),
     "strategy of an MAE": (lambda w: w.export("--strategy", "generalist"), "--strategy"),
     "weights' model of a run": (
         lambda w: w.cluster("--model", "vit_tiny_patch16_224"), "model comes from the run"),

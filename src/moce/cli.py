@@ -27,11 +27,10 @@ CANCELLED = 130  # as shells report Ctrl-C
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 2 a mistake to mend, 130 interrupted."""
-    parser = build_parser()
-    options = vars(parser.parse_args(arguments))
+    options = vars(build_parser().parse_args(arguments))
     name = options.pop("verb")
     if name is None:
-        parser.print_help()
+        build_parser().print_help()
         return 2
     try:
         _print_result(
@@ -42,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         _tell(name, error)
         return getattr(error, "exit_status", 2)
     except OSError as error:
-        _tell(name, error)
+        named = error.filename is not None and error.strerror
+        _tell(name, f"{error.filename}: {error.strerror}" if named else error)
         return FAILED
     except KeyboardInterrupt:
         print(f"moce {name}: interrupted", file=sys.stderr)
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _tell(verb: str, error: Exception) -> None:
+def _tell(verb: str, error: object) -> None:
     """One line, whatever names are in the message."""
     print(f"moce {verb}: error: {' '.join(str(error).split())}", file=sys.stderr)
 
@@ -76,8 +76,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {_nearer(message)} (see {self.prog} --help)\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        options, unknown = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+            self.error(f"{words[0]} is no verb; flags come after it")
+        options, unknown = self.parse_known_args(words, namespace)
         if unknown:
+            self.prog = f"{self.prog} {options.verb}" if options.verb else self.prog
             self.error(_unknown_flags(unknown, options.verb))
         return options
 
@@ -93,10 +97,10 @@ def _nearer(message: str) -> str:
 
 
 def _unknown_flags(unknown: list[str], verb: str | None) -> str:
-    flags = [_flag(name) for name, field in _fields(VERBS[verb].settings)] if verb else []
+    flags = [_flag(name)[2:] for name, field in _fields(VERBS[verb].settings)] if verb else []
     flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
-    near = difflib.get_close_matches(flag, [*flags, "--config", "--help"], n=1)
-    return f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "")
+    near = difflib.get_close_matches(flag.lstrip("-"), [*flags, "config", "help"], n=1)
+    return f"unknown argument {flag}" + (f"; did you mean --{near[0]}?" if near else "")
 
 
 def _fields(settings: type[Settings]) -> list[tuple[str, FieldInfo]]:

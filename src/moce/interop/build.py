@@ -75,6 +75,11 @@ def build_mae(weights: Weights, wishes: Wishes) -> tuple[MAESpec, MAE, list[str]
     Without a decoder in `weights` it gets a fresh one. Raises MoceError if weights are missing or
     left over that `wishes` does not allow, or do not fit.
     """
+    if any(pattern and not pattern.strip("*") for pattern in wishes.allow_missing):
+        raise MoceError(
+            "--allow-missing '*' would start any weight fresh; name those that may be missing, such "
+            "as 'norm.*'"
+        )
     name, arguments = _architecture(weights, wishes)
     spec = _spec(weights, wishes, name, {**arguments, **wishes.model_args})
     mae = spec.build()

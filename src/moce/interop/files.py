@@ -91,7 +91,7 @@ def _load_plain(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global|type) ([\w.]+)", str(error))
-        what = f"a {found[1]}" if found else "more than tensors"
+        what = found[1] if found else "more than tensors"
         raise MoceError(
             f"{path} holds {what}, which only pickle can read, and pickle can run any code that a "
             f"file holds. If you trust where it comes from: moce convert {path} "

@@ -17,6 +17,7 @@ from moce.models.encoder import EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs import CONFIG, INFO, WEIGHTS
 from moce.training.progress import say
+from moce.verbs.start import given
 
 OF_A_RUN = frozenset(
     {"model", "model_args", "img_size", "mean", "std", "mask_ratio", "norm_pix"}
@@ -97,7 +98,7 @@ def timm_spec(vit: VisionTransformer, name: str, wishes: Wishes) -> MAESpec:
 
 def wishes_of(settings: FileSettings | PretrainSettings) -> Wishes:
     """What the settings ask of the model: only what was given counts as asked."""
-    names = _given(settings) & {"model", "mean", "std", "mask_ratio", "norm_pix", "decoder_heads"}
+    names = given(settings) & {"model", "mean", "std", "mask_ratio", "norm_pix", "decoder_heads"}
     asked = {name: getattr(settings, name) for name in names}
     arguments = dict(settings.model_args)
     if settings.img_size is not None:
@@ -126,12 +127,6 @@ def refuse_given(
     settings: FileSettings | PretrainSettings, names: frozenset[str], origin: str
 ) -> None:
     """Raise MoceError if the user gave what comes from the origin."""
-    given = sorted(_given(settings) & names)
-    if given:
-        raise MoceError(f"{given[0]} comes from the {origin}; leave it out")
-
-
-def _given(settings: FileSettings | PretrainSettings) -> set[str]:
-    """Settings unlike their defaults: a resumed run has read all of them from its config.yaml."""
-    fields = type(settings).model_fields
-    return {n for n in settings.model_fields_set if getattr(settings, n) != fields[n].default}
+    unwanted = sorted(given(settings) & names)
+    if unwanted:
+        raise MoceError(f"{unwanted[0]} comes from the {origin}; leave it out")
