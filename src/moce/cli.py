@@ -33,10 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         build_parser().print_help()
         return 2
     try:
-        _print_result(
-            VERBS[name].run(_values(VERBS[name].settings, options)),
-            as_json=options.get("json", False),
-        )
+        result = VERBS[name].run(_values(VERBS[name].settings, options))
+        _print_result(result, as_json=options.get("json", False))
     except MoceError as error:
         _tell(name, error)
         return getattr(error, "exit_status", 2)
@@ -47,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"moce {name}: interrupted", file=sys.stderr)
         return CANCELLED
-    return 0
+    return getattr(result, "exit_status", 0)
 
 
 def _tell(verb: str, error: object) -> None:
