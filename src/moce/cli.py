@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import re
 import sys
 import typing
 from dataclasses import asdict, is_dataclass
@@ -21,6 +23,7 @@ from moce.registry import VERBS, Verb
 from moce.signals import terminable
 
 FAILED = 1
+INTERRUPTED = 128  # and the number of the signal, as shells report it
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,11 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     0 done, 1 the system failed it, 2 a mistake to mend, 130 or 143 stopped by Ctrl-C or SIGTERM.
     """
-    parser = build_parser()
-    options = vars(parser.parse_args(arguments))
+    options = vars(build_parser().parse_args(arguments))
     name = options.pop("verb")
     if name is None:
-        parser.print_help()
+        build_parser().print_help()
         return 2
     try:
         with terminable():
@@ -42,15 +44,20 @@ def main(arguments: list[str] | None = None) -> int:
         status = _exit_status(error)
         if status is None:
             raise
-        print(f"moce {name}: {_told(error, VERBS[name])}", file=sys.stderr)
+        _tell(name, _told(error, VERBS[name]), "error: " if status < INTERRUPTED else "")
         return status
-    return 0
+    return getattr(result, "exit_status", 0)
+
+
+def _tell(verb: str, message: str, label: str) -> None:
+    """One line, whatever names are in the message."""
+    print(f"moce {verb}: {label}{' '.join(message.split())}", file=sys.stderr)
 
 
 def _exit_status(error: BaseException) -> int | None:
     """The exit status after an error that is told in one line; None if it is a defect of moce."""
     if isinstance(error, KeyboardInterrupt):
-        return 128 + signal_of(error)  # as shells report it
+        return INTERRUPTED + signal_of(error)
     if isinstance(error, MoceError):
         return getattr(error, "exit_status", 2)
     return FAILED if isinstance(error, OSError) or _is_out_of_memory(error) else None
@@ -94,22 +101,34 @@ class _Parser(argparse.ArgumentParser):
     """Names the nearest valid flag when one is unknown."""
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {_nearer(message)} (see {self.prog} --help)\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        options, unknown = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+            self.error(f"{words[0]} is no verb; flags come after it")
+        options, unknown = self.parse_known_args(words, namespace)
         if unknown:
+            self.prog = f"{self.prog} {options.verb}" if options.verb else self.prog
             self.error(_unknown_flags(unknown, options.verb))
         return options
 
 
-def _unknown_flags(unknown: list[str], verb: str | None) -> str:
-    import difflib
+def _nearer(message: str) -> str:
+    """argparse's message; of an unknown verb, ours, with the nearest one."""
+    found = re.match(r"argument VERB: invalid choice: '(.*?)' \(", message, re.DOTALL)
+    if found is None:
+        return message
+    near = difflib.get_close_matches(found[1], VERBS, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"unknown verb '{found[1]}'; {hint}verbs: {', '.join(VERBS)}"
 
-    flags = [_flag(name) for name, field in _fields(VERBS[verb].settings)] if verb else []
+
+def _unknown_flags(unknown: list[str], verb: str | None) -> str:
+    flags = [_flag(name)[2:] for name, field in _fields(VERBS[verb].settings)] if verb else []
     flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
-    near = difflib.get_close_matches(flag, [*flags, "--config", "--help"], n=1)
-    return f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "")
+    near = difflib.get_close_matches(flag.lstrip("-"), [*flags, "config", "help"], n=1)
+    return f"unknown argument {flag}" + (f"; did you mean --{near[0]}?" if near else "")
 
 
 def _fields(settings: type[Settings]) -> list[tuple[str, FieldInfo]]:

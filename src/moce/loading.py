@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow
 import pyarrow.parquet
@@ -13,13 +13,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moce.clustering.model import ClusterModel
-from moce.config import expand
+from moce.config import ClusterPooling, expand
 from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.models.token_moe import TokenExpertFFN, TokenMoESpec, copy_experts
-from moce.runs import atomic, read_info, read_model, read_tensors
+from moce.runs import INFO, atomic, intact, read_info, read_model, read_tensors
 
 ASSIGNMENTS = "assignments.parquet"
 BACKBONE_CONFIG = "config.json"
@@ -28,26 +28,55 @@ BACKBONE_CONFIG = "config.json"
 def load_mae(run: Path) -> tuple[MAESpec, MAE]:
     """The masked autoencoder of a `moce pretrain` (or MAE+) run."""
     info, tensors = read_model(run, "mae")
-    spec = MAESpec.from_dict(info["spec"])
-    mae = spec.build()
+    with intact(run / INFO):
+        spec = MAESpec.from_dict(info["spec"])
+        mae = spec.build()
+        _check_mae(spec, mae)
     load_weights(mae, tensors, run)
     return spec, mae
+
+
+def _check_mae(spec: MAESpec, mae: MAE) -> None:
+    """Raise ValueError if a spec holds numbers that nothing would stumble over before a loss does."""
+    _check_encoder(spec.encoder, mae.encoder)
+    if not 0 < spec.mask_ratio < 1:
+        raise ValueError(f"a mask_ratio of {spec.mask_ratio}")
+
+
+def _check_encoder(spec: EncoderSpec, vit: VisionTransformer) -> None:
+    for name, values in (("mean", spec.mean), ("std", spec.std)):
+        if len(values) != vit.in_chans or not all(isinstance(v, int | float) for v in values):
+            raise ValueError(f"{name} {list(values)} for {vit.in_chans} channels")
+    if min(spec.std) <= 0:
+        raise ValueError(f"std {list(spec.std)}")
 
 
 def load_clusters(run: Path) -> ClusterModel:
     """The cluster model of a `moce cluster` run."""
     info, tensors = read_model(run, "clusters")
-    return ClusterModel.from_tensors(tensors, info["clusters"])
+    return _clusters_of(run, tensors, info)
+
+
+def _clusters_of(run: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> ClusterModel:
+    with intact(run / INFO):
+        clusters = ClusterModel.from_tensors(tensors, info["clusters"])
+        _check_encoder(clusters.spec, clusters.encoder)
+        if clusters.pooling not in get_args(ClusterPooling):
+            raise ValueError(f"pooling {clusters.pooling!r}")
+        if not (clusters.epsilon > 0 and -1 <= clusters.similarity <= 1):
+            raise ValueError(f"epsilon {clusters.epsilon}, similarity {clusters.similarity}")
+    return clusters
 
 
 def load_moce(run: Path) -> tuple[MoCESpec, MoCE, ClusterModel]:
     """The mixture and the cluster model of a `moce train` run."""
     info, tensors = read_model(run, "moce")
-    spec = MoCESpec.from_dict(info["spec"])
-    model = spec.build()
+    with intact(run / INFO):
+        spec = MoCESpec.from_dict(info["spec"])
+        model = spec.build()
+        _check_mae(spec.mae, model.mae)
     load_weights(model, under("model.", tensors), run)
-    clusters = ClusterModel.from_tensors(under("clusters.", tensors), info["clusters"])
-    return spec, model.eval(), clusters
+    return spec, model.eval(), _clusters_of(run, under("clusters.", tensors), info)
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], origin: object) -> None:
@@ -110,9 +139,11 @@ def holds_moce(path: Path) -> bool:
 def _token_moe_backbone(path: Path) -> Backbone:
     """All experts of it: tokens of one image go to several, so no dense ViT can stand for them."""
     info, tensors = read_model(path, "token_moe")
-    model = TokenMoESpec.from_dict(info["spec"]).build()
+    with intact(path / INFO):
+        model = TokenMoESpec.from_dict(info["spec"]).build()
+        spec = EncoderSpec.from_dict(info["spec"]["mae"]["encoder"])
     load_weights(model, tensors, path)
-    return Backbone(EncoderSpec.from_dict(info["spec"]["mae"]["encoder"]), model.mae.encoder.eval())
+    return Backbone(spec, model.mae.encoder.eval())
 
 
 def _exported_backbone(path: Path) -> Backbone:
@@ -121,12 +152,14 @@ def _exported_backbone(path: Path) -> Backbone:
         cfg = config["pretrained_cfg"]
         arguments = dict(config["model_args"])
         mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-        spec = EncoderSpec(config["architecture"], arguments, mean, std)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        spec = EncoderSpec(str(config["architecture"]), arguments, mean, std)
+    except (ValueError, KeyError, TypeError) as error:
         raise MoceError(f"{path / BACKBONE_CONFIG} is not a timm model config: {error!r}") from None
-    if config["model_args"].get("fc_norm"):
+    if arguments.get("fc_norm"):
         raise MoceError(f"{path} was fine-tuned, with a norm of its own; give what it came from")
-    vit = spec.build(num_classes=0, global_pool="", fc_norm=False)
+    with intact(path / BACKBONE_CONFIG):
+        vit = spec.build(num_classes=0, global_pool="", fc_norm=False)
+        _check_encoder(spec, vit)
     tensors = read_tensors(path / "model.safetensors")
     load_weights(vit, {k: v for k, v in tensors.items() if not k.startswith("head.")}, path)
     return Backbone(spec, vit)
@@ -157,5 +190,8 @@ def read_assignments(run: Path) -> dict[str, int]:
         table = pyarrow.parquet.read_table(run / ASSIGNMENTS)
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise MoceError(f"cannot read {run / ASSIGNMENTS}: {error}") from None
-    pairs = zip(table["id"].to_pylist(), table["cluster"].to_pylist(), strict=True)
-    return dict(pairs)
+    with intact(run / ASSIGNMENTS):
+        names, clusters = table["id"].to_pylist(), table["cluster"].to_pylist()
+        if not all(isinstance(c, int) and c >= 0 for c in clusters):
+            raise ValueError("its clusters are not numbers from 0 on")
+        return dict(zip(names, clusters, strict=True))

@@ -104,6 +104,14 @@ def open_folder(path: Path, settings: Settings) -> Path:
     return path
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder that files go to, if it is not there. Raises MoceError if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MoceError(f"cannot make {path}: {error.strerror}") from None
+
+
 def _empty(path: Path) -> None:
     """Remove what is in a folder, not the folder: it may be a mount point.
 
@@ -311,6 +319,20 @@ def read_info(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise MoceError(f"{path} is damaged: {error}") from None
     return info
+
+
+@contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """While what a file says is made use of: whatever goes wrong then, MoceError says that it is damaged.
+
+    Files can be edited, so that anything may stand in the place of anything.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        missing = f"it lacks {reason}" if isinstance(e, KeyError) else reason
+        raise MoceError(f"{path} is damaged or was edited: {missing[:300]}") from None
 
 
 def provenance() -> dict[str, Any]:

@@ -28,6 +28,7 @@ from moce.config.base import (
 from moce.config.stages import (
     ClusterSettings,
     CustomizeSettings,
+    FileSettings,
     HeadroomSettings,
     MAESettings,
     PretrainSettings,
@@ -61,6 +62,7 @@ __all__ = [
     "DoctorSettings",
     "EvaluateSettings",
     "ExportSettings",
+    "FileSettings",
     "FinetuneSettings",
     "Format",
     "GateInit",

@@ -29,6 +29,11 @@ def _one_or_several(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) else value
 
 
+def _text(value: Any) -> Any:
+    """A path as it is written."""
+    return str(value) if isinstance(value, Path) else value
+
+
 def _joined(value: Any) -> Any:
     """A path, or a list of sources, as one DATA argument."""
     if isinstance(value, Path):
@@ -45,6 +50,7 @@ def _joined(value: Any) -> Any:
 Channels = Annotated[tuple[Fraction, ...], BeforeValidator(_one_or_several), Field(min_length=1)]
 Deviations = Annotated[tuple[Positive, ...], BeforeValidator(_one_or_several), Field(min_length=1)]
 Data = Annotated[str, BeforeValidator(_joined)]
+Reference = Annotated[str, BeforeValidator(_text)]  # a path or a name
 IMAGES = (
     "images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a saved Hugging "
     "Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain; several with commas "

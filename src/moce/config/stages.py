@@ -26,6 +26,7 @@ from moce.config.base import (
     NonNegative,
     OpenFraction,
     Positive,
+    Reference,
     RunSettings,
     Settings,
     Strategy,
@@ -46,12 +47,9 @@ class WeightsSettings(Settings):
     )
 
 
-class MAESettings(WeightsSettings):
-    """A verb that reads a masked autoencoder: a run of moce, or weights of other libraries."""
+class FileSettings(WeightsSettings):
+    """What weights of other libraries cannot say of themselves."""
 
-    mae: Folder = Field(
-        description="run of moce pretrain, or weights of other libraries: a file, a folder, a timm name"
-    )
     model: str | None = Field(
         None, description="timm architecture of a weights file (default: as its tensors say)"
     )
@@ -66,6 +64,14 @@ class MAESettings(WeightsSettings):
     )
 
 
+class MAESettings(FileSettings):
+    """A verb that reads a masked autoencoder: a run of moce, or weights of other libraries."""
+
+    mae: Folder = Field(
+        description="run of moce pretrain, or weights of other libraries: a file, a folder, a timm name"
+    )
+
+
 class PretrainSettings(TrainingSettings, WeightsSettings):
     """Pre-train a masked autoencoder on unlabelled images (stage 0)."""
 
@@ -75,7 +81,7 @@ class PretrainSettings(TrainingSettings, WeightsSettings):
         {}, description='timm model arguments, e.g. {"embed_dim": 128, "depth": 6}'
     )
     img_size: Count | None = Field(None, description="image side in pixels (default: the model's)")
-    init: str | None = Field(
+    init: Reference | None = Field(
         None,
         description="start from a moce MAE run; weights of other libraries: a file, a folder or a "
         "timm name; or 'pretrained', the timm model's own weights",

@@ -17,6 +17,7 @@ from moce.config.base import (
     RuntimeSettings,
     Settings,
 )
+from moce.config.stages import FileSettings
 
 
 def _size_text(value: Any) -> Any:
@@ -65,7 +66,7 @@ class ReportSettings(Settings):
     max_images: Count = Field(12, description="pictures per row of a montage")
 
 
-class ExportSettings(Settings):
+class ExportSettings(FileSettings):
     """Write a trained model as a folder that another library loads."""
 
     run: Folder = Field(

@@ -30,7 +30,7 @@ class Model:
 def _write_timm(folder: Path, model: Model) -> str:
     write_timm_folder(folder, model.vit, model.spec)
     return """import timm
-model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True)
+model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()
 features = model(images)  # the mean of the patch tokens; num_classes=N adds a new head"""
 
 
@@ -50,8 +50,16 @@ def _write_torch(folder: Path, model: Model) -> str:
     weights = own.of_model(model.spec, model.vit, model.mae)
     own.write(folder / WEIGHTS, weights)
     write_json(folder / ARCHITECTURE, own.describe(weights))
-    return """from safetensors.torch import load_file
-tensors = load_file("THIS_FOLDER/model.safetensors")  # names of timm and facebookresearch/mae"""
+    return """import json
+import timm
+from safetensors.torch import load_file
+said = json.load(open("THIS_FOLDER/architecture.json"))
+options = dict(num_classes=0, global_pool="avg", fc_norm=False)
+model = timm.create_model(said["name"], **said["model_args"], **options).eval()
+tensors = load_file("THIS_FOLDER/model.safetensors")  # a decoder has the names of facebookresearch/mae
+own = model.state_dict()
+model.load_state_dict({name: tensors[name] for name in own})
+features = model(images)  # the mean of the patch tokens"""
 
 
 def _write_onnx(folder: Path, model: Model) -> str:
@@ -106,6 +114,7 @@ def write_model_folder(folder: Path, kind: str, model: Model, title: str, facts:
 def write_choice(folder: Path, kind: str, model: Model, choice: Choice, source: Path) -> str:
     """Write what a task was given: `write_model_folder`, and selection.json; returns how to load it."""
     title = f"Backbone customised by moce from {source.name}"
-    load_it = write_model_folder(folder, kind, model, title, facts_of(choice))
+    facts = [f"source: {source.name}", *facts_of(choice)]
+    load_it = write_model_folder(folder, kind, model, title, facts)
     write_json(folder / "selection.json", choice.to_json())
     return load_it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Raster = Image.Image | np.ndarray  # an array: [h, w] or [h, w, c]
 Box = tuple[int, int]
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are refused here
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**28 // 3  # Pillow's limit: beyond, memory may not do
 # Only decoders: some formats that Pillow knows are programs, which it would have run.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "DIB", "PPM", "JPEG2000", "TGA")

@@ -25,7 +25,7 @@ from moce.data.images import decode_into
 from moce.data.packed import HEADER_BYTES, Packed, header_block, open_packed
 from moce.data.sources import Entry
 from moce.errors import MoceError
-from moce.runs import read_lines, write_text
+from moce.runs import make_folder, read_lines, write_text
 
 CHUNK_BYTES, MOST_IN_CHUNK = 2**25, 1024  # of pixels decoded, written and journaled together
 Reasons = list[str | None]
@@ -87,7 +87,7 @@ class Packer:
     def chunks(self, workers: int | None = None) -> Generator[Chunk]:
         """Decode, write and journal the rest; closing the iterator leaves a state to resume from."""
         self._check_room()
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out.parent)
         # The journal is written anew: its last line may have been cut short.
         write_text(self._journal, "".join(map(_line, [self._job, *self._rows])))
         with (

@@ -11,6 +11,7 @@ is opened; the pixels only when `verify` is asked for, because that reads all of
 from __future__ import annotations
 
 import json
+import os
 import threading
 import warnings
 import zlib
@@ -132,7 +133,7 @@ def find_packed(data: str) -> Packed | None:
     Raises MoceError if it is one and damaged.
     """
     path = expand(Path(data))
-    if not data or not path.is_file():
+    if not data or not os.path.isfile(path):  # noqa: PTH113 - pathlib's raises for long names
         return None
     with path.open("rb") as file:
         is_packed = file.read(len(MAGIC)) == MAGIC

@@ -109,7 +109,7 @@ def _open(part: Part) -> list[Entry]:
             return read(data.removeprefix(prefix))
     path = expand(Path(data))
     suffix = path.suffix.lower()
-    if suffix == ".tar":  # a pattern is no path
+    if suffix == ".tar" and not os.path.isdir(path):  # noqa: PTH112 - a pattern is no path
         return read_shards(str(path))
     if not _exists(path):
         raise MoceError(f"no such images: {data[:500]} (give {ACCEPTED})")

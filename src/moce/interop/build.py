@@ -9,17 +9,25 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 from moce.errors import MoceError
-from moce.interop import dinov2, facebook, own, timm_files, transformers_vit
+from moce.interop import (
+    dinov2,
+    facebook,
+    own,
+    timm_files,
+    transformers_dinov2,
+    transformers_vit,
+)
 from moce.interop.files import read_source
 from moce.interop.shapes import architecture_of, depth_of, pair
 from moce.interop.weights import Source, Tensors, Weights
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 
-ADAPTERS = (own, transformers_vit, facebook, dinov2, timm_files)  # the first that matches reads
+# The first that matches reads.
+ADAPTERS = (own, transformers_dinov2, transformers_vit, facebook, dinov2, timm_files)
 LISTED = 8  # names in a message
 
 
@@ -57,7 +65,7 @@ def translate(source: Source) -> Weights:
     names = ", ".join(sorted(source.tensors)[:LISTED])
     raise MoceError(
         f"{source.path} holds no weights that moce knows (a ViT of timm, facebookresearch/mae, "
-        f"DINOv2, or Transformers' ViT and ViTMAE), but {names} ..."
+        f"DINOv2, or Transformers' ViT, ViTMAE and DINOv2), but {names} ..."
     )
 
 
@@ -67,6 +75,11 @@ def build_mae(weights: Weights, wishes: Wishes) -> tuple[MAESpec, MAE, list[str]
     Without a decoder in `weights` it gets a fresh one. Raises MoceError if weights are missing or
     left over that `wishes` does not allow, or do not fit.
     """
+    if any(pattern and not pattern.strip("*") for pattern in wishes.allow_missing):
+        raise MoceError(
+            "--allow-missing '*' would start any weight fresh; name those that may be missing, such "
+            "as 'norm.*'"
+        )
     name, arguments = _architecture(weights, wishes)
     spec = _spec(weights, wishes, name, {**arguments, **wishes.model_args})
     mae = spec.build()
@@ -82,7 +95,9 @@ def build_mae(weights: Weights, wishes: Wishes) -> tuple[MAESpec, MAE, list[str]
     if not weights.decoder:
         notes.append(f"{weights.path} has no decoder: it starts fresh")
         wanted = {key: value for key, value in wanted.items() if key.startswith("encoder.")}
-    _resample(tensors, mae, _grid(weights, arguments), notes)
+    grid = _grid(weights, arguments)
+    wanted = _resample_patches(tensors, mae, wanted, notes)
+    _resample(tensors, mae, grid, notes)
     _check_names(tensors, wanted, weights.path, wishes, notes)
     _load(mae, {key: value for key, value in tensors.items() if key in wanted}, weights.path)
     return spec, mae, notes
@@ -93,7 +108,7 @@ def _architecture(weights: Weights, wishes: Wishes) -> tuple[str, dict[str, Any]
     name = wishes.model or weights.name
     if name is not None:
         return name, weights.model_args if name == weights.name else {}
-    given = {**weights.model_args, **wishes.model_args}
+    given = {**wishes.model_args, **weights.model_args}
     name, arguments = architecture_of(weights.encoder, weights.path, given)
     return name, {**arguments, **weights.model_args}
 
@@ -131,6 +146,26 @@ def _grid(weights: Weights, arguments: dict[str, Any]) -> tuple[int, int] | None
         return None
     height, width = pair(arguments["img_size"])
     return height // patch.shape[-2], width // patch.shape[-1]
+
+
+def _resample_patches(tensors: Tensors, mae: MAE, wanted: Tensors, notes: list[str]) -> Tensors:
+    """Bring the patch embedding to the model's patch, in place; what is wanted of `tensors` then.
+
+    The decoder's last layer predicts the pixels of a patch, and starts fresh if that has changed.
+    """
+    name, head = "encoder.patch_embed.proj.weight", "decoder.head."
+    weight, new = tensors.get(name), tuple(mae.encoder.patch_embed.patch_size)
+    if weight is None or weight.dim() != 4 or tuple(weight.shape[2:]) == new:
+        return wanted
+    old = "x".join(map(str, weight.shape[2:]))
+    tensors[name] = resample_patch_embed(weight.float(), list(new))
+    notes.append(f"patch embedding resampled from {old} to {new[0]}x{new[1]} pixels")
+    if any(key.startswith(head) for key in tensors):
+        notes.append(f"the decoder's last layer predicts patches of {old} pixels: it starts fresh")
+        for key in [key for key in tensors if key.startswith(head)]:
+            del tensors[key]
+        wanted = {key: value for key, value in wanted.items() if not key.startswith(head)}
+    return wanted
 
 
 def _resample(tensors: Tensors, mae: MAE, grid: tuple[int, int] | None, notes: list[str]) -> None:

@@ -15,10 +15,13 @@ from moce.errors import MoceError
 from moce.interop.weights import Source
 from moce.runs import read_tensor_metadata, read_tensors
 
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-IN_FOLDERS = ("model.safetensors", INDEX, "pytorch_model.bin")
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+INDEX_SUFFIX = ".index.json"  # of a model in several files
+IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher")
 DATA_PARALLEL = "module."
+
+Content = tuple[dict[str, Tensor], dict[str, str], list[str]]  # tensors, header, notes
 
 
 def read_source(path: Path) -> Source:
@@ -29,22 +32,21 @@ def read_source(path: Path) -> Source:
     file = _in_folder(path) if path.is_dir() else path
     if not file.is_file():
         raise MoceError(f"no weights at {path}")
-    config = _read_json(file.parent / CONFIG) if (file.parent / CONFIG).is_file() else {}
-    if file.name == INDEX:
-        return Source(str(path), _read_shards(file), config)
-    if file.suffix == ".safetensors":
-        return Source(str(path), read_tensors(file), config, read_tensor_metadata(file))
-    tensors, notes = unwrap(_load_plain(file), file)
-    return Source(str(path), tensors, config, notes=notes)
+    beside = [file.parent / name for name in (CONFIG, PROCESSOR)]
+    config, processor = (_read_json(at) if at.is_file() else {} for at in beside)
+    if file.name.endswith(INDEX_SUFFIX):
+        tensors, header, notes = _read_shards(file)
+    else:
+        tensors, header, notes = _read_file(file)
+    return Source(str(path), tensors, config, header, notes, processor)
 
 
 def _in_folder(folder: Path) -> Path:
-    for name in IN_FOLDERS:
+    names = [name + suffix for name in IN_FOLDERS for suffix in ("", INDEX_SUFFIX)]
+    for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise MoceError(
-        f"{folder} is not a moce run, and it holds no weights ({', '.join(IN_FOLDERS)})"
-    )
+    raise MoceError(f"{folder} is not a moce run, and it holds no weights ({', '.join(names)})")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -55,12 +57,33 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+def _read_file(file: Path) -> Content:
+    if file.suffix == ".safetensors":
+        return read_tensors(file), read_tensor_metadata(file), []
+    tensors, notes = unwrap(_load_plain(file), file)
+    return tensors, {}, notes
+
+
+def _read_shards(index: Path) -> Content:
+    """The tensors of all files that an index names. Raises MoceError if one is not there or not whole."""
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(map(_is_name, places.values())):
+        raise MoceError(f"{index} is no index of weights: it has no weight_map of names to files")
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        tensors |= read_tensors(index.parent / Path(name).name)
-    return tensors
+    notes: list[str] = []
+    for name in sorted(set(places.values())):
+        found, _, said = _read_file(index.parent / name)
+        tensors |= found
+        notes += said
+    missing = sorted(places.keys() - tensors.keys())
+    if missing:
+        raise MoceError(f"{index} names weights that are in none of its files: {missing[0]}")
+    return tensors, {}, notes
+
+
+def _is_name(name: object) -> bool:
+    """Whether it is the name of a file beside the index, and leads nowhere else."""
+    return isinstance(name, str) and bool(name) and Path(name).name == name
 
 
 def _load_plain(path: Path) -> Any:
@@ -68,7 +91,7 @@ def _load_plain(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global|type) ([\w.]+)", str(error))
-        what = f"a {found[1]}" if found else "more than tensors"
+        what = found[1] if found else "more than tensors"
         raise MoceError(
             f"{path} holds {what}, which only pickle can read, and pickle can run any code that a "
             f"file holds. If you trust where it comes from: moce convert {path} "

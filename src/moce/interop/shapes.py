@@ -97,8 +97,10 @@ def _positions(
         raise MoceError(f"{path} has no absolute position embedding, which masking needs")
     count = encoder["pos_embed"].shape[1]
     prefix = int(arguments["class_token"]) + arguments["reg_tokens"]
-    patch = pair(given.get("patch_size", arguments["patch_size"]))
-    for bare in (False, True):
+    patch = pair(arguments["patch_size"])
+    # Positions for patches only: 9 with a class token may be a row of 8 patches as well as 3x3.
+    may_be_bare = arguments["reg_tokens"] > 0 or given.get("no_embed_class", False)
+    for bare in (False, True) if may_be_bare else (False,):
         patches = count - (0 if bare else prefix)
         side = math.isqrt(max(patches, 0))
         size = pair(given["img_size"]) if "img_size" in given else None

@@ -72,37 +72,58 @@ def read(source: Source) -> Weights:
         notes.append(f"norms use eps {EPS}, the config says {config['layer_norm_eps']}")
     return Weights(
         source.path,
-        _join_attention(encoder),
-        _join_attention(decoder),
-        model_args={"num_heads": config["num_attention_heads"]} if config else {},
+        join_attention(encoder),
+        join_attention(decoder),
+        model_args=model_args(config),
         decoder_heads=config.get("decoder_num_attention_heads", 16),
         mask_ratio=config.get("mask_ratio"),
         norm_pix=config.get("norm_pix_loss"),
         notes=notes,
+        **preprocessing(source),
     )
+
+
+def model_args(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of the model that its tensors do not: heads, and the size of the images."""
+    arguments: dict[str, Any] = {}
+    if "num_attention_heads" in config:
+        arguments["num_heads"] = config["num_attention_heads"]
+    if "image_size" in config:
+        arguments["img_size"] = list(pair(config["image_size"]))
+    return arguments
+
+
+def preprocessing(source: Source) -> dict[str, Any]:
+    """mean and std of the image processor beside the weights, if there is one that normalises."""
+    processor = source.processor
+    if not processor.get("do_normalize", True):
+        return {}
+    said = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    return {name: tuple(value) for name, value in said.items() if isinstance(value, list)}
 
 
 def _check_config(config: dict[str, Any], path: str) -> None:
     kind = config.get("model_type", TYPES[0])
     if kind not in TYPES:
-        raise MoceError(f"{path} is a '{kind}' of Transformers; moce reads {' and '.join(TYPES)}")
+        raise MoceError(
+            f"{path} is a '{kind}' of Transformers; moce reads {', '.join(TYPES)}, dinov2 and "
+            "dinov2_with_registers"
+        )
     if config.get("hidden_act", "gelu") != "gelu":
         raise MoceError(f"{path} computes with {config['hidden_act']}; moce reads gelu only")
 
 
 def _encoder_name(name: str) -> str:
     layer = re.match(r"^(?:encoder\.layer|layers)\.(\d+)\.(.+)$", name)
-    return f"blocks.{layer[1]}.{_layer_name(layer[2])}" if layer else _renamed(name, ENCODER)
+    return f"blocks.{layer[1]}.{layer_name(layer[2])}" if layer else renamed(name, ENCODER)
 
 
 def _decoder_name(name: str) -> str:
     layer = re.match(r"^(?:decoder_layers|decoder_encoder\.layer)\.(\d+)\.(.+)$", name)
-    return (
-        f"blocks.{layer[1]}.{_layer_name(layer[2])}" if layer else _renamed(name, facebook.TO_OURS)
-    )
+    return f"blocks.{layer[1]}.{layer_name(layer[2])}" if layer else renamed(name, facebook.TO_OURS)
 
 
-def _layer_name(name: str) -> str:
+def layer_name(name: str) -> str:
     for pattern, ours in LAYER:
         found = re.match(pattern, name)
         if found:
@@ -111,13 +132,13 @@ def _layer_name(name: str) -> str:
     return name
 
 
-def _renamed(name: str, table: dict[str, str]) -> str:
+def renamed(name: str, table: dict[str, str]) -> str:
     """The name with its module, up to weight or bias, as the table has it; as it is if not there."""
     module = re.sub(r"\.(weight|bias)$", "", name)
     return table.get(module, module) + name[len(module) :]
 
 
-def _join_attention(tensors: Tensors) -> Tensors:
+def join_attention(tensors: Tensors) -> Tensors:
     """timm projects to queries, keys and values by one matrix."""
     joined = {k: v for k, v in tensors.items() if not re.search(r"\.attn\.[qkv]\.", k)}
     for name in tensors:
@@ -267,7 +288,7 @@ def _their_name(name: str, layers: str, rest: dict[str, str]) -> str:
     block = re.match(r"^blocks\.(\d+)\.(.+)\.(weight|bias)$", name)
     if block:
         return f"{layers}.{block[1]}.{TO_LAYER[block[2]]}.{block[3]}"
-    return _renamed(name, rest)
+    return renamed(name, rest)
 
 
 def _split_attention(tensors: Tensors) -> Tensors:

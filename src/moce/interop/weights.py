@@ -19,8 +19,9 @@ HARMLESS = {
 class Source:
     """Tensors as they lie in a file, and what lies beside them.
 
-    config: config.json of the same folder; header: metadata of a safetensors file; path: where it
-    comes from, for messages; notes: what was left out while reading.
+    config, processor: config.json and preprocessor_config.json of the same folder; header: metadata
+    of a safetensors file; path: where it comes from, for messages; notes: what was left out while
+    reading.
     """
 
     path: str
@@ -28,6 +29,7 @@ class Source:
     config: dict[str, Any] = field(default_factory=dict)
     header: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    processor: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

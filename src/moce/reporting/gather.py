@@ -10,7 +10,7 @@ from typing import Any
 
 from moce.errors import MoceError
 from moce.reporting.pictures import Source
-from moce.runs import CONFIG, INFO, read_config, read_info, read_metrics
+from moce.runs import CONFIG, INFO, intact, read_config, read_info, read_metrics
 
 RESULTS = "results.json"
 TITLES = {
@@ -107,9 +107,24 @@ def _read_run(path: Path) -> Run:
     # Without model.json the run has not ended; its losses can be looked at all the same.
     info = read_info(path) if (path / INFO).is_file() else {"kind": "unfinished"}
     kind = str(info["kind"])
+    with intact(path / INFO):
+        _check_info(kind, info)
     if kind == "mae" and config.get("method") == "mae":
         kind = "mae_plus"
     return Run(path, kind, info, config, read_metrics(path))
+
+
+def _check_info(kind: str, info: dict[str, Any]) -> None:
+    """Raise what `intact` takes for damage if what the sections read is not there."""
+    for value in info.get("metrics", {}).values():
+        if not isinstance(value, int | float):
+            raise TypeError(f"a metric is {value!r}, no number")
+    if not isinstance(info.get("images", 0), int):
+        raise TypeError(f"images are {info['images']!r}, no number")
+    if kind == "clusters":
+        int(info["clusters"]["num_clusters"])
+    if kind == "moce":
+        int(info["routes"])
 
 
 def _name(runs: list[Run]) -> None:

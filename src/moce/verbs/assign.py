@@ -8,9 +8,10 @@ from torch import Tensor
 from moce.clustering.model import ClusterModel
 from moce.config import HeadroomSettings, TrainSettings
 from moce.data.images import ImageSet
+from moce.errors import MoceError
 from moce.features import extract_features
-from moce.loading import read_assignments
-from moce.runs import read_config
+from moce.loading import ASSIGNMENTS, read_assignments
+from moce.runs import CONFIG, intact, read_config
 from moce.training.progress import say
 
 
@@ -22,10 +23,17 @@ def assign_images(
 ) -> Tensor:
     """The cluster of every image, [n] int64: as it was clustered, or assigned if it was not there."""
     assert settings.clusters is not None
-    origin = read_config(settings.clusters)["data"]
+    with intact(settings.clusters / CONFIG):
+        origin = read_config(settings.clusters)["data"]
     if origin != settings.data:
         say(f"the clusters were made from {origin}; images are matched to them by name")
     known = read_assignments(settings.clusters)
+    highest = max(known.values(), default=-1)
+    if highest >= clusters.num_clusters:
+        raise MoceError(
+            f"{settings.clusters / ASSIGNMENTS} is damaged or was edited: it names cluster {highest}, "
+            f"and there are {clusters.num_clusters} from 0 on"
+        )
     cluster_of = torch.tensor([known.get(name, -1) for name in images.ids])
     unseen = (cluster_of < 0).nonzero()[:, 0].tolist()
     if unseen:

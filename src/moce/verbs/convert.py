@@ -12,6 +12,7 @@ from moce.interop.build import read_weights, translate
 from moce.interop.pickled import read_trusted
 from moce.interop.weights import Weights
 from moce.loading import load_mae
+from moce.runs import make_folder
 from moce.training.progress import say
 from moce.verbs.weights import moce_run
 
@@ -42,7 +43,7 @@ def run(settings: ConvertSettings) -> ConvertResult:
     weights = _read(settings)
     for note in weights.notes:
         say(note)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     own.write(out, weights)
     count = len(weights.encoder) + len(weights.decoder)
     return ConvertResult(out, count, bool(weights.decoder))

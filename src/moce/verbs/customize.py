@@ -16,6 +16,7 @@ from moce.runs import open_folder, write_skipped
 from moce.training.progress import say
 from moce.transfer.evaluation import choose_by_probe
 from moce.transfer.task import load_task
+from moce.verbs.start import refuse_unused
 
 
 @dataclass
@@ -46,6 +47,11 @@ class CustomizeResult:
 
 
 def run(settings: CustomizeSettings) -> CustomizeResult:
+    if settings.strategy == "probe":
+        names = {"threshold", "assign", "batch_size"}
+        refuse_unused(settings, names, "strategy probe chooses by labels")
+    elif settings.strategy != "auto":
+        refuse_unused(settings, {"threshold"}, f"strategy {settings.strategy} needs no threshold")
     device, precision = prepare(settings)
     bank = load(settings.run)
     bank.device, bank.precision = device, precision

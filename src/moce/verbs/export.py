@@ -11,11 +11,9 @@ from moce.customization.export import clusters_of
 from moce.customization.formats import Model, check_format, write_model_folder
 from moce.customization.selection import Choice, Route, route_name
 from moce.errors import MoceError
-from moce.interop.build import Wishes, build_mae, read_weights
 from moce.loading import load_mae
 from moce.runs import open_folder, provenance, read_info, write_json
-from moce.training.progress import say
-from moce.verbs.weights import moce_run
+from moce.verbs.weights import OF_A_RUN, check_arguments, from_file, moce_run, refuse_given
 
 
 @dataclass
@@ -44,6 +42,8 @@ def _model(settings: ExportSettings) -> tuple[Model, list[str]]:
     """What to export, and what its card says of it."""
     run = moce_run(settings.run)
     kind = read_info(run)["kind"] if run else "weights"
+    if run:
+        refuse_given(settings, OF_A_RUN, f"run {run}")
     if run and kind == "moce":
         return _of_experts(settings, run)
     if settings.route is not None or settings.strategy != "route":
@@ -55,12 +55,10 @@ def _model(settings: ExportSettings) -> tuple[Model, list[str]]:
         raise MoceError(
             f"{run} is a run of kind '{kind}', which no dense ViT equals: it cannot be exported"
         )
-    weights = read_weights(settings.run)
-    spec, mae, notes = build_mae(weights, Wishes())
-    for note in notes:
-        say(note)
-    whole = mae.eval() if weights.decoder else None
-    return Model(spec.encoder, mae.encoder.eval(), whole), [f"source: {settings.run.name}"]
+    check_arguments(settings.model_args)
+    spec, mae, whole = from_file(settings.run, settings)
+    vit, decoder = mae.encoder.eval(), mae.eval() if whole else None
+    return Model(spec.encoder, vit, decoder), [f"source: {settings.run.name}"]
 
 
 def _of_experts(settings: ExportSettings, run: Path) -> tuple[Model, list[str]]:

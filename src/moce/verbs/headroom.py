@@ -29,7 +29,7 @@ from moce.runs import write_json
 from moce.training.loop import fit, total_steps
 from moce.training.stages import mae_stage
 from moce.verbs.assign import assign_images
-from moce.verbs.start import begin, read_images, settle
+from moce.verbs.start import begin, read_images, refuse_unused, settle
 from moce.verbs.weights import start_from
 
 HELD_OUT = 0.1  # share of the images that errors are measured on
@@ -97,6 +97,7 @@ class HeadroomResult:
 
 
 def run(settings: HeadroomSettings) -> HeadroomResult:
+    refuse_unused(settings, {"epochs"}, "headroom is counted in --steps")
     settings, device = settle(settings)
     spec, mae = start_from(settings.mae, settings)
     clusters = load_clusters(settings.clusters)

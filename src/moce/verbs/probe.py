@@ -17,7 +17,7 @@ from moce.transfer.metrics import score
 from moce.transfer.prober import Prober, is_sgd
 from moce.transfer.scoring import choose_metric, confusion_counts
 from moce.transfer.task import draw_labels, load_task
-from moce.verbs.start import hint_few_steps
+from moce.verbs.start import hint_few_steps, refuse_unused
 
 ADVICE = "see recipes/probe_small.yaml, or use --solver lbfgs"
 
@@ -50,7 +50,23 @@ class ProbeResult:
         )
 
 
+OF_SGD = ("epochs", "batch_size", "base_lr", "warmup", "crop_scale", "hflip")
+
+
+def _check(settings: ProbeSettings) -> None:
+    """Raise MoceError if a setting was given that this classifier does not have."""
+    if settings.kind == "knn":
+        refuse_unused(settings, ("solver", *OF_SGD), "kind knn trains nothing")
+    else:
+        refuse_unused(settings, ("neighbours",), "kind linear has no neighbours")
+    if settings.solver == "lbfgs":
+        refuse_unused(settings, OF_SGD, "solver lbfgs takes no steps")
+    if settings.out is None:
+        refuse_unused(settings, ("overwrite",), "nothing is written without --out")
+
+
 def run(settings: ProbeSettings) -> ProbeResult:
+    _check(settings)
     device, precision = prepare(settings)
     backbone = load_backbone(settings.backbone)
     task = load_task(settings.data, input_shape(backbone.vit), max_skipped=settings.max_skipped)

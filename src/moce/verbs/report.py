@@ -9,7 +9,7 @@ from moce.config import ReportSettings
 from moce.errors import MoceError
 from moce.reporting.gather import gather
 from moce.reporting.page import build_sections, render
-from moce.runs import write_text
+from moce.runs import make_folder, write_text
 
 
 @dataclass
@@ -42,7 +42,4 @@ def _make_room(out: Path) -> None:
         raise MoceError(f"{out} is a folder; give a file for the page, as {out / 'report.html'}")
     if out.exists() and out.suffix.lower() not in (".html", ".htm"):
         raise MoceError(f"{out} is there and no HTML page; choose another name for the report")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MoceError(f"cannot make {out.parent}: {error.strerror}") from None
+    make_folder(out.parent)

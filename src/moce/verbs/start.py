@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import RunSettings, Settings
 from moce.data.images import ImageSet, load_images
+from moce.errors import MoceError
 from moce.features import input_channels, input_size
 from moce.hardware import prepare
 from moce.inputs import check_inputs, describe_inputs, write_inputs
@@ -73,6 +75,20 @@ def begin(settings: RunSettings, *sets: ImageSet) -> None:
     write_config(settings.out, settings)  # first: it says what the folder is
     write_inputs(settings.out, inputs)
     write_skipped(settings.out, [pair for images in sets for pair in images.skipped], say)
+
+
+def given(settings: Settings) -> set[str]:
+    """Settings unlike their defaults: a resumed run has read all of them from its config.yaml."""
+    fields = type(settings).model_fields
+    return {n for n in settings.model_fields_set if getattr(settings, n) != fields[n].default}
+
+
+def refuse_unused(settings: Settings, names: Iterable[str], reason: str) -> None:
+    """Raise MoceError if a setting was given that would be ignored."""
+    unused = sorted(given(settings) & set(names))
+    if unused:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise MoceError(f"{reason}: leave out {flags}")
 
 
 def _resumes(settings: RunSettings) -> bool:

@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.config import MAESettings, PretrainSettings, expand
+from moce.config import FileSettings, PretrainSettings, expand
 from moce.errors import MoceError
 from moce.interop.build import Wishes, build_mae, read_weights
 from moce.loading import load_mae
@@ -17,6 +17,7 @@ from moce.models.encoder import EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs import CONFIG, INFO, WEIGHTS
 from moce.training.progress import say
+from moce.verbs.start import given
 
 OF_A_RUN = frozenset(
     {"model", "model_args", "img_size", "mean", "std", "mask_ratio", "norm_pix"}
@@ -27,7 +28,7 @@ FIXED = frozenset({"num_classes", "global_pool", "fc_norm", "checkpoint_path", "
 
 
 def start_from(
-    reference: str | Path, settings: MAESettings | PretrainSettings
+    reference: str | Path, settings: FileSettings | PretrainSettings
 ) -> tuple[MAESpec, MAE]:
     """The model that `--mae` or `--init` names. What the user should hear of goes to stderr.
 
@@ -36,16 +37,11 @@ def start_from(
     path = expand(Path(reference))
     run = moce_run(path)
     if run is not None:
-        _refuse_given(settings, OF_A_RUN, f"run {reference}")
+        refuse_given(settings, OF_A_RUN, f"run {reference}")
         return load_mae(run)
     check_arguments(settings.model_args)
     if path.exists():
-        weights = read_weights(path)
-        if weights.decoder:
-            _refuse_given(settings, OF_THE_DECODER, f"decoder in {reference}")
-        spec, mae, notes = build_mae(weights, wishes_of(settings))
-        for note in notes:
-            say(note)
+        spec, mae, _ = from_file(path, settings)
         return spec, mae
     if timm.is_model(str(reference)):
         return from_timm(str(reference), settings)
@@ -54,13 +50,24 @@ def start_from(
     )
 
 
+def from_file(path: Path, settings: FileSettings | PretrainSettings) -> tuple[MAESpec, MAE, bool]:
+    """The model of a file or folder of other libraries, and whether its decoder came along."""
+    weights = read_weights(path)
+    if weights.decoder:
+        refuse_given(settings, OF_THE_DECODER, f"decoder in {path}")
+    spec, mae, notes = build_mae(weights, wishes_of(settings))
+    for note in notes:
+        say(note)
+    return spec, mae, bool(weights.decoder)
+
+
 def moce_run(path: Path) -> Path | None:
     """The run folder of moce that a path is, or is the weights of; None if it is of others."""
     folder = path.parent if path.name == WEIGHTS else path
     return folder if any((folder / name).is_file() for name in (INFO, CONFIG)) else None
 
 
-def from_timm(name: str, settings: MAESettings | PretrainSettings) -> tuple[MAESpec, MAE]:
+def from_timm(name: str, settings: FileSettings | PretrainSettings) -> tuple[MAESpec, MAE]:
     """A timm model with its own weights and a fresh decoder."""
     wishes = wishes_of(settings)
     with torch.device("meta"):  # refuse what will not do before anything is downloaded
@@ -89,9 +96,9 @@ def timm_spec(vit: VisionTransformer, name: str, wishes: Wishes) -> MAESpec:
     return MAESpec(encoder, *wishes.decoder, wishes.mask_ratio or 0.75, norm_pix)
 
 
-def wishes_of(settings: MAESettings | PretrainSettings) -> Wishes:
+def wishes_of(settings: FileSettings | PretrainSettings) -> Wishes:
     """What the settings ask of the model: only what was given counts as asked."""
-    names = _given(settings) & {"model", "mean", "std", "mask_ratio", "norm_pix", "decoder_heads"}
+    names = given(settings) & {"model", "mean", "std", "mask_ratio", "norm_pix", "decoder_heads"}
     asked = {name: getattr(settings, name) for name in names}
     arguments = dict(settings.model_args)
     if settings.img_size is not None:
@@ -116,15 +123,10 @@ def check_arguments(model_args: dict[str, Any]) -> None:
         )
 
 
-def _refuse_given(
-    settings: MAESettings | PretrainSettings, names: frozenset[str], origin: str
+def refuse_given(
+    settings: FileSettings | PretrainSettings, names: frozenset[str], origin: str
 ) -> None:
-    given = sorted(_given(settings) & names)
-    if given:
-        raise MoceError(f"{given[0]} comes from the {origin}; leave it out")
-
-
-def _given(settings: MAESettings | PretrainSettings) -> set[str]:
-    """Settings unlike their defaults: a resumed run has read all of them from its config.yaml."""
-    fields = type(settings).model_fields
-    return {n for n in settings.model_fields_set if getattr(settings, n) != fields[n].default}
+    """Raise MoceError if the user gave what comes from the origin."""
+    unwanted = sorted(given(settings) & names)
+    if unwanted:
+        raise MoceError(f"{unwanted[0]} comes from the {origin}; leave it out")

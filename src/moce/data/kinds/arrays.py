@@ -26,7 +26,10 @@ def read_arrays(path: Path, name: str) -> list[Entry]:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         arrays = {"images": content} if isinstance(content, np.ndarray) else dict(content)
     except Exception as error:  # zip, header and data errors of all sorts
-        raise MoceError(f"cannot read {name}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "pickle" in reason or "Python objects" in reason:  # NumPy's advice would be to trust it
+            reason = "it is no array of numbers"
+        raise MoceError(f"cannot read {name}: {reason}") from None
     parts = [part for part in PARTS if f"{part}images" in arrays] if len(arrays) > 1 else []
     entries = [entry for part in parts for entry in _part(arrays, f"{part}images", part, name)]
     if not parts:

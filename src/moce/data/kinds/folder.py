@@ -45,7 +45,7 @@ def _files(root: Path) -> list[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         # Real folders first: of two ways to one, the way without links gives the names.
-        folders = [child for child in children if child.is_dir()]
+        folders = [c for c in children if os.path.isdir(c.path)]  # noqa: PTH112 - as below
         pending += [Path(child.path) for child in folders if not child.is_symlink()]
         found += [Path(child.path) for child in children if _is_file(child)]
         linked = [Path(child.path) for child in folders if child.is_symlink()]
@@ -55,4 +55,5 @@ def _files(root: Path) -> list[Path]:
 
 def _is_file(child: os.DirEntry[str]) -> bool:
     """A file, or a link to nothing, which is worth a line; never a pipe, which would be waited for."""
-    return child.is_file() or (child.is_symlink() and not Path(child.path).exists())
+    there = os.path.exists(child.path)  # noqa: PTH110 - others raise for a link to itself
+    return os.path.isfile(child.path) or (child.is_symlink() and not there)  # noqa: PTH113

@@ -1,0 +1,144 @@
+"""moce doctor: what it shows, what it calls unusable, and what it advises."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from builders import RUNTIME
+from commands import one_line, run_command
+from packaging.requirements import Requirement
+
+import moce
+from moce import machine
+from moce.verbs import doctor
+from moce.verbs.doctor import DoctorResult, _of_the_rest, _of_threads
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No products of large matrices."""
+    rates = {torch.float32: 100e9, torch.bfloat16: 250e9}
+    monkeypatch.setattr(doctor, "matmul_rate", lambda device, kind: rates[kind])
+    monkeypatch.setattr(doctor, "resolve_precision", lambda wanted, device: "bf16")
+
+
+@pytest.fixture
+def healthy() -> DoctorResult:
+    return DoctorResult(
+        versions={}, extras={}, device="cpu", devices=["cpu"], precision="float32",
+        precision_reason="", threads=8, omp_num_threads=None, cores=8, usable_cores=8,
+        cpu_limit=None, matmul_float32=1.0, matmul_bf16=1.0, disk=".", disk_free=100.0,
+    )  # fmt: skip
+
+
+def test_it_shows_versions_devices_precision_threads_disk_rates_and_extras(
+    tmp_path: Path, capsys
+) -> None:
+    assert run_command(["doctor", "--out", tmp_path / "not" / "there"]) == 0
+    shown = capsys.readouterr().out
+    lines = dict(line.split(None, 1) for line in shown.splitlines() if " " in line)
+    assert lines["torch"] == torch.__version__.split("+")[0] or torch.__version__ in shown
+    assert "bf16: bf16 products are 2.5 times as fast as float32" in shown
+    assert f"{torch.get_num_threads()}, of" in shown and "OMP_NUM_THREADS" in shown
+    assert "100 GFLOP/s" in shown and "250 GFLOP/s" in shown
+    assert f"GB in {tmp_path}/not/there" in shown
+    for extra in ("onnx", "tensorboard", "hf", "tiff"):
+        assert f"extra {extra}" in shown
+    assert "extra dev" not in shown and "cpu (" in shown
+    assert "nothing to mend" in shown or "to mend:" in shown
+    assert not (tmp_path / "not").exists()
+
+
+def test_json_has_the_same(tmp_path: Path, capsys) -> None:
+    assert run_command(["doctor", "--json", "--out", tmp_path]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["unusable"] == [] and found["device"] in ("cpu", "cuda", "mps")
+    assert found["matmul_float32"] == 100 and found["extras"]["onnx"] == []
+    assert {"advice", "threads", "cpu_limit", "usable_cores", "disk_free"} <= found.keys()
+
+
+def test_a_package_that_is_too_old_or_missing_makes_it_unusable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    needed = [Requirement("torch>=99"), Requirement("no-such-package>=1"), Requirement("timm")]
+    monkeypatch.setattr(doctor, "_requirements", lambda: needed)
+    assert run_command(["doctor", "--out", tmp_path]) == 1
+    shown = capsys.readouterr().out
+    assert f"! torch is {doctor._version('torch')}, and moce needs >=99: pip install -U" in shown
+    assert "! no-such-package is not installed" in shown and "! timm" not in shown
+
+
+def test_a_place_that_cannot_be_written_to_is_unusable(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in moce.doctor(out=tmp_path / "file" / "runs").unusable[0]
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    result = moce.doctor(out=tmp_path)
+    assert "cannot be written to" in result.unusable[0] and result.exit_status == 1
+
+
+def test_a_missing_extra_is_shown_with_the_command_and_is_no_fault(monkeypatch, tmp_path) -> None:
+    needed = [Requirement("no-such-package; extra == 'onnx'")]
+    monkeypatch.setattr(doctor, "_requirements", lambda: needed)
+    result = moce.doctor(out=tmp_path)
+    assert result.extras["onnx"] == ["no-such-package"] and result.exit_status == 0
+    assert "pip install 'moce[onnx]' (lacks no-such-package)" in result.summary()
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({}, None),
+        ({"threads": 1, "omp_num_threads": "1"}, "leaves 7 of 8 cores idle"),
+        ({"threads": 4}, "only 4 of 8 cores are used; give --threads 8"),
+        ({"cpu_limit": 2.0}, "8 threads share 2 cores' worth of time: set OMP_NUM_THREADS=2"),
+        ({"cpu_limit": 0.5}, "8 threads share 0.5 cores' worth of time: set OMP_NUM_THREADS=1"),
+        ({"cpu_limit": 2.0, "threads": 2, "omp_num_threads": "2"}, None),
+        ({"cpu_limit": 64.0}, None),
+        ({"usable_cores": 4}, "8 threads share 4 cores' worth of time"),
+    ],
+)
+def test_advice_on_threads(healthy: DoctorResult, changes: dict, advice: str | None) -> None:
+    found = _of_threads(replace(healthy, **changes))
+    assert len(found) == (advice is not None) and (advice or "") in "".join(found)
+
+
+def test_advice_on_disk_and_other_programs(healthy: DoctorResult, monkeypatch) -> None:
+    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert _of_the_rest(healthy) == []
+    assert "5 GB" in _of_the_rest(replace(healthy, disk_free=1.0))[0]
+    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (3.0, 0.0, 0.0))
+    assert "other programs" in _of_the_rest(healthy)[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"cpu.max": "200000 100000\n"}, 2.0),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "junk"}, None),
+        ({"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_limit_is_read(files: dict, limit: float | None, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert machine.cpu_limit(tmp_path) == limit
+
+
+def test_names_of_processors(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: Some CPU @ 3 GHz\n")
+    assert machine.cpu_name(tmp_path / "cpuinfo") == "Some CPU @ 3 GHz"
+    assert machine.cpu_name(tmp_path / "none")
+
+
+def test_a_mistake_of_the_caller_is_still_an_error(capsys) -> None:
+    assert run_command(["doctor", "--threads", RUNTIME["threads"]]) == 2
+    assert "unknown argument --threads" in one_line(capsys.readouterr().err)

@@ -1,0 +1,391 @@
+"""Damaged, edited, foreign and harmful files: one line that names them, and nothing written."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import pickle
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from commands import World, one_line, run_command, snapshot
+from PIL import Image
+from test_refusals import Case, refuse
+
+from moce.runs import read_info, read_lines
+
+INFO, WEIGHTS, CONFIG, CLUSTERS = (
+    "model.json",
+    "model.safetensors",
+    "config.yaml",
+    "assignments.parquet",
+)
+
+
+def parquet(**columns: list) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
+
+
+def header_of(length: int, text: bytes = b"{}") -> bytes:
+    """The start of a safetensors file whose header claims to be of some length."""
+    return struct.pack("<Q", length) + text
+
+
+def truncated(w: World, run: str) -> Path:
+    whole = (getattr(w.runs, run) / WEIGHTS).read_bytes()
+    return w.edited(run, WEIGHTS, whole[: len(whole) // 2])
+
+
+def swapped(w: World, run: str, other: str) -> Path:
+    """A run with the weights of another."""
+    return w.edited(run, WEIGHTS, (getattr(w.runs, other) / WEIGHTS).read_bytes())
+
+
+def pickled(w: World) -> Path:
+    content = {"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(lr=1.0)}
+    torch.save(content, w.folder / "checkpoint.pth")
+    return w.folder / "checkpoint.pth"
+
+
+def npz(w: World, **arrays: np.ndarray) -> Path:
+    np.savez(w.folder / "data.npz", **arrays)
+    return w.folder / "data.npz"
+
+
+def noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, shape).astype(dtype)
+
+
+DAMAGED: dict[str, Case] = {
+    # model.json
+    "no JSON": (lambda w: w.cluster(mae=w.edited("mae", INFO, "{")), INFO),
+    "a list": (lambda w: w.cluster(mae=w.edited("mae", INFO, "[1]")), INFO),
+    "bytes": (lambda w: w.cluster(mae=w.edited("mae", INFO, b"\xff\xfe")), INFO),
+    "a kind that is no word": (lambda w: w.cluster(mae=w.edited("mae", INFO, kind=[3])), "[3]"),
+    "no spec": (lambda w: w.cluster(mae=w.edited("mae", INFO, spec=None)), INFO),
+    "a spec that is a word": (lambda w: w.cluster(mae=w.edited("mae", INFO, spec="vit")), INFO),
+    "no encoder": (lambda w: w.cluster(mae=w.edited("mae", INFO, spec__encoder=None)), INFO),
+    "unknown part of a spec": (lambda w: w.cluster(mae=w.edited("mae", INFO, spec__more=3)), INFO),
+    "a width that is a word": (
+        lambda w: w.cluster(mae=w.edited("mae", INFO, spec__decoder_dim="wide")), INFO),
+    "a width of none": (lambda w: w.cluster(mae=w.edited("mae", INFO, spec__decoder_dim=0)), INFO),
+    "no heads": (lambda w: w.cluster(mae=w.edited("mae", INFO, spec__decoder_heads=0)), INFO),
+    "another depth": (lambda w: w.cluster(mae=w.edited("mae", INFO, spec__decoder_depth=2)), "do not fit"),
+    "another model": (
+        lambda w: w.cluster(mae=w.edited("mae", INFO, spec__encoder__name="resnet18")), "resnet18"),
+    "a mean that is a word": (
+        lambda w: w.cluster(mae=w.edited("mae", INFO, spec__encoder__mean="x")), INFO),
+    "too few means": (lambda w: w.cluster(mae=w.edited("mae", INFO, spec__encoder__mean=[0.5])), INFO),
+    "a deviation of none": (
+        lambda w: w.cluster(mae=w.edited("mae", INFO, spec__encoder__std=[0, 0, 0])), INFO),
+    "a mask of everything": (
+        lambda w: w.train(mae=w.edited("mae", INFO, spec__mask_ratio=1.5)), INFO),
+    "clusters without theirs": (
+        lambda w: w.train(clusters=w.edited("clusters", INFO, clusters=None)), INFO),
+    "clusters of another encoder": (
+        lambda w: w.train(clusters=w.edited("clusters", INFO, clusters__encoder="x")), INFO),
+    "clusters of a pooling that is none": (
+        lambda w: w.train(clusters=w.edited("clusters", INFO, clusters__pooling="max")), INFO),
+    "clusters without their similarity": (
+        lambda w: w.train(clusters=w.edited("clusters", INFO, clusters__epsilon="x")), INFO),
+    "a mixture without a spec": (
+        lambda w: w.customize(run=w.edited("moce", INFO, spec=None)), INFO),
+    "a mixture of other blocks": (
+        lambda w: w.customize(run=w.edited("moce", INFO, spec__blocks=[1, 9])), INFO),
+    "a mixture of more experts": (
+        lambda w: w.customize(run=w.edited("moce", INFO, spec__num_experts=4)), "do not fit"),
+    "a mixture of blocks that are words": (
+        lambda w: w.customize(run=w.edited("moce", INFO, spec__blocks="one")), INFO),
+    "a backbone's config": (
+        lambda w: w.probe(backbone=w.edited("backbone", "config.json", "{")), "config.json"),
+    "a backbone's arguments": (
+        lambda w: w.probe(backbone=w.edited("backbone", "config.json", model_args=[1])), "config.json"),
+    "a backbone's name": (
+        lambda w: w.probe(backbone=w.edited("backbone", "config.json", architecture=3)), "config.json"),
+    # weights
+    "truncated weights": (lambda w: w.cluster(mae=truncated(w, "mae")), WEIGHTS),
+    "weights that are none": (lambda w: w.cluster(mae=w.edited("mae", WEIGHTS, "junk")), WEIGHTS),
+    "empty weights": (lambda w: w.cluster(mae=w.edited("mae", WEIGHTS, "")), WEIGHTS),
+    "a header longer than the file": (
+        lambda w: w.cluster(mae=w.edited("mae", WEIGHTS, header_of(2**40))), WEIGHTS),
+    "a header that is no JSON": (
+        lambda w: w.cluster(mae=w.edited("mae", WEIGHTS, header_of(2, b"[["))), WEIGHTS),
+    "weights of another run": (lambda w: w.cluster(mae=swapped(w, "mae", "clusters")), "do not fit"),
+    "clusters with weights of an MAE": (
+        lambda w: w.train(clusters=swapped(w, "clusters", "mae")), "edited_clusters"),
+    "a mixture with weights of an MAE": (
+        lambda w: w.customize(run=swapped(w, "moce", "mae")), "do not fit"),
+    "a backbone with weights of an MAE": (
+        lambda w: w.probe(backbone=swapped(w, "backbone", "mae")), "do not fit"),
+    "a mixture's truncated weights": (lambda w: w.customize(run=truncated(w, "moce")), WEIGHTS),
+    "a file of junk": (lambda w: w.cluster(mae=w.file("a.pth", "junk")), "cannot read weights"),
+    "a file of pickle": (lambda w: w.cluster(mae=pickled(w)), "--trust-pickle"),
+    "a file of pickle to export": (lambda w: w.export(run=pickled(w)), "moce convert"),
+    "a file of pickle to convert": (lambda w: w.convert(weights=pickled(w)), "--trust-pickle"),
+    "a file of other tensors": (
+        lambda w: w.cluster(mae=_tensors(w, a=torch.zeros(2))), "no weights that moce knows"),
+    # config.yaml and assignments.parquet
+    "settings that are gone": (
+        lambda w: w.train(clusters=w.edited("clusters", CONFIG, "")), CONFIG),
+    "settings of clusters without data": (
+        lambda w: w.train(clusters=w.edited("clusters", CONFIG, "seed: 0")), CONFIG),
+    "settings that are no YAML": (
+        lambda w: w.train(clusters=w.edited("clusters", CONFIG, "[1")), CONFIG),
+    "assignments that are none": (
+        lambda w: w.train(clusters=w.edited("clusters", CLUSTERS, "junk")), CLUSTERS),
+    "assignments cut short": (
+        lambda w: w.train(clusters=w.edited("clusters", CLUSTERS, parquet(id=["a"])[:-9])), CLUSTERS),
+    "assignments without clusters": (
+        lambda w: w.train(clusters=w.edited("clusters", CLUSTERS, parquet(id=["a"]))), CLUSTERS),
+    "assignments of words": (
+        lambda w: w.train(clusters=_assigned(w, ["x"])), CLUSTERS),
+    "assignments to no cluster": (lambda w: w.train(clusters=_assigned(w, [99])), CLUSTERS),
+    "assignments to negative clusters": (lambda w: w.train(clusters=_assigned(w, [-5])), CLUSTERS),
+    "assignments of nothing": (lambda w: w.train(clusters=_assigned(w, [None])), CLUSTERS),
+    "report of an edited run": (lambda w: w.report(w.edited("clusters", INFO, clusters=None)), INFO),
+    "report of an edited mixture": (lambda w: w.report(w.edited("moce", INFO, routes=None)), INFO),
+    "report of metrics that are words": (
+        lambda w: w.report(w.edited("mae", INFO, metrics="good")), INFO),
+    "report of edited settings": (lambda w: w.report(w.edited("mae", CONFIG, "[1]")), CONFIG),
+}  # fmt: skip
+
+
+def _tensors(w: World, **tensors: torch.Tensor) -> Path:
+    torch.save(tensors, w.folder / "a.pth")
+    return w.folder / "a.pth"
+
+
+def _assigned(w: World, clusters: list) -> Path:
+    """The run of clusters with every image in the given one."""
+    ids = pyarrow.parquet.read_table(w.runs.clusters / CLUSTERS)["id"].to_pylist()
+    return w.edited("clusters", CLUSTERS, parquet(id=ids, cluster=clusters * len(ids)))
+
+
+def png(width: int, height: int) -> bytes:
+    """A small file that claims to be of some size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+        + chunk(b"IEND", b"")
+    )
+
+
+def tar(w: World, **members: bytes) -> Path:
+    with tarfile.open(w.folder / "data.tar", "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return w.folder / "data.tar"
+
+
+def loop(w: World) -> Path:
+    (w.folder / "a").mkdir()
+    (w.folder / "a" / "b").symlink_to("..", target_is_directory=True)
+    (w.folder / "c.png").symlink_to("c.png")
+    return w.folder
+
+
+def empty(w: World) -> Path:
+    (w.folder / "images").mkdir()
+    return w.folder / "images"
+
+
+IMAGES: dict[str, Case] = {
+    "an empty folder": (lambda w: w.pretrain(empty(w)), "no images in"),
+    "a folder of other files": (lambda w: w.pretrain(w.file("d/a.txt", "x").parent), "no images in"),
+    "a folder of junk": (lambda w: w.pretrain(w.file("d/a.png", "x").parent), "no readable image"),
+    "an image of a hundred million pixels": (
+        lambda w: w.pretrain(w.file("d/a.png", png(10000, 10000)).parent), "pixels are more than"),
+    "a link to itself": (lambda w: w.pretrain(loop(w)), "no readable image"),
+    "a file that is none": (lambda w: w.pretrain(w.file("a.txt", "x")), "none of what can be read"),
+    "a folder called as a file": (
+        lambda w: w.pretrain(w.file("a.parquet/b.txt", "x").parent), "no images in"),
+    "a folder called as shards": (
+        lambda w: w.pretrain(w.file("a.tar/b.txt", "x").parent), "a.tar"),
+    "a name that is too long": (lambda w: w.pretrain("x" * 5000), "no such images"),
+    "a name with a zero": (lambda w: w.pretrain("a\0b"), "a"),
+    "an image of a billion pixels": (
+        lambda w: w.pretrain(w.file("d/a.png", png(40000, 40000)).parent), "exceeds limit"),
+    "a parquet file that is none": (lambda w: w.pretrain(w.file("a.parquet", "x")), "a.parquet"),
+    "a parquet file without images": (
+        lambda w: w.pretrain(w.file("a.parquet", parquet(x=[1]))), "no column 'image'"),
+    "an array that is none": (lambda w: w.pretrain(w.file("a.npy", "x")), "a.npy"),
+    "arrays of unclear names": (
+        lambda w: w.pretrain(npz(w, one=noise(4, 8, 8), two=noise(4, 8, 8))), "arrays: one, two"),
+    "arrays of words": (lambda w: w.pretrain(npz(w, images=np.array(["a", "b"]))), "[n, h, w]"),
+    "pickled arrays": (
+        lambda w: w.pretrain(w.file("a.npy", _pickled_array())), "a.npy"),
+    "too many labels": (
+        lambda w: w.pretrain(npz(w, images=noise(4, 8, 8), labels=np.arange(5))), "5 values for 4"),
+    "floats that are no numbers": (
+        lambda w: w.pretrain(npz(w, images=np.full((4, 8, 8), np.nan))), "float pixels from nan"),
+    "infinite floats": (lambda w: w.pretrain(npz(w, images=np.full((4, 8, 8), np.inf))), "inf"),
+    "four channels for three": (
+        lambda w: w.pretrain(npz(w, images=noise(4, 8, 8, 4))), "4 channels for an encoder of 3"),
+    "an archive that is none": (lambda w: w.pretrain(w.file("a.tar", "x")), "a.tar"),
+    "an archive that leads out": (
+        lambda w: w.pretrain(tar(w, **{"../a.png": b"x", "/tmp/b.png": b"x"})), "leads out"),
+    "no such shard": (lambda w: w.pretrain(w.folder / "a-{0..3}.tar"), "a-0.tar"),
+    "a billion shards": (lambda w: w.pretrain("a-{0..999999999}.tar"), "stands for more than"),
+    "a list of nothing": (lambda w: w.pretrain(f"@{w.file('l.txt', '')}"), "names no images"),
+    "a list that is gone": (lambda w: w.pretrain("@/no/list.txt"), "cannot read the list"),
+    "a list of images that are gone": (
+        lambda w: w.pretrain(f"@{w.file('l.txt', 'gone.png')}"), "gone.png"),
+    "an empty name": (lambda w: w.pretrain("a,,b"), "empty name"),
+    "a packed file that is none": (lambda w: w.pretrain(w.file("a.moce", "x")), "a.moce"),
+    "no such data set": (lambda w: w.pretrain("torchvision:cifar11"), "torchvision:cifar10"),
+    # tasks
+    "a task of one image": (lambda w: w.probe(data=w.images("cat/a.png")), "one image"),
+    "a task of one class": (
+        lambda w: w.probe(data=w.images("train/cat/a.png", "train/cat/b.png", "test/cat/c.png")),
+        "one class only"),
+    "a task without test images": (
+        lambda w: w.probe(data=w.images("train/cat/a.png", "train/dog/b.png")), "no test images"),
+    "a class without training images": (
+        lambda w: w.probe(data=w.images("train/cat/a.png", "train/dog/b.png", "test/cow/c.png")),
+        "without training images: cow"),
+    "unlabelled images to customize for by labels": (
+        lambda w: w.customize("--strategy", "probe", images=w.images("a.png", "b.png")), "no labels"),
+    "an empty task to customize for": (lambda w: w.customize(images=empty(w)), "no images in"),
+    "a task to customize for that is gone": (
+        lambda w: w.customize(images="/no/images"), "no such images"),
+    "images to pack that are gone": (lambda w: w.pack(data="/no/images"), "no such images"),
+    "images to pack that are none": (
+        lambda w: w.pack(data=w.file("d/a.png", "x").parent), "no readable image"),
+}  # fmt: skip
+
+
+def _pickled_array() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+TABLE = {f"run: {k}": v for k, v in DAMAGED.items()} | {f"data: {k}": v for k, v in IMAGES.items()}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_file_that_will_not_do_is_one_line(name: str, runs, tmp_path: Path, capsys) -> None:
+    line = refuse(TABLE[name], runs, tmp_path, capsys)
+    assert not Path("/tmp/b.png").exists() and not (tmp_path.parent / "a.png").exists()
+    if name == "run: a file of pickle":
+        assert "argparse.Namespace" in line
+
+
+class Harmful:
+    """Its pickle makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.bin", "a.npy", "pytorch_model.bin"])
+def test_what_pickle_would_run_is_not_run(name: str, runs, tmp_path: Path, capsys) -> None:
+    world, mark = World(runs, tmp_path), tmp_path / "mark"
+    content = pickle.dumps({"model": Harmful(mark)})
+    path = world.file(name, content)
+    words = world.pretrain(path) if name == "a.npy" else world.cluster(mae=path)
+    assert run_command(words) == 2
+    one_line(capsys.readouterr().err)
+    assert not mark.exists()
+
+
+# --- good images among bad ones, and names of all sorts -----------------------------------------------
+
+ODD_NAMES = [
+    "ünïcödé/猫.png",
+    "<script>alert(1)</script>/<b>&.png",
+    f"{'n' * 200}/{'m' * 200}.png",
+    "a b\t\"c'/new\nline.png",
+    "-rf/--out.png",
+    "rtl\u202eevil/x.png",
+]
+
+
+def test_bad_images_among_good_ones_are_skipped_counted_and_listed(
+    runs, tmp_path: Path, capsys
+) -> None:
+    world = World(runs, tmp_path)
+    folder = world.images(*(f"{number}.png" for number in range(8)))
+    whole = (folder / "0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "fake.jpg").write_text("<html>")
+    (folder / "bomb.png").write_bytes(png(40000, 40000))
+    (folder / "empty.gif").write_bytes(b"")
+    assert run_command(world.pretrain(folder, "--steps", 1)) == 0
+    said = capsys.readouterr().err
+    assert "skipped 4 unreadable images" in said and "Traceback" not in said
+    skipped = {row["id"]: row["reason"] for row in read_lines(world.out / "skipped.jsonl")}
+    assert skipped.keys() == {"cut.png", "fake.jpg", "bomb.png", "empty.gif"}
+    assert "exceeds limit" in skipped["bomb.png"] and all(skipped.values())
+    assert read_info(world.out)["images"] == 8
+
+
+def test_names_of_all_sorts_go_through_every_verb(runs, tmp_path: Path, capsys) -> None:
+    """In files and classes; the page shows them as text."""
+    world = World(runs, tmp_path)
+    folder = world.images(*ODD_NAMES, *(f"{name}.2.png" for name in ODD_NAMES))
+    out = tmp_path / "<i>ünï"
+    words = {
+        "cluster": [*world.cluster("--num-clusters", 2, data=folder), "--out", out],
+        "customize": world.customize(images=folder),
+        "report": world.report(out),
+    }
+    for verb, command in words.items():
+        assert run_command(command) == 0, (verb, capsys.readouterr().err)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page and "<b>&" not in page and "<i>" not in page
+    table = pyarrow.parquet.read_table(out / CLUSTERS)
+    assert set(ODD_NAMES) <= set(table["id"].to_pylist())
+
+
+def test_file_names_that_are_no_text(runs, tmp_path: Path, capsys) -> None:
+    """Linux allows any bytes in them."""
+    world = World(runs, tmp_path)
+    folder = world.images(*(f"{number}.png" for number in range(6)))
+    try:
+        (folder / "0.png").rename(Path(str(folder)) / "\udcff\udcfe.png")
+    except (OSError, UnicodeError):
+        pytest.skip("this file system allows no such names")
+    assert run_command(world.cluster("--num-clusters", 2, data=folder)) == 0, (
+        capsys.readouterr().err
+    )
+    assert len(pyarrow.parquet.read_table(world.out / CLUSTERS)) == 6
+    assert run_command(world.customize("--overwrite", images=folder)) == 0
+
+
+def test_a_label_names_no_place(runs, tmp_path: Path, capsys) -> None:
+    """Classes of a table may be called as paths are; nothing is written by their names."""
+    world = World(runs, tmp_path)
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(content, "png")
+    labels = ["../../a", "/tmp/b", "<b>c", "../../a", "/tmp/b", "<b>c"] * 2
+    splits = ["train"] * 6 + ["test"] * 6
+    task = world.file(
+        "task.parquet", parquet(image=[content.getvalue()] * 12, label=labels, split=splits)
+    )
+    before = snapshot(tmp_path)
+    assert run_command(world.finetune("--steps", 1, data=task)) == 0, capsys.readouterr().err
+    assert {k.split("/")[0] for k in snapshot(tmp_path).keys() - before.keys()} == {"out"}
+    assert json.loads((world.out / "results.json").read_text())["classes"] == sorted(set(labels))
