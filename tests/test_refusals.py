@@ -141,6 +141,13 @@ KINDS: dict[str, Case] = {
     "report a backbone": (lambda w: w.report(w.runs.backbone), "exported backbone"),
     "report images": (lambda w: w.report(w.runs.data), "is not a moce run and holds none"),
     "report nothing": (lambda w: w.report("/no/run"), "no such folder: /no/run"),
+    "train on a file's clusters": (
+        lambda w: w.train(clusters=w.file("a", "x")), "is not a moce run"),
+    "customize a file": (lambda w: w.customize(run=w.file("a", "x")), "is not a moce run"),
+    "report a file": (lambda w: w.report(w.file("a", "x")), "no such folder"),
+    "a suite that is a folder": (
+        lambda w: w.evaluate(suite=w.folder), "cannot read recipe"),
+    "a suite that is gone": (lambda w: w.evaluate(suite="/no/suite.yaml"), "cannot read recipe"),
     "resume nothing": (
         lambda w: ["pretrain", w.runs.data, "--out", w.images("a.png"), "--resume"], "no run to resume"),
     "resume a run of another verb": (

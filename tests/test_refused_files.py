@@ -371,7 +371,8 @@ def test_file_names_that_are_no_text(runs, tmp_path: Path, capsys) -> None:
     assert run_command(world.cluster("--num-clusters", 2, data=folder)) == 0, (
         capsys.readouterr().err
     )
-    assert len(pyarrow.parquet.read_table(world.out / CLUSTERS)) == 6
+    ids = pyarrow.parquet.read_table(world.out / CLUSTERS)["id"].to_pylist()
+    assert ids == ["1.png", "2.png", "3.png", "4.png", "5.png", "\\xff\\xfe.png"]
     assert run_command(world.customize("--overwrite", images=folder)) == 0
 
 
@@ -389,3 +390,5 @@ def test_a_label_names_no_place(runs, tmp_path: Path, capsys) -> None:
     assert run_command(world.finetune("--steps", 1, data=task)) == 0, capsys.readouterr().err
     assert {k.split("/")[0] for k in snapshot(tmp_path).keys() - before.keys()} == {"out"}
     assert json.loads((world.out / "results.json").read_text())["classes"] == sorted(set(labels))
+    assert run_command(world.report(world.out)) == 0
+    assert "<b>c" not in (tmp_path / "report.html").read_text(encoding="utf-8")
