@@ -59,6 +59,13 @@ SETTINGS: dict[str, Case] = {
     "model arguments no YAML": (lambda w: w.pretrain(None, "--model-args", "{a: ["), "model-args"),
     "negative heads": (
         lambda w: w.pretrain(None, "--model-args", "{patch_size: 4, embed_dim: 32, num_heads: -2}"), ""),
+    "channels that are words": (
+        lambda w: w.pretrain(None, "--model-args", "{in_chans: x}"), "in_chans is a number, not 'x'"),
+    "three sides": (
+        lambda w: w.pretrain(None, "--model-args", "{img_size: [8, 8, 8]}"), "[height, width]"),
+    "a side that is a word": (
+        lambda w: w.cluster("--model-args", "{patch_size: x}", mae=_weights(w)), "patch_size is one"),
+    "a path with a zero byte": (lambda w: [*w.pretrain(), "--out", "a\0b"], "zero byte"),
     "decoder of odd width": (lambda w: w.pretrain(None, "--decoder-dim", 30), "30"),
     "decoder heads": (lambda w: w.pretrain(None, "--decoder-heads", 3), "heads"),
     "more clusters than images": (lambda w: w.cluster("--num-clusters", 500), "500"),

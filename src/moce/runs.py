@@ -327,7 +327,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def read_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, if any, up to the first that is damaged or lacks `key`."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

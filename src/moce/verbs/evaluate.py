@@ -23,6 +23,7 @@ from moce.parsing import parse
 from moce.runs import (
     CONFIG,
     check_apart,
+    intact,
     open_folder,
     provenance,
     read_lines,
@@ -89,7 +90,8 @@ def _check(settings: EvaluateSettings, suite: Suite, contenders: list[Contender]
                 raise MoceError(f"task {task.name}: no images at {place}; see --root")
     about = settings.out / ABOUT
     if settings.resume and about.is_file():
-        began = json.loads(about.read_text())["suite"]
+        with intact(about):
+            began = json.loads(about.read_text())["suite"]
         if began != suite.model_dump(mode="json"):
             raise MoceError(f"{settings.suite} has changed since {settings.out} began; start anew")
     wrong = [c.name for c in contenders if c.how in NOT_TUNED]
