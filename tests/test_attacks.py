@@ -31,34 +31,6 @@ def refused(capsys: pytest.CaptureFixture, *words: object) -> str:
     return lines[-1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model-args", "{num_classes: 10}"], "num_classes"),
-        (["--model-args", "{global_pool: map}"], "global_pool"),
-        (["--model-args", "{depth: 0}"], "at least one block"),
-        (["--model-args", "{patch_size: 0}"], "timm cannot build"),
-        (["--model-args", "{patch_size: 4, num_heads: -2, embed_dim: 32}"], ""),
-        (["--batch-size", "99999999999999999999"], "batch_size"),
-        (["--threads", "100000000"], "threads"),
-        (["--seed", "9223372036854775808"], "seed"),
-        (["--std", "0,0,0"], "std"),
-        (["--mean", "1,2"], "mean"),
-    ],
-)
-def test_odd_settings_are_refused_before_anything_is_written(
-    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    words = ["pretrain", "demo:digits", "--out", tmp_path / "out", *TINY, *flags]
-    assert message in refused(capsys, *words)
-    assert not (tmp_path / "out").exists()
-
-
-def test_no_data_is_not_the_current_folder(tmp_path: Path, capsys) -> None:
-    words = ["pretrain", "", "--out", tmp_path / "o", *TINY, "--model-args", ARGS]
-    assert "no images named" in refused(capsys, *words)
-
-
 def test_a_failed_replacement_leaves_the_old_run(runs, tmp_path: Path, capsys) -> None:
     clusters = copy_run(runs.clusters, tmp_path / "clusters")
     copies = tmp_path / "copies"
@@ -112,11 +84,6 @@ def test_floats_of_an_unknown_range_are_skipped_with_a_reason(tmp_path: Path) ->
     images = load_images(str(tmp_path), (16, 16))
     assert [name for name, _ in images.skipped] == ["counts.tiff"]
     assert "0..1" in images.skipped[0][1]
-
-
-def test_one_label_is_no_task(runs, capsys) -> None:
-    words = ["probe", runs.backbone, runs.task, "--num-labels", 1, *QUIET]
-    assert "num_labels" in refused(capsys, *words)
 
 
 def test_a_mirrored_array_is_an_array(runs) -> None:

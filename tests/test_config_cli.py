@@ -8,31 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import yaml
-from builders import PRETRAIN, RUNTIME, TINY_ARGS, TINY_NAME, copy_run
+from builders import PRETRAIN, RUNTIME, TINY_ARGS, copy_run
+from commands import QUIET, run_command
 
 import moce
 from moce import config
-from moce.cli import main
 from moce.errors import MoceError
 from moce.parsing import parse
 from moce.registry import VERBS
 
-TINY = [
-    "--model", TINY_NAME, "--model-args", json.dumps(TINY_ARGS), "--decoder-dim", "16",
-    "--decoder-depth", "1", "--decoder-heads", "2", "--threads", "1", "--device", "cpu",
-    "--precision", "float32", "--epochs", "0.1",
-]  # fmt: skip
-QUIET = ["--threads", "1", "--device", "cpu", "--precision", "float32"]
-
-
-def status_of(arguments: list[object]) -> int:
-    """Exit status, however the command line ends."""
-    try:
-        return main([str(word) for word in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
+TINY = [*commands.TINY, *QUIET]
 
 
 # --- settings ---------------------------------------------------------------------------------------
@@ -106,7 +94,7 @@ def flat(text: str) -> str:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_describes_every_setting_and_gives_an_example(verb: str, capsys) -> None:
-    assert status_of([verb, "--help"]) == 0
+    assert run_command([verb, "--help"]) == 0
     shown = flat(capsys.readouterr().out)
     for name, field in VERBS[verb].settings.model_fields.items():
         assert flat(field.description) in shown, name
@@ -126,10 +114,10 @@ def test_examples_are_valid_commands(verb: str) -> None:
 
 
 def test_help_of_all_names_every_verb(capsys) -> None:
-    assert status_of(["--help"]) == 0
+    assert run_command(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(verb in shown for verb in VERBS)
-    assert status_of([]) == 2
+    assert run_command([]) == 2
 
 
 @pytest.mark.parametrize(
@@ -158,7 +146,7 @@ def test_recipe_gives_settings_and_flags_win(runs, tmp_path: Path, capsys) -> No
     content = {**PRETRAIN, "data": str(runs.data), "epochs": 5, "mask_ratio": 0.5}
     recipe.write_text(yaml.safe_dump(content))
     out = tmp_path / "run"
-    assert status_of(["pretrain", "--config", recipe, "--out", out, "--epochs", "0.1"]) == 0
+    assert run_command(["pretrain", "--config", recipe, "--out", out, "--epochs", "0.1"]) == 0
     resolved = yaml.safe_load((out / "config.yaml").read_text())
     assert (resolved["epochs"], resolved["mask_ratio"]) == (0.1, 0.5)
     assert resolved["model_args"] == TINY_ARGS
@@ -168,26 +156,9 @@ def test_recipe_gives_settings_and_flags_win(runs, tmp_path: Path, capsys) -> No
 def test_written_config_is_a_recipe(runs, tmp_path: Path) -> None:
     recipe = runs.moce / "config.yaml"
     out = tmp_path / "again"
-    assert status_of(["train", "--config", recipe, "--out", out, "--epochs", "0.1"]) == 0
+    assert run_command(["train", "--config", recipe, "--out", out, "--epochs", "0.1"]) == 0
     one, other = (yaml.safe_load((run / "config.yaml").read_text()) for run in (runs.moce, out))
     assert {k for k in one if one[k] != other[k]} == {"out", "epochs"}
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("epochs: [1", "YAML"),
-        ("- a\n- b", "setting: value"),
-        ("", "setting: value"),
-        ("epoch: 3", "did you mean 'epochs'"),
-        ("epochs: lots", "epochs"),
-    ],
-)
-def test_bad_recipes_are_refused(text: str, words: str, tmp_path: Path, capsys) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(text)
-    assert status_of(["pretrain", "x", "--out", tmp_path / "o", "--config", recipe]) == 2
-    assert words in one_line(capsys)
 
 
 def test_flags_of_lists_mappings_and_switches(runs, tmp_path: Path) -> None:
@@ -195,7 +166,7 @@ def test_flags_of_lists_mappings_and_switches(runs, tmp_path: Path) -> None:
     words = ["train", runs.data, "--mae", runs.mae, "--clusters", runs.clusters, "--out", out,
              "--num-experts", 2, "--moe-blocks", "3,0", "--no-gate-noise", "--epochs", "0.1",
              "--shared-gate", *QUIET]  # fmt: skip
-    assert status_of(words) == 0
+    assert run_command(words) == 0
     resolved = yaml.safe_load((out / "config.yaml").read_text())
     assert resolved["moe_blocks"] == [3, 0]
     assert (resolved["gate_noise"], resolved["shared_gate"]) == (False, True)
@@ -204,10 +175,10 @@ def test_flags_of_lists_mappings_and_switches(runs, tmp_path: Path) -> None:
 
 def test_json_output_is_json(runs, tmp_path: Path, capsys) -> None:
     words = ["customize", runs.moce, runs.task, "--out", tmp_path / "o", "--json", *QUIET]
-    assert status_of(words) == 0
+    assert run_command(words) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["strategy"] in ("route", "merge") and content["folder"] == str(tmp_path / "o")
-    assert status_of(["probe", tmp_path / "o", runs.task, "--json", *QUIET]) == 0
+    assert run_command(["probe", tmp_path / "o", runs.task, "--json", *QUIET]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["mean"] <= 1
 
 
@@ -216,94 +187,18 @@ def test_json_output_is_json(runs, tmp_path: Path, capsys) -> None:
 
 def one_line(capsys) -> str:
     """The error of the last command, which must be one line without a traceback."""
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said and said[-1].startswith(("moce ", "moce: "))
-    assert not any("Traceback" in line for line in said)
-    assert len(said) == 1, said
-    return said[-1]
-
-
-def mistakes(runs, out: Path) -> dict[str, tuple[list[object], str]]:
-    train = [
-        "train",
-        runs.data,
-        "--mae",
-        runs.mae,
-        "--clusters",
-        runs.clusters,
-        "--out",
-        out,
-        *QUIET,
-    ]
-    cluster = ["cluster", runs.data, "--mae", runs.mae, "--out", out, *QUIET]
-    pretrain = ["pretrain", runs.data, "--out", out, *TINY]
-    return {
-        "no such folder": (["pretrain", "/no/such/folder", "--out", out, *TINY], "no such images"),
-        "no such demo": (["pretrain", "demo:lions", "--out", out, *TINY], "demo:pretrain"),
-        "no output": (["pretrain", runs.data, *TINY], "'out' is missing"),
-        "no data": (["pretrain", "--out", out, *TINY], "'data' is missing"),
-        "out is a file": (["pretrain", runs.data, "--out", __file__, *TINY], "is a file"),
-        "out under a file": (["pretrain", runs.data, "--out", f"{__file__}/run", *TINY], "cannot make"),
-        "run of another kind": (
-            ["cluster", runs.data, "--mae", runs.clusters, "--out", out], "kind 'clusters'"),
-        "clusters of another kind": ([*train, "--clusters", runs.mae], "kind 'mae'"),
-        "no run at all": (["cluster", runs.data, "--mae", runs.data, "--out", out], "not a moce run"),
-        "missing run": (["cluster", runs.data, "--mae", "/no/run", "--out", out], "not a moce run"),
-        "customize an mae": (["customize", runs.mae, runs.task, "--out", out], "kind 'mae'"),
-        "probe a mixture": (["probe", runs.moce, runs.task], "moce customize"),
-        "probe nothing": (["probe", "no/where", runs.task], "no backbone"),
-        "probe unlabelled": (["probe", runs.mae, runs.task / "test" / "0" / "0.png"], "no labels"),
-        "more clusters than images": ([*cluster, "--num-clusters", 500], "500"),
-        "more experts than clusters": ([*train, "--num-experts", 9], "9 experts"),
-        "no clusters": (["train", runs.data, "--mae", runs.mae, "--out", out], "--clusters"),
-        "no such block": ([*train, "--moe-blocks", "1,7"], "moe_blocks"),
-        "blocks that are no numbers": ([*train, "--moe-blocks", "one"], "moe_blocks"),
-        "unknown model": ([*pretrain, "--model", "vit_tiny_patch16_22"], "vit_tiny_patch16_224"),
-        "unsuitable model": ([*pretrain, "--model", "resnet18", "--model-args", "{}"], "resnet18"),
-        "wrong model arguments": ([*pretrain, "--model-args", "{colour: red}"], "colour"),
-        "model arguments no mapping": ([*pretrain, "--model-args", "depth"], "model_args"),
-        "model arguments no YAML": ([*pretrain, "--model-args", "{a: ["], "model-args"),
-        "other channels": (
-            [*pretrain, "--model-args", json.dumps({**TINY_ARGS, "in_chans": 2})], "2 channels"),
-        "decoder of odd width": ([*pretrain, "--decoder-dim", 30], "30"),
-        "decoder heads": ([*pretrain, "--decoder-dim", 16, "--decoder-heads", 3], "heads"),
-        "image size": ([*pretrain, "--img-size", 30], "multiple"),
-        "zero batch": ([*pretrain, "--batch-size", 0], "batch_size"),
-        "negative epochs": ([*pretrain, "--epochs", -1], "epochs"),
-        "words for numbers": ([*pretrain, "--epochs", "many"], "epochs"),
-        "unknown flag": ([*pretrain, "--epoch", 3], "did you mean --epochs"),
-        "unknown verb": (["pretain", runs.data], "pretrain"),
-        "missing recipe": ([*pretrain, "--config", "/no/recipe.yaml"], "cannot read recipe"),
-        "unknown strategy": (
-            ["customize", runs.moce, runs.task, "--out", out, "--strategy", "best"], "strategy"),
-        "task without images": (
-            ["customize", runs.moce, "/no/images", "--out", out], "no such images"),
-        "class token pooling": ([*cluster, "--pooling", "max"], "pooling"),
-    }  # fmt: skip
-
-
-NAMES = list(mistakes(type("R", (), dict.fromkeys(
-    ["data", "task", "mae", "clusters", "moce", "backbone"], Path("x")))(), Path("o")))  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_mistakes_are_one_line_and_status_2(name: str, runs, tmp_path: Path, capsys) -> None:
-    out = tmp_path / "out"
-    words, expected = mistakes(runs, out)[name]
-    assert status_of(words) == 2
-    assert expected in one_line(capsys)
-    assert not out.exists()  # nothing is left to stand in the way of the next try
+    return commands.one_line(capsys.readouterr().err)
 
 
 def test_full_output_folder_names_the_two_ways_on(runs, tmp_path: Path, capsys) -> None:
     run = copy_run(runs.mae, tmp_path / "run")
     before = (run / "model.json").read_bytes()
     words = ["pretrain", runs.data, "--out", run, *TINY]
-    assert status_of(words) == 2
+    assert run_command(words) == 2
     message = one_line(capsys)
     assert "--overwrite" in message and "--resume" in message
     assert (run / "model.json").read_bytes() == before
-    assert status_of([*words, "--overwrite"]) == 0
+    assert run_command([*words, "--overwrite"]) == 0
     assert (run / "model.json").read_bytes() != before
 
 
@@ -313,14 +208,14 @@ def test_advice_names_only_flags_that_the_verb_has(runs, capsys) -> None:
         ("cluster", [runs.data, "--mae", runs.mae, "--num-clusters", 4]),
         ("customize", [runs.moce, runs.task]),
     ):
-        assert status_of([verb, *words, "--out", runs.data, *QUIET]) == 2
+        assert run_command([verb, *words, "--out", runs.data, *QUIET]) == 2
         message = one_line(capsys)
         assert "--overwrite" in message and "--resume" not in message
 
 
 def test_overwrite_never_empties_a_folder_of_other_things(runs, tmp_path: Path, capsys) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    assert status_of(["pretrain", runs.data, "--out", tmp_path, *TINY, "--overwrite"]) == 2
+    assert run_command(["pretrain", runs.data, "--out", tmp_path, *TINY, "--overwrite"]) == 2
     assert "other things" in one_line(capsys)
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
@@ -329,7 +224,7 @@ def test_overwriting_ones_own_input_is_refused(runs, tmp_path: Path, capsys) -> 
     """The run that is read must not be emptied before or after it has been read."""
     run = copy_run(runs.mae, tmp_path / "run")
     words = ["cluster", runs.data, "--mae", run, "--out", run, "--overwrite", "--num-clusters", 4]
-    assert status_of([*words, *QUIET]) == 2
+    assert run_command([*words, *QUIET]) == 2
     assert json.loads((run / "model.json").read_text())["kind"] == "mae"
 
 
@@ -338,7 +233,7 @@ def test_damaged_runs_are_told(runs, tmp_path: Path, capsys) -> None:
         run = copy_run(runs.mae, tmp_path / name)
         (run / name).write_text(content)
         words = ["cluster", runs.data, "--mae", run, "--out", tmp_path / "out", *QUIET]
-        assert status_of(words) == 2
+        assert run_command(words) == 2
         assert name in one_line(capsys)
 
 
@@ -346,7 +241,7 @@ def test_unfinished_runs_are_told(runs, tmp_path: Path, capsys) -> None:
     run = copy_run(runs.mae, tmp_path / "run")
     (run / "model.json").unlink()
     words = ["cluster", runs.data, "--mae", run, "--out", tmp_path / "out", *QUIET]
-    assert status_of(words) == 2
+    assert run_command(words) == 2
     assert "not finished" in one_line(capsys)
 
 
@@ -363,7 +258,7 @@ def test_overwrite_spares_folders_that_merely_hold_a_known_name(runs, tmp_path: 
     (tmp_path / "home" / "thesis").mkdir()
     (tmp_path / "home" / "thesis" / "important.txt").write_text("mine")
     words = ["customize", runs.moce, runs.task, "--out", tmp_path / "home", "--overwrite", *QUIET]
-    assert status_of(words) == 2
+    assert run_command(words) == 2
     assert (tmp_path / "home" / "thesis" / "important.txt").read_text() == "mine"
 
 
@@ -371,11 +266,11 @@ def test_overwrite_spares_foreign_files_in_a_run(runs, tmp_path: Path) -> None:
     run = copy_run(runs.backbone, tmp_path / "run")
     (run / "notes.txt").write_text("mine")
     words = ["customize", runs.moce, runs.task, "--out", run, "--overwrite", *QUIET]
-    assert status_of(words) == 2
+    assert run_command(words) == 2
     assert (run / "notes.txt").read_text() == "mine"
 
 
 def test_bare_resume_keeps_the_settings_of_the_run(runs, tmp_path: Path) -> None:
     run = copy_run(runs.mae, tmp_path / "run")
-    assert status_of(["pretrain", runs.data, "--out", run, "--resume"]) == 0
-    assert status_of(["pretrain", runs.data, "--out", run, "--resume", "--epochs", 3]) == 2
+    assert run_command(["pretrain", runs.data, "--out", run, "--resume"]) == 0
+    assert run_command(["pretrain", runs.data, "--out", run, "--resume", "--epochs", 3]) == 2

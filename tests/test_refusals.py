@@ -59,6 +59,13 @@ SETTINGS: dict[str, Case] = {
     "model arguments no YAML": (lambda w: w.pretrain(None, "--model-args", "{a: ["), "model-args"),
     "negative heads": (
         lambda w: w.pretrain(None, "--model-args", "{patch_size: 4, embed_dim: 32, num_heads: -2}"), ""),
+    "channels that are words": (
+        lambda w: w.pretrain(None, "--model-args", "{in_chans: x}"), "in_chans is a number, not 'x'"),
+    "three sides": (
+        lambda w: w.pretrain(None, "--model-args", "{img_size: [8, 8, 8]}"), "[height, width]"),
+    "a side that is a word": (
+        lambda w: w.cluster("--model-args", "{patch_size: x}", mae=_weights(w)), "patch_size is one"),
+    "a path with a zero byte": (lambda w: [*w.pretrain(), "--out", "a\0b"], "zero byte"),
     "decoder of odd width": (lambda w: w.pretrain(None, "--decoder-dim", 30), "30"),
     "decoder heads": (lambda w: w.pretrain(None, "--decoder-heads", 3), "heads"),
     "more clusters than images": (lambda w: w.cluster("--num-clusters", 500), "500"),
@@ -141,6 +148,13 @@ KINDS: dict[str, Case] = {
     "report a backbone": (lambda w: w.report(w.runs.backbone), "exported backbone"),
     "report images": (lambda w: w.report(w.runs.data), "is not a moce run and holds none"),
     "report nothing": (lambda w: w.report("/no/run"), "no such folder: /no/run"),
+    "train on a file's clusters": (
+        lambda w: w.train(clusters=w.file("a", "x")), "is not a moce run"),
+    "customize a file": (lambda w: w.customize(run=w.file("a", "x")), "is not a moce run"),
+    "report a file": (lambda w: w.report(w.file("a", "x")), "no such folder"),
+    "a suite that is a folder": (
+        lambda w: w.evaluate(suite=w.folder), "cannot read recipe"),
+    "a suite that is gone": (lambda w: w.evaluate(suite="/no/suite.yaml"), "cannot read recipe"),
     "resume nothing": (
         lambda w: ["pretrain", w.runs.data, "--out", w.images("a.png"), "--resume"], "no run to resume"),
     "resume a run of another verb": (

@@ -16,11 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from commands import World, one_line, run_command, snapshot
-from PIL import Image
+from commands import World, one_line, run_command
 from test_refusals import Case, refuse
-
-from moce.runs import read_info, read_lines
 
 INFO, WEIGHTS, CONFIG, CLUSTERS = (
     "model.json",
@@ -134,6 +131,14 @@ DAMAGED: dict[str, Case] = {
     "a file of pickle to convert": (lambda w: w.convert(weights=pickled(w)), "--trust-pickle"),
     "a file of other tensors": (
         lambda w: w.cluster(mae=_tensors(w, a=torch.zeros(2))), "no weights that moce knows"),
+    "a config of heads that are words": (
+        lambda w: w.cluster(mae=_transformers(w, num_attention_heads="x")), "damaged"),
+    "a config of sizes that are words": (
+        lambda w: w.cluster(mae=_transformers(w, image_size="x")), "damaged"),
+    "a config of another library": (
+        lambda w: w.cluster(mae=_transformers(w, model_type="swin")), "'swin'"),
+    "a config that is no JSON": (
+        lambda w: w.cluster(mae=_transformers(w, content="{")), "config.json"),
     # config.yaml and assignments.parquet
     "settings that are gone": (
         lambda w: w.train(clusters=w.edited("clusters", CONFIG, "")), CONFIG),
@@ -158,6 +163,15 @@ DAMAGED: dict[str, Case] = {
         lambda w: w.report(w.edited("mae", INFO, metrics="good")), INFO),
     "report of edited settings": (lambda w: w.report(w.edited("mae", CONFIG, "[1]")), CONFIG),
 }  # fmt: skip
+
+
+def _transformers(w: World, content: str | None = None, **changes: object) -> Path:
+    """A folder of Transformers with an edited config.json."""
+    folder = w.folder / "theirs"
+    run_command(["export", w.runs.mae, "--format", "transformers", "--out", folder])
+    config = folder / "config.json"
+    config.write_text(content or json.dumps({**json.loads(config.read_text()), **changes}))
+    return folder
 
 
 def _tensors(w: World, **tensors: torch.Tensor) -> Path:
@@ -309,83 +323,3 @@ def test_what_pickle_would_run_is_not_run(name: str, runs, tmp_path: Path, capsy
     assert run_command(words) == 2
     one_line(capsys.readouterr().err)
     assert not mark.exists()
-
-
-# --- good images among bad ones, and names of all sorts -----------------------------------------------
-
-ODD_NAMES = [
-    "ünïcödé/猫.png",
-    "<script>alert(1)</script>/<b>&.png",
-    f"{'n' * 200}/{'m' * 200}.png",
-    "a b\t\"c'/new\nline.png",
-    "-rf/--out.png",
-    "rtl\u202eevil/x.png",
-]
-
-
-def test_bad_images_among_good_ones_are_skipped_counted_and_listed(
-    runs, tmp_path: Path, capsys
-) -> None:
-    world = World(runs, tmp_path)
-    folder = world.images(*(f"{number}.png" for number in range(8)))
-    whole = (folder / "0.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "fake.jpg").write_text("<html>")
-    (folder / "bomb.png").write_bytes(png(40000, 40000))
-    (folder / "empty.gif").write_bytes(b"")
-    assert run_command(world.pretrain(folder, "--steps", 1)) == 0
-    said = capsys.readouterr().err
-    assert "skipped 4 unreadable images" in said and "Traceback" not in said
-    skipped = {row["id"]: row["reason"] for row in read_lines(world.out / "skipped.jsonl")}
-    assert skipped.keys() == {"cut.png", "fake.jpg", "bomb.png", "empty.gif"}
-    assert "exceeds limit" in skipped["bomb.png"] and all(skipped.values())
-    assert read_info(world.out)["images"] == 8
-
-
-def test_names_of_all_sorts_go_through_every_verb(runs, tmp_path: Path, capsys) -> None:
-    """In files and classes; the page shows them as text."""
-    world = World(runs, tmp_path)
-    folder = world.images(*ODD_NAMES, *(f"{name}.2.png" for name in ODD_NAMES))
-    out = tmp_path / "<i>ünï"
-    words = {
-        "cluster": [*world.cluster("--num-clusters", 2, data=folder), "--out", out],
-        "customize": world.customize(images=folder),
-        "report": world.report(out),
-    }
-    for verb, command in words.items():
-        assert run_command(command) == 0, (verb, capsys.readouterr().err)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<script>alert" not in page and "<b>&" not in page and "<i>" not in page
-    table = pyarrow.parquet.read_table(out / CLUSTERS)
-    assert set(ODD_NAMES) <= set(table["id"].to_pylist())
-
-
-def test_file_names_that_are_no_text(runs, tmp_path: Path, capsys) -> None:
-    """Linux allows any bytes in them."""
-    world = World(runs, tmp_path)
-    folder = world.images(*(f"{number}.png" for number in range(6)))
-    try:
-        (folder / "0.png").rename(Path(str(folder)) / "\udcff\udcfe.png")
-    except (OSError, UnicodeError):
-        pytest.skip("this file system allows no such names")
-    assert run_command(world.cluster("--num-clusters", 2, data=folder)) == 0, (
-        capsys.readouterr().err
-    )
-    assert len(pyarrow.parquet.read_table(world.out / CLUSTERS)) == 6
-    assert run_command(world.customize("--overwrite", images=folder)) == 0
-
-
-def test_a_label_names_no_place(runs, tmp_path: Path, capsys) -> None:
-    """Classes of a table may be called as paths are; nothing is written by their names."""
-    world = World(runs, tmp_path)
-    content = io.BytesIO()
-    Image.new("RGB", (16, 16), "red").save(content, "png")
-    labels = ["../../a", "/tmp/b", "<b>c", "../../a", "/tmp/b", "<b>c"] * 2
-    splits = ["train"] * 6 + ["test"] * 6
-    task = world.file(
-        "task.parquet", parquet(image=[content.getvalue()] * 12, label=labels, split=splits)
-    )
-    before = snapshot(tmp_path)
-    assert run_command(world.finetune("--steps", 1, data=task)) == 0, capsys.readouterr().err
-    assert {k.split("/")[0] for k in snapshot(tmp_path).keys() - before.keys()} == {"out"}
-    assert json.loads((world.out / "results.json").read_text())["classes"] == sorted(set(labels))

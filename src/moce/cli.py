@@ -233,9 +233,15 @@ def _holds(field: FieldInfo, kind: type) -> bool:
 def _print_result(result: Any, *, as_json: bool) -> None:
     if as_json and is_dataclass(result):
         content = result.to_json() if hasattr(result, "to_json") else asdict(result)  # type: ignore[arg-type]
-        print(json.dumps(content, indent=2, default=str))
+        _write(json.dumps(content, indent=2, default=str))
     else:
-        print(result.summary())
+        _write(result.summary())
+
+
+def _write(text: str) -> None:
+    """Print to stdout, whose encoding may have no room for names, or for ±."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 if __name__ == "__main__":

@@ -215,7 +215,8 @@ def append_line(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(text)
+        # A path may hold bytes that are no text; they are written as \udcff.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -376,7 +377,8 @@ def read_timings(folder: Path) -> list[dict[str, Any]]:
 def read_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, if any, up to the first that is damaged or lacks `key`."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

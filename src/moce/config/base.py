@@ -14,7 +14,13 @@ def expand(path: Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for unknown users
 
 
-Folder = Annotated[Path, AfterValidator(expand)]
+def _possible(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("no path has a zero byte in it")
+    return expand(path)
+
+
+Folder = Annotated[Path, AfterValidator(_possible)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -74,7 +74,9 @@ class Packer:
                 f"{self._partial} was begun with other images or another size; add --overwrite to "
                 "begin anew, or choose another file"
             )
-        self._rows = lines[1:]
+        rows = lines[1:]
+        whole = all({"entries", "images", "crc32", "skipped"} <= row.keys() for row in rows)
+        self._rows = rows if whole else []
         if self._partial.stat().st_size < self._end():
             self._rows = []
         return self.done

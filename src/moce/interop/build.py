@@ -25,6 +25,7 @@ from moce.interop.shapes import architecture_of, depth_of, pair
 from moce.interop.weights import Source, Tensors, Weights
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
+from moce.runs import intact
 
 # The first that matches reads.
 ADAPTERS = (own, transformers_dinov2, transformers_vit, facebook, dinov2, timm_files)
@@ -61,7 +62,8 @@ def translate(source: Source) -> Weights:
     """Weights by moce's names. Raises MoceError if no adapter knows the source's."""
     for adapter in ADAPTERS:
         if adapter.matches(source):
-            return adapter.read(source)
+            with intact(Path(source.path)):
+                return adapter.read(source)
     names = ", ".join(sorted(source.tensors)[:LISTED])
     raise MoceError(
         f"{source.path} holds no weights that moce knows (a ViT of timm, facebookresearch/mae, "
@@ -80,9 +82,10 @@ def build_mae(weights: Weights, wishes: Wishes) -> tuple[MAESpec, MAE, list[str]
             "--allow-missing '*' would start any weight fresh; name those that may be missing, such "
             "as 'norm.*'"
         )
-    name, arguments = _architecture(weights, wishes)
-    spec = _spec(weights, wishes, name, {**arguments, **wishes.model_args})
-    mae = spec.build()
+    with intact(Path(weights.path)):
+        name, arguments = _architecture(weights, wishes)
+        spec = _spec(weights, wishes, name, {**arguments, **wishes.model_args})
+        mae = spec.build()
     notes = list(weights.notes)
     tensors = {f"encoder.{key}": value for key, value in weights.encoder.items()}
     tensors |= {f"decoder.{key}": value for key, value in weights.decoder.items()}

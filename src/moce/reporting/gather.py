@@ -11,6 +11,7 @@ from typing import Any
 from moce.errors import MoceError
 from moce.reporting.pictures import Source
 from moce.runs import CONFIG, INFO, intact, read_config, read_info, read_metrics
+from moce.transfer.results import Results
 
 RESULTS = "results.json"
 TITLES = {
@@ -111,7 +112,13 @@ def _read_run(path: Path) -> Run:
         _check_info(kind, info)
     if kind == "mae" and config.get("method") == "mae":
         kind = "mae_plus"
-    return Run(path, kind, info, config, read_metrics(path))
+    return Run(path, kind, info, config, [row for row in read_metrics(path) if _is_logged(row)])
+
+
+def _is_logged(row: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl holds the numbers that are drawn."""
+    names = ("step", "epoch", "loss", "reconstruction")
+    return all(isinstance(row.get(name, 0.0), int | float) for name in names)
 
 
 def _check_info(kind: str, info: dict[str, Any]) -> None:
@@ -143,5 +150,13 @@ def _read_results(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise MoceError(f"{path} is damaged: {error}") from None
-    known = isinstance(content, dict) and "rows" in content and "selection" in content
-    return content if known else None
+    if not (isinstance(content, dict) and "rows" in content and "selection" in content):
+        return None
+    with intact(path):
+        results = Results(content)
+        for task in results.tasks:
+            for protocol, method in results.columns():
+                results.mean(task, protocol, method)
+        for choice in results.selection.values():
+            float(choice["share"])
+    return content

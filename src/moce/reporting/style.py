@@ -62,6 +62,7 @@ ROUTES = (
 OTHER = "#c9cdd3"
 
 _STYLE: Any = {
+    "text.parse_math": False,  # $ in a folder's name is no formula
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
     "font.size": 10,

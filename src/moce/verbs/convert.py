@@ -54,6 +54,6 @@ def _read(settings: ConvertSettings) -> Weights:
     if run is not None:
         spec, mae = load_mae(run)
         return own.of_model(spec.encoder, mae.encoder, mae)
-    if settings.trust_pickle:
+    if settings.trust_pickle and settings.weights.is_file() and settings.weights.suffix != SUFFIX:
         return translate(read_trusted(settings.weights))
     return read_weights(settings.weights)

@@ -26,7 +26,7 @@ from moce.data.sources import demo_tasks
 from moce.errors import MoceError
 from moce.hardware import prepare
 from moce.loading import load_backbone
-from moce.runs import open_folder, provenance, write_json
+from moce.runs import intact, open_folder, provenance, write_json
 from moce.training.progress import say
 from moce.transfer.compare import Comparison, compare_probes
 from moce.transfer.task import load_task
@@ -64,7 +64,8 @@ def run(settings: DemoSettings) -> DemoResult:
     tasks = _tasks(settings.tasks)
     if settings.reuse:
         if _is_done(settings):
-            results = json.loads((settings.out / "results.json").read_text())
+            with intact(settings.out / "results.json"):
+                results = json.loads((settings.out / "results.json").read_text())
             return DemoResult(settings.out, results, settings.out / "report.html")
         settings = settings.model_copy(update={"overwrite": True})
     device, precision = prepare(settings)
@@ -90,7 +91,8 @@ def run(settings: DemoSettings) -> DemoResult:
 def _is_done(settings: DemoSettings) -> bool:
     """Whether the folder holds a whole demo of these settings and this version."""
     path = settings.out / DONE
-    return path.is_file() and json.loads(path.read_text()) == _origin(settings)
+    with intact(path):
+        return path.is_file() and json.loads(path.read_text()) == _origin(settings)
 
 
 def _origin(settings: DemoSettings) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from moce.parsing import parse
 from moce.runs import (
     CONFIG,
     check_apart,
+    intact,
     open_folder,
     provenance,
     read_lines,
@@ -104,10 +105,11 @@ def _check_unchanged(
     about = settings.out / ABOUT
     if not settings.resume or not about.is_file():
         return {}
-    began = json.loads(about.read_text())
-    if began["suite"] != suite.model_dump(mode="json"):
+    with intact(about):
+        began = json.loads(about.read_text())
+        then, before = began["suite"], dict(began.get("weights", {}))
+    if then != suite.model_dump(mode="json"):
         raise MoceError(f"{settings.suite} has changed since {settings.out} began; start anew")
-    before: dict[str, str] = began.get("weights", {})
     refuse_changes(settings.out, {k: v for k, v in before.items() if k in weights}, weights)
     return before
 

@@ -24,6 +24,8 @@ OF_A_RUN = frozenset(
     | {"decoder_dim", "decoder_depth", "decoder_heads", "allow_missing", "allow_surplus"}
 )
 OF_THE_DECODER = frozenset({"decoder_dim", "decoder_depth"})
+SIZES = frozenset({"img_size", "patch_size"})
+COUNTS = SIZES | {"in_chans", "embed_dim", "depth", "num_heads"}
 FIXED = frozenset({"num_classes", "global_pool", "fc_norm", "checkpoint_path", "cache_dir"})
 
 
@@ -115,12 +117,22 @@ def wishes_of(settings: FileSettings | PretrainSettings) -> Wishes:
 
 
 def check_arguments(model_args: dict[str, Any]) -> None:
-    """Raise MoceError if an argument would give the encoder a head."""
+    """Raise MoceError if an argument would give the encoder a head, or is no number where it has to be."""
     fixed = sorted(set(model_args) & FIXED)
     if fixed:
         raise MoceError(
             f"model_args must not set {fixed[0]}: the encoder gives tokens, with no head"
         )
+    for name in COUNTS & model_args.keys():
+        value = model_args[name]
+        values = value if name in SIZES and isinstance(value, list | tuple) else [value]
+        if len(values) not in (1, 2) or not all(_is_count(number) for number in values):
+            what = "one number or [height, width]" if name in SIZES else "a number"
+            raise MoceError(f"model_args: {name} is {what}, not {value!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def refuse_given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,11 @@ def is_image_name(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
+def as_text(name: str) -> str:
+    """A file name as text that can be written anywhere: bytes that are no text become \\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def from_path(name: str, open_image: Callable[[], Raster], label: str | None = None) -> Entry:
     """An image called by its path. A first folder named train, test or val is a split; a last one a label."""
     folders = list(PurePosixPath(name).parts[:-1])
@@ -46,7 +52,7 @@ def from_path(name: str, open_image: Callable[[], Raster], label: str | None = N
 
 def file_entry(path: Path, written: str) -> Entry:
     """A single image file, called by its path as it was written."""
-    return Entry(Path(written).as_posix(), partial(open_encoded, path))
+    return Entry(as_text(Path(written).as_posix()), partial(open_encoded, path))
 
 
 def refused(name: str, reason: str) -> Entry:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moce.data.decode import Raster, open_encoded
 from moce.data.kinds.arrays import open_array
-from moce.data.kinds.entry import SUFFIXES, Entry, from_path, is_image_name
+from moce.data.kinds.entry import SUFFIXES, Entry, as_text, from_path, is_image_name
 from moce.errors import MoceError
 
 
@@ -24,7 +24,10 @@ def read_folder(root: Path) -> list[Entry]:
     if not images:
         kinds = " ".join(sorted(SUFFIXES))
         raise MoceError(f"no images in {root} (looked at any depth for {kinds} .npy)")
-    return [from_path(path.relative_to(root).as_posix(), partial(opener, path)) for path in images]
+    return [
+        from_path(as_text(path.relative_to(root).as_posix()), partial(opener, path))
+        for path in images
+    ]
 
 
 def _files(root: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from glob import glob
 from pathlib import Path, PurePosixPath
 
 from moce.data.decode import Raster, open_encoded
-from moce.data.kinds.entry import Entry, from_path, is_image_name, refused
+from moce.data.kinds.entry import Entry, as_text, from_path, is_image_name, refused
 from moce.errors import MoceError
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -119,8 +119,8 @@ def _key(name: str) -> str:
 
 
 def _entry(path: Path, shard: str, member: tarfile.TarInfo, label: str | None) -> Entry:
-    identity = f"{shard}/{member.name}"
-    inside = PurePosixPath(member.name)
+    inside = PurePosixPath(as_text(member.name))
+    identity = f"{shard}/{as_text(member.name)}"
     if inside.is_absolute() or ".." in inside.parts:
         return refused(identity, "a name that leads out of the archive")
     if not member.isreg() or member.issparse():
