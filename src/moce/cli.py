@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 import typing
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic.fields import FieldInfo
 from moce import __version__
 from moce.config import Settings
 from moce.errors import MoceError
+from moce.launch import ALONE, first_to_fail, launch, leave, speaks
 from moce.parsing import read_recipe
 from moce.registry import VERBS, Verb
 
@@ -32,20 +34,31 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        _print_result(
-            VERBS[name].run(_values(VERBS[name].settings, options)),
-            as_json=options.get("json", False),
-        )
+        result = VERBS[name].run(_values(VERBS[name].settings, options))
+        if speaks():
+            _print_result(result, as_json=options.get("json", False))
     except MoceError as error:
-        print(f"moce {name}: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 2)
+        return _fail(name, error, getattr(error, "exit_status", 2))
     except OSError as error:
-        print(f"moce {name}: {error}", file=sys.stderr)
-        return FAILED
+        return _fail(name, error, FAILED)
     except KeyboardInterrupt:
-        print(f"moce {name}: interrupted", file=sys.stderr)
-        return CANCELLED
+        return _fail(name, "interrupted", CANCELLED)
+    except Exception:
+        if launch() is ALONE:
+            raise
+        if first_to_fail():  # else another process is gone, which has said why
+            traceback.print_exc()
+        leave(FAILED)
     return 0
+
+
+def _fail(verb: str, reason: object, status: int) -> int:
+    """Say why a command has failed; its exit status. Of several processes, the first to fail does."""
+    if first_to_fail():
+        print(f"moce {verb}: {reason}", file=sys.stderr)
+    if launch() is not ALONE:
+        leave(status)
+    return status
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
     """Names the nearest valid flag when one is unknown."""
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if speaks() else None)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         options, unknown = self.parse_known_args(args, namespace)

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import torch
+
+from moce.processes import all_sum, world
+
 
 class StopRequest:
     """`received`: the signal that asked to stop, if any. A second Ctrl-C stops at once."""
@@ -19,6 +23,14 @@ class StopRequest:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+
+
+def agreed(received: signal.Signals | None) -> signal.Signals | None:
+    """A signal if any process has received one, so that all stop after the same step."""
+    if world() == 1:
+        return received
+    anyone = int(all_sum(torch.tensor(int(received is not None)))) > 0
+    return received or (signal.SIGTERM if anyone else None)
 
 
 @contextmanager

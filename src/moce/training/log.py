@@ -7,19 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from moce.errors import MoceError
+from moce.processes import is_main
 from moce.runs import METRICS, read_metrics, write_text
 
 
 class MetricLog:
-    """Appends rows to the metrics of a run; rows past the step a run resumes from are dropped."""
+    """Appends rows to the metrics of a run; rows past the step a run resumes from are dropped.
+
+    The main process writes, the others write nothing.
+    """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resumed_step: int) -> None:
         kept = [row for row in read_metrics(folder) if row["step"] <= resumed_step]
         write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
         self._path = folder / METRICS
-        self._board = open_board(folder) if tensorboard else None
+        self._board = open_board(folder) if tensorboard and is_main() else None
 
     def write(self, row: dict[str, Any]) -> None:
+        if not is_main():
+            return
         with self._path.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._board is not None:

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from moce.config import TrainingSettings
-from moce.data.batches import Batch, BatchOrder, prefetched, resident
+from moce.data.batches import Batch, BatchOrder, own_parts, prefetched, resident
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
 from moce.errors import Interrupted, NotFinite
 from moce.hardware import open_fabric
 from moce.models.encoder import use_plain_attention
+from moce.processes import all_sum, is_main, rank, wait_for_all, world
 from moce.runs import write_config
 from moce.training.checkpoint import load_checkpoint, save_checkpoint
-from moce.training.interrupt import stop_request
+from moce.training.interrupt import agreed, stop_request
 from moce.training.log import MetricLog
 from moce.training.optimiser import ParameterGroup, adamw, learning_rate, set_learning_rate
+from moce.training.parallel import Held, IdleExperts, Shared, check_agreed, check_share
 from moce.training.progress import meter, say
 
 Losses = dict[str, Tensor]
@@ -78,12 +80,18 @@ class _Loop:
         self.images = resident(stage.images, device)
         self.total = total_steps(settings, self.count)
         self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
-        self.fabric = open_fabric(device, precision)
+        shared = settings.strategy == "fsdp" and world() > 1
+        self.fabric = open_fabric(device, precision, "fsdp" if shared else "ddp")
         if device.type == "cpu":
             use_plain_attention(stage.module)
-        optimiser = adamw(stage.groups, settings.beta2)
-        self.model, self.optimiser = self.fabric.setup(stage.module, optimiser)
-        self.done = load_checkpoint(self.folder, stage.module, optimiser) if settings.resume else 0
+        check_share(settings)
+        self.plain = adamw(stage.groups, settings.beta2)  # of the module itself: what is saved
+        self.held = (Shared if shared else Held)(self.fabric, stage.module, self.plain)
+        self.model, self.optimiser = self.held.model, self.held.optimiser
+        self.idle = IdleExperts(self.model)
+        self.done = load_checkpoint(self.folder, stage.module, self.plain) if settings.resume else 0
+        check_agreed(self.done)
+        self.held.scatter()
         self.window = Window(device)
 
     def run(self) -> None:
@@ -91,7 +99,7 @@ class _Loop:
             say(f"resuming {self.folder} after step {self.done} of {self.total}")
         write_config(self.folder, self.settings)
         log = MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
-        self.stage.module.train()
+        self.model.train()
         parts = self.order.parts(self.done, self.total, self.settings.micro_batch_size)
         with (
             meter(self.stage.title, self.total, self.done) as progress,
@@ -101,17 +109,23 @@ class _Loop:
             for number in range(self.done, self.total):
                 rate = self._set_rate(number)
                 self._step(number, batches)
-                received = stop.received  # read once: a later signal is for the next step
+                received = agreed(stop.received)  # read once: a later signal is for the next step
                 stopping = received is not None or number + 1 == self.total
                 note = None
                 if stopping or (number + 1) % self.settings.log_every == 0:
                     self.window.check_finite(self.folder)
+                    self.window.collect()
+                    if self.stage.diagnostics is not dict:  # they read the module
+                        self.held.gather()
                     row = self.window.row(number + 1, self.count, self.settings.batch_size, rate)
                     log.write(row | self.stage.diagnostics())
                     note = _note(row)
                 if stopping or (number + 1) % self.settings.save_every == 0:
+                    self.held.gather()
                     self._check_weights()
-                    save_checkpoint(self.folder, number + 1, self.stage.module, self.optimiser)
+                    if is_main():
+                        save_checkpoint(self.folder, number + 1, self.stage.module, self.plain)
+                    wait_for_all()
                 progress.advance(note)
                 if received is not None and number + 1 < self.total:
                     raise Interrupted(received, self.folder, f"step {number + 1}")
@@ -134,20 +148,22 @@ class _Loop:
     def _step(self, number: int, batches: Iterator[Batch]) -> None:
         """Forward and backward over the next micro-batches, which make one batch; then a step."""
         # Layers that draw their own randomness (drop path) draw the same after a resume.
-        seed = keyed_generator(self.settings.seed, Stream.STEP, number).initial_seed()
+        place = number * world() + rank()  # no two processes drop the same
+        seed = keyed_generator(self.settings.seed, Stream.STEP, place).initial_seed()
         torch.manual_seed(seed)
         rows, _ = self.order(number)
-        size = self.settings.micro_batch_size or len(rows)
         step = Step(number, rows.to(self.fabric.device))
-        for start in range(0, len(rows), size):
+        passes = len(own_parts(len(rows), self.settings.micro_batch_size))
+        for left in reversed(range(passes)):
             with self.window.waiting():
                 batch = next(batches)
             share = len(batch.rows) / len(rows)
-            more = start + size < len(rows)
-            with self.fabric.no_backward_sync(self.model, enabled=more):
+            with self.fabric.no_backward_sync(self.model, enabled=left > 0):
                 losses = self.stage.loss(self.model, batch, step)
-                self.fabric.backward(losses["loss"] * share)
+                # Gradients are averaged over the processes, and are to be summed.
+                self.fabric.backward(losses["loss"] * (share * world()))
             self.window.add(losses, share)
+        self.idle.drop_gradients()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.window.steps += 1
@@ -176,6 +192,13 @@ class Window:
             self._sums[name] = self._sums.get(name, 0) + value.detach().float() * share
         self._finite &= losses["loss"].detach().isfinite()
 
+    def collect(self) -> None:
+        """Bring the sums of all processes into the main one; before they are read or saved."""
+        for value in self._sums.values():
+            all_sum(value)
+            if not is_main():
+                value.zero_()
+
     def row(self, step: int, count: int, batch_size: int, rate: float) -> dict[str, Any]:
         """Means since the last row, and how fast it went."""
         means = {name: value.item() / self.steps for name, value in self._sums.items()}
@@ -194,7 +217,7 @@ class Window:
 
     def check_finite(self, folder: Path) -> None:
         """Raise NotFinite if any loss since the start was not finite; called before anything is written."""
-        if not self._finite.item():
+        if int(all_sum((~self._finite).long())):
             raise NotFinite(f"the loss is not finite; {remedy(folder)}")
 
 
