@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 import typing
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic.fields import FieldInfo
 from moce import __version__
 from moce.config import Settings
 from moce.errors import MoceError, signal_of
+from moce.launch import ALONE, first_to_fail, launch, leave, speaks
 from moce.parsing import read_recipe
 from moce.registry import VERBS, Verb
 from moce.signals import terminable
@@ -37,14 +39,30 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with terminable():
             result = VERBS[name].run(_values(VERBS[name].settings, options))
-        _print_result(result, as_json=options.get("json", False))
+        if speaks():
+            _print_result(result, as_json=options.get("json", False))
     except (Exception, KeyboardInterrupt) as error:
-        status = _exit_status(error)
-        if status is None:
-            raise
-        print(f"moce {name}: {_told(error, VERBS[name])}", file=sys.stderr)
-        return status
+        return _fail(VERBS[name], error)
     return 0
+
+
+def _fail(verb: Verb, error: BaseException) -> int:
+    """Say why a command has failed; its exit status. Of several processes, the first to fail does.
+
+    A defect of moce keeps its traceback.
+    """
+    status = _exit_status(error)
+    if status is None and launch() is ALONE:
+        raise error
+    if first_to_fail():  # else another process is gone, which has said why
+        if status is None:
+            traceback.print_exception(error)
+        else:
+            print(f"moce {verb.name}: {_told(error, verb)}", file=sys.stderr)
+    status = FAILED if status is None else status
+    if launch() is not ALONE:
+        leave(status)
+    return status
 
 
 def _exit_status(error: BaseException) -> int | None:
@@ -94,7 +112,7 @@ class _Parser(argparse.ArgumentParser):
     """Names the nearest valid flag when one is unknown."""
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if speaks() else None)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         options, unknown = self.parse_known_args(args, namespace)

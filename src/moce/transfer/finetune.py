@@ -18,6 +18,7 @@ from moce.data.images import ImageSet
 from moce.hardware import autocast
 from moce.loading import Backbone
 from moce.models.encoder import EncoderSpec
+from moce.processes import all_sum, own_share
 from moce.training.loop import Losses, Stage, Step
 from moce.training.stages import cropped
 from moce.transfer.policy import erase, image_keys, rand_augmented, read_policy
@@ -147,11 +148,14 @@ def predict_scores(
     precision: str,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """The score of every class (a logit) for every image, [n, C] float32."""
+    """The score of every class (a logit) for every image, [n, C] float32; the processes share the work."""
     vit = vit.to(device).eval()
+    own = own_share(len(images))
+    scores = torch.zeros(len(images), vit.num_classes)
+    start = own.start
     with autocast(device, precision):
-        parts = [
-            vit(normalise(pixels, spec.mean, spec.std)).float().cpu()
-            for pixels in in_order(images, batch_size, device, vit.patch_embed.img_size)
-        ]
-    return torch.cat(parts).numpy()
+        for pixels in in_order(images, batch_size, device, vit.patch_embed.img_size, own):
+            end = start + len(pixels)
+            scores[start:end] = vit(normalise(pixels, spec.mean, spec.std)).float().cpu()
+            start = end
+    return all_sum(scores).numpy()
