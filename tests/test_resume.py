@@ -123,11 +123,11 @@ def test_what_a_kill_left_is_removed(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "run"
     moce.pretrain(runs.data, out=out, **QUICK)
     left = [out / ".model.safetensors.ab_1cd2e", out / "state/.step_000000009.safetensors.x1y2z3w4"]
-    kept = out / ".gitignore"
-    for path in (*left, kept):
+    kept = [out / ".gitignore", out / ".my.settings"]
+    for path in (*left, *kept):
         path.write_text("half")
     moce.pretrain(runs.data, out=out, resume=True, **QUICK)
-    assert kept.exists() and not any(path.exists() for path in left)
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in left)
 
 
 def test_a_run_killed_before_it_had_a_config_can_begin(runs: Runs, tmp_path: Path) -> None:

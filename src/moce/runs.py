@@ -36,7 +36,7 @@ from moce.processes import is_main, of_main, wait_for_all
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
 SKIPPED, STATE, TIMINGS = "skipped.jsonl", "state", "timings.jsonl"
 # What `atomic` writes to before a file gets its name; a killed process leaves it behind.
-TEMPORARY = re.compile(r"\.[\w.]+\.[a-z0-9_]{8}")
+TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 INPUTS = (
     "data",
     "images",
@@ -139,7 +139,9 @@ def _remove_temporaries(path: Path) -> None:
 
 
 def _is_temporary(path: Path) -> bool:
-    return TEMPORARY.fullmatch(path.name) is not None and path.is_file()
+    named = TEMPORARY.fullmatch(path.name)
+    ours = named is not None and (named[1] in OWN_FILES or path.parent.name == STATE)
+    return ours and path.is_file()
 
 
 def _check_apart(path: Path, settings: Settings) -> None:
