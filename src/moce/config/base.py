@@ -140,6 +140,8 @@ class TrainingSettings(RunSettings):
         description="with several processes, what each holds: ddp, the whole network, or fsdp, a share "
         "of it; auto: ddp (one process: no difference)",
     )
-    log_every: Count = Field(20, description="steps between lines of metrics.jsonl")
+    log_every: Count = Field(
+        20, description="steps between lines of metrics.jsonl and timings.jsonl"
+    )
     save_every: Count = Field(500, description="steps between checkpoints")
     tensorboard: bool = Field(False, description="also write TensorBoard events")

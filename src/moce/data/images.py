@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from moce.data.decode import Raster, open_encoded, to_pixels
 from moce.data.kinds.entry import Entry, is_image_name
-from moce.data.packed import Packed, find_packed
+from moce.data.packed import Packed, PixelReader, find_packed
 from moce.data.sources import Part, open_parts, open_source
 from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
@@ -34,7 +35,8 @@ class ImageSet:
     """pixels: [n, c, h, w] uint8, not to be written to: they may be a file.
 
     ids: n stable names; labels: n names, tuples of names or None.
-    skipped: (id, reason) of images that could not be decoded.
+    skipped: (id, reason) of images that could not be decoded. reader: of the file that the pixels
+    are mapped from; `take` goes by it, because a mapping has no way to tell that it cannot be read.
     """
 
     pixels: Tensor
@@ -42,9 +44,16 @@ class ImageSet:
     labels: list[Label | None]
     splits: list[str | None]
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    reader: PixelReader | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def take(self, rows: Tensor | slice) -> Tensor:
+        """Pixels of these rows ([b] int64 or a slice), uint8 [b, c, h, w] on the device of `pixels`."""
+        if self.reader is not None:
+            return self.reader.read(torch.arange(len(self))[rows].tolist())
+        return self.pixels[rows if isinstance(rows, slice) else rows.to(self.pixels.device)]
 
     def subset(self, rows: Sequence[int]) -> ImageSet:
         """The images of these rows, in this order."""
@@ -54,7 +63,8 @@ class ImageSet:
         pick = lambda values: [values[row] for row in picked]  # noqa: E731
         return replace(
             self,
-            pixels=self.pixels[picked],
+            pixels=self.take(torch.tensor(picked, dtype=torch.int64)),
+            reader=None,
             ids=pick(self.ids),
             labels=pick(self.labels),
             splits=pick(self.splits),
@@ -110,16 +120,24 @@ class _Decoding:
 
     def into(self, pixels: np.ndarray) -> dict[int, str]:
         """Decode into `pixels`, those that could be first; the reason of each row that could not."""
-        rows = range(len(self.entries))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            told = pool.map(lambda row: decode_into(pixels, row, self.entries[row]), rows)
-            reasons = {row: reason for row, reason in enumerate(told) if reason is not None}
+        reasons = self._decode(pixels)
         skipped = [(self.entries[row].id, reason) for row, reason in reasons.items()]
-        _check_skipped(skipped, len(rows), self.max_skipped, self.name)
-        for place, row in enumerate(row for row in rows if row not in reasons):
+        _check_skipped(skipped, len(self.entries), self.max_skipped, self.name)
+        good = (row for row in range(len(self.entries)) if row not in reasons)
+        for place, row in enumerate(good):
             if place != row:  # in place: the pixels may be a file larger than memory
                 pixels[place] = pixels[row]
         return reasons
+
+    def _decode(self, pixels: np.ndarray) -> dict[int, str]:
+        rows = range(len(self.entries))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                told = pool.map(lambda row: decode_into(pixels, row, self.entries[row]), rows)
+                return {row: reason for row, reason in enumerate(told) if reason is not None}
+            except BaseException:  # Ctrl-C is not to wait for all that have been asked for
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def _decode_once_a_node(work: _Decoding, store: Path) -> tuple[np.ndarray, dict[int, str]]:
@@ -175,8 +193,14 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageS
             f"that are needed; pack them again with --size {size[0]}x{size[1]} or more"
         )
     in_memory = world() == 1 and packed.num_bytes <= MEMORY_SHARE * _free_memory()
-    pixels = packed.tensor(in_memory=in_memory)
-    return ImageSet(pixels, packed.ids, packed.labels, packed.splits, packed.skipped)
+    return ImageSet(
+        packed.tensor(in_memory=in_memory),
+        packed.ids,
+        packed.labels,
+        packed.splits,
+        packed.skipped,
+        None if in_memory else packed.reader(),
+    )
 
 
 def _allocate(shape: tuple[int, ...], store: Path | None) -> np.ndarray:
@@ -199,7 +223,22 @@ def _in_file(shape: tuple[int, ...], store: Path) -> np.ndarray:
         raise MoceError(
             f"the images take {needed / 1e9:.1f} GB, more than is free in {store.parent}"
         )
-    return np.memmap(store, np.uint8, "w+", shape=shape)
+    with store.open("w+b") as file:
+        _take_room(file, needed, store)
+        return np.memmap(file, np.uint8, "w+", shape=shape)
+
+
+def _take_room(file: BinaryIO, needed: int, store: Path) -> None:
+    """Take the room of a file at once: a disk that is full later ends the process without a word."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, needed)
+    except OSError as error:
+        store.unlink()
+        raise MoceError(
+            f"no room for {needed / 1e9:.1f} GB of images in {store.parent}: {error.strerror}"
+        ) from None
 
 
 def _free_memory() -> int:
