@@ -261,8 +261,8 @@ def test_verbs_for_one_process_are_refused(runs, tmp_path: Path) -> None:
     words = command(2, "probe", backbone=str(runs.mae), data=str(runs.task), out=tmp_path / "p")
     _, told = start(words).communicate(timeout=120)
     assert said(told) == [
-        "moce probe: moce probe is work for one process, and torchrun has started 2; run it "
-        "without torchrun"
+        "moce probe: this is work for one process, and torchrun has started 2; run it without "
+        "torchrun"
     ]
 
 

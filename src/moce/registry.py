@@ -31,8 +31,8 @@ class Verb:
         settings = parse(self.settings, values)
         if launch().world > 1 and not self.shared:
             raise MoceError(
-                f"moce {self.name} is work for one process, and {launch().by} has started "
-                f"{launch().world}; run it without {launch().by}"
+                f"this is work for one process, and {launch().by} has started {launch().world}; "
+                f"run it without {launch().by}"
             )
         with claims():
             return import_module(f"moce.verbs.{self.name}").run(settings)

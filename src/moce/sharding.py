@@ -47,7 +47,7 @@ def share_of(value: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     if not hasattr(like, "full_tensor") or value.shape != like.shape:  # such as a count of steps
-        return value
+        return value.to(like.device, copy=True)
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 

@@ -150,7 +150,12 @@ def _decode_once_a_node(work: _Decoding, store: Path) -> tuple[np.ndarray, dict[
 
     def decode() -> dict[int, str]:
         file.unlink(missing_ok=True)  # of a run that was killed
-        return work.into(_in_file(work.shape, file))
+        pixels = _in_file(work.shape, file)
+        try:
+            return work.into(pixels)
+        except BaseException:
+            file.unlink()
+            raise
 
     reasons = of_local_main(decode)
     # Each with a view of its own: what one writes to it, which none should, the others do not see.

@@ -39,7 +39,7 @@ class Held:
         self.model, self.optimiser = fabric.setup(module, optimiser)
 
     def scatter(self) -> None:
-        """Go on from what was loaded."""
+        """Begin with what the stage's module and its optimiser hold, or have loaded."""
 
     def gather(self) -> None:
         """Bring the stage's module and its optimiser up to date."""
@@ -60,7 +60,6 @@ class Shared(Held):
         ]
         self._optimiser = torch.optim.AdamW(groups)
         self.optimiser = fabric.setup_optimizers(self._optimiser)
-        self.scatter()
 
     def scatter(self) -> None:
         scatter_module(self._module, self._sharded)
