@@ -33,8 +33,6 @@ FINETUNE = {
     "base_lr": 1e-2,
     "log_every": 1,
     "drop_path": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
     "rand_augment": "rand-m9-n1",
 }
 
@@ -205,12 +203,17 @@ def test_micro_batches_and_uneven_batches(
 
 
 @pytest.mark.slow
-def test_finetuning_by_two_processes(runs, tmp_path: Path) -> None:
-    made = [
-        run(n, "finetune", **FINETUNE, backbone=str(runs.backbone), data=str(runs.task),
-            out=tmp_path / str(n))
-        for n in (1, 2)
-    ]  # fmt: skip
+@pytest.mark.parametrize("size", [None, 8])
+def test_finetuning_by_two_processes(size: int | None, runs, tmp_path: Path) -> None:
+    """With mixup and cutmix, which mix images of one process with those of the other."""
+    made = []
+    for processes in (1, 2):
+        settings = {**FINETUNE, "backbone": str(runs.backbone), "data": str(runs.task)}
+        settings |= {
+            "micro_batch_size": size and size // processes,
+            "out": tmp_path / str(processes),
+        }
+        made.append(run(processes, "finetune", **settings))
     assert_same(*made)
     results = [json.loads((out / "results.json").read_text()) for out in made]
     assert results[0] == results[1]

@@ -40,12 +40,22 @@ class BatchOrder:
         generator = keyed_generator(self.seed, Stream.ORDER, epoch)
         return torch.randperm(self.count, generator=generator)
 
-    def parts(self, first: int, end: int, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows and epochs of this process's micro-batches of the steps first .. end - 1."""
+    def parts(
+        self, first: int, end: int, size: int | None, led: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows and epochs of this process's micro-batches of the steps first .. end - 1.
+
+        led: before its own the image that comes before them in the micro-batch of all processes.
+        """
         for step in range(first, end):
             rows, epochs = self(step)
             for part in own_parts(len(rows), size):
-                yield rows[part], epochs[part]
+                places = torch.arange(part.start, part.stop)
+                if led:
+                    places = torch.cat(
+                        [torch.tensor([_before(part.start, len(rows), size)]), places]
+                    )
+                yield rows[places], epochs[places]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Rows and epochs, [batch_size] int64 each, of step 0, 1, ..."""
@@ -56,6 +66,13 @@ class BatchOrder:
             here = epochs == epoch
             rows[here] = self._epoch_order(epoch)[places[here]]
         return rows, epochs
+
+
+def _before(place: int, count: int, size: int | None) -> int:
+    """The place before one in the micro-batch of all processes; before the first comes the last."""
+    whole = count if size is None else size * world()
+    start = place - place % whole
+    return place - 1 if place > start else min(start + whole, count) - 1
 
 
 def own_parts(count: int, size: int | None) -> list[slice]:

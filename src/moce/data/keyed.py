@@ -22,6 +22,7 @@ class Stream(IntEnum):
     STEP = 6
     POLICY = 7
     TOKEN = 8
+    MIX = 9
 
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64

@@ -34,10 +34,16 @@ Losses = dict[str, Tensor]
 
 @dataclass
 class Step:
-    """What a stage may know when it computes a loss: the number of the step and its whole batch's rows."""
+    """What a stage may know when it computes a loss.
+
+    The number of the step and its whole batch's rows; which part of it the micro-batch is, and how
+    many of the micro-batch's images only lead it (see `Stage.mixes`).
+    """
 
     number: int
     rows: Tensor
+    part: int = 0
+    led_by: int = 0
 
 
 @dataclass
@@ -47,7 +53,9 @@ class Stage:
     module: what is trained and saved. loss: from the module as called in training, a micro-batch
     and the step to named scalars, "loss" among them, each a mean over the images of the
     micro-batch or the same for all micro-batches. diagnostics: numbers to log beside the losses.
-    memory: what diagnostics keeps from one row to the next, so that checkpoints can hold it.
+    memory: what diagnostics keeps from one row to the next, so that checkpoints can hold it. mixes:
+    whether it mixes each image with the one before it; of several processes, each then has that
+    image, too, before its own.
     """
 
     title: str
@@ -57,6 +65,7 @@ class Stage:
     loss: Callable[[nn.Module, Batch, Step], Losses]
     diagnostics: Callable[[], dict[str, Any]] = field(default=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
+    mixes: bool = False
 
 
 def total_steps(settings: TrainingSettings, count: int) -> int:
@@ -101,7 +110,8 @@ class _Loop:
             say(f"resuming {self.folder} after step {self.done} of {self.total}")
         write_config(self.folder, self.settings)
         self.model.train()
-        parts = self.order.parts(self.done, self.total, self.settings.micro_batch_size)
+        led = self.stage.mixes and world() > 1
+        parts = self.order.parts(self.done, self.total, self.settings.micro_batch_size, led)
         with (
             closing(self._open_log()) as log,
             meter(self.stage.title, self.total, self.done) as progress,
@@ -186,13 +196,15 @@ class _Loop:
         seed = keyed_generator(self.settings.seed, Stream.STEP, place).initial_seed()
         torch.manual_seed(seed)
         rows, _ = self.order(number)
-        step = Step(number, rows.to(self.fabric.device))
-        passes = len(own_parts(len(rows), self.settings.micro_batch_size))
-        for left in reversed(range(passes)):
+        step = Step(
+            number, rows.to(self.fabric.device), led_by=int(self.stage.mixes and world() > 1)
+        )
+        parts = own_parts(len(rows), self.settings.micro_batch_size)
+        for step.part, part in enumerate(parts):
             with self.window.waiting():
                 batch = next(batches)
-            share = len(batch.rows) / len(rows)
-            with self.fabric.no_backward_sync(self.model, enabled=left > 0):
+            share = (part.stop - part.start) / len(rows)
+            with self.fabric.no_backward_sync(self.model, enabled=step.part < len(parts) - 1):
                 losses = self.stage.loss(self.model, batch, step)
                 # Gradients are averaged over the processes, and are to be summed.
                 self.fabric.backward(losses["loss"] * (share * world()))
