@@ -69,12 +69,14 @@ def moce_stage(
     num_clusters = len(moce.clusters)
 
     def loss(model: nn.Module, batch: Batch, step: Step) -> Losses:
-        where = cluster_of.to(batch.rows.device)
+        device = batch.rows.device  # the network's; under FSDP `moce` itself stays on the CPU
+        where = cluster_of.to(device)
+        noise = gate_noise(moce, settings, step.number)
         output = model(
             augmented(batch, settings, spec, size),
             mask_noise(batch, settings, moce.mae),
             where[batch.rows],
-            gate_noise(moce, settings, step.number),
+            None if noise is None else noise.to(device),
             where[step.rows].bincount(minlength=num_clusters),
         )
         total = output.reconstruction
@@ -151,7 +153,7 @@ def gate_noise(moce: MoCE, settings: TrainSettings, step: int) -> Tensor | None:
         return None
     generator = keyed_generator(settings.seed, Stream.GATE, step)
     shape = (len(moce.gates), len(moce.clusters), moce.num_experts)
-    return torch.randn(shape, generator=generator).to(moce.clusters.device) / moce.num_experts
+    return torch.randn(shape, generator=generator) / moce.num_experts
 
 
 class GateWatch:
