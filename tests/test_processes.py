@@ -226,7 +226,7 @@ def test_a_run_stopped_by_sigterm_is_resumed(
     processes: int, strategy: str, small: dict[str, dict[str, object]], tmp_path: Path
 ) -> None:
     """On as many processes as before, or on one."""
-    settings = {**small["moce"], "steps": 60, "batch_size": 16, "save_every": 50}
+    settings = {**small["moce"], "steps": 100, "base_lr": 1e-3, "save_every": 90}
     whole = run(2, "train", **settings, out=tmp_path / "whole", strategy=strategy)
     stopped = {**settings, "out": tmp_path / "stopped", "strategy": strategy}
     going = start(command(2, "train", **stopped))
@@ -236,10 +236,9 @@ def test_a_run_stopped_by_sigterm_is_resumed(
     assert going.returncode != 0
     assert len(said(told)) == 1
     assert "saved in" in said(told)[0]
-    done = len(list((tmp_path / "stopped" / "state").glob("*.safetensors")))
-    assert done == 1
+    assert len(list((tmp_path / "stopped" / "state").glob("*.safetensors"))) == 1
     resumed = run(processes, "train", **stopped, resume=True)
-    assert_same(whole, resumed, CLOSE if processes == 2 else 1e-4)
+    assert_same(whole, resumed)
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import time
@@ -15,7 +16,7 @@ import torch
 from moce.config import RuntimeSettings
 from moce.errors import MoceError
 from moce.launch import ALONE, launch
-from moce.processes import of_main
+from moce.processes import leave_group, of_main
 from moce.sharding import shard
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def prepare(settings: RuntimeSettings) -> tuple[torch.device, str]:
     device = resolve_device(settings.device)
     if launch() is not ALONE:
         open_fabric(device, "float32")
+        atexit.register(leave_group)
     precision = of_main(lambda: resolve_precision(settings.precision, device))
     # Last: measuring draws random numbers, how many depends on the clock.
     torch.manual_seed(settings.seed)

@@ -90,5 +90,11 @@ def own_share(count: int) -> slice:
     return slice(count * here // of, count * (here + 1) // of)
 
 
+def leave_group() -> None:
+    """Take leave of the other processes, at the end of the program."""
+    if _grouped():
+        dist.destroy_process_group()
+
+
 def _grouped() -> bool:
     return dist.is_available() and dist.is_initialized()

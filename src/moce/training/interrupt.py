@@ -11,6 +11,7 @@ from types import FrameType
 
 import torch
 
+from moce.launch import speaks
 from moce.processes import all_sum, world
 from moce.signals import handled_by
 
@@ -31,6 +32,8 @@ class StopRequest:
 
 def _tell(message: str) -> None:
     """A line on standard error, past the buffers that the signal may have come into."""
+    if not speaks():
+        return
     with suppress(OSError, ValueError, AttributeError):
         os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
 
