@@ -89,6 +89,7 @@ PREPARE: dict[str, Callable[[Path, Runs], None]] = {
     "own-images": own_images,
     "multi-channel": lambda folder, runs: None,
     "fast-images": photos,
+    "several-processes": photos,
     "long-jobs": long_jobs,
 }
 

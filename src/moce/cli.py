@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 import sys
+import traceback
 import typing
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic.fields import FieldInfo
 from moce import __version__
 from moce.config import Settings
 from moce.errors import MoceError, signal_of
+from moce.launch import ALONE, first_to_fail, launch, leave, speaks
 from moce.parsing import read_recipe
 from moce.registry import VERBS, Verb
 from moce.signals import terminable
@@ -39,19 +41,31 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with terminable():
             result = VERBS[name].run(_values(VERBS[name].settings, options))
-        _print_result(result, as_json=options.get("json", False))
+        if speaks():
+            _print_result(result, as_json=options.get("json", False))
     except (Exception, KeyboardInterrupt) as error:
-        status = _exit_status(error)
-        if status is None:
-            raise
-        _tell(name, _told(error, VERBS[name]), "error: " if status < INTERRUPTED else "")
-        return status
+        return _fail(VERBS[name], error)
     return getattr(result, "exit_status", 0)
 
 
-def _tell(verb: str, message: str, label: str) -> None:
-    """One line, whatever names are in the message."""
-    print(f"moce {verb}: {label}{' '.join(message.split())}", file=sys.stderr)
+def _fail(verb: Verb, error: BaseException) -> int:
+    """Say why a command has failed; its exit status. Of several processes, the first to fail does.
+
+    A defect of moce keeps its traceback.
+    """
+    status = _exit_status(error)
+    if status is None and launch() is ALONE:
+        raise error
+    if first_to_fail():  # else another process is gone, which has said why
+        if status is None:
+            traceback.print_exception(error)
+        else:
+            label = "error: " if status < INTERRUPTED else ""
+            print(f"moce {verb.name}: {label}{_told(error, verb)}", file=sys.stderr)
+    status = FAILED if status is None else status
+    if launch() is not ALONE:
+        leave(status)
+    return status
 
 
 def _exit_status(error: BaseException) -> int | None:
@@ -64,7 +78,7 @@ def _exit_status(error: BaseException) -> int | None:
 
 
 def _told(error: BaseException, verb: Verb) -> str:
-    """The one line on an error that has an exit status."""
+    """The one line on an error that has an exit status, whatever names are in it."""
     if isinstance(error, KeyboardInterrupt):
         go_on = "; go on with --resume" if "resume" in verb.settings.model_fields else ""
         return f"interrupted{go_on}"
@@ -74,7 +88,7 @@ def _told(error: BaseException, verb: Verb) -> str:
         sizes = {"micro_batch_size", "batch_size"} & verb.settings.model_fields.keys()
         smaller = f"; try a smaller --{max(sizes).replace('_', '-')}" if sizes else ""
         return f"out of memory{smaller}"
-    return str(error)
+    return " ".join(str(error).split())
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -101,7 +115,8 @@ class _Parser(argparse.ArgumentParser):
     """Names the nearest valid flag when one is unknown."""
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: error: {_nearer(message)} (see {self.prog} --help)\n")
+        told = f"{self.prog}: error: {_nearer(message)} (see {self.prog} --help)\n"
+        self.exit(2, told if speaks() else None)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args

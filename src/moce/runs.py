@@ -31,6 +31,7 @@ from moce.claims import claim
 from moce.config import EvaluateSettings, Settings, expand
 from moce.data.sources import paths_of
 from moce.errors import MoceError
+from moce.processes import is_main, of_main, wait_for_all
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
 SKIPPED, STATE, TIMINGS = "skipped.jsonl", "state", "timings.jsonl"
@@ -60,7 +61,8 @@ DEMO_RUNS = frozenset({"mae", "clusters", "moce", "mae_plus"})
 FOLDERS_OF_RUNS = frozenset({"backbones", "finetune"})  # of the demo, of evaluations
 HEADROOM_RUN = re.compile(r"all|group\d+")
 FREE_TO_CHANGE = frozenset(
-    {"resume", "overwrite", "out", "threads", "log_every", "save_every"} | {"max_skipped"}
+    {"resume", "overwrite", "out", "threads", "log_every", "save_every"}
+    | {"max_skipped", "strategy"}
 )
 # Each row of an evaluation stands for itself: a resumed one may be asked for others.
 ROWS_TO_MAKE = frozenset({"backbones", "protocols", "tasks", "role", "root"})
@@ -90,7 +92,18 @@ def check_folder(path: Path, settings: Settings) -> None:
 
 
 def open_folder(path: Path, settings: Settings) -> Path:
-    """Make the folder of a run, emptied if it is to be replaced. Raises as `check_folder`."""
+    """Make the folder of a run, emptied if it is to be replaced. Raises as `check_folder`.
+
+    The main process does, when all have looked at it.
+    """
+    wait_for_all()
+    if is_main():
+        _open_folder(path, settings)
+    wait_for_all()
+    return path
+
+
+def _open_folder(path: Path, settings: Settings) -> None:
     check_folder(path, settings)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -101,7 +114,6 @@ def open_folder(path: Path, settings: Settings) -> Path:
             _empty(path)
     except OSError as error:
         raise MoceError(f"cannot make {path}: {error.strerror}") from None
-    return path
 
 
 def make_folder(path: Path) -> None:
@@ -214,6 +226,9 @@ def append_line(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a file. As all that is written to a run: of several processes, the main one does."""
+    if not is_main():
+        return
     with atomic(path) as temporary:
         # A path may hold bytes that are no text; they are written as \udcff.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -226,10 +241,12 @@ def write_json(path: Path, content: Any) -> None:
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Save tensors by name as safetensors."""
+    """Save tensors by name as safetensors; of several processes, the main one does."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if not is_main():
+        return
     ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
         try:
@@ -391,7 +408,7 @@ def read_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
 
 def last_metrics(folder: Path) -> dict[str, Any]:
     """The last line of metrics.jsonl. Raises MoceError if there is none."""
-    rows = read_metrics(folder)
+    rows = of_main(lambda: read_metrics(folder)[-1:])
     if not rows:
         raise MoceError(f"{folder / METRICS} is missing or damaged; train again with --overwrite")
     return rows[-1]

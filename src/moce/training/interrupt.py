@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+import torch
+
+from moce.launch import speaks
+from moce.processes import all_sum, world
 from moce.signals import handled_by
 
 
@@ -28,8 +32,18 @@ class StopRequest:
 
 def _tell(message: str) -> None:
     """A line on standard error, past the buffers that the signal may have come into."""
+    if not speaks():
+        return
     with suppress(OSError, ValueError, AttributeError):
         os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
+
+
+def agreed(received: signal.Signals | None) -> signal.Signals | None:
+    """A signal if any process has received one, so that all stop after the same step."""
+    if world() == 1:
+        return received
+    anyone = int(all_sum(torch.tensor(int(received is not None)))) > 0
+    return received or (signal.SIGTERM if anyone else None)
 
 
 @contextmanager

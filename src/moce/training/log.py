@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moce.errors import MoceError
+from moce.processes import is_main
 from moce.runs import METRICS, TIMINGS, append_line, read_lines, write_text
 
 Row = dict[str, Any]
@@ -15,7 +16,8 @@ Row = dict[str, Any]
 class MetricLog:
     """Appends rows to the logs of a run; rows past the step a run resumes from are dropped.
 
-    Two files: metrics.jsonl is the same for the same settings, timings.jsonl is of the clock.
+    Two files: metrics.jsonl is the same for the same settings, timings.jsonl is of the clock. The main
+    process writes, the others write nothing.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resumed_step: int) -> None:
@@ -24,9 +26,11 @@ class MetricLog:
             rows = read_lines(folder / name, "step")
             lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= resumed_step]
             write_text(folder / name, "".join(lines))
-        self._board = open_board(folder, resumed_step) if tensorboard else None
+        self._board = open_board(folder, resumed_step) if tensorboard and is_main() else None
 
     def write(self, row: Row, times: Row) -> None:
+        if not is_main():
+            return
         append_line(self._folder / METRICS, row)
         append_line(self._folder / TIMINGS, times)
         if self._board is not None:

@@ -18,6 +18,7 @@ from moce.data.images import ImageSet
 from moce.errors import MoceError, NotFinite
 from moce.features import input_shape
 from moce.loading import Backbone, load_backbone
+from moce.processes import is_main, of_main
 from moce.runs import STATE, write_json, write_model
 from moce.training.loop import fit, total_steps
 from moce.training.progress import say
@@ -131,14 +132,16 @@ class _Tuner:
         for rate in settings.lr_grid:
             folder = settings.out / STATE / f"lr_{rate:g}"
             result = folder / "results.json"
-            if not result.is_file():
-                folder.mkdir(parents=True, exist_ok=True)
+            if not of_main(result.is_file):
+                if is_main():
+                    folder.mkdir(parents=True, exist_ok=True)
                 update = {"base_lr": rate, "out": folder, "resume": True}
                 member = settings.model_copy(update=update)
                 value = self._held_out(member, kept, held)
                 write_json(result, {"base_lr": rate, "score": value})
-                shutil.rmtree(folder / STATE, ignore_errors=True)
-            tried.append(json.loads(result.read_text()))
+                if is_main():
+                    shutil.rmtree(folder / STATE, ignore_errors=True)
+            tried.append(of_main(lambda result=result: json.loads(result.read_text())))  # type: ignore[misc]
             say(f"base_lr {rate:g}: {self.metric} {100 * tried[-1]['score']:.1f} % held out")
         return tried
 
@@ -161,7 +164,7 @@ def _write(
     A ViT with token-routed experts is none that timm could load.
     """
     head = {"num_classes": vit.num_classes, "global_pool": "avg", "fc_norm": True}
-    if backbone.dense:
+    if backbone.dense and is_main():
         write_timm_folder(folder, vit, backbone.spec, **head)
     write_json(folder / "results.json", results)
     metrics = {results["metric"]: results[results["metric"]]}
