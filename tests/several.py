@@ -1,0 +1,21 @@
+"""What torchrun starts in tests: several runs one after the other, by the same processes.
+
+python several.py JOBS: a JSON list of {verb, settings}. A run that fails leaves OUT.error.RANK.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from moce.launch import launch
+from moce.registry import VERBS
+
+for job in json.loads(Path(sys.argv[1]).read_text()):
+    try:
+        VERBS[job["verb"]].run(job["settings"])
+    except Exception:
+        note = Path(f"{job['settings']['out']}.error.{launch().rank}")
+        note.write_text(traceback.format_exc())
