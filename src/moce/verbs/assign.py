@@ -8,7 +8,7 @@ from torch import Tensor
 from moce.clustering.model import ClusterModel
 from moce.config import HeadroomSettings, TrainSettings
 from moce.data.images import ImageSet
-from moce.features import extract_features
+from moce.features import feature_batches
 from moce.loading import read_assignments
 from moce.runs import read_config
 from moce.training.progress import say
@@ -37,8 +37,8 @@ def assign_images(
 def assign(
     images: ImageSet, clusters: ClusterModel, device: torch.device, precision: str
 ) -> Tensor:
-    """The cluster of every image, [n] int64, by one forward pass."""
-    raw = extract_features(
+    """The cluster of every image, [n] int64, by one forward pass; features are not kept."""
+    batches = feature_batches(
         clusters.encoder,
         clusters.spec,
         images,
@@ -46,5 +46,6 @@ def assign(
         precision=precision,
         pooling=clusters.pooling,
     )
+    found = [clusters.assign(clusters.normalise(raw))[0] for raw in batches]
     clusters.encoder.cpu()
-    return clusters.assign(clusters.normalise(raw))[0]
+    return torch.cat(found)

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moce.clustering.balanced import balanced_kmeans, check_count
-from moce.clustering.model import ClusterModel, unit_features
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from moce.clustering.balanced import Clustering, Round, Watch, balanced_kmeans, check_count
+from moce.clustering.model import ClusterModel
+from moce.clustering.progress import as_row, load_round, save_round
 from moce.config import ClusterSettings
-from moce.features import extract_features
+from moce.data.batches import RESIDENT_SHARE
+from moce.data.images import ImageSet
+from moce.errors import Interrupted
+from moce.feature_file import FeatureFile, clear
+from moce.features import feature_batches, feature_width
 from moce.loading import write_assignments
-from moce.runs import write_config, write_model, write_skipped
-from moce.training.progress import meter, say
+from moce.models.encoder import EncoderSpec
+from moce.models.mae import MAESpec
+from moce.processes import all_sum, is_main, own_share, wait_for_all, world
+from moce.runs import INFO, read_model, write_config, write_model, write_skipped
+from moce.training.checkpoint import checksum
+from moce.training.interrupt import StopRequest, stop_request
+from moce.training.log import MetricLog
+from moce.training.progress import Meter, meter, say
 from moce.verbs.start import open_run, read_images, settle
 from moce.verbs.weights import start_from
 
@@ -36,54 +54,16 @@ class ClusterResult:
 
 def run(settings: ClusterSettings) -> ClusterResult:
     settings, device = settle(settings)
+    if settings.resume and (settings.out / INFO).is_file():
+        return _finished(settings.out)
     spec, mae = start_from(settings.mae, settings)
     images = read_images(settings, settings.data, mae.encoder)
-    check_count(len(images), settings.num_clusters)
-    if len(images) < FEW * settings.num_clusters:
-        say(
-            f"{len(images)} images are few for {settings.num_clusters} clusters; fewer may serve better"
-        )
-    raw = extract_features(
-        mae.encoder,
-        spec.encoder,
-        images,
-        device=device,
-        precision=settings.precision,
-        pooling=settings.pooling,
-        batch_size=settings.batch_size,
-    )
-    features, mean = unit_features(raw)
-    with meter("cluster", settings.max_rounds) as progress:
-        found = balanced_kmeans(
-            features.to(device),
-            settings.num_clusters,
-            epsilon=settings.epsilon,
-            update=settings.update,
-            tolerance=settings.marginal_tolerance,
-            max_rounds=settings.max_rounds,
-            chunk_size=settings.chunk_size,
-            seed=settings.seed,
-            on_round=lambda number, moved: progress.advance(f"{moved:.1%} of the images moved"),
-        )
-    centroids = found.centroids.cpu()
-    similarity = (features * centroids[found.assignment.cpu()]).sum(dim=1).mean().item()
-    model = ClusterModel(
-        centroids=centroids,
-        potentials=found.potentials.cpu(),
-        mean=mean,
-        sizes=found.sizes.cpu(),
-        epsilon=settings.epsilon,
-        pooling=settings.pooling,
-        similarity=similarity,
-        spec=spec.encoder,
-        encoder=mae.encoder.cpu(),
-    )
+    _check(settings, len(images))
     open_run(settings)
     write_config(settings.out, settings)
     write_skipped(settings.out, images.skipped, say)
-    write_assignments(settings.out, images.ids, found.assignment)
-    sizes = found.sizes.tolist()
-    metrics = {"rounds": found.rounds, "smallest": min(sizes), "largest": max(sizes)}
-    info = {"clusters": model.info(), "metrics": metrics, "images": len(images)}
-    write_model(settings.out, "clusters", model.tensors(), info)
-    return ClusterResult(settings.out, sizes, similarity, found.rounds)
+    with stop_request() as stop:
+        job = _Job(settings, device, spec.encoder, mae.encoder, images, stop)
+        features, mean = job.features()
+        found = job.clusters(features)
+    return job.save(found, mean)

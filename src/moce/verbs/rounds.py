@@ -1,0 +1,62 @@
+"""A fit's rounds on disk: written after each, so that a killed clustering goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from moce.clustering.balanced import Round
+from moce.errors import MoceError
+from moce.processes import all_sum, is_main, own_share
+from moce.runs import STATE, checksum, read_tensor_metadata, read_tensors, write_tensors
+
+FILE = "round.safetensors"
+TENSORS = ("centroids", "potentials", "assignment")
+
+
+def save_round(folder: Path, state: Round, count: int) -> None:
+    """Keep a round of a fit of `count` images, which all processes may share."""
+    assignment = state.assignment
+    if state.stage:  # a sample is the same in all processes
+        assignment = torch.zeros(count, dtype=torch.int32)
+        assignment[own_share(count)] = state.assignment
+        all_sum(assignment)
+    tensors = {"centroids": state.centroids, "potentials": state.potentials, "assignment": assignment}
+    if is_main():
+        numbers = {f.name: getattr(state, f.name) for f in fields(Round) if f.name not in TENSORS}
+        metadata = {"round": json.dumps(numbers), "sha256": checksum(tensors)}
+        write_tensors(folder / STATE / FILE, tensors, metadata)
+
+
+def load_round(folder: Path, count: int) -> Round | None:
+    """The last round that was kept; None if there is none that is sound."""
+    path = folder / STATE / FILE
+    if not path.is_file():
+        return None
+    try:
+        tensors, metadata = read_tensors(path), read_tensor_metadata(path)
+        numbers = json.loads(metadata["round"])
+    except (MoceError, KeyError, json.JSONDecodeError):
+        return None
+    if metadata.get("sha256") != checksum(tensors):
+        return None
+    state = Round(**numbers, **tensors)
+    if state.stage:
+        state = replace(state, assignment=state.assignment[own_share(count)].clone())
+    return state
+
+
+def as_row(state: Round) -> dict[str, int | float]:
+    """How a round went, as a row of metrics."""
+    return {
+        "step": state.step,
+        "stage": state.stage,
+        "moved": state.moved,
+        "marginal_error": state.marginal_error,
+        "similarity": state.similarity,
+    }
+
+
