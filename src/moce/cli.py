@@ -15,16 +15,19 @@ from pydantic.fields import FieldInfo
 
 from moce import __version__
 from moce.config import Settings
-from moce.errors import MoceError
+from moce.errors import MoceError, signal_of
 from moce.parsing import read_recipe
 from moce.registry import VERBS, Verb
+from moce.training.interrupt import terminable
 
 FAILED = 1
-CANCELLED = 130  # as shells report Ctrl-C
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status: 0 done, 2 a mistake to mend, 130 interrupted."""
+    """Run one command; the exit status.
+
+    0 done, 1 the system failed it, 2 a mistake to mend, 130 or 143 stopped by Ctrl-C or SIGTERM.
+    """
     parser = build_parser()
     options = vars(parser.parse_args(arguments))
     name = options.pop("verb")
@@ -32,20 +35,45 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        _print_result(
-            VERBS[name].run(_values(VERBS[name].settings, options)),
-            as_json=options.get("json", False),
-        )
-    except MoceError as error:
-        print(f"moce {name}: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 2)
-    except OSError as error:
-        print(f"moce {name}: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print(f"moce {name}: interrupted", file=sys.stderr)
-        return CANCELLED
+        with terminable():
+            result = VERBS[name].run(_values(VERBS[name].settings, options))
+        _print_result(result, as_json=options.get("json", False))
+    except (Exception, KeyboardInterrupt) as error:
+        status = _exit_status(error)
+        if status is None:
+            raise
+        print(f"moce {name}: {_told(error, VERBS[name])}", file=sys.stderr)
+        return status
     return 0
+
+
+def _exit_status(error: BaseException) -> int | None:
+    """The exit status after an error that is told in one line; None if it is a defect of moce."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal_of(error)  # as shells report it
+    if isinstance(error, MoceError):
+        return getattr(error, "exit_status", 2)
+    return FAILED if isinstance(error, OSError) or _is_out_of_memory(error) else None
+
+
+def _told(error: BaseException, verb: Verb) -> str:
+    """The one line on an error that has an exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        go_on = "; go on with --resume" if "resume" in verb.settings.model_fields else ""
+        return f"interrupted{go_on}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if _is_out_of_memory(error):
+        sizes = {"micro_batch_size", "batch_size"} & verb.settings.model_fields.keys()
+        smaller = f"; try a smaller --{max(sizes).replace('_', '-')}" if sizes else ""
+        return f"out of memory{smaller}"
+    return str(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's own, torch's on accelerators (told by its name: torch is not imported) and on CPUs."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def build_parser() -> argparse.ArgumentParser:

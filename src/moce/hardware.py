@@ -79,9 +79,11 @@ def prepare(settings: RuntimeSettings) -> tuple[torch.device, str]:
     """Set threads and seed; (device, precision) of the settings, resolved."""
     if settings.threads is not None:  # else torch's choice: OMP_NUM_THREADS, or all cores
         torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
     device = resolve_device(settings.device)
-    return device, resolve_precision(settings.precision, device)
+    precision = resolve_precision(settings.precision, device)
+    # Last: measuring draws random numbers, how many depends on the clock.
+    torch.manual_seed(settings.seed)
+    return device, precision
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

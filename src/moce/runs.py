@@ -3,7 +3,8 @@
 config.yaml         the settings, resolved
 model.safetensors   the weights
 model.json          what they are: kind, how to build it, metrics, versions, git revision
-metrics.jsonl       one line per logged step
+metrics.jsonl       one line per logged step: the same again from the same settings
+timings.jsonl       how fast these steps went
 skipped.jsonl       images that could not be read, if any
 state/              checkpoints to resume from
 """
@@ -32,7 +33,9 @@ from moce.data.sources import paths_of
 from moce.errors import MoceError
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
-SKIPPED, STATE = "skipped.jsonl", "state"
+SKIPPED, STATE, TIMINGS = "skipped.jsonl", "state", "timings.jsonl"
+# What `atomic` writes to before a file gets its name; a killed process leaves it behind.
+TEMPORARY = re.compile(r"\.[\w.]+\.[a-z0-9_]{8}")
 INPUTS = (
     "data",
     "images",
@@ -52,7 +55,7 @@ EXTRAS = frozenset(
     | {"rows.jsonl", "results.md", "evaluation.json"}
     | {"model.onnx", "preprocessing.json", "preprocessor_config.json", "architecture.json"}
 )
-OWN_FILES = PROOFS | EXTRAS | {WEIGHTS, METRICS, SKIPPED}
+OWN_FILES = PROOFS | EXTRAS | {WEIGHTS, METRICS, TIMINGS, SKIPPED}
 DEMO_RUNS = frozenset({"mae", "clusters", "moce", "mae_plus"})
 FOLDERS_OF_RUNS = frozenset({"backbones", "finetune"})  # of the demo, of evaluations
 HEADROOM_RUN = re.compile(r"all|group\d+")
@@ -72,7 +75,7 @@ def check_folder(path: Path, settings: Settings) -> None:
     resume = getattr(settings, "resume", None)
     if path.exists() and not path.is_dir():
         raise MoceError(f"{path} is a file; give a folder for the output")
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or all(_is_temporary(child) for child in path.iterdir()):
         return
     if resume:
         if not (path / CONFIG).is_file():
@@ -92,7 +95,9 @@ def open_folder(path: Path, settings: Settings) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         claim(path)
-        if not getattr(settings, "resume", False):
+        if getattr(settings, "resume", False):
+            _remove_temporaries(path)
+        else:
             _empty(path)
     except OSError as error:
         raise MoceError(f"cannot make {path}: {error.strerror}") from None
@@ -100,12 +105,29 @@ def open_folder(path: Path, settings: Settings) -> Path:
 
 
 def _empty(path: Path) -> None:
-    """Remove what is in a folder, not the folder: it may be a mount point."""
-    for child in path.iterdir():
+    """Remove what is in a folder, not the folder: it may be a mount point.
+
+    What says that a run is finished goes first and what says that it is one last, so that a folder
+    that is half empty when the process is killed can still be replaced or resumed.
+    """
+    order = (INFO, STATE)
+    places = {name: place - len(order) for place, name in enumerate(order)} | {CONFIG: 1}
+    for child in sorted(path.iterdir(), key=lambda child: places.get(child.name, 0)):
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         else:
             child.unlink()
+
+
+def _remove_temporaries(path: Path) -> None:
+    """Remove what processes that were killed while writing left in a run and its state."""
+    for child in path.rglob(".*"):
+        if _is_temporary(child):
+            child.unlink(missing_ok=True)
+
+
+def _is_temporary(path: Path) -> bool:
+    return TEMPORARY.fullmatch(path.name) is not None and path.is_file()
 
 
 def _check_apart(path: Path, settings: Settings) -> None:
@@ -147,18 +169,36 @@ def _holds_runs(path: Path) -> bool:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place if all went well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary name beside `path` that takes its place if all went well.
+
+    Raises MoceError if it cannot be written; nothing is left of it then.
+    """
+    with writing(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says against writing to `path` becomes a MoceError that names it."""
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        yield
     except OSError as error:
         raise MoceError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    """Add a line of JSON to a file. A process killed meanwhile may leave a part of it."""
+    line = json.dumps(content, allow_nan=False) + "\n"
+    with writing(path), path.open("a") as file:
+        file.write(line)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -299,6 +339,12 @@ def write_skipped(folder: Path, skipped: list[tuple[str, str]], say: Callable[[s
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; what follows a line cut short by a kill is left out."""
     return read_lines(Path(folder) / METRICS, "step")
+
+
+def read_timings(folder: Path) -> list[dict[str, Any]]:
+    """The lines of timings.jsonl; of runs older than it, metrics.jsonl has the times."""
+    rows = read_lines(Path(folder) / TIMINGS, "step")
+    return rows or [row for row in read_metrics(folder) if "step_s" in row]
 
 
 def read_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:

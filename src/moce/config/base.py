@@ -132,6 +132,8 @@ class TrainingSettings(RunSettings):
     min_lr: NonNegative = Field(0.0, description="learning rate at the end of the cosine")
     crop_scale: Fraction = Field(0.2, description="smallest random crop, share of the image's area")
     hflip: bool = Field(True, description="mirror half of the images")
-    log_every: Count = Field(20, description="steps between lines of metrics.jsonl")
+    log_every: Count = Field(
+        20, description="steps between lines of metrics.jsonl and timings.jsonl"
+    )
     save_every: Count = Field(500, description="steps between checkpoints")
     tensorboard: bool = Field(False, description="also write TensorBoard events")

@@ -69,12 +69,12 @@ def resident(images: ImageSet, device: torch.device) -> ImageSet:
     free, _ = torch.cuda.mem_get_info(device)
     if images.pixels.numel() > RESIDENT_SHARE * free:
         return images
-    return replace(images, pixels=images.pixels.to(device))
+    return replace(images, pixels=images.pixels.to(device), reader=None)
 
 
 def fetch(images: ImageSet, rows: Tensor, epochs: Tensor, device: torch.device) -> Batch:
     """The batch of these rows on `device`."""
-    pixels = images.pixels[rows.to(images.pixels.device)]
+    pixels = images.take(rows)
     if device.type == "cuda" and not pixels.is_cuda:
         pixels = pixels.pin_memory()
     return Batch(rows.to(device), epochs.to(device), pixels.to(device, non_blocking=True))
@@ -105,4 +105,4 @@ def in_order(
 ) -> Iterator[Tensor]:
     """All images once, in their order, fitted to `size`: [b, c, *size] uint8 at a time."""
     for start in range(0, len(images), batch_size):
-        yield fitted(images.pixels[start : start + batch_size].to(device), size)
+        yield fitted(images.take(slice(start, start + batch_size)).to(device), size)

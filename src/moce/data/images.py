@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moce.data.decode import Raster, open_encoded, to_pixels
 from moce.data.kinds.entry import Entry, is_image_name
-from moce.data.packed import Packed, find_packed
+from moce.data.packed import Packed, PixelReader, find_packed
 from moce.data.sources import Part, open_parts, open_source
 from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
@@ -32,7 +32,8 @@ class ImageSet:
     """pixels: [n, c, h, w] uint8, not to be written to: they may be a file.
 
     ids: n stable names; labels: n names, tuples of names or None.
-    skipped: (id, reason) of images that could not be decoded.
+    skipped: (id, reason) of images that could not be decoded. reader: of the file that the pixels
+    are mapped from; `take` goes by it, because a mapping has no way to tell that it cannot be read.
     """
 
     pixels: Tensor
@@ -40,9 +41,16 @@ class ImageSet:
     labels: list[Label | None]
     splits: list[str | None]
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    reader: PixelReader | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def take(self, rows: Tensor | slice) -> Tensor:
+        """Pixels of these rows ([b] int64 or a slice), uint8 [b, c, h, w] on the device of `pixels`."""
+        if self.reader is not None:
+            return self.reader.read(torch.arange(len(self))[rows].tolist())
+        return self.pixels[rows if isinstance(rows, slice) else rows.to(self.pixels.device)]
 
     def subset(self, rows: Sequence[int]) -> ImageSet:
         """The images of these rows, in this order."""
@@ -50,7 +58,8 @@ class ImageSet:
         pick = lambda values: [values[row] for row in picked]  # noqa: E731
         return replace(
             self,
-            pixels=self.pixels[picked],
+            pixels=self.take(torch.tensor(picked, dtype=torch.int64)),
+            reader=None,
             ids=pick(self.ids),
             labels=pick(self.labels),
             splits=pick(self.splits),
@@ -128,8 +137,14 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageS
             f"that are needed; pack them again with --size {size[0]}x{size[1]} or more"
         )
     in_memory = packed.num_bytes <= MEMORY_SHARE * _free_memory()
-    pixels = packed.tensor(in_memory=in_memory)
-    return ImageSet(pixels, packed.ids, packed.labels, packed.splits, packed.skipped)
+    return ImageSet(
+        packed.tensor(in_memory=in_memory),
+        packed.ids,
+        packed.labels,
+        packed.splits,
+        packed.skipped,
+        None if in_memory else packed.reader(),
+    )
 
 
 def _allocate(shape: tuple[int, ...], store: Path | None) -> np.ndarray:
@@ -142,9 +157,25 @@ def _allocate(shape: tuple[int, ...], store: Path | None) -> np.ndarray:
     store.parent.mkdir(parents=True, exist_ok=True)
     if needed > shutil.disk_usage(store.parent).free:
         raise MoceError(f"the images take {gigabytes:.1f} GB, more than is free in {store.parent}")
-    pixels = np.memmap(store, np.uint8, "w+", shape=shape)
-    store.unlink()  # the file stays as long as the process, and leaves nothing behind
-    return pixels
+    return _stored(store, shape, needed)
+
+
+def _stored(store: Path, shape: tuple[int, ...], needed: int) -> np.ndarray:
+    """Room for pixels in a file that stays as long as the process, and leaves nothing behind.
+
+    The room is taken at once: a disk that is full later ends the process without a word.
+    """
+    with store.open("w+b") as file:
+        store.unlink()
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, needed)
+            except OSError as error:
+                gigabytes = needed / 1e9
+                raise MoceError(
+                    f"no room for {gigabytes:.1f} GB of images in {store.parent}: {error.strerror}"
+                ) from None
+        return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
 def _free_memory() -> int:

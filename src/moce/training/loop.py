@@ -17,11 +17,11 @@ from moce.config import TrainingSettings
 from moce.data.batches import Batch, BatchOrder, prefetched, resident
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
-from moce.errors import Interrupted, NotFinite
+from moce.errors import Interrupted, MoceError, NotFinite
 from moce.hardware import open_fabric
 from moce.models.encoder import use_plain_attention
-from moce.runs import write_config
-from moce.training.checkpoint import load_checkpoint, save_checkpoint
+from moce.runs import INFO, write_config
+from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from moce.training.interrupt import stop_request
 from moce.training.log import MetricLog
 from moce.training.optimiser import ParameterGroup, adamw, learning_rate, set_learning_rate
@@ -45,6 +45,7 @@ class Stage:
     module: what is trained and saved. loss: from the module as called in training, a micro-batch
     and the step to named scalars, "loss" among them, each a mean over the images of the
     micro-batch or the same for all micro-batches. diagnostics: numbers to log beside the losses.
+    memory: what diagnostics keeps from one row to the next, so that checkpoints can hold it.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Stage:
     groups: list[ParameterGroup]
     loss: Callable[[nn.Module, Batch, Step], Losses]
     diagnostics: Callable[[], dict[str, Any]] = field(default=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 def total_steps(settings: TrainingSettings, count: int) -> int:
@@ -83,17 +85,17 @@ class _Loop:
             use_plain_attention(stage.module)
         optimiser = adamw(stage.groups, settings.beta2)
         self.model, self.optimiser = self.fabric.setup(stage.module, optimiser)
-        self.done = load_checkpoint(self.folder, stage.module, optimiser) if settings.resume else 0
         self.window = Window(device)
+        self.done = self._load() if settings.resume else 0
 
     def run(self) -> None:
         if self.done:
             say(f"resuming {self.folder} after step {self.done} of {self.total}")
         write_config(self.folder, self.settings)
-        log = MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
         self.stage.module.train()
         parts = self.order.parts(self.done, self.total, self.settings.micro_batch_size)
         with (
+            closing(self._open_log()) as log,
             meter(self.stage.title, self.total, self.done) as progress,
             closing(prefetched(self.images, parts, self.fabric.device)) as batches,
             stop_request() as stop,
@@ -102,27 +104,56 @@ class _Loop:
                 rate = self._set_rate(number)
                 self._step(number, batches)
                 received = stop.received  # read once: a later signal is for the next step
-                stopping = received is not None or number + 1 == self.total
+                last = number + 1 == self.total
                 note = None
-                if stopping or (number + 1) % self.settings.log_every == 0:
-                    self.window.check_finite(self.folder)
-                    row = self.window.row(number + 1, self.count, self.settings.batch_size, rate)
-                    log.write(row | self.stage.diagnostics())
-                    note = _note(row)
-                if stopping or (number + 1) % self.settings.save_every == 0:
-                    self._check_weights()
-                    save_checkpoint(self.folder, number + 1, self.stage.module, self.optimiser)
+                # Rows are where an uninterrupted run has them: asking to stop makes none.
+                if last or (number + 1) % self.settings.log_every == 0:
+                    note = self._log(log, number + 1, rate)
+                if last or received is not None or (number + 1) % self.settings.save_every == 0:
+                    self._save(number + 1)
                 progress.advance(note)
-                if received is not None and number + 1 < self.total:
-                    raise Interrupted(received, self.folder, f"step {number + 1}")
-        log.close()
+                if received is not None:
+                    raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
         self.stage.module.eval()
 
-    def _check_weights(self) -> None:
+    def _open_log(self) -> MetricLog:
+        return MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
+
+    def _log(self, log: MetricLog, step: int, rate: float) -> str:
+        """Write the row of a step; a few words on it."""
+        self.window.check_finite(self.folder)
+        row = self.window.row(step, self.count, self.settings.batch_size, rate)
+        times = self.window.times(step, self.settings.batch_size)
+        self.window.reset()
+        log.write(row | self.stage.diagnostics(), times)
+        return _note(row, times)
+
+    def _load(self) -> int:
+        """Go back to the newest checkpoint; the number of steps done."""
+        found = load_checkpoint(self.folder, self.stage.module, self.optimiser)
+        if found is None:
+            if (self.folder / INFO).is_file():
+                raise MoceError(
+                    f"{self.folder} is finished and its checkpoints are gone: there is nothing to "
+                    "go on from; --overwrite trains again"
+                )
+            return 0
+        self.window.load(found.window)
+        self.stage.memory.update(found.memory)
+        return found.step
+
+    def _save(self, step: int) -> None:
+        self._check_finite()
+        state = Checkpoint(step, self.window.state(), self.stage.memory)
+        save_checkpoint(self.folder, state, self.stage.module, self.optimiser)
+
+    def _check_finite(self) -> None:
         """A finite loss can still have made a step that overflows: look before saving."""
         self.window.check_finite(self.folder)
-        if not all(value.isfinite().all() for value in self.stage.module.state_dict().values()):
-            raise NotFinite(f"the weights are not finite; {remedy(self.folder)}")
+        averages = [value for values in self.optimiser.state.values() for value in values.values()]
+        for value in (*self.stage.module.state_dict().values(), *averages):
+            if not value.isfinite().all():
+                raise NotFinite(f"the weights are not finite; {remedy(self.folder)}")
 
     def _set_rate(self, number: int) -> float:
         settings = self.settings
@@ -153,16 +184,33 @@ class _Loop:
         self.window.steps += 1
 
 
+STEPS = "steps"  # beside the sums in the state of a window
+
+
 class Window:
-    """Sums since the last logged row; they stay on the device until a row is asked for."""
+    """Sums since the last logged row; they stay on the device until a row is asked for.
+
+    steps: how many are summed. After a resume they began in the process before, the times in this.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._finite = torch.ones((), dtype=torch.bool, device=device)
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
         self._sums: Losses = {}
-        self._start, self._waited, self.steps = time.perf_counter(), 0.0, 0
+        self._start, self._waited, self.steps, self._untimed = time.perf_counter(), 0.0, 0, 0
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums and how many steps they are of."""
+        return {**{f"sum.{k}": v for k, v in self._sums.items()}, STEPS: torch.tensor(self.steps)}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from the `state` of another window; of an older version it may be empty."""
+        sums = {k.removeprefix("sum."): v for k, v in state.items() if k.startswith("sum.")}
+        self._sums = {name: value.to(self._device) for name, value in sums.items()}
+        self.steps = self._untimed = int(state.get(STEPS, 0))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -172,25 +220,27 @@ class Window:
         self._waited += time.perf_counter() - start
 
     def add(self, losses: Losses, share: float) -> None:
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().float() * share
+        self._sums = {  # in the order of the losses, which a loaded state does not keep
+            name: self._sums.get(name, 0) + value.detach().float() * share
+            for name, value in losses.items()
+        }
         self._finite &= losses["loss"].detach().isfinite()
 
     def row(self, step: int, count: int, batch_size: int, rate: float) -> dict[str, Any]:
-        """Means since the last row, and how fast it went."""
+        """Means since the last row: the same in every run of these settings."""
         means = {name: value.item() / self.steps for name, value in self._sums.items()}
-        seconds = time.perf_counter() - self._start
-        row = {
+        epoch = round(step * batch_size / count, 4)
+        return {"step": step, "epoch": epoch, **means, "lr": rate}
+
+    def times(self, step: int, batch_size: int) -> dict[str, Any]:
+        """How fast this process went since the last row."""
+        seconds, steps = time.perf_counter() - self._start, self.steps - self._untimed
+        return {
             "step": step,
-            "epoch": round(step * batch_size / count, 4),
-            **means,
-            "lr": rate,
-            "images_per_s": round(self.steps * batch_size / seconds, 1),
-            "step_s": round(seconds / self.steps, 5),
-            "data_wait_s": round(self._waited / self.steps, 5),
+            "images_per_s": round(steps * batch_size / seconds, 1),
+            "step_s": round(seconds / steps, 5),
+            "data_wait_s": round(self._waited / steps, 5),
         }
-        self._reset()
-        return row
 
     def check_finite(self, folder: Path) -> None:
         """Raise NotFinite if any loss since the start was not finite; called before anything is written."""
@@ -206,9 +256,7 @@ def remedy(folder: Path) -> str:
     )
 
 
-def _note(row: dict[str, Any]) -> str | None:
+def _note(row: dict[str, Any], times: dict[str, Any]) -> str:
     """The words beside the progress bar."""
-    if not row:
-        return None
-    wait = 100 * row["data_wait_s"] / max(row["step_s"], 1e-9)
-    return f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s, data wait {wait:.1f}%"
+    wait = 100 * times["data_wait_s"] / max(times["step_s"], 1e-9)
+    return f"loss {row['loss']:.4f}, {times['images_per_s']:.0f} images/s, data wait {wait:.1f}%"

@@ -89,7 +89,8 @@ def moce_stage(
 
     is_gate = lambda name: name.startswith("gates.")  # noqa: E731
     groups = expert_groups(moce, settings, is_gate)
-    return Stage(settings.method, moce, images, groups, loss, GateWatch(moce))
+    watch = GateWatch(moce)
+    return Stage(settings.method, moce, images, groups, loss, watch, watch.memory)
 
 
 def expert_groups(
@@ -142,17 +143,20 @@ def gate_noise(moce: MoCE, settings: TrainSettings, step: int) -> Tensor | None:
 
 
 class GateWatch:
-    """What the gates do, per MoE block, each time it is asked (metrics "gates")."""
+    """What the gates do, per MoE block, each time it is asked (metrics "gates").
+
+    memory: the routes when it was last asked.
+    """
 
     def __init__(self, moce: MoCE) -> None:
         self._moce = moce
-        self._routes = moce.routes()
+        self.memory = {"routes": moce.routes()}
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Any]:
         moce, routes = self._moce, self._moce.routes()
-        flipped = (routes != self._routes).float().mean(dim=0)
-        self._routes = routes
+        flipped = (routes != self.memory["routes"].to(routes.device)).float().mean(dim=0)
+        self.memory["routes"] = routes
         weights = moce.cluster_sizes / moce.cluster_sizes.sum()
         rows = {}
         for index, (layer, table) in enumerate(zip(moce.blocks, moce.tables(), strict=True)):

@@ -8,14 +8,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGINT
 from typing import Any
 
 from moce.config import EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.customization.bank import Bank
 from moce.customization.formats import Model, write_choice
 from moce.data.sources import paths_of
-from moce.errors import Interrupted, MoceError
+from moce.errors import Interrupted, MoceError, signal_of
 from moce.features import input_shape
 from moce.hardware import prepare
 from moce.loading import Backbone
@@ -72,8 +71,8 @@ def run(settings: EvaluateSettings) -> EvaluateResult:
     try:
         for plan in tasks:
             work.evaluate(plan)
-    except KeyboardInterrupt:
-        raise Interrupted(SIGINT, settings.out, f"{len(work.rows)} rows") from None
+    except KeyboardInterrupt as stop:
+        raise Interrupted(signal_of(stop), settings.out, f"{len(work.rows)} rows") from None
     write_text(settings.out / TABLE, suite_table(work.rows) + "\n")
     return EvaluateResult(settings.out, work.rows)
 

@@ -18,7 +18,7 @@ from moce.data.images import ImageSet
 from moce.errors import MoceError, NotFinite
 from moce.features import input_shape
 from moce.loading import Backbone, load_backbone
-from moce.runs import STATE, write_config, write_json, write_model, write_skipped
+from moce.runs import STATE, write_json, write_model
 from moce.training.loop import fit, total_steps
 from moce.training.progress import say
 from moce.transfer.finetune import (
@@ -32,7 +32,7 @@ from moce.transfer.metrics import score
 from moce.transfer.policy import read_policy
 from moce.transfer.scoring import choose_metric, confusion_counts
 from moce.transfer.task import Task, draw_labels, load_task
-from moce.verbs.start import hint_few_steps, open_run, pixel_store, settle
+from moce.verbs.start import begin, hint_few_steps, pixel_store, settle
 
 
 @dataclass
@@ -60,8 +60,7 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     task = load_task(settings.data, shape, pixel_store(settings), settings.max_skipped)
     metric = choose_metric(settings.metric, task)
     rows = draw_labels(task.train_labels, settings.num_labels, settings.seed, settings.draw)
-    open_run(settings)
-    write_skipped(settings.out, task.skipped, say)
+    begin(settings, task.train, task.test)
     hint_few_steps(settings, total_steps(settings, len(rows)), "see recipes/finetune_small.yaml")
     tuner = _Tuner(backbone, task, metric, device)
     tried = tuner.search(settings, rows) if settings.lr_grid else []
@@ -126,7 +125,6 @@ class _Tuner:
 
         Every rate is a run in the state of this one; those that have ended are not run again.
         """
-        write_config(settings.out, settings)  # an interrupted search can be resumed
         labels = self.task.train_labels[rows]
         kept, held = (rows[part] for part in hold_out(labels, settings.val_share, settings.seed))
         tried = []
