@@ -34,9 +34,8 @@ CENTRED_AT_ONCE = 16384  # features
 
 @dataclass
 class Record:
-    """key: what the features are of; done: rows extracted; mean: of all; centred: whether all are unit."""
+    """done: rows extracted; mean: of the features of all processes; centred: whether all are unit."""
 
-    key: str
     done: int = 0
     mean: list[float] | None = None
     centred: bool = False
@@ -45,13 +44,13 @@ class Record:
 class FeatureFile:
     """The features of this process's share of the images, [count, width] float32."""
 
-    def __init__(self, folder: Path, count: int, width: int, key: str) -> None:
-        """Open or begin the file. Raises MoceError if it is of other images or the disk is full."""
+    def __init__(self, folder: Path, count: int, width: int) -> None:
+        """Open the file or begin it. Raises MoceError if the disk has no room for it."""
         state = folder / STATE
         state.mkdir(exist_ok=True)
         self.path = state / f"features-{rank()}-of-{world()}"
         self.count, self.width = count, width
-        self.record = self._read(key)
+        self.record = self._read()
         self._chunk = self.path.with_suffix(".chunk")
 
     @property
@@ -120,22 +119,17 @@ class FeatureFile:
             write_tensors(self._chunk, {"features": centred, "end": torch.tensor(own.stop)})
             features[own] = centred
 
-    def _read(self, key: str) -> Record:
+    def _read(self) -> Record:
         record = self.path.with_suffix(".json")
         if not record.is_file() or not self.path.is_file():
             self._check_room()
-            return Record(key)
+            return Record()
         try:
             found = Record(**json.loads(record.read_text()))
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
-            return Record(key)
-        if found.key != key:
-            raise MoceError(
-                f"{self.path} holds features of other images or of another encoder; start again with "
-                "--overwrite"
-            )
+            return Record()
         whole = self.path.stat().st_size >= found.done * self.width * 4
-        return found if whole else Record(key)
+        return found if whole else Record()
 
     def _check_room(self) -> None:
         needed = self.count * self.width * 4

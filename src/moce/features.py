@@ -83,7 +83,9 @@ def feature_batches(
     if device.type == "cpu":
         use_plain_attention(vit)
     steps = -(-len(images) // batch_size)
-    rest = replace(images, pixels=images.pixels[first * batch_size :], ids=images.ids[first * batch_size :])
+    rest = replace(
+        images, pixels=images.pixels[first * batch_size :], ids=images.ids[first * batch_size :]
+    )
     with meter("features", steps, first) as progress, autocast(device, precision):
         for pixels in in_order(rest, batch_size, device, input_size(vit)):
             inputs = normalise(pixels, spec.mean, spec.std)

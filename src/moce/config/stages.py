@@ -116,11 +116,10 @@ class ClusterSettings(RunSettings, MAESettings):
         0.01, description="largest relative error of a cluster's mass in Sinkhorn-Knopp"
     )
     max_rounds: Count = Field(
-        50, description="most rounds of assignment and centroid update, on a sample and on all images"
+        50,
+        description="most rounds of assignment and centroid update, on a sample and on all images",
     )
-    chunk_size: Count = Field(
-        4096, description="images whose scores are worked on at once"
-    )
+    chunk_size: Count = Field(4096, description="images whose scores are worked on at once")
     batch_size: Count = Field(256, description="images per forward pass")
 
 

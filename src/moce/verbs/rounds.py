@@ -6,12 +6,13 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from moce.clustering.balanced import Round
 from moce.errors import MoceError
 from moce.processes import all_sum, is_main, own_share
-from moce.runs import STATE, checksum, read_tensor_metadata, read_tensors, write_tensors
+from moce.runs import STATE, read_tensor_metadata, read_tensors, write_tensors
+from moce.training.checkpoint import CHECKSUM, checksum
 
 FILE = "round.safetensors"
 TENSORS = ("centroids", "potentials", "assignment")
@@ -21,14 +22,23 @@ def save_round(folder: Path, state: Round, count: int) -> None:
     """Keep a round of a fit of `count` images, which all processes may share."""
     assignment = state.assignment
     if state.stage:  # a sample is the same in all processes
-        assignment = torch.zeros(count, dtype=torch.int32)
-        assignment[own_share(count)] = state.assignment
-        all_sum(assignment)
-    tensors = {"centroids": state.centroids, "potentials": state.potentials, "assignment": assignment}
+        assignment = gathered(assignment, count)
+    tensors = {
+        "centroids": state.centroids,
+        "potentials": state.potentials,
+        "assignment": assignment,
+    }
     if is_main():
         numbers = {f.name: getattr(state, f.name) for f in fields(Round) if f.name not in TENSORS}
-        metadata = {"round": json.dumps(numbers), "sha256": checksum(tensors)}
+        metadata = {"round": json.dumps(numbers), CHECKSUM: checksum(tensors)}
         write_tensors(folder / STATE / FILE, tensors, metadata)
+
+
+def gathered(assignment: Tensor, count: int) -> Tensor:
+    """The clusters of all images, [count], from those of every process's share."""
+    whole = assignment.new_zeros(count)
+    whole[own_share(count)] = assignment
+    return all_sum(whole)
 
 
 def load_round(folder: Path, count: int) -> Round | None:
@@ -41,7 +51,7 @@ def load_round(folder: Path, count: int) -> Round | None:
         numbers = json.loads(metadata["round"])
     except (MoceError, KeyError, json.JSONDecodeError):
         return None
-    if metadata.get("sha256") != checksum(tensors):
+    if metadata.get(CHECKSUM) != checksum(tensors):
         return None
     state = Round(**numbers, **tensors)
     if state.stage:
@@ -58,5 +68,3 @@ def as_row(state: Round) -> dict[str, int | float]:
         "marginal_error": state.marginal_error,
         "similarity": state.similarity,
     }
-
-
