@@ -20,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moce.clustering.model import unit
 from moce.clustering.rows import chunks
 from moce.errors import MoceError
 from moce.processes import all_sum, rank, wait_for_all, world
-from moce.runs import STATE, read_tensors, write_json, write_tensors
+from moce.runs import STATE, atomic, read_tensors
 
 RECORD_EVERY = 10.0  # seconds of extraction that a kill may cost
 CENTRED_AT_ONCE = 16384  # features
@@ -47,7 +48,7 @@ class FeatureFile:
     def __init__(self, folder: Path, count: int, width: int) -> None:
         """Open the file or begin it. Raises MoceError if the disk has no room for it."""
         state = folder / STATE
-        state.mkdir(exist_ok=True)
+        state.mkdir(parents=True, exist_ok=True)
         self.path = state / f"features-{rank()}-of-{world()}"
         self.count, self.width = count, width
         self.record = self._read()
@@ -116,7 +117,8 @@ class FeatureFile:
         for part in chunks(self.count - done, CENTRED_AT_ONCE):
             own = slice(done + part.start, done + part.stop)
             centred = unit(features[own], mean)
-            write_tensors(self._chunk, {"features": centred, "end": torch.tensor(own.stop)})
+            with atomic(self._chunk) as temporary:
+                save_file({"features": centred, "end": torch.tensor(own.stop)}, temporary)
             features[own] = centred
 
     def _read(self) -> Record:
@@ -139,7 +141,8 @@ class FeatureFile:
             )
 
     def _write(self) -> None:
-        write_json(self.path.with_suffix(".json"), asdict(self.record))
+        with atomic(self.path.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps(asdict(self.record)))
 
 
 def mean_of(features: Tensor) -> Tensor:

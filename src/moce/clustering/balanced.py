@@ -27,7 +27,8 @@ SAMPLE, SEEDED = (
     64,
 )  # images per cluster of the first stage; of those that seeds are drawn from
 # While centroids still move, potentials carried over from the last round need few iterations.
-ROUND_ITERATIONS, FINAL_ITERATIONS = 20, 1000
+ROUND_ITERATIONS, FINAL_ITERATIONS = 5, 1000
+LAGGING = 0.1  # damping of a step that is made together with one of the centroids
 RESCUES = 5  # tries to fill clusters whose centroids have merged with others
 
 
@@ -204,7 +205,7 @@ class _Fit:
             centroids = moved_centroids(sums, centroids)
             centroids = reseed_empty(rows, centroids, state.assignment, sums.sizes)
             if not iterations:
-                potentials = potentials - sums.excess.to(potentials)
+                potentials = potentials + sums.masses.newton_step(LAGGING).to(potentials)
             potentials = torch.where(empty, potentials.mean(), potentials)
         return replace(
             state,
@@ -214,7 +215,7 @@ class _Fit:
             centroids=centroids,
             potentials=potentials,
             moved=sums.moved,
-            marginal_error=sums.marginal_error,
+            marginal_error=sums.masses.error,
             similarity=sums.similarity,
         )
 

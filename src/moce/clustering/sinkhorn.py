@@ -17,9 +17,9 @@ from torch.nn.functional import embedding_bag
 
 from moce.clustering.rows import CHUNK_SIZE, Rows
 
-CACHE_BYTES = (
-    2**31
-)  # scores of all images that are kept, so that an iteration needs no matrix product
+GRAM_ROWS = 2**15  # rows from which a step of Newton's method is reckoned
+FIRST_DAMPING, LONGEST_STEP = 0.1, 5.0
+CACHE_BYTES = 2**31  # scores of all images that are kept, so that iterations need no product
 
 
 def scores(features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float) -> Tensor:
@@ -74,52 +74,100 @@ class Similarities:
 
 
 @dataclass
+class Masses:
+    """What n Q sums up to, over all processes and in float64; copies do not count.
+
+    columns: [K] column sums; their due is the same for all. gram: [K, K], Q'^T Q' over a sample of
+    the rows, and sampled: [K] the column sums of that sample, scaled to the whole.
+    """
+
+    columns: Tensor
+    gram: Tensor
+    sampled: Tensor
+
+    @property
+    def excess(self) -> Tensor:
+        """log of each cluster's mass over its due, [K]: what Sinkhorn-Knopp takes from v.
+
+        No mass at all counts as very little, so that steps stay finite.
+        """
+        return (self.columns / self.columns.mean()).clamp_min(1e-30).log()
+
+    @property
+    def error(self) -> float:
+        """The largest relative error of a cluster's mass."""
+        return (self.columns / self.columns.mean() - 1).abs().max().item()
+
+    @property
+    def misplaced(self) -> float:
+        """Sum of the absolute relative errors: an iteration of Sinkhorn-Knopp never raises it."""
+        return (self.columns / self.columns.mean() - 1).abs().sum().item()
+
+    def newton_step(self, damping: float) -> Tensor:
+        """What to add to v by Newton's method, [K]; damped by a share of what Sinkhorn-Knopp divides by.
+
+        The column sums m change with v by diag(m) - Q'^T Q'. Sinkhorn-Knopp takes diag(m) for it,
+        which is far too much where few images are between clusters: with a small epsilon it needs
+        hundreds of iterations, Newton's method a handful.
+        """
+        change = torch.diag(self.sampled) - self.gram
+        change += torch.diag(damping * self.sampled + 1e-6 * self.sampled.mean())
+        step = torch.linalg.solve(change, self.columns.mean() - self.columns)
+        return step.clamp(-LONGEST_STEP, LONGEST_STEP)
+
+
+class _Adder:
+    """Sums of Q over the chunks of a sweep."""
+
+    def __init__(self, similarities: Similarities) -> None:
+        rows, num_clusters = similarities.rows, similarities.num_clusters
+        self.rows, self.stride = rows, -(-rows.count // GRAM_ROWS)
+        self.sums = rows.zeros(num_clusters + 2, num_clusters, dtype=_wide(rows.device))
+
+    def add(self, part: slice, score: Tensor) -> Tensor:
+        """Turn scores [c, K], less their row's maximum, into exponentials in place; the rows' factors."""
+        score.exp_()
+        norm = score.sum(dim=1)
+        weights = self.rows.weights
+        factors = norm.reciprocal_() if weights is None else weights[part] / norm
+        self.sums[-1] += factors @ score
+        some = score[:: self.stride] * factors[:: self.stride, None]
+        self.sums[:-2] += some.T @ some
+        self.sums[-2] += some.sum(dim=0)
+        return factors
+
+    def total(self) -> Masses:
+        sums = self.rows.total(self.sums).cpu().double()
+        scale = sums[-1].sum() / sums[-2].sum()
+        return Masses(sums[-1], sums[:-2] * scale, sums[-2] * scale)
+
+
+@dataclass
 class Sums:
     """What a sweep over all rows sums up, over all processes and in float64; copies do not count.
 
-    mass: [K] column sums of n Q, whose mean is 1 when divided by n / K; features: [K, D] of the
-    rows of each cluster (hard) or weighted by Q; sizes: [K] rows of each cluster; moved and
-    similarity: share of rows that changed cluster, and mean cosine to the own centroid.
+    features: [K, D] of the rows of each cluster (hard) or weighted by Q; sizes: [K] rows of each
+    cluster; moved and similarity: share of rows that changed cluster, and mean cosine to the own
+    centroid.
     """
 
-    mass: Tensor
+    masses: Masses
     features: Tensor
     sizes: Tensor
     moved: float
     similarity: float
-
-    @property
-    def excess(self) -> Tensor:
-        """log of each cluster's mass over its due, [K]: what Sinkhorn-Knopp takes from v."""
-        return log_excess(self.mass)
-
-    @property
-    def marginal_error(self) -> float:
-        return error_of(self.excess)
-
-
-def log_excess(mass: Tensor) -> Tensor:
-    """log of mass over its mean. No mass at all counts as very little, so that steps stay finite."""
-    return (mass / mass.mean()).clamp_min(1e-30).log()
-
-
-def error_of(excess: Tensor) -> float:
-    """The largest relative error of a cluster's mass."""
-    return excess.exp().sub(1).abs().max().item()
 
 
 def _wide(device: torch.device | None) -> torch.dtype:
     return torch.float32 if device is not None and device.type == "mps" else torch.float64
 
 
-def column_mass(similarities: Similarities, potentials: Tensor) -> Tensor:
-    """Column sums of n Q, [K] float64, over all rows."""
-    rows = similarities.rows
-    mass = rows.zeros(similarities.num_clusters, dtype=_wide(rows.device))
+def column_masses(similarities: Similarities, potentials: Tensor) -> Masses:
+    """Column sums of n Q, and how they change with the potentials."""
+    adder = _Adder(similarities)
     for part, _, score in similarities.shifted(potentials, features=False):
-        score.sub_(score.amax(dim=1, keepdim=True)).exp_()
-        mass += _row_weights(rows, part, score) @ score
-    return rows.total(mass)
+        adder.add(part, score.sub_(score.amax(dim=1, keepdim=True)))
+    return adder.total()
 
 
 def sweep(
@@ -127,20 +175,18 @@ def sweep(
 ) -> Sums:
     """One pass: assign every row (into `assignment`, [n] int32, in place) and sum up what rounds need."""
     rows, num_clusters = similarities.rows, similarities.num_clusters
-    width = rows.features.shape[1]
-    wide = _wide(rows.device)
-    sums = rows.zeros(num_clusters, width + 2, dtype=wide)  # features, mass, size
+    width, wide = rows.features.shape[1], _wide(rows.device)
+    adder = _Adder(similarities)
+    sums = rows.zeros(num_clusters, width + 1, dtype=wide)  # features and sizes
     counts = rows.zeros(3, dtype=wide)  # rows, moved, similarity
     for part, chunk, score in similarities.shifted(potentials, features=True):
         assert chunk is not None
         weights = None if rows.weights is None else rows.weights[part]
         top, cluster = score.max(dim=1)
-        score.sub_(top[:, None]).exp_()
-        shares = _row_weights(rows, part, score)
-        sums[:, width] += shares @ score
-        sums[:, width + 1] += torch.bincount(cluster, weights, num_clusters)
+        factors = adder.add(part, score.sub_(top[:, None]))
+        sums[:, width] += torch.bincount(cluster, weights, num_clusters)
         if soft:
-            sums[:, :width] += score.mul_(shares[:, None]).T @ chunk
+            sums[:, :width] += score.mul_(factors[:, None]).T @ chunk
         else:
             sums[:, :width] += cluster_sums(chunk, cluster, num_clusters, weights)
         before = assignment[part].to(cluster.device)
@@ -150,13 +196,7 @@ def sweep(
         assignment[part] = cluster.to(assignment)
     rows.total(sums), rows.total(counts)
     moved, similarity = (counts[1:] / counts[0]).tolist()
-    return Sums(sums[:, width], sums[:, :width], sums[:, width + 1], moved, similarity)
-
-
-def _row_weights(rows: Rows, part: slice, exponentials: Tensor) -> Tensor:
-    """What the exponentials of each row are multiplied with so that they sum to its weight, [c]."""
-    norm = exponentials.sum(dim=1)
-    return norm.reciprocal_() if rows.weights is None else rows.weights[part] / norm
+    return Sums(adder.total(), sums[:, :width], sums[:, width], moved, similarity)
 
 
 def cluster_sums(
@@ -201,12 +241,23 @@ def balanced_potentials(
     max_iterations: int,
     on_sweep: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """`balance` from similarities, which are computed once if they are kept."""
+    """`balance` from similarities, which are computed once if they are kept.
+
+    Newton's method; where a step of it does not help, an iteration of Sinkhorn-Knopp in its place
+    and more damping.
+    """
+    best, masses, damping = potentials, None, FIRST_DAMPING
     current = potentials
     for _ in range(max_iterations):
-        excess = log_excess(column_mass(similarities, current))
+        found = column_masses(similarities, current)
         on_sweep()
-        if error_of(excess) <= tolerance:
+        helped = masses is None or found.misplaced < masses.misplaced
+        if helped:
+            best, masses = current, found
+        if masses.error <= tolerance:
             break
-        current = current - excess.to(current)
-    return current - current.mean()
+        damping = damping / 4 if helped else damping * 8
+        sinkhorn = not helped or damping >= 1
+        step = -masses.excess if sinkhorn else masses.newton_step(damping)
+        current = best + step.to(best)
+    return best - best.mean()

@@ -73,6 +73,8 @@ def _check(settings: ClusterSettings, count: int) -> None:
 
 def _finished(folder: Path) -> ClusterResult:
     """What a run came to that was finished before."""
+    if is_main():  # a kill may have left it
+        shutil.rmtree(folder / STATE, ignore_errors=True)
     info, tensors = read_model(folder, "clusters")
     sizes, similarity = tensors["sizes"].tolist(), info["clusters"]["similarity"]
     return ClusterResult(folder, sizes, similarity, info["metrics"]["rounds"])
