@@ -59,9 +59,7 @@ def commands(root: Path, steps: int) -> dict[str, list[str]]:
 
 def start(words: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "moce", *words]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finish(words: list[str]) -> float:
