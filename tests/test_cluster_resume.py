@@ -6,12 +6,13 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from builders import RUNTIME, unit_rows
+from builders import RUNTIME, shake, tiny_spec, unit_rows, write_images
 
 import moce
 from moce import feature_file
@@ -19,7 +20,8 @@ from moce.clustering import balanced, sinkhorn
 from moce.clustering.model import unit
 from moce.errors import Interrupted, MoceError
 from moce.feature_file import FeatureFile, mean_of
-from moce.runs import read_metrics, read_tensors
+from moce.loading import read_assignments
+from moce.runs import read_metrics, read_tensors, write_model
 from moce.verbs import cluster, rounds
 
 COMPARED = ("model.safetensors", "assignments.parquet", "metrics.jsonl")
@@ -35,9 +37,28 @@ def two_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balanced, "SAMPLE", 8)
 
 
-def run(runs, out: Path, **changes: object):
-    options = {"mae": runs.mae, "num_clusters": 8, "batch_size": 16, **RUNTIME, **changes}
-    return moce.cluster(runs.data, out=out, **options)
+@dataclass
+class Inputs:
+    data: Path
+    mae: Path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """160 images and an MAE that was never trained."""
+    root = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    spec = tiny_spec()
+    mae = spec.build()
+    shake(mae, 0.05)
+    (root / "mae").mkdir()
+    write_model(root / "mae", "mae", mae.state_dict(), {"spec": spec.to_dict(), "images": 0})
+    return Inputs(write_images(root / "data"), root / "mae")
+
+
+def run(inputs: Inputs, out: Path, **changes: object):
+    options = {"mae": inputs.mae, "num_clusters": 8, "batch_size": 16, **RUNTIME, **changes}
+    return moce.cluster(inputs.data, out=out, **options)
 
 
 def counted(function: Callable, last: int, then: Callable[[], None]) -> Callable:
@@ -82,37 +103,37 @@ MOMENTS = [
 
 
 @pytest.fixture(scope="module")
-def straight(runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(balanced, "SAMPLE", 8)
         out = tmp_path_factory.mktemp("straight") / "run"
-        run(runs, out)
+        run(inputs, out)
     return out
 
 
 @pytest.mark.parametrize(("place", "name", "number"), MOMENTS)
 def test_killed_run_ends_as_an_uninterrupted_one(
-    runs, straight: Path, tmp_path: Path, monkeypatch, place, name: str, number: int
+    inputs, straight: Path, tmp_path: Path, monkeypatch, place, name: str, number: int
 ) -> None:
     monkeypatch.setattr(feature_file, "RECORD_EVERY", 0.0)
     monkeypatch.setattr(feature_file, "CENTRED_AT_ONCE", 48)
     with monkeypatch.context() as patch:
         patch.setattr(place, name, counted(getattr(place, name), number, kill))
         with pytest.raises(Killed):
-            run(runs, tmp_path / "run")
-    again = run(runs, tmp_path / "run", resume=True)
+            run(inputs, tmp_path / "run")
+    again = run(inputs, tmp_path / "run", resume=True)
     same(straight, tmp_path / "run")
     assert not (tmp_path / "run" / "state").exists()
     assert sum(again.sizes) == 160
 
 
-def test_features_are_not_extracted_twice(runs, tmp_path: Path, monkeypatch) -> None:
+def test_features_are_not_extracted_twice(inputs, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(cluster, "save_round", counted(rounds.save_round, 1, kill))
         with pytest.raises(Killed):
-            run(runs, tmp_path / "run")
+            run(inputs, tmp_path / "run")
     monkeypatch.setattr(cluster, "feature_batches", lambda *a, **k: pytest.fail("extracted again"))
-    run(runs, tmp_path / "run", resume=True)
+    run(inputs, tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -121,35 +142,35 @@ def test_features_are_not_extracted_twice(runs, tmp_path: Path, monkeypatch) -> 
      (cluster, "feature_width", 1, "16 of 160 features")],
 )  # fmt: skip
 def test_signal_saves_and_says_how_to_go_on(
-    runs, straight: Path, tmp_path: Path, monkeypatch, place, name, number: int, words: str
+    inputs, straight: Path, tmp_path: Path, monkeypatch, place, name, number: int, words: str
 ) -> None:
     send = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(place, name, counted(getattr(place, name), number, send))
         with pytest.raises(Interrupted, match="--resume") as stopped:
-            run(runs, tmp_path / "run")
+            run(inputs, tmp_path / "run")
     assert stopped.value.exit_status == 128 + signal.SIGTERM
     assert words.split()[1] in str(stopped.value)
-    run(runs, tmp_path / "run", resume=True)
+    run(inputs, tmp_path / "run", resume=True)
     same(straight, tmp_path / "run")
 
 
-def test_damaged_round_is_passed_over(runs, straight: Path, tmp_path: Path, monkeypatch) -> None:
+def test_damaged_round_is_passed_over(inputs, straight: Path, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(cluster, "save_round", counted(rounds.save_round, 3, kill))
         with pytest.raises(Killed):
-            run(runs, tmp_path / "run")
+            run(inputs, tmp_path / "run")
     kept = tmp_path / "run" / "state" / rounds.FILE
     content = bytearray(kept.read_bytes())
     content[-5] ^= 1
     kept.write_bytes(bytes(content))
-    run(runs, tmp_path / "run", resume=True)
+    run(inputs, tmp_path / "run", resume=True)
     same(straight, tmp_path / "run")
 
 
-def test_resuming_a_finished_run_gives_its_result(runs, straight: Path) -> None:
+def test_resuming_a_finished_run_gives_its_result(inputs, straight: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
-    result = run(runs, straight, resume=True)
+    result = run(inputs, straight, resume=True)
     assert sum(result.sizes) == 160 and result.rounds == len(read_metrics(straight))
     assert before == {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
 
@@ -166,16 +187,16 @@ def test_rounds_are_logged_without_the_clock(straight: Path) -> None:
 
 @pytest.mark.parametrize("cache", [0, 10**9])
 def test_scores_that_are_not_kept_give_the_same_clusters(
-    runs, straight: Path, tmp_path: Path, monkeypatch, cache: int
+    inputs, straight: Path, tmp_path: Path, monkeypatch, cache: int
 ) -> None:
     monkeypatch.setattr(sinkhorn, "CACHE_BYTES", cache)
-    run(runs, tmp_path / "run")
+    run(inputs, tmp_path / "run")
     same(straight, tmp_path / "run")
 
 
-def test_small_chunks_give_the_same_clusters(runs, straight: Path, tmp_path: Path) -> None:
-    run(runs, tmp_path / "run", chunk_size=32)
-    one, other = (moce.loading.read_assignments(r) for r in (straight, tmp_path / "run"))
+def test_small_chunks_give_the_same_clusters(inputs, straight: Path, tmp_path: Path) -> None:
+    run(inputs, tmp_path / "run", chunk_size=32)
+    one, other = (read_assignments(r) for r in (straight, tmp_path / "run"))
     assert np.mean([one[name] == other[name] for name in one]) > 0.98
 
 

@@ -27,7 +27,7 @@ SAMPLE, SEEDED = (
     64,
 )  # images per cluster of the first stage; of those that seeds are drawn from
 # While centroids still move, potentials carried over from the last round need few iterations.
-ROUND_ITERATIONS, FINAL_ITERATIONS = 5, 1000
+ROUND_ITERATIONS, FINAL_ITERATIONS = 10, 1000
 LAGGING = 0.1  # damping of a step that is made together with one of the centroids
 RESCUES = 5  # tries to fill clusters whose centroids have merged with others
 
@@ -52,7 +52,8 @@ class Round:
     """Where a fit stands after a round: all that is needed to go on, and how the round went.
 
     step: rounds done in all; number: in this stage, 0 (a sample) or 1 (all images); settled: whether
-    the stage is over. assignment: [n] int32 of this process's images of the stage.
+    the stage is over. assignment: [n] int32 of this process's images of the stage. guide: [K], the
+    potentials that balance the sample under these centroids (stage 1 after a sample).
     """
 
     stage: int
@@ -62,6 +63,7 @@ class Round:
     centroids: Tensor
     potentials: Tensor
     assignment: Tensor
+    guide: Tensor
     moved: float = 1.0
     marginal_error: float = 0.0
     similarity: float = 0.0
@@ -106,12 +108,11 @@ def balanced_kmeans(
     rows, distinct = without_copies(rows)
     check_enough(distinct, num_clusters)
     fit = _Fit(num_clusters, epsilon, update, tolerance, max_rounds, settled, watch or Watch())
-    sampled = distinct > SAMPLE * num_clusters
-    if sampled and (start is None or start.stage == 0):
-        start = _on_sample(fit, rows, distinct, seed, start)
-    if start is None:
-        start = fit.seeded(rows, distinct, seed)
-    state = fit.rounds(rows, start, 0 if sampled else ROUND_ITERATIONS)
+    sample = _sample(rows, distinct, num_clusters, seed)
+    state = start or fit.seeded(sample or rows, seed, stage=0 if sample else 1)
+    if sample is not None and state.stage == 0:
+        state = fit.onto_all(rows, sample, fit.rounds(sample, state))
+    state = fit.rounds(rows, state, sample)
     return fit.finish(rows, state)
 
 
@@ -132,26 +133,12 @@ def check_enough(distinct: int, num_clusters: int) -> None:
         )
 
 
-def _on_sample(fit: _Fit, rows: Rows, distinct: int, seed: int, start: Round | None) -> Round:
-    """The first stage: rounds on a sample that every process has; where the second one starts."""
-    which = draw(rows, distinct, SAMPLE * fit.num_clusters, seed)
-    sample = Rows(rows.pick(which), chunk_size=rows.chunk_size)
-    if start is None:
-        start = fit.seeded(sample, len(which), seed, stage=0)
-    state = fit.rounds(sample, start, ROUND_ITERATIONS)
-    similarities = Similarities(sample, state.centroids, fit.epsilon, keep=True)
-    potentials = balanced_potentials(
-        similarities, state.potentials, fit.tolerance, FINAL_ITERATIONS, fit.watch.on_sweep
-    )
-    return replace(
-        state,
-        stage=1,
-        number=0,
-        settled=False,
-        centroids=_from_first(rows, state.centroids),
-        potentials=_from_first(rows, potentials),
-        assignment=_nowhere(rows),
-    )
+def _sample(rows: Rows, distinct: int, num_clusters: int, seed: int) -> Rows | None:
+    """The rows that the first stage works on, the same in all processes; None if there are few anyway."""
+    if distinct <= SAMPLE * num_clusters:
+        return None
+    which = draw(rows, distinct, SAMPLE * num_clusters, seed)
+    return Rows(rows.pick(which), chunk_size=rows.chunk_size)
 
 
 def _from_first(rows: Rows, values: Tensor) -> Tensor:
@@ -176,26 +163,38 @@ class _Fit:
     settled: float
     watch: Watch
 
-    def seeded(self, rows: Rows, distinct: int, seed: int, stage: int = 1) -> Round:
+    def seeded(self, rows: Rows, seed: int, stage: int) -> Round:
         """The state before the first round."""
+        distinct = rows.count if rows.weights is None else int(rows.total(rows.weights.sum()))
         points = rows.pick(draw(rows, distinct, SEEDED * self.num_clusters, seed))
         centroids = _from_first(rows, plus_plus(points, self.num_clusters, seed))
         potentials = rows.zeros(self.num_clusters)
-        return Round(stage, 0, 0, False, centroids, potentials, _nowhere(rows))
+        return Round(stage, 0, 0, False, centroids, potentials, _nowhere(rows), potentials)
 
-    def rounds(self, rows: Rows, state: Round, iterations: int) -> Round:
-        """Rounds until they settle, each with as many iterations of Sinkhorn-Knopp beforehand."""
+    def onto_all(self, rows: Rows, sample: Rows, state: Round) -> Round:
+        """Where the rounds on all rows start: where those on the sample ended."""
+        centroids = _from_first(rows, state.centroids)
+        guide = _from_first(rows, self._guide(sample, centroids, state.potentials))
+        return Round(1, 0, state.step, False, centroids, guide, _nowhere(rows), guide)
+
+    def rounds(self, rows: Rows, state: Round, sample: Rows | None = None) -> Round:
+        """Rounds until they settle."""
         while not state.settled:
-            state = self._round(rows, state, iterations)
+            state = self._round(rows, state, sample)
             self.watch.on_round(state)
         return state
 
-    def _round(self, rows: Rows, state: Round, iterations: int) -> Round:
-        """Assign all rows; then, unless nearly all stayed, move centroids and potentials."""
-        centroids, potentials = state.centroids, state.potentials
-        similarities = self._similarities(rows, centroids, keep=iterations > 0)
-        if iterations:
-            potentials = self._balanced(similarities, potentials, iterations)
+    def _round(self, rows: Rows, state: Round, sample: Rows | None) -> Round:
+        """Assign all rows; then, unless nearly all stayed, move the centroids.
+
+        Without a sample the potentials are balanced beforehand, for the scores are kept. With one
+        they are moved with the centroids, so that a round is one sweep: by Newton's method on the
+        sums of all rows, and by as much as the potentials that balance the sample have moved.
+        """
+        centroids, potentials, guide = state.centroids, state.potentials, state.guide
+        similarities = self._similarities(rows, centroids, keep=sample is None)
+        if sample is None:
+            potentials = self._balanced(similarities, potentials, ROUND_ITERATIONS)
         sums = sweep(similarities, potentials, state.assignment, soft=self.update == "soft")
         self.watch.on_sweep()
         empty = sums.sizes == 0
@@ -204,8 +203,10 @@ class _Fit:
         if not settled:
             centroids = moved_centroids(sums, centroids)
             centroids = reseed_empty(rows, centroids, state.assignment, sums.sizes)
-            if not iterations:
+            if sample is not None:
+                guide = _from_first(rows, self._guide(sample, centroids, state.guide))
                 potentials = potentials + sums.masses.newton_step(LAGGING).to(potentials)
+                potentials = potentials + guide - state.guide
             potentials = torch.where(empty, potentials.mean(), potentials)
         return replace(
             state,
@@ -214,10 +215,16 @@ class _Fit:
             settled=settled,
             centroids=centroids,
             potentials=potentials,
+            guide=guide,
             moved=sums.moved,
             marginal_error=sums.masses.error,
             similarity=sums.similarity,
         )
+
+    def _guide(self, sample: Rows, centroids: Tensor, potentials: Tensor) -> Tensor:
+        """Potentials that balance the sample."""
+        similarities = self._similarities(sample, centroids, keep=True)
+        return self._balanced(similarities, potentials, ROUND_ITERATIONS, lambda: None)
 
     def finish(self, rows: Rows, state: Round) -> Clustering:
         """Balanced potentials under which no cluster is empty, and the assignment by them.
@@ -247,9 +254,15 @@ class _Fit:
     def _similarities(self, rows: Rows, centroids: Tensor, *, keep: bool) -> Similarities:
         return Similarities(rows, centroids, self.epsilon, keep=keep)
 
-    def _balanced(self, similarities: Similarities, potentials: Tensor, iterations: int) -> Tensor:
+    def _balanced(
+        self,
+        similarities: Similarities,
+        potentials: Tensor,
+        iterations: int,
+        on_sweep: Callable[[], None] | None = None,
+    ) -> Tensor:
         return balanced_potentials(
-            similarities, potentials, self.tolerance, iterations, self.watch.on_sweep
+            similarities, potentials, self.tolerance, iterations, on_sweep or self.watch.on_sweep
         )
 
 

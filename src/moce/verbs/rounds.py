@@ -15,7 +15,7 @@ from moce.runs import STATE, read_tensor_metadata, read_tensors, write_tensors
 from moce.training.checkpoint import CHECKSUM, checksum
 
 FILE = "round.safetensors"
-TENSORS = ("centroids", "potentials", "assignment")
+TENSORS = ("centroids", "potentials", "assignment", "guide")
 
 
 def save_round(folder: Path, state: Round, count: int) -> None:
@@ -23,11 +23,7 @@ def save_round(folder: Path, state: Round, count: int) -> None:
     assignment = state.assignment
     if state.stage:  # a sample is the same in all processes
         assignment = gathered(assignment, count)
-    tensors = {
-        "centroids": state.centroids,
-        "potentials": state.potentials,
-        "assignment": assignment,
-    }
+    tensors = {name: getattr(state, name) for name in TENSORS} | {"assignment": assignment}
     if is_main():
         numbers = {f.name: getattr(state, f.name) for f in fields(Round) if f.name not in TENSORS}
         metadata = {"round": json.dumps(numbers), CHECKSUM: checksum(tensors)}
