@@ -331,6 +331,62 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
     return {name: version(name) for name in packages}
 
 
+def tables(results: Path = RESULTS) -> str:
+    """What benchmarks.draw puts into docs/performance.md."""
+    found = json.loads(results.read_text())
+    parts = []
+    for name in ("small", "large"):
+        if name in found:
+            parts += case_tables(found[name])
+    return "\n\n".join(parts)
+
+
+def case_tables(entry: dict[str, Any]) -> list[str]:
+    case, machines = entry["case"], entry["machine"]
+    last = list(machines.values())[-1]
+    names = ", ".join(f"{package} {number}" for package, number in last["versions"].items())
+    lines = [
+        f"### {case['count']:,} features of width {case['width']}, {case['clusters']} clusters",
+        f"{last['cpu']}, {last['cores']} cores, {last['torch_threads']} torch threads; revision "
+        f"{last['revision']}. {names}.",
+    ]
+    if "passes" in entry:
+        lines.append("\n".join(pass_table(entry["passes"])))
+    rows = [entry[name] for name in CONTENDERS if name in entry]
+    return [*lines, "\n".join(whole_table(rows))]
+
+
+def pass_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Median seconds of each kind of pass, and their ratios to the floor and to faiss."""
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        times.setdefault(row["pass"], []).append(row["seconds"])
+    middle = {name: float(np.median(found)) for name, found in times.items()}
+    floor, faiss = middle["bare product"], middle["faiss, an iteration"]
+    lines = ["| a pass | s | range | x bare product | x faiss |", "|---|--:|--:|--:|--:|"]
+    for name, found in times.items():
+        spread = f"{min(found):.2f} to {max(found):.2f}"
+        ratios = f"{middle[name] / floor:.2f} | {middle[name] / faiss:.2f}"
+        lines.append(f"| {name} | {middle[name]:.2f} | {spread} | {ratios} |")
+    return lines
+
+
+def whole_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Whole clusterings: what they cost and how good they are."""
+    head = (
+        "| the whole | features | s | passes over all | GB | sizes | their deviation | ARI | NMI |"
+    )
+    lines = [head, "|---|--:|--:|---|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        passes = ", ".join(f"{count:.3g} {kind}" for kind, count in row["passes"].items())
+        lines.append(
+            f"| {row['contender']} | {row['features']:,} | {row['total_s']:.0f} | {passes} | "
+            f"{row['gigabytes']:.2f} | {row['smallest']:,} to {row['largest']:,} | "
+            f"{row['deviation']:.2f} | {row['ARI']:.3f} | {row['NMI']:.3f} |"
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", default="small", choices=CASES)
