@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from moce.clustering.balanced import Clustering, Round, Watch, balanced_kmeans, check_count
+from moce.clustering.balanced import SAMPLE, Clustering, Round, Watch, balanced_kmeans, check_count
 from moce.clustering.model import ClusterModel
 from moce.config import ClusterSettings
 from moce.data.batches import RESIDENT_SHARE
@@ -120,12 +120,13 @@ class _Job:
     def clusters(self, features: Tensor) -> Clustering:
         """Balanced k-means, from the last round that was kept."""
         settings, count = self.settings, len(self.images)
-        start = load_round(settings.out, count) if settings.resume else None
+        start = load_round(settings.out, count, self.device) if settings.resume else None
         if start is not None:
             self.rounds = start.step
             say(f"resuming {settings.out} after round {start.step}")
         log = MetricLog(settings.out, tensorboard=False, resumed_step=self.rounds)
-        with meter("cluster", settings.max_rounds, self.rounds) as progress:
+        stages = 2 if count > SAMPLE * settings.num_clusters else 1
+        with meter("cluster", stages * settings.max_rounds, self.rounds) as progress:
 
             def on_round(state: Round) -> None:
                 self._keep(state, log)

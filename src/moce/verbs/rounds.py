@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from moce.clustering.balanced import Round
@@ -37,7 +38,7 @@ def gathered(assignment: Tensor, count: int) -> Tensor:
     return all_sum(whole)
 
 
-def load_round(folder: Path, count: int) -> Round | None:
+def load_round(folder: Path, count: int, device: torch.device) -> Round | None:
     """The last round that was kept; None if there is none that is sound."""
     path = folder / STATE / FILE
     if not path.is_file():
@@ -49,10 +50,12 @@ def load_round(folder: Path, count: int) -> Round | None:
         return None
     if metadata.get(CHECKSUM) != checksum(tensors):
         return None
-    state = Round(**numbers, **tensors)
-    if state.stage:
-        state = replace(state, assignment=state.assignment[own_share(count)].clone())
-    return state
+    # Copies, for their memory is aligned as it was before: sums may depend on that.
+    assignment = tensors.pop("assignment").clone()
+    if numbers["stage"]:
+        assignment = assignment[own_share(count)].clone()
+    placed = {name: value.clone().to(device) for name, value in tensors.items()}
+    return Round(**numbers, **placed, assignment=assignment)
 
 
 def as_row(state: Round) -> dict[str, int | float]:
