@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from statistics import median
 
+from benchmarks import clustering
 from benchmarks.images import RESULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -58,6 +59,13 @@ def main() -> None:
     before, _, after = PAGE.read_text().split(MARK)
     content = section(json.loads(RESULTS.read_text()))
     PAGE.write_text(f"{before}{MARK}\n{content}\n{MARK}{after}")
+    put("<!-- clustering -->", clustering.tables())
+
+
+def put(mark: str, content: str) -> None:
+    """Content between two marks of the page."""
+    before, _, after = PAGE.read_text().split(mark)
+    PAGE.write_text(f"{before}{mark}\n{content}\n{mark}{after}")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from torch.nn.functional import normalize
 
 import moce
 from moce.clustering.balanced import assign, balanced_kmeans
-from moce.clustering.model import ClusterModel, unit_features
+from moce.clustering.model import ClusterModel, unit
 from moce.clustering.sinkhorn import balance, scores
 from moce.data.images import load_images
+from moce.feature_file import mean_of
 from moce.features import extract_features
 from moce.loading import load_clusters, read_assignments
 
@@ -255,9 +256,9 @@ def test_model_survives_tensors_and_info() -> None:
 
 def test_features_are_centred_and_of_unit_norm() -> None:
     raw = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * 3 + 5
-    features, mean = unit_features(raw)
+    mean = mean_of(raw)
     assert torch.allclose(mean, raw.mean(dim=0))
-    assert torch.allclose(features, normalize(raw - raw.mean(dim=0), dim=1))
+    assert torch.allclose(unit(raw, mean), normalize(raw - raw.mean(dim=0), dim=1))
 
 
 def test_run_holds_what_was_clustered(runs, tmp_path) -> None:

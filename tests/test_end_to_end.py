@@ -90,7 +90,8 @@ def test_every_run_leaves_exactly_these_files(root: Path) -> None:
     assert left_in(root / "moce") == training_files(6) | {"skipped.jsonl"}
     assert left_in(root / "mae_plus") == training_files(6) | {"skipped.jsonl"}
     assert left_in(root / "clusters") == {
-        "assignments.parquet", "config.yaml", "model.json", "model.safetensors", "skipped.jsonl"
+        "assignments.parquet", "config.yaml", "metrics.jsonl", "model.json", "model.safetensors",
+        "skipped.jsonl", "timings.jsonl",
     }  # fmt: skip
     assert left_in(root / "backbone") == {
         "README.md", "config.json", "model.safetensors", "selection.json"

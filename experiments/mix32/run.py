@@ -83,9 +83,8 @@ class Folders:
     ) -> Path:
         if not (folder / done).is_file():
             started = (folder / "config.yaml").is_file()
-            go_on = {"resume": True} if verb != "cluster" else {"overwrite": True}
             given = {**self.recipe["runtime"], "seed": self.group.seed, **values, "out": folder}
-            getattr(moce, verb)(**given, **(go_on if started else {}))
+            getattr(moce, verb)(**given, **({"resume": True} if started else {}))
         return folder
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -32,7 +35,11 @@ def input_shape(vit: VisionTransformer) -> tuple[int, int, int]:
     return (input_channels(vit), *input_size(vit))
 
 
-@torch.inference_mode()
+def feature_width(vit: VisionTransformer, pooling: str) -> int:
+    """How many numbers make up the feature of an image."""
+    return input_channels(vit) * GRID**2 if pooling == PIXELS else vit.embed_dim
+
+
 def extract_features(
     vit: VisionTransformer,
     spec: EncoderSpec,
@@ -47,17 +54,43 @@ def extract_features(
 
     pooling: mean, cls, or pixels: no network at all, but the mean colours of a grid.
     """
+    parts = feature_batches(
+        vit,
+        spec,
+        images,
+        device=device,
+        precision=precision,
+        pooling=pooling,
+        batch_size=batch_size,
+    )
+    return torch.cat(list(parts))
+
+
+@torch.inference_mode()
+def feature_batches(
+    vit: VisionTransformer,
+    spec: EncoderSpec,
+    images: ImageSet,
+    *,
+    device: torch.device,
+    precision: str = "float32",
+    pooling: str = "mean",
+    batch_size: int = 256,
+    first: int = 0,
+) -> Iterator[Tensor]:
+    """What `extract_features` gives, batch by batch, [b, width]; from batch `first` on."""
     vit = vit.to(device).eval()
     if device.type == "cpu":
         use_plain_attention(vit)
-    parts = []
     steps = -(-len(images) // batch_size)
-    with meter("features", steps) as progress, autocast(device, precision):
-        for pixels in in_order(images, batch_size, device, input_size(vit)):
+    rest = replace(
+        images, pixels=images.pixels[first * batch_size :], ids=images.ids[first * batch_size :]
+    )
+    with meter("features", steps, first) as progress, autocast(device, precision):
+        for pixels in in_order(rest, batch_size, device, input_size(vit)):
             inputs = normalise(pixels, spec.mean, spec.std)
-            parts.append(_feature(vit, inputs, pooling).cpu())
+            yield _feature(vit, inputs, pooling).cpu()
             progress.advance()
-    return torch.cat(parts)
 
 
 def _feature(vit: VisionTransformer, inputs: Tensor, pooling: str) -> Tensor:

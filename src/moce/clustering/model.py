@@ -39,7 +39,7 @@ class ClusterModel:
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Raw encoder features [n, D] to what is clustered: centred on the data's mean, unit norm."""
-        return normalize(raw.float() - self.mean, dim=1)
+        return unit(raw, self.mean)
 
     def assign(self, features: Tensor, rule: str = "balanced") -> tuple[Tensor, Tensor]:
         """Cluster [n] int64 and cosine similarity to its centroid [n] of normalised features.
@@ -91,10 +91,9 @@ class ClusterModel:
         )
 
 
-def unit_features(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Raw features [n, D] of the training images, and their mean [D]: (normalised, mean)."""
-    mean = raw.float().mean(dim=0)
-    return normalize(raw.float() - mean, dim=1), mean
+def unit(raw: Tensor, mean: Tensor) -> Tensor:
+    """Raw encoder features [n, D] to what is clustered: centred on the data's mean [D], unit norm."""
+    return normalize(raw.float() - mean, dim=1)
 
 
 def group_clusters(

@@ -1,4 +1,4 @@
-"""Balanced assignment by Sinkhorn-Knopp in log space, in memory bounded by one chunk.
+"""Balanced assignment by Sinkhorn-Knopp, in memory bounded by one chunk or a stated number of bytes.
 
 Maximise Tr(Q^T S) + epsilon * H(Q) over Q >= 0 [n, K] whose rows sum to 1/n and columns to 1/K,
 S the similarities of images and centroids. The solution is Q_ik = softmax_k(S_ik / epsilon + v_k) / n
@@ -7,22 +7,210 @@ for column potentials v, so v [K] is all that has to be kept of it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from moce.clustering.rows import CHUNK_SIZE, Rows
+
+GRAM_ROWS = 2**15  # rows from which a step of Newton's method is reckoned
+FIRST_DAMPING, LONGEST_STEP = 0.1, 5.0
+CACHE_BYTES = 2**31  # scores of all images that are kept, so that iterations need no product
 
 
 def scores(features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float) -> Tensor:
     """S / epsilon + v, [n, K]: its softmax is the assignment, its argmax the image's cluster."""
-    return features @ centroids.T / epsilon + potentials
+    return (features @ (centroids / epsilon).T).add_(potentials)
 
 
-def chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover range(count)."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+class Similarities:
+    """S / epsilon of all rows and fixed centroids, chunk by chunk.
+
+    keep: keep them for the next sweep, if they take at most CACHE_BYTES; results are the same.
+    """
+
+    def __init__(self, rows: Rows, centroids: Tensor, epsilon: float, *, keep: bool) -> None:
+        self.rows, self.epsilon = rows, epsilon
+        self.num_clusters = len(centroids)
+        self._scaled = (centroids / epsilon).T.contiguous()
+        self._buffer = rows.zeros(min(rows.chunk_size, len(rows)), self.num_clusters)
+        bytes_needed = len(rows) * self.num_clusters * self._buffer.element_size()
+        fits = keep and bytes_needed <= CACHE_BYTES
+        self._kept = (
+            torch.empty_like(self._buffer).new_empty(len(rows), self.num_clusters) if fits else None
+        )
+        self._ready = False
+
+    def shifted(
+        self, potentials: Tensor, *, features: bool
+    ) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
+        """(slice, features, S / epsilon + v) of every chunk; the last is overwritten by the next.
+
+        features: whether they are needed; None is given where they are not at hand.
+        """
+        for part in self.rows.parts():
+            known = self._ready and self._kept is not None
+            chunk = self.rows.chunk(part) if features or not known else None
+            score = self._buffer[: part.stop - part.start]
+            if self._kept is None:
+                torch.mm(chunk, self._scaled, out=score).add_(potentials)
+            else:
+                kept = self._kept[part]
+                if not known:
+                    torch.mm(chunk, self._scaled, out=kept)
+                torch.add(kept, potentials, out=score)
+            yield part, chunk, score
+        self._ready = True
+
+    def of_all(self) -> Similarities:
+        """The same, with copies counted as all others."""
+        other = copy(self)
+        other.rows = replace(self.rows, weights=None)
+        return other
+
+
+@dataclass
+class Masses:
+    """What n Q sums up to, over all processes and in float64; copies do not count.
+
+    columns: [K] column sums; their due is the same for all. gram: [K, K], Q'^T Q' over a sample of
+    the rows, and sampled: [K] the column sums of that sample, scaled to the whole.
+    """
+
+    columns: Tensor
+    gram: Tensor
+    sampled: Tensor
+
+    @property
+    def excess(self) -> Tensor:
+        """log of each cluster's mass over its due, [K]: what Sinkhorn-Knopp takes from v.
+
+        No mass at all counts as very little, so that steps stay finite.
+        """
+        return (self.columns / self.columns.mean()).clamp_min(1e-30).log()
+
+    @property
+    def error(self) -> float:
+        """The largest relative error of a cluster's mass."""
+        return (self.columns / self.columns.mean() - 1).abs().max().item()
+
+    @property
+    def misplaced(self) -> float:
+        """Sum of the absolute relative errors: an iteration of Sinkhorn-Knopp never raises it."""
+        return (self.columns / self.columns.mean() - 1).abs().sum().item()
+
+    def newton_step(self, damping: float) -> Tensor:
+        """What to add to v by Newton's method, [K]; damped by a share of what Sinkhorn-Knopp divides by.
+
+        The column sums m change with v by diag(m) - Q'^T Q'. Sinkhorn-Knopp takes diag(m) for it,
+        which is far too much where few images are between clusters: with a small epsilon it needs
+        hundreds of iterations, Newton's method a handful.
+        """
+        change = torch.diag(self.sampled) - self.gram
+        change += torch.diag(damping * self.sampled + 1e-6 * self.sampled.mean())
+        step = torch.linalg.solve(change, self.columns.mean() - self.columns)
+        return step.clamp(-LONGEST_STEP, LONGEST_STEP)
+
+
+class _Adder:
+    """Sums of Q over the chunks of a sweep."""
+
+    def __init__(self, similarities: Similarities) -> None:
+        rows, num_clusters = similarities.rows, similarities.num_clusters
+        self.rows, self.stride = rows, -(-rows.count // GRAM_ROWS)
+        self.sums = rows.zeros(num_clusters + 2, num_clusters, dtype=_wide(rows.device))
+
+    def add(self, part: slice, score: Tensor) -> Tensor:
+        """Turn scores [c, K], less their row's maximum, into exponentials in place; the rows' factors."""
+        score.exp_()
+        norm = score.sum(dim=1)
+        weights = self.rows.weights
+        factors = norm.reciprocal_() if weights is None else weights[part] / norm
+        self.sums[-1] += factors @ score
+        some = score[:: self.stride] * factors[:: self.stride, None]
+        self.sums[:-2] += some.T @ some
+        self.sums[-2] += some.sum(dim=0)
+        return factors
+
+    def total(self) -> Masses:
+        sums = self.rows.total(self.sums).cpu().double()
+        scale = sums[-1].sum() / sums[-2].sum()
+        return Masses(sums[-1], sums[:-2] * scale, sums[-2] * scale)
+
+
+@dataclass
+class Sums:
+    """What a sweep over all rows sums up, over all processes and in float64; copies do not count.
+
+    features: [K, D] of the rows of each cluster (hard) or weighted by Q; sizes: [K] rows of each
+    cluster; moved and similarity: share of rows that changed cluster, and mean cosine to the own
+    centroid.
+    """
+
+    masses: Masses
+    features: Tensor
+    sizes: Tensor
+    moved: float
+    similarity: float
+
+
+def _wide(device: torch.device | None) -> torch.dtype:
+    return torch.float32 if device is not None and device.type == "mps" else torch.float64
+
+
+def column_masses(similarities: Similarities, potentials: Tensor) -> Masses:
+    """Column sums of n Q, and how they change with the potentials."""
+    adder = _Adder(similarities)
+    for part, _, score in similarities.shifted(potentials, features=False):
+        adder.add(part, score.sub_(score.amax(dim=1, keepdim=True)))
+    return adder.total()
+
+
+def sweep(
+    similarities: Similarities, potentials: Tensor, assignment: Tensor, *, soft: bool = False
+) -> Sums:
+    """One pass: assign every row (into `assignment`, [n] int32, in place) and sum up what rounds need."""
+    rows, num_clusters = similarities.rows, similarities.num_clusters
+    width, wide = rows.features.shape[1], _wide(rows.device)
+    adder = _Adder(similarities)
+    sums = rows.zeros(num_clusters, width + 1, dtype=wide)  # features and sizes
+    counts = rows.zeros(3, dtype=wide)  # rows, moved, similarity
+    for part, chunk, score in similarities.shifted(potentials, features=True):
+        assert chunk is not None
+        weights = None if rows.weights is None else rows.weights[part]
+        top, cluster = score.max(dim=1)
+        factors = adder.add(part, score.sub_(top[:, None]))
+        sums[:, width] += torch.bincount(cluster, weights, num_clusters)
+        if soft:
+            sums[:, :width] += score.mul_(factors[:, None]).T @ chunk
+        else:
+            sums[:, :width] += cluster_sums(chunk, cluster, num_clusters, weights)
+        before = assignment[part].to(cluster.device)
+        cosine = (top - potentials[cluster]) * similarities.epsilon
+        each = torch.stack([torch.ones_like(top), (cluster != before).to(top), cosine])
+        counts += each.sum(dim=1) if weights is None else each @ weights
+        assignment[part] = cluster.to(assignment)
+    rows.total(sums), rows.total(counts)
+    moved, similarity = (counts[1:] / counts[0]).tolist()
+    return Sums(adder.total(), sums[:, :width], sums[:, width], moved, similarity)
+
+
+def cluster_sums(
+    features: Tensor, cluster: Tensor, num_clusters: int, weights: Tensor | None = None
+) -> Tensor:
+    """Sums of the features [n, D] of each cluster, [K, D]; clusters [n] int64.
+
+    Rows sorted by cluster are bags of an embedding: several times as fast as index_add, and always
+    added in the same order.
+    """
+    ordered, order = cluster.sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(num_clusters, device=cluster.device))
+    weights = None if weights is None else weights[order]
+    return embedding_bag(order, features, starts, mode="sum", per_sample_weights=weights)
 
 
 def balance(
@@ -32,30 +220,44 @@ def balance(
     potentials: Tensor | None = None,
     tolerance: float = 1e-2,
     max_iterations: int = 1000,
-    chunk_size: int = 65536,
+    chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
     """Column potentials v [K] at which every cluster gets the same mass.
 
     features: [n, D], centroids: [K, D], one floating dtype; `potentials` to start from. Stops when
     no column sum is further than `tolerance`, relatively, from 1/K; rows are exact throughout.
     """
-    num_clusters = centroids.shape[0]
-    current = features.new_zeros(num_clusters) if potentials is None else potentials
-    for _ in range(max_iterations):
-        error = log_column_sums(features, centroids, current, epsilon, chunk_size)
-        error = error + math.log(num_clusters)  # log of (column sum * K)
-        if error.exp().sub(1).abs().max() <= tolerance:
-            break
-        current = current - error
-    return current - current.mean()
+    similarities = Similarities(
+        Rows(features, chunk_size=chunk_size), centroids, epsilon, keep=True
+    )
+    start = features.new_zeros(len(centroids)) if potentials is None else potentials
+    return balanced_potentials(similarities, start, tolerance, max_iterations)
 
 
-def log_column_sums(
-    features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float, chunk_size: int
+def balanced_potentials(
+    similarities: Similarities,
+    potentials: Tensor,
+    tolerance: float,
+    max_iterations: int,
+    on_sweep: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """log sum_i Q_ik, [K], for rows of Q that sum to 1/n."""
-    total = features.new_full(potentials.shape, -math.inf)
-    for part in chunks(features.shape[0], chunk_size):
-        log_q = scores(features[part], centroids, potentials, epsilon).log_softmax(dim=1)
-        total = torch.logaddexp(total, log_q.logsumexp(dim=0))
-    return total - math.log(features.shape[0])
+    """`balance` from similarities, which are computed once if they are kept.
+
+    Newton's method; where a step of it does not help, an iteration of Sinkhorn-Knopp in its place
+    and more damping.
+    """
+    best, masses, damping = potentials, None, FIRST_DAMPING
+    current = potentials
+    for _ in range(max_iterations):
+        found = column_masses(similarities, current)
+        on_sweep()
+        helped = masses is None or found.misplaced < masses.misplaced
+        if helped:
+            best, masses = current, found
+        if masses.error <= tolerance:
+            break
+        damping = damping / 4 if helped else damping * 8
+        sinkhorn = not helped or damping >= 1
+        step = -masses.excess if sinkhorn else masses.newton_step(damping)
+        current = best + step.to(best)
+    return best - best.mean()

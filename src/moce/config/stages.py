@@ -107,6 +107,7 @@ class ClusterSettings(RunSettings, MAESettings):
     """Group the images into balanced clusters by an MAE's features (stage 1)."""
 
     data: Data = Field(description=IMAGES)
+    resume: bool = Field(False, description="go on from what the output folder holds")
     num_clusters: Count = Field(256, description="number of clusters K")
     pooling: ClusterPooling = Field(
         "mean",
@@ -120,10 +121,11 @@ class ClusterSettings(RunSettings, MAESettings):
     marginal_tolerance: Positive = Field(
         0.01, description="largest relative error of a cluster's mass in Sinkhorn-Knopp"
     )
-    max_rounds: Count = Field(50, description="most rounds of assignment and centroid update")
-    chunk_size: Count = Field(
-        65536, description="images whose assignment is held in memory at once"
+    max_rounds: Count = Field(
+        50,
+        description="most rounds of assignment and centroid update, on a sample and on all images",
     )
+    chunk_size: Count = Field(4096, description="images whose scores are worked on at once")
     batch_size: Count = Field(256, description="images per forward pass")
 
 

@@ -9,7 +9,7 @@ from moce.clustering.model import ClusterModel
 from moce.config import HeadroomSettings, TrainSettings
 from moce.data.images import ImageSet
 from moce.errors import MoceError
-from moce.features import extract_features
+from moce.features import feature_batches
 from moce.loading import ASSIGNMENTS, read_assignments
 from moce.runs import CONFIG, intact, read_config
 from moce.training.progress import say
@@ -45,8 +45,8 @@ def assign_images(
 def assign(
     images: ImageSet, clusters: ClusterModel, device: torch.device, precision: str
 ) -> Tensor:
-    """The cluster of every image, [n] int64, by one forward pass."""
-    raw = extract_features(
+    """The cluster of every image, [n] int64, by one forward pass; features are not kept."""
+    batches = feature_batches(
         clusters.encoder,
         clusters.spec,
         images,
@@ -54,5 +54,6 @@ def assign(
         precision=precision,
         pooling=clusters.pooling,
     )
+    found = [clusters.assign(clusters.normalise(raw))[0] for raw in batches]
     clusters.encoder.cpu()
-    return clusters.assign(clusters.normalise(raw))[0]
+    return torch.cat(found)

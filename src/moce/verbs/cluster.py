@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from moce.clustering.balanced import balanced_kmeans, check_count
-from moce.clustering.model import ClusterModel, unit_features
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from moce.clustering.balanced import SAMPLE, Clustering, Round, Watch, balanced_kmeans, check_count
+from moce.clustering.model import ClusterModel
 from moce.config import ClusterSettings
-from moce.features import extract_features
+from moce.data.batches import RESIDENT_SHARE
+from moce.data.images import ImageSet
+from moce.errors import Interrupted
+from moce.feature_file import FeatureFile
+from moce.features import feature_batches, feature_width
 from moce.loading import write_assignments
-from moce.runs import write_config, write_model, write_skipped
+from moce.models.encoder import EncoderSpec
+from moce.processes import all_sum, is_main, own_share, wait_for_all, world
+from moce.runs import INFO, STATE, read_model, write_model
+from moce.training.interrupt import StopRequest, stop_request
+from moce.training.log import MetricLog
 from moce.training.progress import meter, say
-from moce.verbs.start import open_run, read_images, settle
+from moce.verbs.rounds import as_row, gathered, load_round, save_round
+from moce.verbs.start import begin, read_images, settle
 from moce.verbs.weights import start_from
 
 FEW = 10  # images per cluster, below which clusters say little
@@ -36,54 +52,153 @@ class ClusterResult:
 
 def run(settings: ClusterSettings) -> ClusterResult:
     settings, device = settle(settings)
+    if settings.resume and (settings.out / INFO).is_file():
+        return _finished(settings.out)
     spec, mae = start_from(settings.mae, settings)
     images = read_images(settings, settings.data, mae.encoder)
-    check_count(len(images), settings.num_clusters)
-    if len(images) < FEW * settings.num_clusters:
-        say(
-            f"{len(images)} images are few for {settings.num_clusters} clusters; fewer may serve better"
-        )
-    raw = extract_features(
-        mae.encoder,
-        spec.encoder,
-        images,
-        device=device,
-        precision=settings.precision,
-        pooling=settings.pooling,
-        batch_size=settings.batch_size,
-    )
-    features, mean = unit_features(raw)
-    with meter("cluster", settings.max_rounds) as progress:
-        found = balanced_kmeans(
-            features.to(device),
-            settings.num_clusters,
+    _check(settings, len(images))
+    begin(settings, images)
+    with stop_request() as stop:
+        job = _Job(settings, device, spec.encoder, mae.encoder, images, stop)
+        features, mean = job.features()
+        found = job.clusters(features)
+    return job.save(found, mean)
+
+
+def _check(settings: ClusterSettings, count: int) -> None:
+    check_count(count, settings.num_clusters)
+    if count < FEW * settings.num_clusters:
+        say(f"{count} images are few for {settings.num_clusters} clusters; fewer may serve better")
+
+
+def _finished(folder: Path) -> ClusterResult:
+    """What a run came to that was finished before."""
+    if is_main():  # a kill may have left it
+        shutil.rmtree(folder / STATE, ignore_errors=True)
+    info, tensors = read_model(folder, "clusters")
+    sizes, similarity = tensors["sizes"].tolist(), info["clusters"]["similarity"]
+    return ClusterResult(folder, sizes, similarity, info["metrics"]["rounds"])
+
+
+@dataclass
+class _Job:
+    """A clustering under way. Of several processes each has its share of the images."""
+
+    settings: ClusterSettings
+    device: torch.device
+    spec: EncoderSpec
+    encoder: VisionTransformer
+    images: ImageSet
+    stop: StopRequest
+    rounds: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Unit features of this process's images, [n, width] in a file, and the mean of all."""
+        settings, own = self.settings, own_share(len(self.images))
+        count = own.stop - own.start
+        file = FeatureFile(settings.out, count, feature_width(self.encoder, settings.pooling))
+        if file.done:
+            say(f"resuming {settings.out}: {file.done} of {count} features are there")
+        if file.done < count:
+            batches = feature_batches(
+                self.encoder,
+                self.spec,
+                replace(self.images, pixels=self.images.pixels[own], ids=self.images.ids[own]),
+                device=self.device,
+                precision=settings.precision,
+                pooling=settings.pooling,
+                batch_size=settings.batch_size,
+                first=file.done // settings.batch_size,
+            )
+            file.fill(batches, lambda: self.stop.received is not None)
+        if self._stopping():
+            self._leave(f"{file.done} of {count} features")
+        mean = file.centre()
+        return file.tensor(), mean
+
+    def clusters(self, features: Tensor) -> Clustering:
+        """Balanced k-means, from the last round that was kept."""
+        settings, count = self.settings, len(self.images)
+        start = load_round(settings.out, count, self.device) if settings.resume else None
+        if start is not None:
+            self.rounds = start.step
+            say(f"resuming {settings.out} after round {start.step}")
+        log = MetricLog(settings.out, tensorboard=False, resumed_step=self.rounds)
+        stages = 2 if count > SAMPLE * settings.num_clusters else 1
+        with meter("cluster", stages * settings.max_rounds, self.rounds) as progress:
+
+            def on_round(state: Round) -> None:
+                self._keep(state, log)
+                progress.advance(f"{state.moved:.1%} of the images moved")
+                if self._stopping():
+                    self._leave(f"round {state.step}")
+
+            return balanced_kmeans(
+                _resident(features, self.device),
+                settings.num_clusters,
+                epsilon=settings.epsilon,
+                update=settings.update,
+                tolerance=settings.marginal_tolerance,
+                max_rounds=settings.max_rounds,
+                chunk_size=settings.chunk_size,
+                seed=settings.seed,
+                spread=True,
+                device=self.device,
+                start=start,
+                watch=Watch(on_round, self._on_sweep),
+            )
+
+    def _keep(self, state: Round, log: MetricLog) -> None:
+        """Write down a round."""
+        save_round(self.settings.out, state, len(self.images))
+        now = time.monotonic()
+        seconds, self.since, self.rounds = now - self.since, now, state.step
+        if is_main():
+            log.write(as_row(state), {"step": state.step, "step_s": round(seconds, 5)})
+
+    def _on_sweep(self) -> None:
+        """One process can stop between rounds; several do only after one, all alike."""
+        if world() == 1 and self.stop.received is not None:
+            self._leave(f"round {self.rounds}")
+
+    def _stopping(self) -> bool:
+        """Whether any process was asked to stop."""
+        return bool(all_sum(torch.tensor(int(self.stop.received is not None))))
+
+    def _leave(self, done: str) -> None:
+        raise Interrupted(self.stop.received or signal.SIGTERM, self.settings.out, done)
+
+    def save(self, found: Clustering, mean: Tensor) -> ClusterResult:
+        """Write the finished run; what it was to be resumed from goes."""
+        settings = self.settings
+        model = ClusterModel(
+            centroids=found.centroids.cpu(),
+            potentials=found.potentials.cpu(),
+            mean=mean,
+            sizes=found.sizes.cpu(),
             epsilon=settings.epsilon,
-            update=settings.update,
-            tolerance=settings.marginal_tolerance,
-            max_rounds=settings.max_rounds,
-            chunk_size=settings.chunk_size,
-            seed=settings.seed,
-            on_round=lambda number, moved: progress.advance(f"{moved:.1%} of the images moved"),
+            pooling=settings.pooling,
+            similarity=found.similarity,
+            spec=self.spec,
+            encoder=self.encoder.cpu(),
         )
-    centroids = found.centroids.cpu()
-    similarity = (features * centroids[found.assignment.cpu()]).sum(dim=1).mean().item()
-    model = ClusterModel(
-        centroids=centroids,
-        potentials=found.potentials.cpu(),
-        mean=mean,
-        sizes=found.sizes.cpu(),
-        epsilon=settings.epsilon,
-        pooling=settings.pooling,
-        similarity=similarity,
-        spec=spec.encoder,
-        encoder=mae.encoder.cpu(),
-    )
-    open_run(settings)
-    write_config(settings.out, settings)
-    write_skipped(settings.out, images.skipped, say)
-    write_assignments(settings.out, images.ids, found.assignment)
-    sizes = found.sizes.tolist()
-    metrics = {"rounds": found.rounds, "smallest": min(sizes), "largest": max(sizes)}
-    info = {"clusters": model.info(), "metrics": metrics, "images": len(images)}
-    write_model(settings.out, "clusters", model.tensors(), info)
-    return ClusterResult(settings.out, sizes, similarity, found.rounds)
+        sizes = found.sizes.tolist()
+        assignment = gathered(found.assignment.cpu(), len(self.images))
+        if is_main():
+            write_assignments(settings.out, self.images.ids, assignment)
+            metrics = {"rounds": found.rounds, "smallest": min(sizes), "largest": max(sizes)}
+            info = {"clusters": model.info(), "metrics": metrics, "images": len(self.images)}
+            write_model(settings.out, "clusters", model.tensors(), info)
+            shutil.rmtree(settings.out / STATE)
+        wait_for_all()
+        return ClusterResult(settings.out, sizes, found.similarity, found.rounds)
+
+
+def _resident(features: Tensor, device: torch.device) -> Tensor:
+    """The features on a CUDA device, if it has room; else as they are, to be sent chunk by chunk."""
+    if device.type != "cuda":
+        return features
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = features.numel() * features.element_size() <= RESIDENT_SHARE * free
+    return features.to(device) if fits else features

@@ -1,0 +1,231 @@
+"""moce cluster: killed or stopped at any moment it ends as if it had not been; features stream."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import RUNTIME, shake, tiny_spec, unit_rows, write_images
+
+import moce
+from moce import feature_file
+from moce.clustering import balanced, sinkhorn
+from moce.clustering.model import unit
+from moce.errors import Interrupted, MoceError
+from moce.feature_file import FeatureFile, mean_of
+from moce.loading import read_assignments
+from moce.runs import read_metrics, read_tensors, write_model
+from moce.verbs import cluster, rounds
+
+COMPARED = ("model.safetensors", "assignments.parquet", "metrics.jsonl")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it, and nothing is put in order."""
+
+
+@pytest.fixture(autouse=True)
+def two_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """160 images are few: with a sample of 64 they are clustered in both stages."""
+    monkeypatch.setattr(balanced, "SAMPLE", 8)
+
+
+@dataclass
+class Inputs:
+    data: Path
+    mae: Path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """160 images and an MAE that was never trained."""
+    root = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    spec = tiny_spec()
+    mae = spec.build()
+    shake(mae, 0.05)
+    (root / "mae").mkdir()
+    write_model(root / "mae", "mae", mae.state_dict(), {"spec": spec.to_dict(), "images": 0})
+    return Inputs(write_images(root / "data"), root / "mae")
+
+
+def run(inputs: Inputs, out: Path, **changes: object):
+    options = {"mae": inputs.mae, "num_clusters": 8, "batch_size": 16, **RUNTIME, **changes}
+    return moce.cluster(inputs.data, out=out, **options)
+
+
+def counted(function: Callable, last: int, then: Callable[[], None]) -> Callable:
+    """The function; its call number `last` is followed by `then`."""
+    calls = 0
+
+    def wrapped(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        result = function(*arguments, **options)
+        if calls == last:
+            then()
+        return result
+
+    return wrapped
+
+
+def kill() -> None:
+    raise Killed
+
+
+def same(one: Path, other: Path) -> None:
+    for name in COMPARED:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+# Where a kill may come: after so many calls of a function of a module or class.
+MOMENTS = [
+    (feature_file.FeatureFile, "_note", 1),
+    (feature_file.FeatureFile, "_note", 4),
+    (feature_file, "mean_of", 1),
+    (feature_file, "save_file", 1),
+    (feature_file, "save_file", 2),
+    (feature_file, "unit", 3),
+    (rounds, "write_tensors", 1),
+    (rounds, "write_tensors", 4),
+    (cluster, "save_round", 9),
+    (balanced, "sweep", 12),
+    (cluster, "write_assignments", 1),
+    (cluster, "write_model", 1),
+]
+
+
+@pytest.fixture(scope="module")
+def straight(inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(balanced, "SAMPLE", 8)
+        out = tmp_path_factory.mktemp("straight") / "run"
+        run(inputs, out)
+    return out
+
+
+@pytest.mark.parametrize(("place", "name", "number"), MOMENTS)
+def test_killed_run_ends_as_an_uninterrupted_one(
+    inputs, straight: Path, tmp_path: Path, monkeypatch, place, name: str, number: int
+) -> None:
+    monkeypatch.setattr(feature_file, "RECORD_EVERY", 0.0)
+    monkeypatch.setattr(feature_file, "CENTRED_AT_ONCE", 48)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, counted(getattr(place, name), number, kill))
+        with pytest.raises(Killed):
+            run(inputs, tmp_path / "run")
+    again = run(inputs, tmp_path / "run", resume=True)
+    same(straight, tmp_path / "run")
+    assert not (tmp_path / "run" / "state").exists()
+    assert sum(again.sizes) == 160
+
+
+def test_features_are_not_extracted_twice(inputs, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "save_round", counted(rounds.save_round, 1, kill))
+        with pytest.raises(Killed):
+            run(inputs, tmp_path / "run")
+    monkeypatch.setattr(cluster, "feature_batches", lambda *a, **k: pytest.fail("extracted again"))
+    run(inputs, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "number", "words"),
+    [(feature_file.FeatureFile, "tensor", 1, "round 1,"), (cluster, "save_round", 3, "round 3,"),
+     (cluster, "feature_width", 1, "16 of 160 features")],
+)  # fmt: skip
+def test_signal_saves_and_says_how_to_go_on(
+    inputs, straight: Path, tmp_path: Path, monkeypatch, place, name, number: int, words: str
+) -> None:
+    send = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, counted(getattr(place, name), number, send))
+        with pytest.raises(Interrupted, match="--resume") as stopped:
+            run(inputs, tmp_path / "run")
+    assert stopped.value.exit_status == 128 + signal.SIGTERM
+    assert words.split()[1] in str(stopped.value)
+    run(inputs, tmp_path / "run", resume=True)
+    same(straight, tmp_path / "run")
+
+
+def test_damaged_round_is_passed_over(inputs, straight: Path, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "save_round", counted(rounds.save_round, 3, kill))
+        with pytest.raises(Killed):
+            run(inputs, tmp_path / "run")
+    kept = tmp_path / "run" / "state" / rounds.FILE
+    content = bytearray(kept.read_bytes())
+    content[-5] ^= 1
+    kept.write_bytes(bytes(content))
+    run(inputs, tmp_path / "run", resume=True)
+    same(straight, tmp_path / "run")
+
+
+def test_resuming_a_finished_run_gives_its_result(inputs, straight: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
+    result = run(inputs, straight, resume=True)
+    assert sum(result.sizes) == 160 and result.rounds == len(read_metrics(straight))
+    assert before == {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
+
+
+def test_rounds_are_logged_without_the_clock(straight: Path) -> None:
+    rows = read_metrics(straight)
+    assert {row["stage"] for row in rows} == {0, 1}
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert rows[0].keys() == {"step", "stage", "moved", "marginal_error", "similarity"}
+
+
+# --- streaming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", [0, 10**9])
+def test_scores_that_are_not_kept_give_the_same_clusters(
+    inputs, straight: Path, tmp_path: Path, monkeypatch, cache: int
+) -> None:
+    monkeypatch.setattr(sinkhorn, "CACHE_BYTES", cache)
+    run(inputs, tmp_path / "run")
+    same(straight, tmp_path / "run")
+
+
+def test_small_chunks_give_the_same_clusters(inputs, straight: Path, tmp_path: Path) -> None:
+    run(inputs, tmp_path / "run", chunk_size=32)
+    one, other = (read_assignments(r) for r in (straight, tmp_path / "run"))
+    assert np.mean([one[name] == other[name] for name in one]) > 0.98
+
+
+def test_features_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(feature_file, "CENTRED_AT_ONCE", 7)
+    raw = unit_rows(50, 8) * 3 + 2
+    file = FeatureFile(tmp_path, 50, 8)
+    assert file.fill(raw.split(16), lambda: False)
+    mean = file.centre()
+    assert torch.equal(mean, mean_of(raw))
+    assert torch.equal(file.tensor(), unit(raw, mean))
+    again = FeatureFile(tmp_path, 50, 8)
+    assert again.done == 50 and torch.equal(again.centre(), mean)
+    assert torch.equal(again.tensor(), unit(raw, mean))
+
+
+def test_features_that_the_disk_has_no_room_for_are_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(MoceError, match="more than is free"):
+        FeatureFile(tmp_path, 50, 8)
+
+
+def test_a_file_that_is_cut_short_is_filled_again(tmp_path: Path) -> None:
+    raw = unit_rows(50, 8)
+    FeatureFile(tmp_path, 50, 8).fill(raw.split(16), lambda: False)
+    path = tmp_path / "state" / "features-0-of-1"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert FeatureFile(tmp_path, 50, 8).done == 0
+
+
+def test_model_file_reads(straight: Path) -> None:
+    assert read_tensors(straight / "model.safetensors")["sizes"].sum() == 160

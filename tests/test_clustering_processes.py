@@ -1,0 +1,86 @@
+"""Balanced k-means over several processes finds what one process finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from builders import planted_features
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moce.clustering import balanced
+from moce.clustering.balanced import Clustering, Rows, balanced_kmeans
+from moce.clustering.rows import without_copies
+from moce.clustering.seeding import reseed_empty
+from moce.feature_file import FeatureFile
+from moce.processes import own_share
+
+WORLD = 2
+
+
+def case(name: str) -> tuple[Tensor, int]:
+    """Features, and how many clusters to find: 301 images do not divide by two."""
+    if name == "copies":
+        points, _ = planted_features(5, 30, 16, 0.1)
+        return points.repeat(3, 1)[:301], 8
+    if name == "few":  # fewer modes than clusters: some are empty at first
+        return planted_features(3, 101, 16, 0.01)[0][:301], 24
+    return planted_features(10, 31, 16, 0.2)[0][:301], 10
+
+
+def cluster(features: Tensor, num_clusters: int, *, sampled: bool) -> Clustering:
+    balanced.SAMPLE = 16 if sampled else 256
+    return balanced_kmeans(features, num_clusters, chunk_size=64, spread=True)
+
+
+def _work(rank: int, folder: str, name: str, sampled: bool) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    features, num_clusters = case(name)
+    own = own_share(len(features))
+    file = FeatureFile(Path(folder), own.stop - own.start, features.shape[1])
+    file.fill(features[own].split(50), lambda: False)
+    mean = file.centre()
+    found = cluster(file.tensor(), num_clusters, sampled=sampled)
+    rows, _ = without_copies(Rows(features[own], spread=True))
+    moved = reseed(rows, features)
+    tensors = {
+        name: getattr(found, name) for name in ("centroids", "potentials", "assignment", "sizes")
+    }
+    save_file({**tensors, "mean": mean, "moved": moved}, Path(folder) / f"{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def reseed(rows: Rows, features: Tensor) -> Tensor:
+    """Centroids after two of five clusters, which no image is in, have been moved."""
+    assignment = (torch.arange(len(features)) % 3).int()
+    sizes = torch.tensor([101, 100, 100, 0, 0])
+    return reseed_empty(rows, features[:5].clone(), assignment[rows.own], sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampled"), [("plain", False), ("plain", True), ("copies", False), ("few", False)]
+)
+def test_two_processes_find_what_one_finds(tmp_path: Path, name: str, sampled: bool) -> None:
+    torch.multiprocessing.spawn(_work, (str(tmp_path), name, sampled), nprocs=WORLD)
+    one, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(WORLD))
+    for part in ("centroids", "potentials", "sizes", "mean", "moved"):
+        assert torch.equal(one[part], other[part]), part
+    features, num_clusters = case(name)
+    file = FeatureFile(tmp_path, len(features), features.shape[1])
+    file.fill(features.split(50), lambda: False)
+    assert torch.allclose(file.centre(), one["mean"])
+    kept = balanced.SAMPLE
+    try:
+        alone = cluster(file.tensor(), num_clusters, sampled=sampled)
+    finally:
+        balanced.SAMPLE = kept
+    assert torch.equal(torch.cat([one["assignment"], other["assignment"]]), alone.assignment)
+    assert torch.allclose(one["centroids"], alone.centroids, atol=1e-5)
+    rows, _ = without_copies(Rows(features))
+    assert torch.equal(one["moved"], reseed(rows, features))
