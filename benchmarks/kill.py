@@ -31,7 +31,7 @@ SMALL = [
     *("--model-args", "{patch_size: 4, embed_dim: 64, depth: 4, num_heads: 2}"),
     *("--decoder-depth", "1", "--decoder-heads", "2"),
 ]
-DATA, TASK = "demo:pretrain", "demo:digits"
+DATA, TASK = "demo:clothes", "demo:digits"
 COMPARED = ("model.safetensors", "metrics.jsonl")  # of every run, to the byte
 
 
@@ -150,7 +150,7 @@ def kill_runs(root: Path, names: list[str], kills: int, steps: int) -> Story:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--verbs", default="pretrain,moce,finetune")
     options = parser.parse_args()

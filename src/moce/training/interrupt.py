@@ -25,7 +25,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
-            _tell("stopping after this step; Ctrl-C now stops at once, without saving")
+            _tell("stopping and saving; Ctrl-C again stops at once, without saving")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
