@@ -108,7 +108,7 @@ DAMAGED: dict[str, Case] = {
     "a backbone's arguments": (
         lambda w: w.probe(backbone=w.edited("backbone", "config.json", model_args=[1])), "config.json"),
     "a backbone's name": (
-        lambda w: w.probe(backbone=w.edited("backbone", "config.json", architecture=3)), "config.json"),
+        lambda w: w.probe(backbone=w.edited("backbone", "config.json", architecture=3)), "no model '3'"),
     # weights
     "truncated weights": (lambda w: w.cluster(mae=truncated(w, "mae")), WEIGHTS),
     "weights that are none": (lambda w: w.cluster(mae=w.edited("mae", WEIGHTS, "junk")), WEIGHTS),
@@ -132,7 +132,7 @@ DAMAGED: dict[str, Case] = {
     "a file of other tensors": (
         lambda w: w.cluster(mae=_tensors(w, a=torch.zeros(2))), "no weights that moce knows"),
     "a config of heads that are words": (
-        lambda w: w.cluster(mae=_transformers(w, num_attention_heads="x")), "damaged"),
+        lambda w: w.cluster(mae=_transformers(w, num_attention_heads="x")), "timm cannot build"),
     "a config of sizes that are words": (
         lambda w: w.cluster(mae=_transformers(w, image_size="x")), "damaged"),
     "a config of another library": (
