@@ -113,6 +113,8 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
     )[cluster_of]
     held, seen = split(len(images), settings.seed)
     check_groups(group_of[seen], settings.num_groups)
+    if int(group_of[held].bincount(minlength=settings.num_groups).min()) == 0:
+        raise MoceError("a group has no held-out image; lower --num-groups")
     open_run(settings)
     write_config(settings.out, settings)
     write_skipped(settings.out, images.skipped, say)
@@ -172,8 +174,6 @@ class _Work:
         return mae
 
     def error(self, mae: MAE, rows: Tensor) -> float:
-        if len(rows) == 0:
-            raise MoceError("a group has no held-out image; lower --num-groups")
         part = self.images.subset(rows.tolist())
         return reconstruction_error(
             mae, self.spec, part, device=self.device, precision=self.settings.precision
