@@ -39,7 +39,7 @@ from moce.data import images as moce_images
 from moce.data.batches import BatchOrder, prefetched
 from moce.data.images import ImageSet, load_images, to_pixels
 from moce.models.encoder import EncoderSpec
-from moce.runs import read_metrics
+from moce.runs import read_timings
 from moce.training.stages import augmented
 
 RESULTS = Path(__file__).parent / "results" / "images.json"
@@ -190,7 +190,7 @@ def moce_batches(folder: Path, case: Case, *, mapped: bool) -> Pass:
 
 
 def training_wait(folder: Path, case: Case, steps: int) -> dict[str, float]:
-    """Share of a step that a small ViT waits for data, from the metrics of moce pretrain."""
+    """Share of a step that a small ViT waits for data, from the timings of moce pretrain."""
     patch = case.size // 14 if case.size == 224 else 4
     arguments = {"patch_size": patch, "img_size": case.size, "embed_dim": 96, "depth": 4}
     out = folder.parent / f"run{case.name}"
@@ -208,7 +208,7 @@ def training_wait(folder: Path, case: Case, steps: int) -> dict[str, float]:
         device="cpu",
         precision="float32",
     )
-    rows = read_metrics(out)[1:]  # the first step waits for the first batch
+    rows = read_timings(out)[1:]  # the first step waits for the first batch
     step, wait = (
         float(np.median([row[name] for row in rows])) for name in ("step_s", "data_wait_s")
     )

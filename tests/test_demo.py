@@ -10,7 +10,7 @@ from moce.runs import read_info
 from moce.verbs.demo import ENCODER
 from moce.verbs.tables import results_table
 
-RUN = {"config.yaml", "metrics.jsonl", "model.json", "model.safetensors", "state"}
+RUN = {"config.yaml", "metrics.jsonl", "timings.jsonl", "model.json", "model.safetensors", "state"}
 TASKS = ("digits", "vehicles")
 SETTINGS = {
     "tasks": TASKS,

@@ -30,7 +30,8 @@ def left_in(folder: Path) -> set[str]:
 
 def training_files(steps: int) -> set[str]:
     checkpoint = f"state/step_{steps:09d}.safetensors"
-    return {"config.yaml", "metrics.jsonl", "model.json", "model.safetensors", checkpoint}
+    written = {"config.yaml", "metrics.jsonl", "timings.jsonl", "model.json", "model.safetensors"}
+    return written | {"state/inputs.json", checkpoint}
 
 
 @pytest.fixture(scope="module")

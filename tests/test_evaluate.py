@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -356,6 +357,13 @@ def test_a_changed_suite_is_noticed_and_more_can_be_asked_for(runs: Runs, tmp_pa
     more = (f"a={runs.mae}", f"b={runs.backbone}")
     rows = evaluate(runs, suite, out, *more, tasks=("digits",), resume=True).rows
     assert [row["backbone"] for row in rows] == ["a", "b"]
+    backbone = copy_run(runs.backbone, tmp_path / "backbone")
+    other = {"tasks": ("digits",), "resume": True}
+    evaluate(runs, suite, out, f"c={backbone}", **other)
+    shutil.copy(runs.mae / "model.safetensors", backbone / "other.safetensors")
+    evaluate(runs, suite, out, *more, **other)
+    with pytest.raises(MoceError, match="backbone was weights"):
+        evaluate(runs, suite, out, f"c={backbone}", **other)
     write_suite(tmp_path, labels=9)
     with pytest.raises(MoceError, match="has changed"):
         evaluate(runs, suite, out, *more, tasks=("digits",), resume=True)

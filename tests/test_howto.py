@@ -73,6 +73,12 @@ def own_images(folder: Path, runs: Runs) -> None:
     saved.save_to_disk(str(folder / "saved"))
 
 
+def long_jobs(folder: Path, runs: Runs) -> None:
+    """`photos/` and their clusters."""
+    photos(folder, runs)
+    shutil.copytree(runs.clusters, folder / "runs" / "clusters")
+
+
 def photos(folder: Path, runs: Runs) -> None:
     shutil.copytree(runs.data, folder / "photos")
 
@@ -83,6 +89,8 @@ PREPARE: dict[str, Callable[[Path, Runs], None]] = {
     "own-images": own_images,
     "multi-channel": lambda folder, runs: None,
     "fast-images": photos,
+    "several-processes": photos,
+    "long-jobs": long_jobs,
 }
 
 

@@ -23,7 +23,7 @@ from moce.data.packed import HEADER_BYTES, open_packed
 from moce.data.sources import open_source
 from moce.errors import Interrupted, MoceError
 from moce.loading import read_assignments
-from moce.runs import read_metrics
+from moce.runs import read_timings
 from moce.transfer.task import load_task
 
 SIZE = (16, 16)
@@ -282,7 +282,7 @@ def test_the_verbs_take_a_packed_file(folder, store, tmp_path, monkeypatch) -> N
     monkeypatch.setattr("moce.data.images.MEMORY_SHARE", 0.0)
     mae, clusters, mixture = (tmp_path / name for name in ("mae", "clusters", "moce"))
     moce.pretrain(store, out=mae, steps=3, **PRETRAIN)
-    for row in read_metrics(mae):
+    for row in read_timings(mae):
         assert 0 <= row["data_wait_s"] <= row["step_s"]
     assert (mae / "skipped.jsonl").read_text().count("\n") == 2
     moce.cluster(store, mae=mae, out=clusters, num_clusters=4, max_rounds=3, **RUNTIME)

@@ -13,7 +13,7 @@ from moce.data.images import load_images
 from moce.features import input_size
 from moce.loading import load_mae, read_assignments
 from moce.reconstruction import reconstruction_error
-from moce.runs import read_info, read_metrics
+from moce.runs import read_info, read_metrics, read_timings
 
 # Tasks whose images stand for a domain: none of them was trained on.
 DOMAINS = {
@@ -31,7 +31,7 @@ def measure_run(
     info, log = read_info(run), read_metrics(run)
     found = [
         ("parameters", None, parameters(run)),
-        ("train_seconds", None, round(sum_seconds(log), 1)),
+        ("train_seconds", None, round(sum_seconds(read_timings(run)), 1)),
     ]
     found += [("reconstruction", *pair) for pair in reconstruction(run, info["kind"], data)]
     found += [("divergence", *pair) for pair in divergences(log)]
@@ -52,11 +52,11 @@ def parameters(run: Path) -> int:
         return sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in names)
 
 
-def sum_seconds(log: list[dict[str, Any]]) -> float:
+def sum_seconds(timings: list[dict[str, Any]]) -> float:
     """Time of all logged steps."""
-    steps = [row["step"] for row in log]
+    steps = [row["step"] for row in timings]
     spans = [b - a for a, b in zip([0, *steps], steps, strict=False)]
-    return sum(span * row["step_s"] for span, row in zip(spans, log, strict=True))
+    return sum(span * row["step_s"] for span, row in zip(spans, timings, strict=True))
 
 
 def divergences(log: list[dict[str, Any]]) -> list[tuple[str, float]]:

@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 import sys
+import traceback
 import typing
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -17,40 +18,83 @@ from pydantic.fields import FieldInfo
 
 from moce import __version__
 from moce.config import Settings
-from moce.errors import MoceError
+from moce.errors import MoceError, signal_of
+from moce.launch import ALONE, first_to_fail, launch, leave, speaks
 from moce.parsing import read_recipe
 from moce.registry import VERBS, Verb
+from moce.signals import terminable
 
 FAILED = 1
-CANCELLED = 130  # as shells report Ctrl-C
+INTERRUPTED = 128  # and the number of the signal, as shells report it
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status: 0 done, 2 a mistake to mend, 130 interrupted."""
+    """Run one command; the exit status.
+
+    0 done, 1 the system failed it, 2 a mistake to mend, 130 or 143 stopped by Ctrl-C or SIGTERM.
+    """
     options = vars(build_parser().parse_args(arguments))
     name = options.pop("verb")
     if name is None:
         build_parser().print_help()
         return 2
     try:
-        result = VERBS[name].run(_values(VERBS[name].settings, options))
-        _print_result(result, as_json=options.get("json", False))
-    except MoceError as error:
-        _tell(name, error)
-        return getattr(error, "exit_status", 2)
-    except OSError as error:
-        named = error.filename is not None and error.strerror
-        _tell(name, f"{error.filename}: {error.strerror}" if named else error)
-        return FAILED
-    except KeyboardInterrupt:
-        print(f"moce {name}: interrupted", file=sys.stderr)
-        return CANCELLED
+        with terminable():
+            result = VERBS[name].run(_values(VERBS[name].settings, options))
+        if speaks():
+            _print_result(result, as_json=options.get("json", False))
+    except (Exception, KeyboardInterrupt) as error:
+        return _fail(VERBS[name], error)
     return getattr(result, "exit_status", 0)
 
 
-def _tell(verb: str, error: object) -> None:
-    """One line, whatever names are in the message."""
-    print(f"moce {verb}: error: {' '.join(str(error).split())}", file=sys.stderr)
+def _fail(verb: Verb, error: BaseException) -> int:
+    """Say why a command has failed; its exit status. Of several processes, the first to fail does.
+
+    A defect of moce keeps its traceback.
+    """
+    status = _exit_status(error)
+    if status is None and launch() is ALONE:
+        raise error
+    if first_to_fail():  # else another process is gone, which has said why
+        if status is None:
+            traceback.print_exception(error)
+        else:
+            label = "error: " if status < INTERRUPTED else ""
+            print(f"moce {verb.name}: {label}{_told(error, verb)}", file=sys.stderr)
+    status = FAILED if status is None else status
+    if launch() is not ALONE:
+        leave(status)
+    return status
+
+
+def _exit_status(error: BaseException) -> int | None:
+    """The exit status after an error that is told in one line; None if it is a defect of moce."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED + signal_of(error)
+    if isinstance(error, MoceError):
+        return getattr(error, "exit_status", 2)
+    return FAILED if isinstance(error, OSError) or _is_out_of_memory(error) else None
+
+
+def _told(error: BaseException, verb: Verb) -> str:
+    """The one line on an error that has an exit status, whatever names are in it."""
+    if isinstance(error, KeyboardInterrupt):
+        go_on = "; go on with --resume" if "resume" in verb.settings.model_fields else ""
+        return f"interrupted{go_on}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if _is_out_of_memory(error):
+        sizes = {"micro_batch_size", "batch_size"} & verb.settings.model_fields.keys()
+        smaller = f"; try a smaller --{max(sizes).replace('_', '-')}" if sizes else ""
+        return f"out of memory{smaller}"
+    return " ".join(str(error).split())
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's own, torch's on accelerators (told by its name: torch is not imported) and on CPUs."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +115,8 @@ class _Parser(argparse.ArgumentParser):
     """Names the nearest valid flag when one is unknown."""
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: error: {_nearer(message)} (see {self.prog} --help)\n")
+        told = f"{self.prog}: error: {_nearer(message)} (see {self.prog} --help)\n"
+        self.exit(2, told if speaks() else None)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args

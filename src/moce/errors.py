@@ -1,4 +1,6 @@
-"""The one error that users are meant to see."""
+"""The one error that users are meant to see, and how a run is asked to stop."""
+
+from signal import SIGINT, SIGTERM, Signals
 
 
 class MoceError(Exception):
@@ -10,6 +12,15 @@ class MoceError(Exception):
 
 class NotFinite(MoceError):
     """The loss or the weights of a training are not finite numbers."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken as Ctrl-C is: what is under way cleans up after itself."""
+
+
+def signal_of(stop: KeyboardInterrupt) -> Signals:
+    """The signal that is behind an interruption."""
+    return SIGTERM if isinstance(stop, Terminated) else SIGINT
 
 
 class Interrupted(MoceError):

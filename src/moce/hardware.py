@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moce.config import RuntimeSettings
 from moce.errors import MoceError
+from moce.launch import ALONE, launch
+from moce.processes import leave_group, of_main
+from moce.sharding import shard
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 MATMUL_SIZE = 1024
 LONG = 0.5  # seconds of one product, after which it is not repeated
+# For another process, which may be decoding all images. One that has ended is noticed at once.
+LONGEST_WAIT = timedelta(hours=6)
 BF16_GAIN = 1.3  # bf16 is taken if its matrix products are this much faster than float32's
 
 
@@ -27,7 +36,20 @@ def resolve_device(wanted: str) -> torch.device:
         wanted = next(name for name in ("cuda", "mps", "cpu") if available[name])
     if not available[wanted]:
         raise MoceError(f"device '{wanted}' is not available here; use --device auto")
-    return torch.device(wanted)
+    return torch.device(wanted) if launch() is ALONE else _own_device(wanted)
+
+
+def _own_device(kind: str) -> torch.device:
+    """The device of this process, one of several: each process of a node has one of its GPUs."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    local, devices = launch().local, torch.cuda.device_count() if kind == "cuda" else 1
+    if local > devices:
+        raise MoceError(
+            f"{local} processes on a node with {devices} {kind} devices; start as many processes as "
+            "there are devices, or add --device cpu"
+        )
+    return torch.device(kind, launch().local_rank)
 
 
 def _has_mps() -> bool:
@@ -76,12 +98,19 @@ def matmul_rate(
 
 
 def prepare(settings: RuntimeSettings) -> tuple[torch.device, str]:
-    """Set threads and seed; (device, precision) of the settings, resolved."""
+    """Set threads and seed, and meet the other processes; (device, precision), resolved alike in all."""
     if settings.threads is not None:  # else torch's choice: OMP_NUM_THREADS, or all cores
         torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
+    elif launch() is not ALONE and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // launch().local))
     device = resolve_device(settings.device)
-    return device, resolve_precision(settings.precision, device)
+    if launch() is not ALONE:
+        open_fabric(device, "float32")
+        atexit.register(leave_group)
+    precision = of_main(lambda: resolve_precision(settings.precision, device))
+    # Last: measuring draws random numbers, how many depends on the clock.
+    torch.manual_seed(settings.seed)
+    return device, precision
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -89,15 +118,44 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def open_fabric(device: torch.device, precision: str) -> Fabric:
-    """Lightning Fabric for the training loop (imported here: it takes seconds)."""
+def open_fabric(device: torch.device, precision: str, strategy: str = "ddp") -> Fabric:
+    """Lightning Fabric (imported here: it takes seconds); the first call opens the group of processes.
+
+    strategy: with several processes, what each holds: ddp, all of the module, or fsdp, a share of it.
+    """
     from lightning_fabric import Fabric
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator=device.type,
-        devices=1,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
+        **({"devices": 1} if launch() is ALONE else _shared_by_all(device, strategy)),
     )
     fabric.launch()
     return fabric
+
+
+def _shared_by_all(device: torch.device, strategy: str) -> dict[str, Any]:
+    """What Fabric is to know of several processes."""
+    from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+
+    started = launch()
+    # Sums of what is on the CPU go by gloo, beside nccl.
+    group: dict[str, Any] = {
+        "process_group_backend": "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        "timeout": LONGEST_WAIT,
+    }
+    strategies: dict[str, Callable[[], Strategy]] = {
+        "ddp": lambda: DDPStrategy(broadcast_buffers=False, **group),
+        "fsdp": lambda: ModelParallelStrategy(
+            shard, data_parallel_size=started.world, tensor_parallel_size=1, **group
+        ),
+    }
+    by = {"torchrun": TorchElasticEnvironment, "srun": SLURMEnvironment}
+    return {
+        "devices": started.local,
+        "num_nodes": started.world // started.local,
+        "strategy": strategies[strategy](),
+        "plugins": [by[started.by]()],
+    }

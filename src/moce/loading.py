@@ -19,6 +19,7 @@ from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.models.token_moe import TokenExpertFFN, TokenMoESpec, copy_experts
+from moce.processes import is_main
 from moce.runs import INFO, atomic, intact, read_info, read_model, read_tensors
 
 ASSIGNMENTS = "assignments.parquet"
@@ -179,6 +180,8 @@ def _timm_backbone(name: str) -> Backbone:
 
 def write_assignments(run: Path, ids: list[str], clusters: Tensor) -> None:
     """Store the cluster of every training image by its identity."""
+    if not is_main():
+        return
     table = pyarrow.table({"id": ids, "cluster": clusters.cpu().numpy()})
     with atomic(run / ASSIGNMENTS) as temporary:
         pyarrow.parquet.write_table(table, temporary)

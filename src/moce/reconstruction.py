@@ -39,7 +39,7 @@ def reconstruction_error(
     total = 0.0
     for start in range(0, len(images), batch_size):
         rows = torch.arange(start, min(start + batch_size, len(images)))
-        stored = images.pixels[start : start + batch_size].to(device)
+        stored = images.take(slice(start, start + batch_size)).to(device)
         pixels = normalise(fitted(stored, mae.encoder.patch_embed.img_size), spec.mean, spec.std)
         on_device = rows.to(device)
         patches = mae.encoder.patch_embed.num_patches

@@ -8,21 +8,32 @@ from typing import Any
 
 from moce import config
 from moce.claims import claims
+from moce.errors import MoceError
+from moce.launch import launch
 from moce.parsing import parse
 
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb's work is `run(settings)` in moce/verbs/NAME.py."""
+    """A verb's work is `run(settings)` in moce/verbs/NAME.py.
+
+    shared: whether several processes can do it together.
+    """
 
     name: str
     settings: type[config.Settings]
     positional: tuple[str, ...]
     example: str
+    shared: bool = False
 
     def run(self, values: dict[str, Any]) -> Any:
         """Validate the values, then import the verb and do its work."""
         settings = parse(self.settings, values)
+        if launch().world > 1 and not self.shared:
+            raise MoceError(
+                f"this is work for one process, and {launch().by} has started {launch().world}; "
+                f"run it without {launch().by}"
+            )
         with claims():
             return import_module(f"moce.verbs.{self.name}").run(settings)
 
@@ -41,12 +52,14 @@ VERBS = {
             config.PretrainSettings,
             ("data",),
             "moce pretrain photos/ --out runs/mae --model vit_base_patch16_224 --epochs 400",
+            shared=True,
         ),
         Verb(
             "cluster",
             config.ClusterSettings,
             ("data",),
             "moce cluster photos/ --mae runs/mae --num-clusters 64 --out runs/clusters",
+            shared=True,
         ),
         Verb(
             "train",
@@ -54,6 +67,7 @@ VERBS = {
             ("data",),
             "moce train photos/ --mae runs/mae --clusters runs/clusters --num-experts 8 "
             "--out runs/moce",
+            shared=True,
         ),
         Verb(
             "headroom",
@@ -84,6 +98,7 @@ VERBS = {
             config.FinetuneSettings,
             ("backbone", "data"),
             "moce finetune backbones/birds birds/ --out runs/birds --epochs 100",
+            shared=True,
         ),
         Verb(
             "probe",

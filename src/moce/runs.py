@@ -3,7 +3,8 @@
 config.yaml         the settings, resolved
 model.safetensors   the weights
 model.json          what they are: kind, how to build it, metrics, versions, git revision
-metrics.jsonl       one line per logged step
+metrics.jsonl       one line per logged step: the same again from the same settings
+timings.jsonl       how fast these steps went
 skipped.jsonl       images that could not be read, if any
 state/              checkpoints to resume from
 """
@@ -30,9 +31,12 @@ from moce.claims import claim
 from moce.config import EvaluateSettings, Settings, expand
 from moce.data.sources import paths_of
 from moce.errors import MoceError
+from moce.processes import is_main, of_main, wait_for_all
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
-SKIPPED, STATE = "skipped.jsonl", "state"
+SKIPPED, STATE, TIMINGS = "skipped.jsonl", "state", "timings.jsonl"
+# What `atomic` writes to before a file gets its name; a killed process leaves it behind.
+TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 INPUTS = (
     "data",
     "images",
@@ -52,12 +56,13 @@ EXTRAS = frozenset(
     | {"rows.jsonl", "results.md", "evaluation.json"}
     | {"model.onnx", "preprocessing.json", "preprocessor_config.json", "architecture.json"}
 )
-OWN_FILES = PROOFS | EXTRAS | {WEIGHTS, METRICS, SKIPPED}
+OWN_FILES = PROOFS | EXTRAS | {WEIGHTS, METRICS, TIMINGS, SKIPPED}
 DEMO_RUNS = frozenset({"mae", "clusters", "moce", "mae_plus"})
 FOLDERS_OF_RUNS = frozenset({"backbones", "finetune"})  # of the demo, of evaluations
 HEADROOM_RUN = re.compile(r"all|group\d+")
 FREE_TO_CHANGE = frozenset(
-    {"resume", "overwrite", "out", "threads", "log_every", "save_every"} | {"max_skipped"}
+    {"resume", "overwrite", "out", "threads", "log_every", "save_every"}
+    | {"max_skipped", "strategy"}
 )
 # Each row of an evaluation stands for itself: a resumed one may be asked for others.
 ROWS_TO_MAKE = frozenset({"backbones", "protocols", "tasks", "role", "root"})
@@ -72,7 +77,7 @@ def check_folder(path: Path, settings: Settings) -> None:
     resume = getattr(settings, "resume", None)
     if path.exists() and not path.is_dir():
         raise MoceError(f"{path} is a file; give a folder for the output")
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or all(_is_temporary(child) for child in path.iterdir()):
         return
     if resume:
         if not (path / CONFIG).is_file():
@@ -87,16 +92,28 @@ def check_folder(path: Path, settings: Settings) -> None:
 
 
 def open_folder(path: Path, settings: Settings) -> Path:
-    """Make the folder of a run, emptied if it is to be replaced. Raises as `check_folder`."""
+    """Make the folder of a run, emptied if it is to be replaced. Raises as `check_folder`.
+
+    The main process does, when all have looked at it.
+    """
+    wait_for_all()
+    if is_main():
+        _open_folder(path, settings)
+    wait_for_all()
+    return path
+
+
+def _open_folder(path: Path, settings: Settings) -> None:
     check_folder(path, settings)
     try:
         path.mkdir(parents=True, exist_ok=True)
         claim(path)
-        if not getattr(settings, "resume", False):
+        if getattr(settings, "resume", False):
+            _remove_temporaries(path)
+        else:
             _empty(path)
     except OSError as error:
         raise MoceError(f"cannot make {path}: {error.strerror}") from None
-    return path
 
 
 def make_folder(path: Path) -> None:
@@ -108,12 +125,31 @@ def make_folder(path: Path) -> None:
 
 
 def _empty(path: Path) -> None:
-    """Remove what is in a folder, not the folder: it may be a mount point."""
-    for child in path.iterdir():
+    """Remove what is in a folder, not the folder: it may be a mount point.
+
+    What says that a run is finished goes first and what says that it is one last, so that a folder
+    that is half empty when the process is killed can still be replaced or resumed.
+    """
+    order = (INFO, STATE)
+    places = {name: place - len(order) for place, name in enumerate(order)} | {CONFIG: 1}
+    for child in sorted(path.iterdir(), key=lambda child: places.get(child.name, 0)):
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         else:
             child.unlink()
+
+
+def _remove_temporaries(path: Path) -> None:
+    """Remove what processes that were killed while writing left in a run and its state."""
+    for child in path.rglob(".*"):
+        if _is_temporary(child):
+            child.unlink(missing_ok=True)
+
+
+def _is_temporary(path: Path) -> bool:
+    named = TEMPORARY.fullmatch(path.name)
+    ours = named is not None and (named[1] in OWN_FILES or path.parent.name == STATE)
+    return ours and path.is_file()
 
 
 def _check_apart(path: Path, settings: Settings) -> None:
@@ -155,21 +191,44 @@ def _holds_runs(path: Path) -> bool:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place if all went well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary name beside `path` that takes its place if all went well.
+
+    Raises MoceError if it cannot be written; nothing is left of it then.
+    """
+    with writing(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # on disk before it has its name, should the power fail
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says against writing to `path` becomes a MoceError that names it."""
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        yield
     except OSError as error:
         raise MoceError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    """Add a line of JSON to a file. A process killed meanwhile may leave a part of it."""
+    line = json.dumps(content, allow_nan=False) + "\n"
+    with writing(path), path.open("a") as file:
+        file.write(line)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a file. As all that is written to a run: of several processes, the main one does."""
+    if not is_main():
+        return
     with atomic(path) as temporary:
         # A path may hold bytes that are no text; they are written as \udcff.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -182,10 +241,12 @@ def write_json(path: Path, content: Any) -> None:
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Save tensors by name as safetensors."""
+    """Save tensors by name as safetensors; of several processes, the main one does."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if not is_main():
+        return
     ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
         try:
@@ -324,6 +385,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return read_lines(Path(folder) / METRICS, "step")
 
 
+def read_timings(folder: Path) -> list[dict[str, Any]]:
+    """The lines of timings.jsonl; of runs older than it, metrics.jsonl has the times."""
+    rows = read_lines(Path(folder) / TIMINGS, "step")
+    return rows or [row for row in read_metrics(folder) if "step_s" in row]
+
+
 def read_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, if any, up to the first that is damaged or lacks `key`."""
     rows: list[dict[str, Any]] = []
@@ -341,7 +408,7 @@ def read_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
 
 def last_metrics(folder: Path) -> dict[str, Any]:
     """The last line of metrics.jsonl. Raises MoceError if there is none."""
-    rows = read_metrics(folder)
+    rows = of_main(lambda: read_metrics(folder)[-1:])
     if not rows:
         raise MoceError(f"{folder / METRICS} is missing or damaged; train again with --overwrite")
     return rows[-1]

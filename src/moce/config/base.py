@@ -72,6 +72,7 @@ Method = Literal["moce", "mae", "token_moe", "sdr", "subset"]
 GateScale = Literal["straight_through", "prob"]
 GateInit = Literal["centroids", "random"]
 BalanceScope = Literal["dataset", "batch"]
+Processes = Literal["auto", "ddp", "fsdp"]
 Pooling = Literal["mean", "cls"]
 ClusterPooling = Literal["mean", "cls", "pixels"]
 CentroidUpdate = Literal["hard", "soft"]
@@ -128,10 +129,12 @@ class TrainingSettings(RunSettings):
         None, description="optimiser steps, whatever the number of images (default: by epochs)"
     )
     batch_size: Count = Field(
-        256, description="images per optimiser step, over all devices and micro-batches"
+        256, description="images per optimiser step, over all processes and micro-batches"
     )
     micro_batch_size: Count | None = Field(
-        None, description="images per forward pass; gradients add up to one batch (default: all)"
+        None,
+        description="images per forward pass of each process; gradients add up to one batch "
+        "(default: all)",
     )
     base_lr: Positive = Field(
         1.5e-4, description="learning rate per 256 images; the rate is base_lr * batch_size / 256"
@@ -144,6 +147,13 @@ class TrainingSettings(RunSettings):
     min_lr: NonNegative = Field(0.0, description="learning rate at the end of the cosine")
     crop_scale: Fraction = Field(0.2, description="smallest random crop, share of the image's area")
     hflip: bool = Field(True, description="mirror half of the images")
-    log_every: Count = Field(20, description="steps between lines of metrics.jsonl")
+    strategy: Processes = Field(
+        "auto",
+        description="with several processes, what each holds: ddp, the whole network, or fsdp, a share "
+        "of it; auto: ddp (one process: no difference)",
+    )
+    log_every: Count = Field(
+        20, description="steps between lines of metrics.jsonl and timings.jsonl"
+    )
     save_every: Count = Field(500, description="steps between checkpoints")
     tensorboard: bool = Field(False, description="also write TensorBoard events")

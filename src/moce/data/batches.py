@@ -14,6 +14,7 @@ from torch import Tensor
 from moce.data.augment import fitted
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
+from moce.processes import own_share, world
 
 
 @dataclass
@@ -39,13 +40,22 @@ class BatchOrder:
         generator = keyed_generator(self.seed, Stream.ORDER, epoch)
         return torch.randperm(self.count, generator=generator)
 
-    def parts(self, first: int, end: int, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows and epochs of the steps first .. end - 1, each cut into micro-batches of `size`."""
+    def parts(
+        self, first: int, end: int, size: int | None, led: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows and epochs of this process's micro-batches of the steps first .. end - 1.
+
+        led: before its own the image that comes before them in the micro-batch of all processes.
+        """
         for step in range(first, end):
             rows, epochs = self(step)
-            yield from zip(
-                rows.split(size or len(rows)), epochs.split(size or len(rows)), strict=True
-            )
+            for part in own_parts(len(rows), size):
+                places = torch.arange(part.start, part.stop)
+                if led:
+                    places = torch.cat(
+                        [torch.tensor([_before(part.start, len(rows), size)]), places]
+                    )
+                yield rows[places], epochs[places]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Rows and epochs, [batch_size] int64 each, of step 0, 1, ..."""
@@ -56,6 +66,27 @@ class BatchOrder:
             here = epochs == epoch
             rows[here] = self._epoch_order(epoch)[places[here]]
         return rows, epochs
+
+
+def _before(place: int, count: int, size: int | None) -> int:
+    """The place before one in the micro-batch of all processes; before the first comes the last."""
+    whole = count if size is None else size * world()
+    start = place - place % whole
+    return place - 1 if place > start else min(start + whole, count) - 1
+
+
+def own_parts(count: int, size: int | None) -> list[slice]:
+    """Which of a batch of `count` images this process takes, a slice per forward pass.
+
+    A pass is of `size` images in each process (None: of all the images there are): two processes
+    with half the size go through a batch as one process does.
+    """
+    whole = count if size is None else size * world()
+    parts = []
+    for start in range(0, count, whole):
+        own = own_share(min(whole, count - start))
+        parts.append(slice(start + own.start, start + own.stop))
+    return parts
 
 
 FETCHED_AHEAD = 2  # batches that wait, with their pixels in memory
@@ -69,12 +100,12 @@ def resident(images: ImageSet, device: torch.device) -> ImageSet:
     free, _ = torch.cuda.mem_get_info(device)
     if images.pixels.numel() > RESIDENT_SHARE * free:
         return images
-    return replace(images, pixels=images.pixels.to(device))
+    return replace(images, pixels=images.pixels.to(device), reader=None)
 
 
 def fetch(images: ImageSet, rows: Tensor, epochs: Tensor, device: torch.device) -> Batch:
     """The batch of these rows on `device`."""
-    pixels = images.pixels[rows.to(images.pixels.device)]
+    pixels = images.take(rows)
     if device.type == "cuda" and not pixels.is_cuda:
         pixels = pixels.pin_memory()
     return Batch(rows.to(device), epochs.to(device), pixels.to(device, non_blocking=True))
@@ -101,8 +132,13 @@ def prefetched(
 
 
 def in_order(
-    images: ImageSet, batch_size: int, device: torch.device, size: tuple[int, int]
+    images: ImageSet,
+    batch_size: int,
+    device: torch.device,
+    size: tuple[int, int],
+    part: slice | None = None,
 ) -> Iterator[Tensor]:
-    """All images once, in their order, fitted to `size`: [b, c, *size] uint8 at a time."""
-    for start in range(0, len(images), batch_size):
-        yield fitted(images.pixels[start : start + batch_size].to(device), size)
+    """All images once, or a part, in their order, fitted to `size`: [b, c, *size] uint8 at a time."""
+    first, end = (part.start, part.stop) if part else (0, len(images))
+    for start in range(first, end, batch_size):
+        yield fitted(images.take(slice(start, min(start + batch_size, end))).to(device), size)

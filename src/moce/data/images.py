@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from moce.data.decode import Raster, open_encoded, to_pixels
 from moce.data.kinds.entry import Entry, is_image_name
-from moce.data.packed import Packed, find_packed
+from moce.data.packed import Packed, PixelReader, find_packed
 from moce.data.sources import Part, open_parts, open_source
 from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
+from moce.launch import launch
+from moce.processes import is_local_main, of_local_main, wait_for_all, world
 
 MEMORY_SHARE = 0.4  # of the free memory, beyond which pixels are kept in a file
 
@@ -32,7 +35,8 @@ class ImageSet:
     """pixels: [n, c, h, w] uint8, not to be written to: they may be a file.
 
     ids: n stable names; labels: n names, tuples of names or None.
-    skipped: (id, reason) of images that could not be decoded.
+    skipped: (id, reason) of images that could not be decoded. reader: of the file that the pixels
+    are mapped from; `take` goes by it, because a mapping has no way to tell that it cannot be read.
     """
 
     pixels: Tensor
@@ -40,17 +44,27 @@ class ImageSet:
     labels: list[Label | None]
     splits: list[str | None]
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    reader: PixelReader | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def take(self, rows: Tensor | slice) -> Tensor:
+        """Pixels of these rows ([b] int64 or a slice), uint8 [b, c, h, w] on the device of `pixels`."""
+        if self.reader is not None:
+            return self.reader.read(torch.arange(len(self))[rows].tolist())
+        return self.pixels[rows if isinstance(rows, slice) else rows.to(self.pixels.device)]
+
     def subset(self, rows: Sequence[int]) -> ImageSet:
         """The images of these rows, in this order."""
         picked = list(rows)
+        if picked == list(range(len(self))):  # no copy: the pixels may be a file
+            return self
         pick = lambda values: [values[row] for row in picked]  # noqa: E731
         return replace(
             self,
-            pixels=self.pixels[picked],
+            pixels=self.take(torch.tensor(picked, dtype=torch.int64)),
+            reader=None,
             ids=pick(self.ids),
             labels=pick(self.labels),
             splits=pick(self.splits),
@@ -79,24 +93,77 @@ def load_images(
     entries = open_source(data) if isinstance(data, str) else list(data)
     if not entries:
         raise MoceError(f"no images in {name}")
-    pixels = _allocate((len(entries), channels, *size), store)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = list(
-            pool.map(lambda row: decode_into(pixels, row, entries[row]), range(len(entries)))
-        )
-    good = [row for row, reason in enumerate(reasons) if reason is None]
-    skipped = [(entries[row].id, reason) for row, reason in enumerate(reasons) if reason]
-    _check_skipped(skipped, len(entries), max_skipped, name)
-    for place, row in enumerate(good):  # in place: the pixels may be a file larger than memory
-        if place != row:
-            pixels[place] = pixels[row]
+    work = _Decoding(entries, (len(entries), channels, *size), max_skipped, name)
+    if world() > 1 and store is not None:
+        pixels, reasons = _decode_once_a_node(work, store)
+    else:
+        pixels = _allocate(work.shape, store)
+        reasons = work.into(pixels)
+    good = [entry for row, entry in enumerate(entries) if row not in reasons]
     return ImageSet(
         pixels=torch.from_numpy(pixels)[: len(good)],
-        ids=[entries[row].id for row in good],
-        labels=[entries[row].label for row in good],
-        splits=[entries[row].split for row in good],
-        skipped=skipped,
+        ids=[entry.id for entry in good],
+        labels=[entry.label for entry in good],
+        splits=[entry.split for entry in good],
+        skipped=[(entries[row].id, reason) for row, reason in reasons.items()],
     )
+
+
+@dataclass
+class _Decoding:
+    """What is to be decoded. shape: [n, c, h, w]; name: of where it is from."""
+
+    entries: Sequence[Entry]
+    shape: tuple[int, ...]
+    max_skipped: float
+    name: str
+
+    def into(self, pixels: np.ndarray) -> dict[int, str]:
+        """Decode into `pixels`, those that could be first; the reason of each row that could not."""
+        reasons = self._decode(pixels)
+        skipped = [(self.entries[row].id, reason) for row, reason in reasons.items()]
+        _check_skipped(skipped, len(self.entries), self.max_skipped, self.name)
+        good = (row for row in range(len(self.entries)) if row not in reasons)
+        for place, row in enumerate(good):
+            if place != row:  # in place: the pixels may be a file larger than memory
+                pixels[place] = pixels[row]
+        return reasons
+
+    def _decode(self, pixels: np.ndarray) -> dict[int, str]:
+        rows = range(len(self.entries))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                told = pool.map(lambda row: decode_into(pixels, row, self.entries[row]), rows)
+                return {row: reason for row, reason in enumerate(told) if reason is not None}
+            except BaseException:  # Ctrl-C is not to wait for all that have been asked for
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _decode_once_a_node(work: _Decoding, store: Path) -> tuple[np.ndarray, dict[int, str]]:
+    """The first process of each node decodes into a file, and all of the node map it.
+
+    A file even where the memory has room: the system keeps what is read of it in memory, once for
+    all processes, and none of them has to know how much the others take.
+    """
+    file = store.with_name(f"{store.name}.{launch().node}")
+
+    def decode() -> dict[int, str]:
+        file.unlink(missing_ok=True)  # of a run that was killed
+        pixels = _in_file(work.shape, file)
+        try:
+            return work.into(pixels)
+        except BaseException:
+            file.unlink()
+            raise
+
+    reasons = of_local_main(decode)
+    # Each with a view of its own: what one writes to it, which none should, the others do not see.
+    pixels = np.memmap(file, np.uint8, "c", shape=work.shape)
+    wait_for_all()
+    if is_local_main():
+        file.unlink()  # it stays as long as the processes, and leaves nothing behind
+    return pixels, reasons
 
 
 def _check_skipped(skipped: list[tuple[str, str]], count: int, most: float, name: str) -> None:
@@ -115,7 +182,10 @@ def _check_skipped(skipped: list[tuple[str, str]], count: int, most: float, name
 
 
 def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageSet:
-    """The images of a packed file, in memory if they are few and else mapped from the file."""
+    """The images of a packed file, in memory if they are few and else mapped from the file.
+
+    Several processes map it: the system keeps what is read of it in memory once for all.
+    """
     found, height, width = packed.shape[1:]
     if found != channels:
         raise MoceError(
@@ -127,24 +197,53 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageS
             f"{packed.path} holds images of {height}x{width}, smaller than the {size[0]}x{size[1]} "
             f"that are needed; pack them again with --size {size[0]}x{size[1]} or more"
         )
-    in_memory = packed.num_bytes <= MEMORY_SHARE * _free_memory()
-    pixels = packed.tensor(in_memory=in_memory)
-    return ImageSet(pixels, packed.ids, packed.labels, packed.splits, packed.skipped)
+    in_memory = world() == 1 and packed.num_bytes <= MEMORY_SHARE * _free_memory()
+    return ImageSet(
+        packed.tensor(in_memory=in_memory),
+        packed.ids,
+        packed.labels,
+        packed.splits,
+        packed.skipped,
+        None if in_memory else packed.reader(),
+    )
 
 
 def _allocate(shape: tuple[int, ...], store: Path | None) -> np.ndarray:
     needed = int(np.prod(shape))
     if needed <= MEMORY_SHARE * _free_memory():
         return np.empty(shape, np.uint8)
-    gigabytes = needed / 1e9
     if store is None:
+        gigabytes = needed / 1e9
         raise MoceError(f"the images take {gigabytes:.1f} GB, more than the memory has room for")
-    store.parent.mkdir(parents=True, exist_ok=True)
-    if needed > shutil.disk_usage(store.parent).free:
-        raise MoceError(f"the images take {gigabytes:.1f} GB, more than is free in {store.parent}")
-    pixels = np.memmap(store, np.uint8, "w+", shape=shape)
+    pixels = _in_file(shape, store)
     store.unlink()  # the file stays as long as the process, and leaves nothing behind
     return pixels
+
+
+def _in_file(shape: tuple[int, ...], store: Path) -> np.ndarray:
+    """Pixels in a new file. Raises MoceError if the disk has no room."""
+    needed = int(np.prod(shape))
+    store.parent.mkdir(parents=True, exist_ok=True)
+    if needed > shutil.disk_usage(store.parent).free:
+        raise MoceError(
+            f"the images take {needed / 1e9:.1f} GB, more than is free in {store.parent}"
+        )
+    with store.open("w+b") as file:
+        _take_room(file, needed, store)
+        return np.memmap(file, np.uint8, "w+", shape=shape)
+
+
+def _take_room(file: BinaryIO, needed: int, store: Path) -> None:
+    """Take the room of a file at once: a disk that is full later ends the process without a word."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, needed)
+    except OSError as error:
+        store.unlink()
+        raise MoceError(
+            f"no room for {needed / 1e9:.1f} GB of images in {store.parent}: {error.strerror}"
+        ) from None
 
 
 def _free_memory() -> int:

@@ -21,6 +21,8 @@ class Stream(IntEnum):
     GATE = 4
     STEP = 6
     POLICY = 7
+    TOKEN = 8
+    MIX = 9
 
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
@@ -44,6 +46,12 @@ def keyed_uniform(seed: int, stream: Stream, epochs: Tensor, images: Tensor, cou
     column = torch.arange(1, count + 1, device=images.device) * _GOLDEN
     bits = _mix(row[:, None] + column[None, :])
     return ((bits >> 40) & 0xFFFFFF).float() / 2**24
+
+
+def keyed_normal(seed: int, stream: Stream, epochs: Tensor, images: Tensor, count: int) -> Tensor:
+    """As `keyed_uniform`, but from N(0, 1)."""
+    uniform = keyed_uniform(seed, stream, epochs, images, count)
+    return torch.special.ndtri(uniform.double() + 2**-25).float()  # never 0 nor 1
 
 
 def keyed_generator(seed: int, stream: Stream, number: int) -> torch.Generator:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,10 @@ class Packed:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(self.mapped())
 
+    def reader(self) -> PixelReader:
+        """For long work: what happens to the file meanwhile is an error that can be told."""
+        return PixelReader(self.path, self.shape[1:])
+
     def openers(self) -> list[Callable[[], Image.Image | np.ndarray]]:
         """One function per image that gives it, as `Entry.open` does."""
         pixels = self.mapped()
@@ -85,6 +90,33 @@ class Packed:
                 )
             start += count
             advance(count)
+
+
+class PixelReader:
+    """Reads images of a packed file by their rows; it stays open, also if its name is taken away.
+
+    A mapping ends the whole process, without a word, when its file is cut short or its disk fails.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self._path, self._shape = path, shape
+        self._file = path.open("rb", buffering=0)
+        self._lock = threading.Lock()  # one place in the file, several threads
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """The pixels of these rows, [len(rows), c, h, w] uint8. Raises MoceError if there are none."""
+        pixels = np.empty((len(rows), *self._shape), np.uint8)
+        size = int(np.prod(self._shape))
+        with self._lock:
+            for row, image in zip(rows, pixels, strict=True):
+                try:
+                    self._file.seek(HEADER_BYTES + row * size)
+                    found = self._file.readinto(image.data.cast("B"))
+                except OSError as error:
+                    raise MoceError(f"cannot read {self._path}: {error.strerror}") from None
+                if found != size:
+                    raise MoceError(f"cannot read {self._path}: it was cut short at image {row}")
+        return torch.from_numpy(pixels)
 
 
 def _as_raster(pixels: np.ndarray) -> Image.Image | np.ndarray:

@@ -9,6 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from moce.processes import world
+
 
 @dataclass
 class Routing:
@@ -61,12 +63,17 @@ class ExpertBlock(ExpertLayer):
 def apply_experts(experts: nn.ModuleList, rows: Tensor, expert: Tensor) -> Tensor:
     """Every row of `rows` [m, ...] by its own expert, `expert` [m] int64, in the rows' order.
 
-    Sorted by expert, each one works on one contiguous slice: as cheap as a dense FFN.
+    Sorted by expert, each one works on one contiguous slice: as cheap as a dense FFN. Of several
+    processes all experts work in each, on no rows if need be: their gradients are averaged.
     """
     order = expert.argsort(stable=True)
     counts = expert.bincount(minlength=len(experts)).tolist()
     slices = rows.index_select(0, order).split(counts)
-    outputs = [work(part) for work, part in zip(experts, slices, strict=True) if part.shape[0] > 0]
+    outputs = [
+        work(part)
+        for work, part in zip(experts, slices, strict=True)
+        if part.shape[0] > 0 or world() > 1
+    ]
     return torch.cat(outputs).index_select(0, order.argsort())
 
 

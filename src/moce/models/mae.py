@@ -124,13 +124,18 @@ class MAE(nn.Module):
         return Reconstruction(masked_mse(prediction.float(), target, mask), prediction, mask)
 
 
+def num_kept(patches: int, ratio: float) -> int:
+    """How many of an image's patches the encoder sees when the share `ratio` is hidden."""
+    return max(1, int(patches * (1 - ratio)))
+
+
 def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
     """Hide the share `ratio` of the patches: those with the largest noise (MAE, section 3).
 
     noise: [b, n]. Returns keep [b, int(n * (1 - ratio))] (indices of visible patches), mask
     [b, n] (1 = removed) and restore [b, n] (where each patch stands in [visible, masked]).
     """
-    num_keep = max(1, int(noise.shape[1] * (1 - ratio)))
+    num_keep = num_kept(noise.shape[1], ratio)
     shuffle = noise.argsort(dim=1, stable=True)
     restore = shuffle.argsort(dim=1)
     return shuffle[:, :num_keep], (restore >= num_keep).float(), restore

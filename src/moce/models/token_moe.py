@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moce.models.experts import apply_experts
 from moce.models.gates import squared_cv
 from moce.models.mae import MAE, MAESpec
+from moce.processes import summed
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class TokenExpertFFN(nn.Module):
         self.gate = nn.Parameter(torch.randn(num_experts, width) * gate_std)
         self.gate_scale = gate_scale
         self.balance: Tensor | None = None  # of the last training pass
+        self.noise: Tensor | None = None  # N(0, 1) of the next one; None: it draws its own
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: [b, n, d]. Returns [b, n, d], and leaves the balance loss in `balance`."""
@@ -61,8 +63,10 @@ class TokenExpertFFN(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):  # bf16 logits flip choices
             clean = rows.float() @ self.gate.float().T
             deviation = 1 / len(self.experts)
-            noisy = clean + torch.randn_like(clean) * deviation if self.training else clean
+            noisy = clean
             if self.training:
+                drawn = torch.randn_like(clean) if self.noise is None else self.noise.view_as(clean)
+                noisy = clean + drawn * deviation
                 self.balance = token_balance(clean, noisy, deviation)
             probability, expert = noisy.softmax(dim=1).max(dim=1)
         if self.gate_scale == "straight_through":
@@ -75,11 +79,12 @@ def token_balance(clean: Tensor, noisy: Tensor, deviation: float) -> Tensor:
     """Mean of V-MoE's importance and load losses (its section A.2). clean, noisy: logits [m, E].
 
     Importance: CV^2 of the summed probabilities. Load: CV^2 of the summed chances that each
-    expert would be chosen if its noise were drawn again, a smooth count of its tokens.
+    expert would be chosen if its noise were drawn again, a smooth count of its tokens. Both sums
+    are over the tokens of all processes.
     """
-    importance = squared_cv(clean.softmax(dim=1).sum(dim=0))
+    importance = squared_cv(summed(clean.softmax(dim=1).sum(dim=0)))
     needed = noisy.amax(dim=1, keepdim=True) - clean
-    load = squared_cv(torch.special.ndtr(-needed / deviation).sum(dim=0))
+    load = squared_cv(summed(torch.special.ndtr(-needed / deviation).sum(dim=0)))
     return (importance + load) / 2
 
 
@@ -116,14 +121,21 @@ class TokenMoE(nn.Module):
         """The expert layers, one per MoE block."""
         return [cast(Any, self.mae.encoder.blocks[layer]).mlp for layer in self.blocks]
 
-    def forward(self, images: Tensor, noise: Tensor) -> TokenMoEOutput:
-        """images, noise: as in MAE. In evaluation the balance loss is 0."""
+    def forward(
+        self, images: Tensor, noise: Tensor, gate_noise: Tensor | None = None
+    ) -> TokenMoEOutput:
+        """images, noise: as in MAE; gate_noise: N(0, 1), [b, blocks, tokens seen, E] (None: drawn).
+
+        In evaluation the balance loss is 0.
+        """
+        for index, layer in enumerate(self.experts):
+            layer.noise = None if gate_noise is None else gate_noise[:, index].flatten(0, 1)
         output = self.mae(images, noise)
         balance = output.loss.new_zeros(())
         for layer in self.experts:
             if layer.balance is not None:
                 balance = balance + layer.balance
-            layer.balance = None  # no layer keeps a graph alive
+            layer.balance = layer.noise = None  # no layer keeps a graph alive
         return TokenMoEOutput(output.loss, balance)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: weights and optimiser state of one step in one safetensors file, written atomically.
+"""Checkpoints: all that a run goes on from after one step in one safetensors file, written atomically.
 
 Each holds a checksum of its tensors. A damaged one is passed over for the one before it.
 """
@@ -6,6 +6,7 @@ Each holds a checksum of its tensors. A damaged one is passed over for the one b
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,49 @@ KEPT = 2
 CHECKSUM = "sha256"
 
 
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds beside the model and the optimiser.
+
+    step: steps done; window: sums since the last logged row; memory: of the stage's diagnostics.
+    """
+
+    step: int
+    window: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimiser: torch.optim.Optimizer
+    folder: Path, state: Checkpoint, model: nn.Module, optimiser: torch.optim.Optimizer
 ) -> None:
-    """Write the state after `step` steps; the newest KEPT files stay."""
+    """Write the state after `state.step` steps; the newest KEPT files stay."""
     (folder / STATE).mkdir(exist_ok=True)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, values in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": value for name, value in values.items()}
-    path = folder / STATE / f"step_{step:09d}.safetensors"
-    write_tensors(path, tensors, {CHECKSUM: checksum(tensors)})
+    tensors |= {f"window.{name}": value for name, value in state.window.items()}
+    tensors |= {f"memory.{name}": value for name, value in state.memory.items()}
+    path = folder / STATE / f"step_{state.step:09d}.safetensors"
+    try:
+        write_tensors(path, tensors, {CHECKSUM: checksum(tensors)})
+    except MoceError as error:
+        raise MoceError(
+            f"{error}; the checkpoint before it stays: mend that and go on with --resume"
+        ) from None
     for old in _checkpoints(folder)[:-KEPT]:
         old.unlink()
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Load the newest sound checkpoint in place; the number of steps done (0 without a checkpoint).
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer
+) -> Checkpoint | None:
+    """Load the newest sound checkpoint in place; None without a checkpoint.
 
     Raises MoceError if it is of another model, or if there are checkpoints but all are damaged.
     """
     found = _newest_sound(folder)
     if found is None:
-        return 0
+        return None
     path, tensors = found
     try:
         model.load_state_dict(_under("model.", tensors))
@@ -51,10 +73,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimiser: torch.optim.Optim
     state: dict[int, dict[str, Any]] = {}
     for key, value in _under("optimiser.", tensors).items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        # A copy, for its memory is aligned as the optimiser's own: sums may depend on that.
+        state.setdefault(int(index), {})[name] = value.clone()
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": state, "param_groups": groups})
-    return int(path.stem.removeprefix("step_"))
+    step = int(path.stem.removeprefix("step_"))
+    return Checkpoint(step, _under("window.", tensors), _under("memory.", tensors))
 
 
 def _newest_sound(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:

@@ -1,4 +1,4 @@
-"""metrics.jsonl and, behind a flag, TensorBoard events: one row of numbers per logged step."""
+"""metrics.jsonl, timings.jsonl and, behind a flag, TensorBoard events: a row per logged step."""
 
 from __future__ import annotations
 
@@ -7,23 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from moce.errors import MoceError
-from moce.runs import METRICS, read_metrics, write_text
+from moce.processes import is_main
+from moce.runs import METRICS, TIMINGS, append_line, read_lines, write_text
+
+Row = dict[str, Any]
 
 
 class MetricLog:
-    """Appends rows to the metrics of a run; rows past the step a run resumes from are dropped."""
+    """Appends rows to the logs of a run; rows past the step a run resumes from are dropped.
+
+    Two files: metrics.jsonl is the same for the same settings, timings.jsonl is of the clock. The main
+    process writes, the others write nothing.
+    """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resumed_step: int) -> None:
-        kept = [row for row in read_metrics(folder) if row["step"] <= resumed_step]
-        write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
-        self._path = folder / METRICS
-        self._board = open_board(folder) if tensorboard else None
+        self._folder = folder
+        for name in (METRICS, TIMINGS):
+            rows = read_lines(folder / name, "step")
+            lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= resumed_step]
+            write_text(folder / name, "".join(lines))
+        self._board = open_board(folder, resumed_step) if tensorboard and is_main() else None
 
-    def write(self, row: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+    def write(self, row: Row, times: Row) -> None:
+        if not is_main():
+            return
+        append_line(self._folder / METRICS, row)
+        append_line(self._folder / TIMINGS, times)
         if self._board is not None:
-            for name, value in flatten(row).items():
+            for name, value in flatten(row | times).items():
                 self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
@@ -31,15 +42,15 @@ class MetricLog:
             self._board.close()
 
 
-def open_board(folder: Path) -> Any:
-    """A TensorBoard writer. Raises MoceError if the package is missing."""
+def open_board(folder: Path, resumed_step: int) -> Any:
+    """A TensorBoard writer; events past `resumed_step` are hidden. Raises MoceError without it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MoceError(
             "TensorBoard is not installed: pip install 'moce[tensorboard]', or leave --tensorboard out"
         ) from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
 
 def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:

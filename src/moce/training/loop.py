@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from moce.config import TrainingSettings
-from moce.data.batches import Batch, BatchOrder, prefetched, resident
+from moce.data.batches import Batch, BatchOrder, own_parts, prefetched, resident
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
-from moce.errors import Interrupted, NotFinite
+from moce.errors import Interrupted, MoceError, NotFinite
 from moce.hardware import open_fabric
 from moce.models.encoder import use_plain_attention
-from moce.runs import write_config
-from moce.training.checkpoint import load_checkpoint, save_checkpoint
-from moce.training.interrupt import stop_request
+from moce.processes import all_sum, is_main, rank, wait_for_all, world
+from moce.runs import INFO, write_config
+from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from moce.training.interrupt import agreed, stop_request
 from moce.training.log import MetricLog
 from moce.training.optimiser import ParameterGroup, adamw, learning_rate, set_learning_rate
+from moce.training.parallel import Held, IdleExperts, Shared, check_agreed, check_share
 from moce.training.progress import meter, say
 
 Losses = dict[str, Tensor]
@@ -32,10 +34,16 @@ Losses = dict[str, Tensor]
 
 @dataclass
 class Step:
-    """What a stage may know when it computes a loss: the number of the step and its whole batch's rows."""
+    """What a stage may know when it computes a loss.
+
+    The number of the step and its whole batch's rows; which part of it the micro-batch is, and how
+    many of the micro-batch's images only lead it (see `Stage.mixes`).
+    """
 
     number: int
     rows: Tensor
+    part: int = 0
+    led_by: int = 0
 
 
 @dataclass
@@ -45,6 +53,9 @@ class Stage:
     module: what is trained and saved. loss: from the module as called in training, a micro-batch
     and the step to named scalars, "loss" among them, each a mean over the images of the
     micro-batch or the same for all micro-batches. diagnostics: numbers to log beside the losses.
+    memory: what diagnostics keeps from one row to the next, so that checkpoints can hold it. mixes:
+    whether it mixes each image with the one before it; of several processes, each then has that
+    image, too, before its own.
     """
 
     title: str
@@ -53,6 +64,8 @@ class Stage:
     groups: list[ParameterGroup]
     loss: Callable[[nn.Module, Batch, Step], Losses]
     diagnostics: Callable[[], dict[str, Any]] = field(default=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    mixes: bool = False
 
 
 def total_steps(settings: TrainingSettings, count: int) -> int:
@@ -78,22 +91,29 @@ class _Loop:
         self.images = resident(stage.images, device)
         self.total = total_steps(settings, self.count)
         self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
-        self.fabric = open_fabric(device, precision)
+        shared = settings.strategy == "fsdp" and world() > 1
+        self.fabric = open_fabric(device, precision, "fsdp" if shared else "ddp")
         if device.type == "cpu":
             use_plain_attention(stage.module)
-        optimiser = adamw(stage.groups, settings.beta2)
-        self.model, self.optimiser = self.fabric.setup(stage.module, optimiser)
-        self.done = load_checkpoint(self.folder, stage.module, optimiser) if settings.resume else 0
+        check_share(settings)
+        self.plain = adamw(stage.groups, settings.beta2)  # of the module itself: what is saved
+        self.held = (Shared if shared else Held)(self.fabric, stage.module, self.plain)
+        self.model, self.optimiser = self.held.model, self.held.optimiser
+        self.idle = IdleExperts(self.model)
         self.window = Window(device)
+        self.done = self._load() if settings.resume else 0
+        check_agreed(self.done)
+        self.held.scatter()
 
     def run(self) -> None:
         if self.done:
             say(f"resuming {self.folder} after step {self.done} of {self.total}")
         write_config(self.folder, self.settings)
-        log = MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
-        self.stage.module.train()
-        parts = self.order.parts(self.done, self.total, self.settings.micro_batch_size)
+        self.model.train()
+        led = self.stage.mixes and world() > 1
+        parts = self.order.parts(self.done, self.total, self.settings.micro_batch_size, led)
         with (
+            closing(self._open_log()) as log,
             meter(self.stage.title, self.total, self.done) as progress,
             closing(prefetched(self.images, parts, self.fabric.device)) as batches,
             stop_request() as stop,
@@ -101,27 +121,65 @@ class _Loop:
             for number in range(self.done, self.total):
                 rate = self._set_rate(number)
                 self._step(number, batches)
-                received = stop.received  # read once: a later signal is for the next step
-                stopping = received is not None or number + 1 == self.total
+                # Read once: a later signal is for the next step.
+                received = agreed(stop.received)
+                last = number + 1 == self.total
                 note = None
-                if stopping or (number + 1) % self.settings.log_every == 0:
-                    self.window.check_finite(self.folder)
-                    row = self.window.row(number + 1, self.count, self.settings.batch_size, rate)
-                    log.write(row | self.stage.diagnostics())
-                    note = _note(row)
-                if stopping or (number + 1) % self.settings.save_every == 0:
-                    self._check_weights()
-                    save_checkpoint(self.folder, number + 1, self.stage.module, self.optimiser)
+                # Rows are where an uninterrupted run has them: asking to stop makes none.
+                if last or (number + 1) % self.settings.log_every == 0:
+                    note = self._log(log, number + 1, rate)
+                if last or received is not None or (number + 1) % self.settings.save_every == 0:
+                    self._save(number + 1)
                 progress.advance(note)
-                if received is not None and number + 1 < self.total:
-                    raise Interrupted(received, self.folder, f"step {number + 1}")
-        log.close()
+                if received is not None:
+                    raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
         self.stage.module.eval()
 
-    def _check_weights(self) -> None:
+    def _open_log(self) -> MetricLog:
+        return MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
+
+    def _log(self, log: MetricLog, step: int, rate: float) -> str:
+        """Write the row of a step; a few words on it."""
+        self.window.check_finite(self.folder)
+        self.window.collect()
+        if self.stage.diagnostics is not dict:  # they read the module
+            self.held.gather()
+        row = self.window.row(step, self.count, self.settings.batch_size, rate)
+        times = self.window.times(step, self.settings.batch_size)
+        self.window.reset()
+        log.write(row | self.stage.diagnostics(), times)
+        return _note(row, times)
+
+    def _load(self) -> int:
+        """Go back to the newest checkpoint; the number of steps done."""
+        found = load_checkpoint(self.folder, self.stage.module, self.plain)
+        if found is None:
+            if (self.folder / INFO).is_file():
+                raise MoceError(
+                    f"{self.folder} is finished and its checkpoints are gone: there is nothing to "
+                    "go on from; --overwrite trains again"
+                )
+            return 0
+        self.window.load(found.window)
+        self.stage.memory.update(found.memory)
+        return found.step
+
+    def _save(self, step: int) -> None:
+        self.held.gather()
+        self.window.collect()
+        self._check_finite()
+        if is_main():
+            state = Checkpoint(step, self.window.state(), self.stage.memory)
+            save_checkpoint(self.folder, state, self.stage.module, self.plain)
+        wait_for_all()
+
+    def _check_finite(self) -> None:
         """A finite loss can still have made a step that overflows: look before saving."""
         self.window.check_finite(self.folder)
-        if not all(value.isfinite().all() for value in self.stage.module.state_dict().values()):
+        averages = [value for values in self.plain.state.values() for value in values.values()]
+        held = (*self.stage.module.state_dict().values(), *averages)
+        wrong = torch.tensor(int(not all(value.isfinite().all() for value in held)))
+        if int(all_sum(wrong)):
             raise NotFinite(f"the weights are not finite; {remedy(self.folder)}")
 
     def _set_rate(self, number: int) -> float:
@@ -134,35 +192,60 @@ class _Loop:
     def _step(self, number: int, batches: Iterator[Batch]) -> None:
         """Forward and backward over the next micro-batches, which make one batch; then a step."""
         # Layers that draw their own randomness (drop path) draw the same after a resume.
-        seed = keyed_generator(self.settings.seed, Stream.STEP, number).initial_seed()
+        place = number * world() + rank()  # no two processes drop the same
+        seed = keyed_generator(self.settings.seed, Stream.STEP, place).initial_seed()
         torch.manual_seed(seed)
         rows, _ = self.order(number)
-        size = self.settings.micro_batch_size or len(rows)
-        step = Step(number, rows.to(self.fabric.device))
-        for start in range(0, len(rows), size):
+        step = Step(
+            number, rows.to(self.fabric.device), led_by=int(self.stage.mixes and world() > 1)
+        )
+        parts = own_parts(len(rows), self.settings.micro_batch_size)
+        for step.part, part in enumerate(parts):
             with self.window.waiting():
                 batch = next(batches)
-            share = len(batch.rows) / len(rows)
-            more = start + size < len(rows)
-            with self.fabric.no_backward_sync(self.model, enabled=more):
+            share = (part.stop - part.start) / len(rows)
+            with self.fabric.no_backward_sync(self.model, enabled=step.part < len(parts) - 1):
                 losses = self.stage.loss(self.model, batch, step)
-                self.fabric.backward(losses["loss"] * share)
+                # Gradients are averaged over the processes, and are to be summed.
+                self.fabric.backward(losses["loss"] * (share * world()))
             self.window.add(losses, share)
+        self.idle.drop_gradients()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.window.steps += 1
 
 
+STEPS = "steps"  # beside the sums in the state of a window
+
+
 class Window:
-    """Sums since the last logged row; they stay on the device until a row is asked for."""
+    """Sums since the last logged row; they stay on the device until a row is asked for.
+
+    steps: how many are summed. After a resume they began in the process before, the times in this.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._finite = torch.ones((), dtype=torch.bool, device=device)
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
         self._sums: Losses = {}
-        self._start, self._waited, self.steps = time.perf_counter(), 0.0, 0
+        self._start, self._waited, self.steps, self._untimed = time.perf_counter(), 0.0, 0, 0
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums and how many steps they are of."""
+        return {**{f"sum.{k}": v for k, v in self._sums.items()}, STEPS: torch.tensor(self.steps)}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from the `state` of another window; of an older version it may be empty.
+
+        It holds the sums of all processes: the main one goes on with them, the others from zero.
+        """
+        sums = {k.removeprefix("sum."): v for k, v in state.items() if k.startswith("sum.")}
+        own = 1 if is_main() else 0
+        self._sums = {name: value.to(self._device) * own for name, value in sums.items()}
+        self.steps = self._untimed = int(state.get(STEPS, 0))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -172,29 +255,38 @@ class Window:
         self._waited += time.perf_counter() - start
 
     def add(self, losses: Losses, share: float) -> None:
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().float() * share
+        self._sums = {  # in the order of the losses, which a loaded state does not keep
+            name: self._sums.get(name, 0) + value.detach().float() * share
+            for name, value in losses.items()
+        }
         self._finite &= losses["loss"].detach().isfinite()
 
+    def collect(self) -> None:
+        """Bring the sums of all processes into the main one; before they are read or saved."""
+        for value in self._sums.values():
+            all_sum(value)
+            if not is_main():
+                value.zero_()
+
     def row(self, step: int, count: int, batch_size: int, rate: float) -> dict[str, Any]:
-        """Means since the last row, and how fast it went."""
+        """Means since the last row: the same in every run of these settings."""
         means = {name: value.item() / self.steps for name, value in self._sums.items()}
-        seconds = time.perf_counter() - self._start
-        row = {
+        epoch = round(step * batch_size / count, 4)
+        return {"step": step, "epoch": epoch, **means, "lr": rate}
+
+    def times(self, step: int, batch_size: int) -> dict[str, Any]:
+        """How fast this process went since the last row."""
+        seconds, steps = time.perf_counter() - self._start, self.steps - self._untimed
+        return {
             "step": step,
-            "epoch": round(step * batch_size / count, 4),
-            **means,
-            "lr": rate,
-            "images_per_s": round(self.steps * batch_size / seconds, 1),
-            "step_s": round(seconds / self.steps, 5),
-            "data_wait_s": round(self._waited / self.steps, 5),
+            "images_per_s": round(steps * batch_size / seconds, 1),
+            "step_s": round(seconds / steps, 5),
+            "data_wait_s": round(self._waited / steps, 5),
         }
-        self._reset()
-        return row
 
     def check_finite(self, folder: Path) -> None:
         """Raise NotFinite if any loss since the start was not finite; called before anything is written."""
-        if not self._finite.item():
+        if int(all_sum((~self._finite).long())):
             raise NotFinite(f"the loss is not finite; {remedy(folder)}")
 
 
@@ -206,9 +298,7 @@ def remedy(folder: Path) -> str:
     )
 
 
-def _note(row: dict[str, Any]) -> str | None:
+def _note(row: dict[str, Any], times: dict[str, Any]) -> str:
     """The words beside the progress bar."""
-    if not row:
-        return None
-    wait = 100 * row["data_wait_s"] / max(row["step_s"], 1e-9)
-    return f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s, data wait {wait:.1f}%"
+    wait = 100 * times["data_wait_s"] / max(times["step_s"], 1e-9)
+    return f"loss {row['loss']:.4f}, {times['images_per_s']:.0f} images/s, data wait {wait:.1f}%"

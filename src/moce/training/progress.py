@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moce.processes import is_main
+
 console = Console(stderr=True, highlight=False)
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
 def say(message: str) -> None:
-    """Tell the user something in one line, on standard error."""
-    console.print(message, markup=False, soft_wrap=True)
+    """Tell the user something in one line, on standard error; of several processes, the main one does."""
+    if is_main():
+        console.print(message, markup=False, soft_wrap=True)
 
 
 class Meter:
@@ -32,7 +35,7 @@ class Meter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or not is_main(),
         )
         self._task = self._bar.add_task(title, total=total, completed=done, note="")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,10 @@ from moce.config import ProbeSettings, TrainingSettings, TrainSettings
 from moce.data.augment import TRIES, augment, normalise
 from moce.data.batches import Batch
 from moce.data.images import ImageSet
-from moce.data.keyed import Stream, keyed_generator, keyed_uniform
+from moce.data.keyed import Stream, keyed_generator, keyed_normal, keyed_uniform
 from moce.models.encoder import EncoderSpec
 from moce.models.experts import divergence
-from moce.models.mae import MAE
+from moce.models.mae import MAE, num_kept
 from moce.models.moce import MoCE
 from moce.models.token_moe import TokenMoE
 from moce.training.loop import Losses, Stage, Step
@@ -68,12 +69,14 @@ def moce_stage(
     num_clusters = len(moce.clusters)
 
     def loss(model: nn.Module, batch: Batch, step: Step) -> Losses:
-        where = cluster_of.to(batch.rows.device)
+        device = batch.rows.device  # the network's; under FSDP `moce` itself stays on the CPU
+        where = cluster_of.to(device)
+        noise = gate_noise(moce, settings, step.number)
         output = model(
             augmented(batch, settings, spec, size),
             mask_noise(batch, settings, moce.mae),
             where[batch.rows],
-            gate_noise(moce, settings, step.number),
+            None if noise is None else noise.to(device),
             where[step.rows].bincount(minlength=num_clusters),
         )
         total = output.reconstruction
@@ -89,7 +92,8 @@ def moce_stage(
 
     is_gate = lambda name: name.startswith("gates.")  # noqa: E731
     groups = expert_groups(moce, settings, is_gate)
-    return Stage(settings.method, moce, images, groups, loss, GateWatch(moce))
+    watch = GateWatch(moce)
+    return Stage(settings.method, moce, images, groups, loss, watch, watch.memory)
 
 
 def expert_groups(
@@ -113,7 +117,8 @@ def token_moe_stage(
 
     def loss(module: nn.Module, batch: Batch, step: Step) -> Losses:
         noise = mask_noise(batch, settings, model.mae)
-        output = module(augmented(batch, settings, spec, size), noise)
+        drawn = token_noise(batch, settings, model)
+        output = module(augmented(batch, settings, spec, size), noise, drawn)
         total = output.reconstruction + settings.balance_weight * output.balance
         return {
             "loss": total,
@@ -132,27 +137,40 @@ def token_moe_stage(
     return Stage("token_moe", model, images, groups, loss, watch)
 
 
+def token_noise(batch: Batch, settings: TrainSettings, model: TokenMoE) -> Tensor:
+    """N(0, 1) for every image, block, token that the encoder sees and expert, [b, blocks, n, E]."""
+    vit = model.mae.encoder
+    kept = num_kept(vit.patch_embed.num_patches, model.mae.mask_ratio)
+    shape = (len(model.blocks), vit.num_prefix_tokens + kept, settings.num_experts)
+    epochs, rows = batch.epochs, batch.rows
+    noise = keyed_normal(settings.seed, Stream.TOKEN, epochs, rows, math.prod(shape))
+    return noise.view(-1, *shape)
+
+
 def gate_noise(moce: MoCE, settings: TrainSettings, step: int) -> Tensor | None:
     """N(0, (1/E)^2) for every gate, cluster and expert of a step, [gates, K, E]; None if switched off."""
     if not settings.gate_noise or settings.method == "sdr":
         return None
     generator = keyed_generator(settings.seed, Stream.GATE, step)
     shape = (len(moce.gates), len(moce.clusters), moce.num_experts)
-    return torch.randn(shape, generator=generator).to(moce.clusters.device) / moce.num_experts
+    return torch.randn(shape, generator=generator) / moce.num_experts
 
 
 class GateWatch:
-    """What the gates do, per MoE block, each time it is asked (metrics "gates")."""
+    """What the gates do, per MoE block, each time it is asked (metrics "gates").
+
+    memory: the routes when it was last asked.
+    """
 
     def __init__(self, moce: MoCE) -> None:
         self._moce = moce
-        self._routes = moce.routes()
+        self.memory = {"routes": moce.routes()}
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Any]:
         moce, routes = self._moce, self._moce.routes()
-        flipped = (routes != self._routes).float().mean(dim=0)
-        self._routes = routes
+        flipped = (routes != self.memory["routes"].to(routes.device)).float().mean(dim=0)
+        self.memory["routes"] = routes
         weights = moce.cluster_sizes / moce.cluster_sizes.sum()
         rows = {}
         for index, (layer, table) in enumerate(zip(moce.blocks, moce.tables(), strict=True)):

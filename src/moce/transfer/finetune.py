@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ from moce.config import FinetuneSettings
 from moce.data.augment import normalise
 from moce.data.batches import Batch, in_order
 from moce.data.images import ImageSet
+from moce.data.keyed import Stream, keyed_generator
 from moce.hardware import autocast
 from moce.loading import Backbone
 from moce.models.encoder import EncoderSpec
+from moce.processes import all_sum, own_share
 from moce.training.loop import Losses, Stage, Step
 from moce.training.stages import cropped
 from moce.transfer.policy import erase, image_keys, rand_augmented, read_policy
@@ -93,7 +97,10 @@ def finetune_stage(
     def loss(model: nn.Module, batch: Batch, step: Step) -> Losses:
         pixels = views(batch)
         wanted: Tensor = targets.to(batch.rows.device)[batch.rows]
-        pixels, wanted = mix(pixels, wanted) if mix else (pixels, wanted)
+        if mix:
+            with _drawn_alike(settings.seed, step):
+                pixels, wanted = mix(pixels, wanted)
+        pixels, wanted = pixels[step.led_by :], wanted[step.led_by :]
         return {"loss": error(model(pixels).float(), wanted)}
 
     groups = param_groups_layer_decay(
@@ -102,7 +109,7 @@ def finetune_stage(
         layer_decay=settings.layer_decay,
         no_weight_decay_list=vit.no_weight_decay(),
     )
-    return Stage("finetune", vit, images, groups, loss)
+    return Stage("finetune", vit, images, groups, loss, mixes=mix is not None)
 
 
 class Views:
@@ -128,8 +135,20 @@ class Views:
         return erase(images, to_erase, settings.random_erasing)
 
 
+@contextmanager
+def _drawn_alike(seed: int, step: Step) -> Iterator[None]:
+    """Within, torch draws what it draws in every process that works on this part of the batch."""
+    with torch.random.fork_rng(devices=[]):
+        generator = keyed_generator(seed, Stream.MIX, step.number << 20 | step.part)
+        torch.default_generator.manual_seed(generator.initial_seed())
+        yield
+
+
 def _mixer(settings: FinetuneSettings, num_classes: int) -> v2.Transform | None:
-    """Mixup or cutmix, one of them per batch with equal chance, as far as they are switched on."""
+    """Mixup or cutmix, one of them per batch with equal chance, as far as they are switched on.
+
+    Every image is mixed with the one before it in the batch, the first with the last.
+    """
     kinds: list[v2.Transform] = []
     if settings.mixup > 0:
         kinds.append(v2.MixUp(alpha=settings.mixup, num_classes=num_classes))
@@ -147,11 +166,14 @@ def predict_scores(
     precision: str,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """The score of every class (a logit) for every image, [n, C] float32."""
+    """The score of every class (a logit) for every image, [n, C] float32; the processes share the work."""
     vit = vit.to(device).eval()
+    own = own_share(len(images))
+    scores = torch.zeros(len(images), vit.num_classes)
+    start = own.start
     with autocast(device, precision):
-        parts = [
-            vit(normalise(pixels, spec.mean, spec.std)).float().cpu()
-            for pixels in in_order(images, batch_size, device, vit.patch_embed.img_size)
-        ]
-    return torch.cat(parts).numpy()
+        for pixels in in_order(images, batch_size, device, vit.patch_embed.img_size, own):
+            end = start + len(pixels)
+            scores[start:end] = vit(normalise(pixels, spec.mean, spec.std)).float().cpu()
+            start = end
+    return all_sum(scores).numpy()

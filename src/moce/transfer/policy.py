@@ -80,14 +80,17 @@ def rand_augmented(pixels: Tensor, keys: list[int], policy: Policy) -> Tensor:
 def erase(images: Tensor, keys: list[int], probability: float) -> Tensor:
     """Fill a rectangle of some images with noise, in place. images: normalised, [b, 3, h, w].
 
-    Rectangles are drawn by `keys`, the noise by torch's generator, which the loop seeds per step.
+    Rectangles and the noise in them are drawn by `keys`.
     """
     if probability == 0:
         return images
-    eraser = RandomErasing(probability, mode="pixel", device=images.device)
-    for image, key in zip(images, keys, strict=True):
-        with _drawing(key):
-            eraser(image)
+    # On the CPU: to set a generator back is quick there, and GPUs draw other numbers.
+    eraser = RandomErasing(probability, mode="pixel", device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        for image, key in zip(images, keys, strict=True):
+            with _drawing(key):
+                torch.default_generator.manual_seed(key)
+                eraser(image)
     return images
 
 

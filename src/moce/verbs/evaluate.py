@@ -8,16 +8,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGINT
 from typing import Any
 
 from moce.config import EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.customization.bank import Bank
 from moce.customization.formats import Model, write_choice
 from moce.data.sources import paths_of
-from moce.errors import Interrupted, MoceError
+from moce.errors import Interrupted, MoceError, signal_of
 from moce.features import input_shape
 from moce.hardware import prepare
+from moce.inputs import describe_weights, refuse_changes
 from moce.loading import Backbone
 from moce.parsing import parse
 from moce.runs import (
@@ -64,23 +64,25 @@ def run(settings: EvaluateSettings) -> EvaluateResult:
     tasks = pick_tasks(suite, settings.tasks, settings.role)
     contenders = read_contenders(settings.backbones)
     opened = {contender: open_contender(contender) for contender in contenders}
+    weights = describe_weights({c.reference: c.reference for c in contenders})
     _check(settings, suite, contenders)
+    before = _check_unchanged(settings, suite, weights)
     open_folder(settings.out, settings)
     write_config(settings.out, settings)
-    content = {"suite": suite.model_dump(mode="json"), **provenance()}
-    write_json(settings.out / ABOUT, content)
+    about = {"suite": suite.model_dump(mode="json"), "weights": {**before, **weights}}
+    write_json(settings.out / ABOUT, {**about, **provenance()})
     work = _Work(settings, suite, opened)
     try:
         for plan in tasks:
             work.evaluate(plan)
-    except KeyboardInterrupt:
-        raise Interrupted(SIGINT, settings.out, f"{len(work.rows)} rows") from None
+    except KeyboardInterrupt as stop:
+        raise Interrupted(signal_of(stop), settings.out, f"{len(work.rows)} rows") from None
     write_text(settings.out / TABLE, suite_table(work.rows) + "\n")
     return EvaluateResult(settings.out, work.rows)
 
 
 def _check(settings: EvaluateSettings, suite: Suite, contenders: list[Contender]) -> None:
-    """Raise MoceError if inputs lie in the output, a row could not be made, or the suite has changed."""
+    """Raise MoceError if inputs lie in the output or a row could not be made."""
     for contender in contenders:
         check_apart(settings.out, contender.name, contender.reference)
     for task in pick_tasks(suite, settings.tasks, settings.role):
@@ -88,15 +90,28 @@ def _check(settings: EvaluateSettings, suite: Suite, contenders: list[Contender]
             check_apart(settings.out, task.name, place)
             if not place.exists():
                 raise MoceError(f"task {task.name}: no images at {place}; see --root")
-    about = settings.out / ABOUT
-    if settings.resume and about.is_file():
-        with intact(about):
-            began = json.loads(about.read_text())["suite"]
-        if began != suite.model_dump(mode="json"):
-            raise MoceError(f"{settings.suite} has changed since {settings.out} began; start anew")
     wrong = [c.name for c in contenders if c.how in NOT_TUNED]
     if "finetune" in settings.protocols and wrong and len(wrong) == len(contenders):
         raise MoceError(f"{wrong[0]} can be probed only: it has no one backbone to fine-tune")
+
+
+def _check_unchanged(
+    settings: EvaluateSettings, suite: Suite, weights: dict[str, str]
+) -> dict[str, str]:
+    """The weights that a resumed evaluation has compared so far, by reference.
+
+    Raises MoceError if the suite or one of them, asked for again, has changed since it began.
+    """
+    about = settings.out / ABOUT
+    if not settings.resume or not about.is_file():
+        return {}
+    with intact(about):
+        began = json.loads(about.read_text())
+        then, before = began["suite"], dict(began.get("weights", {}))
+    if then != suite.model_dump(mode="json"):
+        raise MoceError(f"{settings.suite} has changed since {settings.out} began; start anew")
+    refuse_changes(settings.out, {k: v for k, v in before.items() if k in weights}, weights)
+    return before
 
 
 class _Work:

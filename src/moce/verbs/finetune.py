@@ -18,7 +18,8 @@ from moce.data.images import ImageSet
 from moce.errors import MoceError, NotFinite
 from moce.features import input_shape
 from moce.loading import Backbone, load_backbone
-from moce.runs import STATE, write_config, write_json, write_model, write_skipped
+from moce.processes import is_main, of_main
+from moce.runs import STATE, write_json, write_model
 from moce.training.loop import fit, total_steps
 from moce.training.progress import say
 from moce.transfer.finetune import (
@@ -32,7 +33,7 @@ from moce.transfer.metrics import score
 from moce.transfer.policy import read_policy
 from moce.transfer.scoring import choose_metric, confusion_counts
 from moce.transfer.task import Task, draw_labels, load_task
-from moce.verbs.start import hint_few_steps, open_run, pixel_store, settle
+from moce.verbs.start import begin, hint_few_steps, pixel_store, settle
 
 
 @dataclass
@@ -60,8 +61,7 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     task = load_task(settings.data, shape, pixel_store(settings), settings.max_skipped)
     metric = choose_metric(settings.metric, task)
     rows = draw_labels(task.train_labels, settings.num_labels, settings.seed, settings.draw)
-    open_run(settings)
-    write_skipped(settings.out, task.skipped, say)
+    begin(settings, task.train, task.test)
     hint_few_steps(settings, total_steps(settings, len(rows)), "see recipes/finetune_small.yaml")
     tuner = _Tuner(backbone, task, metric, device)
     tried = tuner.search(settings, rows) if settings.lr_grid else []
@@ -126,21 +126,22 @@ class _Tuner:
 
         Every rate is a run in the state of this one; those that have ended are not run again.
         """
-        write_config(settings.out, settings)  # an interrupted search can be resumed
         labels = self.task.train_labels[rows]
         kept, held = (rows[part] for part in hold_out(labels, settings.val_share, settings.seed))
         tried = []
         for rate in settings.lr_grid:
             folder = settings.out / STATE / f"lr_{rate:g}"
             result = folder / "results.json"
-            if not result.is_file():
-                folder.mkdir(parents=True, exist_ok=True)
+            if not of_main(result.is_file):
+                if is_main():
+                    folder.mkdir(parents=True, exist_ok=True)
                 update = {"base_lr": rate, "out": folder, "resume": True}
                 member = settings.model_copy(update=update)
                 value = self._held_out(member, kept, held)
                 write_json(result, {"base_lr": rate, "score": value})
-                shutil.rmtree(folder / STATE, ignore_errors=True)
-            tried.append(json.loads(result.read_text()))
+                if is_main():
+                    shutil.rmtree(folder / STATE, ignore_errors=True)
+            tried.append(of_main(lambda result=result: json.loads(result.read_text())))  # type: ignore[misc]
             say(f"base_lr {rate:g}: {self.metric} {100 * tried[-1]['score']:.1f} % held out")
         return tried
 
@@ -163,7 +164,7 @@ def _write(
     A ViT with token-routed experts is none that timm could load.
     """
     head = {"num_classes": vit.num_classes, "global_pool": "avg", "fc_norm": True}
-    if backbone.dense:
+    if backbone.dense and is_main():
         write_timm_folder(folder, vit, backbone.spec, **head)
     write_json(folder / "results.json", results)
     metrics = {results["metric"]: results[results["metric"]]}

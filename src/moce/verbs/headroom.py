@@ -25,12 +25,11 @@ from moce.loading import load_clusters
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE
 from moce.reconstruction import reconstruction_error
-from moce.runs import write_config, write_json, write_skipped
+from moce.runs import write_json
 from moce.training.loop import fit, total_steps
-from moce.training.progress import say
 from moce.training.stages import mae_stage
 from moce.verbs.assign import assign_images
-from moce.verbs.start import open_run, read_images, refuse_unused, settle
+from moce.verbs.start import begin, read_images, refuse_unused, settle
 from moce.verbs.weights import start_from
 
 HELD_OUT = 0.1  # share of the images that errors are measured on
@@ -115,9 +114,7 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
     check_groups(group_of[seen], settings.num_groups)
     if int(group_of[held].bincount(minlength=settings.num_groups).min()) == 0:
         raise MoceError("a group has no held-out image; lower --num-groups")
-    open_run(settings)
-    write_config(settings.out, settings)
-    write_skipped(settings.out, images.skipped, say)
+    begin(settings, images)
     steps = total_steps(settings, len(seen))
     work = _Work(settings, device, spec.encoder, mae, images)
     everyone = work.train("all", seen, steps)

@@ -9,11 +9,10 @@ from moce.config import PretrainSettings
 from moce.data.images import ImageSet
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
-from moce.runs import last_metrics, write_model, write_skipped
+from moce.runs import last_metrics, write_model
 from moce.training.loop import fit
-from moce.training.progress import say
 from moce.training.stages import mae_stage
-from moce.verbs.start import open_run, read_images, settle
+from moce.verbs.start import begin, read_images, settle
 from moce.verbs.weights import check_arguments, from_timm, start_from, wishes_of
 
 PRETRAINED = "pretrained"
@@ -35,8 +34,7 @@ def run(settings: PretrainSettings) -> PretrainResult:
     settings, device = settle(settings)
     spec, mae = _build(settings)
     images = read_images(settings, settings.data, mae.encoder)
-    open_run(settings)
-    write_skipped(settings.out, images.skipped, say)
+    begin(settings, images)
     stage = mae_stage("pretrain", mae, spec.encoder, images, settings)
     fit(stage, settings, device, settings.precision)
     return save_mae(settings.out, spec, mae, images)

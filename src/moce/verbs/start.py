@@ -14,8 +14,17 @@ from moce.data.images import ImageSet, load_images
 from moce.errors import MoceError
 from moce.features import input_channels, input_size
 from moce.hardware import prepare
+from moce.inputs import check_inputs, describe_inputs, write_inputs
 from moce.parsing import parse
-from moce.runs import CONFIG, check_folder, check_unchanged, open_folder, read_config
+from moce.runs import (
+    CONFIG,
+    check_folder,
+    check_unchanged,
+    open_folder,
+    read_config,
+    write_config,
+    write_skipped,
+)
 from moce.training.progress import say
 
 FEW_STEPS = 500  # below which the published recipes for labelled tasks stop half trained
@@ -52,6 +61,20 @@ def _as_started(settings: R) -> R:
 def open_run(settings: RunSettings) -> Path:
     """The output folder, ready to write to: called when all inputs have been found good."""
     return open_folder(settings.out, settings)
+
+
+def begin(settings: RunSettings, *sets: ImageSet) -> None:
+    """Open the folder of a run that can be resumed, and note what it is made from: images and weights.
+
+    Raises MoceError, before anything is written, if a resumed run was made from other ones.
+    """
+    inputs = describe_inputs(settings, *sets)
+    if _resumes(settings):
+        check_inputs(settings.out, inputs)
+    open_run(settings)
+    write_config(settings.out, settings)  # first: it says what the folder is
+    write_inputs(settings.out, inputs)
+    write_skipped(settings.out, [pair for images in sets for pair in images.skipped], say)
 
 
 def given(settings: Settings) -> set[str]:

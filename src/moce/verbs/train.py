@@ -19,14 +19,14 @@ from moce.features import input_channels, input_size
 from moce.loading import load_clusters
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
-from moce.runs import last_metrics, write_model, write_skipped
+from moce.runs import last_metrics, write_model
 from moce.training.loop import Stage, fit
 from moce.training.progress import say
 from moce.training.stages import mae_stage, moce_stage, token_moe_stage
 from moce.training.upcycling import upcycle, upcycle_by_token
 from moce.verbs.assign import assign, assign_images
 from moce.verbs.pretrain import save_mae
-from moce.verbs.start import open_run, read_images, settle
+from moce.verbs.start import begin, read_images, settle
 from moce.verbs.weights import start_from
 
 NEEDS_CLUSTERS = frozenset({"moce", "sdr", "subset"})
@@ -83,8 +83,7 @@ class _Job:
 
     def fit(self, stage: Stage) -> nn.Module:
         """Train; the module, back on the CPU."""
-        open_run(self.settings)
-        write_skipped(self.settings.out, self.images.skipped, say)
+        begin(self.settings, self.images)
         fit(stage, self.settings, self.device, self.settings.precision)
         return stage.module.cpu()
 
