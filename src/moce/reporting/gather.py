@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moce.errors import MoceError
+from moce.errors import MoceError, intact
 from moce.reporting.pictures import Source
-from moce.runs import CONFIG, INFO, intact, read_config, read_info, read_metrics
+from moce.runs import CONFIG, INFO, read_config, read_info, read_metrics
 from moce.transfer.results import Results
 
 RESULTS = "results.json"
