@@ -159,6 +159,14 @@ DAMAGED: dict[str, Case] = {
     "assignments of nothing": (lambda w: w.train(clusters=_assigned(w, [None])), CLUSTERS),
     "report of an edited run": (lambda w: w.report(w.edited("clusters", INFO, clusters=None)), INFO),
     "report of an edited mixture": (lambda w: w.report(w.edited("moce", INFO, routes=None)), INFO),
+    "report of a mixture without its routes": (
+        lambda w: w.report(w.edited("moce", INFO, experts_of_clusters=[1])), INFO),
+    "report of results that are words": (
+        lambda w: w.report(_results(w, rows=[1], selection={})), "results.json"),
+    "report of values that are words": (
+        lambda w: w.report(_results(w, selection={}, rows=[
+            {"task": "t", "method": "moce", "protocol": "linear_probe", "values": ["x"]}])),
+        "results.json"),
     "report of metrics that are words": (
         lambda w: w.report(w.edited("mae", INFO, metrics="good")), INFO),
     "report of edited settings": (lambda w: w.report(w.edited("mae", CONFIG, "[1]")), CONFIG),
@@ -172,6 +180,11 @@ def _transformers(w: World, content: str | None = None, **changes: object) -> Pa
     config = folder / "config.json"
     config.write_text(content or json.dumps({**json.loads(config.read_text()), **changes}))
     return folder
+
+
+def _results(w: World, **content: object) -> Path:
+    """A run with edited results beside it."""
+    return w.edited("mae", "results.json", json.dumps(content))
 
 
 def _tensors(w: World, **tensors: torch.Tensor) -> Path:

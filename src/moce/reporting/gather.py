@@ -130,8 +130,12 @@ def _check_info(kind: str, info: dict[str, Any]) -> None:
         raise TypeError(f"images are {info['images']!r}, no number")
     if kind == "clusters":
         int(info["clusters"]["num_clusters"])
+        dict(info["clusters"]["encoder"]["model_args"])
     if kind == "moce":
         int(info["routes"])
+        list(zip(*info["experts_of_clusters"].values(), strict=True))
+        int(info["spec"]["num_clusters"])
+        int(info["spec"]["num_experts"])
 
 
 def _name(runs: list[Run]) -> None:
