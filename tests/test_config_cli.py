@@ -228,23 +228,6 @@ def test_overwriting_ones_own_input_is_refused(runs, tmp_path: Path, capsys) -> 
     assert json.loads((run / "model.json").read_text())["kind"] == "mae"
 
 
-def test_damaged_runs_are_told(runs, tmp_path: Path, capsys) -> None:
-    for name, content in (("model.json", "{"), ("model.safetensors", "junk")):
-        run = copy_run(runs.mae, tmp_path / name)
-        (run / name).write_text(content)
-        words = ["cluster", runs.data, "--mae", run, "--out", tmp_path / "out", *QUIET]
-        assert run_command(words) == 2
-        assert name in one_line(capsys)
-
-
-def test_unfinished_runs_are_told(runs, tmp_path: Path, capsys) -> None:
-    run = copy_run(runs.mae, tmp_path / "run")
-    (run / "model.json").unlink()
-    words = ["cluster", runs.data, "--mae", run, "--out", tmp_path / "out", *QUIET]
-    assert run_command(words) == 2
-    assert "not finished" in one_line(capsys)
-
-
 def test_functions_take_what_the_command_line_takes(runs, tmp_path: Path) -> None:
     result = moce.probe(runs.backbone, runs.task, kind="knn", draws=2, num_labels=9, **RUNTIME)
     assert len(result.values) == 2 and result.labels == 9

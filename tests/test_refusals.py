@@ -98,6 +98,8 @@ SETTINGS: dict[str, Case] = {
     "strategy of an MAE": (lambda w: w.export("--strategy", "generalist"), "--strategy"),
     "weights' model of a run": (
         lambda w: w.cluster("--model", "vit_tiny_patch16_224"), "model comes from the run"),
+    "weights' heads of a run": (
+        lambda w: w.export("--decoder-heads", 3), "decoder_heads comes from the run"),
     "size without a pack": (
         lambda w: ["pack", w.runs.data, "--size", 16], "--out"),
 }  # fmt: skip
@@ -109,7 +111,24 @@ def _weights(w: World) -> Path:
     return w.folder / "mae.safetensors"
 
 
+def _unfinished(w: World) -> Path:
+    run = copy_run(w.runs.mae, w.folder / "unfinished")
+    (run / "model.json").unlink()
+    return run
+
+
 KINDS: dict[str, Case] = {
+    "export a classifier": (
+        lambda w: w.export(run=w.edited("mae", "model.json", kind="classifier")), "timm loads as it is"),
+    "cluster by a classifier": (
+        lambda w: w.cluster(mae=w.edited("mae", "model.json", kind="classifier")), "'classifier'"),
+    "customize a mixture by tokens": (
+        lambda w: w.customize(run=w.edited("mae", "model.json", kind="token_moe")), "'token_moe'"),
+    "export a mixture by tokens": (
+        lambda w: w.export(run=w.edited("mae", "model.json", kind="token_moe")), "no dense ViT equals"),
+    "an unfinished run": (
+        lambda w: w.cluster(mae=_unfinished(w)), "is not finished"),
+    "export an unfinished run": (lambda w: w.export(run=_unfinished(w)), "is not finished"),
     "cluster by clusters": (lambda w: w.cluster(mae=w.runs.clusters), "kind 'clusters'"),
     "cluster by a mixture": (lambda w: w.cluster(mae=w.runs.moce), "kind 'moce'"),
     "cluster by images": (lambda w: w.cluster(mae=w.runs.data), "not a moce run"),

@@ -108,7 +108,7 @@ DAMAGED: dict[str, Case] = {
     "a backbone's arguments": (
         lambda w: w.probe(backbone=w.edited("backbone", "config.json", model_args=[1])), "config.json"),
     "a backbone's name": (
-        lambda w: w.probe(backbone=w.edited("backbone", "config.json", architecture=3)), "config.json"),
+        lambda w: w.probe(backbone=w.edited("backbone", "config.json", architecture=3)), "no model '3'"),
     # weights
     "truncated weights": (lambda w: w.cluster(mae=truncated(w, "mae")), WEIGHTS),
     "weights that are none": (lambda w: w.cluster(mae=w.edited("mae", WEIGHTS, "junk")), WEIGHTS),
@@ -132,7 +132,7 @@ DAMAGED: dict[str, Case] = {
     "a file of other tensors": (
         lambda w: w.cluster(mae=_tensors(w, a=torch.zeros(2))), "no weights that moce knows"),
     "a config of heads that are words": (
-        lambda w: w.cluster(mae=_transformers(w, num_attention_heads="x")), "damaged"),
+        lambda w: w.cluster(mae=_transformers(w, num_attention_heads="x")), "timm cannot build"),
     "a config of sizes that are words": (
         lambda w: w.cluster(mae=_transformers(w, image_size="x")), "damaged"),
     "a config of another library": (
@@ -159,6 +159,14 @@ DAMAGED: dict[str, Case] = {
     "assignments of nothing": (lambda w: w.train(clusters=_assigned(w, [None])), CLUSTERS),
     "report of an edited run": (lambda w: w.report(w.edited("clusters", INFO, clusters=None)), INFO),
     "report of an edited mixture": (lambda w: w.report(w.edited("moce", INFO, routes=None)), INFO),
+    "report of a mixture without its routes": (
+        lambda w: w.report(w.edited("moce", INFO, experts_of_clusters=[1])), INFO),
+    "report of results that are words": (
+        lambda w: w.report(_results(w, rows=[1], selection={})), "results.json"),
+    "report of values that are words": (
+        lambda w: w.report(_results(w, selection={}, rows=[
+            {"task": "t", "method": "moce", "protocol": "linear_probe", "values": ["x"]}])),
+        "results.json"),
     "report of metrics that are words": (
         lambda w: w.report(w.edited("mae", INFO, metrics="good")), INFO),
     "report of edited settings": (lambda w: w.report(w.edited("mae", CONFIG, "[1]")), CONFIG),
@@ -172,6 +180,11 @@ def _transformers(w: World, content: str | None = None, **changes: object) -> Pa
     config = folder / "config.json"
     config.write_text(content or json.dumps({**json.loads(config.read_text()), **changes}))
     return folder
+
+
+def _results(w: World, **content: object) -> Path:
+    """A run with edited results beside it."""
+    return w.edited("mae", "results.json", json.dumps(content))
 
 
 def _tensors(w: World, **tensors: torch.Tensor) -> Path:

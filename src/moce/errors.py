@@ -1,5 +1,8 @@
-"""The one error that users are meant to see, and how a run is asked to stop."""
+"""The one error that users are meant to see, what becomes one, and how a run is asked to stop."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 
 
@@ -32,3 +35,17 @@ class Interrupted(MoceError):
         """number: of the signal; done: what the folder holds the state after, such as "step 40"."""
         super().__init__(f"stopped after {done}, saved in {folder}; {go_on}")
         self.exit_status = 128 + number  # as shells report a process ended by this signal
+
+
+@contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """While what a file says is made use of: whatever goes wrong then, MoceError says that it is damaged.
+
+    Files can be edited, so that anything may stand in the place of anything.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        missing = f"it lacks {reason}" if isinstance(e, KeyError) else reason
+        raise MoceError(f"{path} is damaged or was edited: {missing[:300]}") from None

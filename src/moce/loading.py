@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from moce.clustering.model import ClusterModel
 from moce.config import ClusterPooling, expand
-from moce.errors import MoceError
+from moce.errors import MoceError, intact
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.models.token_moe import TokenExpertFFN, TokenMoESpec, copy_experts
 from moce.processes import is_main
-from moce.runs import INFO, atomic, intact, read_info, read_model, read_tensors
+from moce.runs import INFO, atomic, read_info, read_model, read_tensors
 
 ASSIGNMENTS = "assignments.parquet"
 BACKBONE_CONFIG = "config.json"

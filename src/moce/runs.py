@@ -339,20 +339,6 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-@contextmanager
-def intact(path: Path) -> Iterator[None]:
-    """While what a file says is made use of: whatever goes wrong then, MoceError says that it is damaged.
-
-    Files can be edited, so that anything may stand in the place of anything.
-    """
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as e:
-        reason = " ".join(str(e).split()) or type(e).__name__
-        missing = f"it lacks {reason}" if isinstance(e, KeyError) else reason
-        raise MoceError(f"{path} is damaged or was edited: {missing[:300]}") from None
-
-
 def provenance() -> dict[str, Any]:
     """Versions and git revision, so that a result can be traced."""
     packages = ("moce", "torch", "timm", "numpy")

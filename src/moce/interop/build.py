@@ -11,7 +11,7 @@ from typing import Any
 
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
-from moce.errors import MoceError
+from moce.errors import MoceError, intact
 from moce.interop import (
     dinov2,
     facebook,
@@ -25,7 +25,6 @@ from moce.interop.shapes import architecture_of, depth_of, pair
 from moce.interop.weights import Source, Tensors, Weights
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
-from moce.runs import intact
 
 # The first that matches reads.
 ADAPTERS = (own, transformers_dinov2, transformers_vit, facebook, dinov2, timm_files)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moce.errors import MoceError
+from moce.errors import MoceError, intact
 from moce.reporting.pictures import Source
-from moce.runs import CONFIG, INFO, intact, read_config, read_info, read_metrics
+from moce.runs import CONFIG, INFO, read_config, read_info, read_metrics
 from moce.transfer.results import Results
 
 RESULTS = "results.json"
@@ -130,8 +130,12 @@ def _check_info(kind: str, info: dict[str, Any]) -> None:
         raise TypeError(f"images are {info['images']!r}, no number")
     if kind == "clusters":
         int(info["clusters"]["num_clusters"])
+        dict(info["clusters"]["encoder"]["model_args"])
     if kind == "moce":
         int(info["routes"])
+        list(zip(*info["experts_of_clusters"].values(), strict=True))
+        int(info["spec"]["num_clusters"])
+        int(info["spec"]["num_experts"])
 
 
 def _name(runs: list[Run]) -> None:

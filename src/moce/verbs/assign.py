@@ -8,10 +8,10 @@ from torch import Tensor
 from moce.clustering.model import ClusterModel
 from moce.config import HeadroomSettings, TrainSettings
 from moce.data.images import ImageSet
-from moce.errors import MoceError
+from moce.errors import MoceError, intact
 from moce.features import feature_batches
 from moce.loading import ASSIGNMENTS, read_assignments
-from moce.runs import CONFIG, intact, read_config
+from moce.runs import CONFIG, read_config
 from moce.training.progress import say
 
 

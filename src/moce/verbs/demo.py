@@ -23,10 +23,10 @@ from moce.config import (
 from moce.customization.bank import Bank, load
 from moce.customization.formats import Model, write_choice
 from moce.data.sources import demo_tasks
-from moce.errors import MoceError
+from moce.errors import MoceError, intact
 from moce.hardware import prepare
 from moce.loading import load_backbone
-from moce.runs import intact, open_folder, provenance, write_json
+from moce.runs import open_folder, provenance, write_json
 from moce.training.progress import say
 from moce.transfer.compare import Comparison, compare_probes
 from moce.transfer.task import load_task

@@ -14,7 +14,7 @@ from moce.config import EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.customization.bank import Bank
 from moce.customization.formats import Model, write_choice
 from moce.data.sources import paths_of
-from moce.errors import Interrupted, MoceError, signal_of
+from moce.errors import Interrupted, MoceError, intact, signal_of
 from moce.features import input_shape
 from moce.hardware import prepare
 from moce.inputs import describe_weights, refuse_changes
@@ -23,7 +23,6 @@ from moce.parsing import parse
 from moce.runs import (
     CONFIG,
     check_apart,
-    intact,
     open_folder,
     provenance,
     read_lines,

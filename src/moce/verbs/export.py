@@ -51,6 +51,10 @@ def _model(settings: ExportSettings) -> tuple[Model, list[str]]:
     if run and kind == "mae":
         spec, mae = load_mae(run)
         return Model(spec.encoder, mae.encoder.eval(), mae.eval()), [f"source: {run.name}, MAE"]
+    if run and kind == "classifier":
+        raise MoceError(
+            f"{run} is fine-tuned, and a folder that timm loads as it is: local-dir:{run}"
+        )
     if run:
         raise MoceError(
             f"{run} is a run of kind '{kind}', which no dense ViT equals: it cannot be exported"

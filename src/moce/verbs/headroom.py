@@ -112,6 +112,8 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
     )[cluster_of]
     held, seen = split(len(images), settings.seed)
     check_groups(group_of[seen], settings.num_groups)
+    if int(group_of[held].bincount(minlength=settings.num_groups).min()) == 0:
+        raise MoceError("a group has no held-out image; lower --num-groups")
     begin(settings, images)
     steps = total_steps(settings, len(seen))
     work = _Work(settings, device, spec.encoder, mae, images)
@@ -169,8 +171,6 @@ class _Work:
         return mae
 
     def error(self, mae: MAE, rows: Tensor) -> float:
-        if len(rows) == 0:
-            raise MoceError("a group has no held-out image; lower --num-groups")
         part = self.images.subset(rows.tolist())
         return reconstruction_error(
             mae, self.spec, part, device=self.device, precision=self.settings.precision

@@ -125,6 +125,8 @@ def check_arguments(model_args: dict[str, Any]) -> None:
         )
     for name in COUNTS & model_args.keys():
         value = model_args[name]
+        if value is None:  # timm's way to say: as the model has it
+            continue
         values = value if name in SIZES and isinstance(value, list | tuple) else [value]
         if len(values) not in (1, 2) or not all(_is_count(number) for number in values):
             what = "one number or [height, width]" if name in SIZES else "a number"
