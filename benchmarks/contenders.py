@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Work
-from moce.models.encoder import EncoderSpec
+from moce.models.encoder import EncoderSpec, choose_attention
 from moce.models.mae import MAE, MAESpec
 from moce.training.optimiser import adamw, parameter_groups, set_learning_rate
 
@@ -93,11 +93,8 @@ def training_step(case: Case, loss: Callable[[], Tensor], optimiser: torch.optim
 
 def our_mae(case: Case) -> MAE:
     """As `moce pretrain` trains it."""
-    from moce.models.encoder import use_plain_attention
-
     mae = SIZES[case.size].spec().build().to(case.device).train()
-    if case.device == "cpu":
-        use_plain_attention(mae)
+    choose_attention(mae, torch.device(case.device), case.precision)
     return mae
 
 

@@ -48,7 +48,7 @@ PARTS = {
     "tiny32": cases("tiny32", (64, 512)),
     "tiny32_bf16": [Case("tiny32", 512, 2, "bf16")],
     "vit_ti": cases("vit_ti", (16, 64)),
-    "vit_s": cases("vit_s", (16,)) + [Case("vit_s", 64, 2)],
+    "vit_s": [*cases("vit_s", (16,)), Case("vit_s", 64, 2)],
     "vit_b": [Case("vit_b", 32, 2)],
     "vit_b_64": [Case("vit_b", 64, 2)],
     "memory": [Case("tiny32", 512), Case("vit_ti", 64), Case("vit_s", 64), Case("vit_b", 64)],

@@ -150,7 +150,9 @@ def machine(packages: Iterable[str]) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch_threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],  # of other programs too: it says how idle the machine was
+        "load_average": os.getloadavg()[
+            0
+        ],  # of other programs too: it says how idle the machine was
         "python": platform.python_version(),
         "versions": {name: found for name in packages if (found := version_of(name))},
         "revision": git("rev-parse", "--short=12", "HEAD"),

@@ -11,7 +11,7 @@ from moce.data.augment import normalise
 from moce.data.batches import in_order
 from moce.data.images import ImageSet
 from moce.hardware import autocast
-from moce.models.encoder import EncoderSpec, encode_tokens, pool_tokens, use_plain_attention
+from moce.models.encoder import EncoderSpec, choose_attention, encode_tokens, pool_tokens
 from moce.training.progress import meter
 
 PIXELS, GRID = "pixels", 16
@@ -48,8 +48,7 @@ def extract_features(
     pooling: mean, cls, or pixels: no network at all, but the mean colours of a grid.
     """
     vit = vit.to(device).eval()
-    if device.type == "cpu":
-        use_plain_attention(vit)
+    choose_attention(vit, device, precision)
     parts = []
     steps = -(-len(images) // batch_size)
     with meter("features", steps) as progress, autocast(device, precision):

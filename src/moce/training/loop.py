@@ -19,7 +19,7 @@ from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
 from moce.errors import Interrupted, NotFinite
 from moce.hardware import open_fabric
-from moce.models.encoder import use_plain_attention
+from moce.models.encoder import choose_attention
 from moce.runs import write_config
 from moce.training.checkpoint import load_checkpoint, save_checkpoint
 from moce.training.interrupt import stop_request
@@ -79,8 +79,7 @@ class _Loop:
         self.total = total_steps(settings, self.count)
         self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
         self.fabric = open_fabric(device, precision)
-        if device.type == "cpu":
-            use_plain_attention(stage.module)
+        choose_attention(stage.module, device, precision)
         optimiser = adamw(stage.groups, settings.beta2)
         self.model, self.optimiser = self.fabric.setup(stage.module, optimiser)
         self.done = load_checkpoint(self.folder, stage.module, optimiser) if settings.resume else 0
