@@ -57,7 +57,6 @@ SHORT = {
     "tiny32": [Case("tiny32", 64)],
     "memory": [Case("tiny32", 64)],
     "test": [Case("test", 8)],
-    "test_memory": [Case("test", 8)],
 }
 CUDA_PARTS = {
     name: [Case(name, batch, 1, precision, "cuda") for batch in batches for precision in ("bf16",)]
