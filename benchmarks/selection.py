@@ -44,7 +44,7 @@ class Case:
 
 PARTS = {
     "tiny32": [Case("tiny32", 1000, 64, threads=threads) for threads in (1, 2)],
-    "vit_ti": [Case("vit_ti", 1000, 64)],
+    "vit_ti": [Case("vit_ti", 200, 16)],
 }
 SHORT = {"tiny32": [Case("tiny32", 200, 16, threads=1)], "test": [Case("test", 40, 8, 4, 1)]}
 REPEATS = {"tiny32": 7, "vit_ti": 3, "test": 2}

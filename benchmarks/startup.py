@@ -38,7 +38,7 @@ SLOW = {
     "import torch, timm, lightning_fabric": ["-c", "import torch, timm, lightning_fabric"],
     "pretrain, one step": ["-c", FIRST_STEP],
 }
-PARTS = {"import": (QUICK, 15), "first_step": ({BARE: QUICK[BARE], **SLOW}, 3)}
+PARTS = {"import": (QUICK, 15), "first_step": ({BARE: QUICK[BARE], **SLOW}, 2)}
 SHORT = {"import": (QUICK, 2)}
 
 
