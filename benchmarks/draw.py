@@ -120,21 +120,24 @@ def mae_memory(part: dict) -> list[str]:
 
 
 def moce_step(result: dict) -> str:
-    lines = []
-    for name, part in result["parts"].items():
-        cases = grouped(part["rows"], "batch")
-        names = [other for other in next(iter(cases.values())) if other != DENSE]
-        below = {other: f"{DENSE}, encoding" if "encoding" in other else DENSE for other in names}
-        rows = [
-            [other, *(f"{ratio(group, other, below[other]):.3f}" for group in cases.values())]
-            for other in names
-            if other != f"{DENSE}, encoding"
-        ]
-        dense = [f"{DENSE}, ms", *(f"{1000 * median(g[DENSE]):.0f}" for g in cases.values())]
-        wide = [f"{DENSE}, half the range", *(f"± {spread(g[DENSE]):.0%}" for g in cases.values())]
-        head = ["time over the dense one's", *(f"batch {batch}" for (batch,) in cases)]
-        lines += [f"### {title(name)}", conditions(part), markdown(head, [dense, wide, *rows])]
-    return "\n\n".join(lines)
+    """Training of every size, then encoding by a customised expert."""
+    parts = dict(result["parts"])
+    encoding = parts.pop("encoding", None)
+    lines = [piece for name, part in parts.items() for piece in over_dense(title(name), part)]
+    return "\n\n".join(lines + (over_dense("Encoding", encoding) if encoding else []))
+
+
+def over_dense(heading: str, part: dict) -> list[str]:
+    """Every contender's time over the dense model's, by size and batch."""
+    cases = grouped(part["rows"], "size", "batch")
+    names = [name for name in next(iter(cases.values())) if name != DENSE]
+    lines = [
+        [f"{DENSE}, ms", *(f"{1000 * median(g[DENSE]):.0f}" for g in cases.values())],
+        [f"{DENSE}, half the range", *(f"± {spread(g[DENSE]):.0%}" for g in cases.values())],
+        *([name, *(f"{ratio(g, name, DENSE):.3f}" for g in cases.values())] for name in names),
+    ]
+    head = ["time over the dense one's", *(f"{size}, batch {batch}" for size, batch in cases)]
+    return [f"### {heading}", conditions(part), markdown(head, lines)]
 
 
 def selection(result: dict) -> str:
