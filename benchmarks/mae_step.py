@@ -130,6 +130,7 @@ def speed(case: Case, repeats: int) -> list[Row]:
 def peak(case: Case, name: str) -> int:
     torch.set_num_threads(case.threads)
     build = (ON_CUDA if case.device == "cuda" else CONTENDERS)[name]
+    build(Case("test", 2, device=case.device))()  # imports, and what libraries take for themselves
     return peak_bytes(lambda: build(case), torch.device(case.device))
 
 

@@ -63,7 +63,8 @@ MIXTURES = (
 PARTS: dict[str, list[tuple[Case, tuple[Mixture, ...]]]] = {
     "tiny32": [(Case("tiny32", batch, 2), MIXTURES) for batch in (16, 64)],
     "vit_ti": [(Case("vit_ti", 16, 2), MIXTURES)],
-    "vit_b": [(Case("vit_b", batch, 2), MIXTURES[1:2]) for batch in (16, 64)],
+    "vit_b": [(Case("vit_b", 16, 2), MIXTURES[1:2])],
+    "vit_b_64": [(Case("vit_b", 64, 2), MIXTURES[1:2])],
     "encoding": [(Case("tiny32", 64, 2), ()), (Case("vit_ti", 16, 2), ())],
 }
 SHORT: dict[str, list[tuple[Case, tuple[Mixture, ...]]]] = {
