@@ -7,7 +7,7 @@
 
 A step is forward, backward and AdamW on images that are there already. The limit is the time of
 our step's floating-point operations, counted, at the rate of matrix products of the model's own
-shapes, measured in the same turns. Needs: pip install transformers lightly.
+shapes, measured in the same turns. Needs: pip install 'moce[bench]'.
 """
 
 from __future__ import annotations
