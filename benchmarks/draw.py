@@ -67,9 +67,9 @@ def images(result: dict) -> str:
 def mae_step(result: dict) -> str:
     """Speed of every size, then memory of all."""
     parts = dict(result["parts"])
-    memory = parts.pop("memory", None)
+    memory = [parts.pop(name) for name in list(parts) if name.startswith("memory")]
     lines = [piece for name, part in parts.items() for piece in mae_speed(name, part)]
-    return "\n\n".join(lines + (mae_memory(memory) if memory else []))
+    return "\n\n".join([*lines, *(piece for part in memory for piece in mae_memory(part))])
 
 
 def mae_speed(name: str, part: dict) -> list[str]:
@@ -116,7 +116,8 @@ def mae_memory(part: dict) -> list[str]:
     share = [found["moce"] / found[AS_IT_COMES] for found in peaks.values()]
     lines.append([f"moce / {AS_IT_COMES}", *(f"{value:.2f}" for value in share)])
     head = ["peak MB", *(f"{size}, batch {batch}" for size, batch in peaks)]
-    return ["### Peak memory of training", conditions(part), markdown(head, lines)]
+    heading = f"### Peak memory of training: {', '.join(size for size, _ in peaks)}"
+    return [heading, conditions(part), markdown(head, lines)]
 
 
 def moce_step(result: dict) -> str:
