@@ -35,6 +35,7 @@ def test_mae_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["repeat"] for row in rows} == {0, 1}
 
 
+@pytest.mark.slow  # two processes that import torch
 def test_memory_of_a_step_grows_with_the_batch() -> None:
     small, large = (
         measure.in_child(mae_step.peak, Case("tiny32", batch), "moce") for batch in (8, 64)
