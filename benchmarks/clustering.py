@@ -331,9 +331,8 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
     return {name: version(name) for name in packages}
 
 
-def tables(results: Path = RESULTS) -> str:
+def tables(found: dict[str, Any]) -> str:
     """What benchmarks.draw puts into docs/performance.md."""
-    found = json.loads(results.read_text())
     parts = []
     for name in ("small", "large"):
         if name in found:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 from benchmarks import clustering
-from benchmarks.images import RESULTS
+from benchmarks.contenders import AS_IT_COMES, SIZES
+from benchmarks.images import RESULTS as IMAGES
+from benchmarks.mae_step import LIMIT
+from benchmarks.mae_step import RESULTS as MAE_STEP
+from benchmarks.moce_step import DENSE
+from benchmarks.moce_step import RESULTS as MOCE_STEP
+from benchmarks.selection import BARE, BRUTE, SELECT
+from benchmarks.selection import RESULTS as SELECTION
+from benchmarks.startup import BARE as BARE_PYTHON
+from benchmarks.startup import RESULTS as STARTUP
+from benchmarks.tables import conditions, grouped, markdown, ratio, spread
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
-MARK = "<!-- images -->"
 
 
-def table(rows: list[dict], reference: str) -> list[str]:
+def loaders(rows: list[dict], reference: str) -> list[str]:
     """Median rate and range of every contender, and how many times as fast as the reference."""
     rates: dict[str, list[float]] = {}
     for row in rows:
@@ -26,7 +36,7 @@ def table(rows: list[dict], reference: str) -> list[str]:
     return lines
 
 
-def section(result: dict) -> str:
+def images(result: dict) -> str:
     machine = result["machine"]
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} torch threads, load "
@@ -46,26 +56,142 @@ def section(result: dict) -> str:
             f"### {case['size']} × {case['size']}, from {case['images']} files of {width} × {height} "
             f"({suffix[1:]})",
             f"Decoded and resized to {case['packed']} × {case['packed']}:",
-            "\n".join(table(found["rows"]["decode"], "torchvision, 2 workers")),
+            "\n".join(loaders(found["rows"]["decode"], "torchvision, 2 workers")),
             f"Batches of {case['batch']}, cropped, flipped and normalised:",
-            "\n".join(table(found["rows"]["loader"], "torchvision, 2 workers")),
+            "\n".join(loaders(found["rows"]["loader"], "torchvision, 2 workers")),
             f"A small ViT that trains on the packed file waits {100 * wait['share']:.1f} % of a step "
             f"of {wait['step_s']:.2f} s for its batch.",
         ]
     return "\n\n".join(lines)
 
 
+def mae_step(result: dict) -> str:
+    """Speed of every size, then memory of all."""
+    parts = dict(result["parts"])
+    memory = [parts.pop(name) for name in list(parts) if name.startswith("memory")]
+    lines = [piece for name, part in parts.items() for piece in mae_speed(name, part)]
+    return "\n\n".join([*lines, *(piece for part in memory for piece in mae_memory(part))])
+
+
+def mae_speed(name: str, part: dict) -> list[str]:
+    cases = grouped(part["rows"], "batch", "threads")
+    first = next(iter(cases.values()))
+    head = [f"images/s ({part['rows'][0]['precision']})"]
+    head += [f"batch {batch}, {threads} threads" for batch, threads in cases]
+    lines = [
+        [name, *(f"{batch / median(group[name]):.1f}" for (batch, _), group in cases.items())]
+        for name in first
+    ]
+    theirs = [other for other in first if other.startswith("Transformers")]
+    best = [min(ratio(group, other, "moce") for other in theirs) for group in cases.values()]
+    lines += [
+        [
+            f"moce × {AS_IT_COMES}",
+            *(f"{ratio(g, AS_IT_COMES, 'moce'):.2f}" for g in cases.values()),
+        ],
+        ["moce × the best of Transformers", *(f"{value:.2f}" for value in best)],
+        ["moce, share of the limit", *(f"{ratio(g, LIMIT, 'moce'):.0%}" for g in cases.values())],
+        ["moce, half the range of turns", *(f"± {spread(g['moce']):.0%}" for g in cases.values())],
+    ]
+    return [f"### {title(name)}", conditions(part), markdown(head, lines)]
+
+
+def title(part: str) -> str:
+    """What a part measures: its size in words."""
+    size = next(
+        SIZES[name] for name in sorted(SIZES, key=len, reverse=True) if part.startswith(name)
+    )
+    decoder = " × ".join(map(str, size.decoder[:2]))
+    return (
+        f"{part}: {size.width} wide, {size.depth} blocks, {size.image} × {size.image} in patches of "
+        f"{size.patch}; decoder {decoder}"
+    )
+
+
+def mae_memory(part: dict) -> list[str]:
+    peaks: dict[tuple[str, int], dict[str, int]] = {}
+    for row in part["rows"]:
+        peaks.setdefault((row["size"], row["batch"]), {})[row["contender"]] = row["peak_mb"]
+    names = list(next(iter(peaks.values())))
+    lines = [[name, *(f"{found[name]:,}" for found in peaks.values())] for name in names]
+    share = [found["moce"] / found[AS_IT_COMES] for found in peaks.values()]
+    lines.append([f"moce / {AS_IT_COMES}", *(f"{value:.2f}" for value in share)])
+    head = ["peak MB", *(f"{size}, batch {batch}" for size, batch in peaks)]
+    heading = f"### Peak memory of training: {', '.join(size for size, _ in peaks)}"
+    return [heading, conditions(part), markdown(head, lines)]
+
+
+def moce_step(result: dict) -> str:
+    """Training of every size, then encoding by a customised expert."""
+    parts = dict(result["parts"])
+    encoding = parts.pop("encoding", None)
+    lines = [piece for name, part in parts.items() for piece in over_dense(title(name), part)]
+    return "\n\n".join(lines + (over_dense("Encoding", encoding) if encoding else []))
+
+
+def over_dense(heading: str, part: dict) -> list[str]:
+    """Every contender's time over the dense model's, by size and batch."""
+    cases = grouped(part["rows"], "size", "batch")
+    names = [name for name in next(iter(cases.values())) if name != DENSE]
+    lines = [
+        [f"{DENSE}, ms", *(f"{1000 * median(g[DENSE]):.0f}" for g in cases.values())],
+        [f"{DENSE}, half the range", *(f"± {spread(g[DENSE]):.0%}" for g in cases.values())],
+        *([name, *(f"{ratio(g, name, DENSE):.3f}" for g in cases.values())] for name in names),
+    ]
+    head = ["time over the dense one's", *(f"{size}, batch {batch}" for size, batch in cases)]
+    return [f"### {heading}", conditions(part), markdown(head, lines)]
+
+
+def selection(result: dict) -> str:
+    lines = []
+    for name, part in result["parts"].items():
+        cases = grouped(part["rows"], "images", "routes", "threads")
+        head = ["", *(f"{n} images, {r} routes, {t} threads" for n, r, t in cases)]
+        rows = [
+            [f"{BARE}, s", *(f"{median(group[BARE]):.3f}" for group in cases.values())],
+            *([f"{other}, times as long", *(f"{ratio(g, other, BARE):.2f}" for g in cases.values())]
+              for other in (SELECT, BRUTE)),
+        ]  # fmt: skip
+        lines += [f"### {title(name)}", conditions(part), markdown(head, rows)]
+    return "\n\n".join(lines)
+
+
+def startup(result: dict) -> str:
+    lines = []
+    for part in result["parts"].values():
+        group = grouped(part["rows"])[()]
+        base = median(group[BARE_PYTHON])
+        rows = [
+            [name, f"{median(found):.2f}", f"{median(found) - base:.2f}"]
+            for name, found in group.items()
+        ]
+        lines += [conditions(part), markdown(["", "seconds", "beyond bare Python"], rows)]
+    return "\n\n".join(lines)
+
+
+SECTIONS: dict[str, tuple[Path, Callable[[dict], str]]] = {
+    "images": (IMAGES, images),
+    "mae_step": (MAE_STEP, mae_step),
+    "moce_step": (MOCE_STEP, moce_step),
+    "selection": (SELECTION, selection),
+    "startup": (STARTUP, startup),
+    "clustering": (clustering.RESULTS, clustering.tables),
+}
+
+
+def drawn(page: str) -> str:
+    """The page with what lies between two marks of a section's name drawn from its kept numbers."""
+    for name, (results, draw) in SECTIONS.items():
+        before, _, after = page.split(f"<!-- {name} -->")
+        content = (
+            draw(json.loads(results.read_text())) if results.is_file() else "Not measured yet."
+        )
+        page = f"{before}<!-- {name} -->\n{content}\n<!-- {name} -->{after}"
+    return page
+
+
 def main() -> None:
-    before, _, after = PAGE.read_text().split(MARK)
-    content = section(json.loads(RESULTS.read_text()))
-    PAGE.write_text(f"{before}{MARK}\n{content}\n{MARK}{after}")
-    put("<!-- clustering -->", clustering.tables())
-
-
-def put(mark: str, content: str) -> None:
-    """Content between two marks of the page."""
-    before, _, after = PAGE.read_text().split(mark)
-    PAGE.write_text(f"{before}{mark}\n{content}\n{mark}{after}")
+    PAGE.write_text(drawn(PAGE.read_text()))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +30,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import moce
+from benchmarks.measure import FOLDER, machine
 from moce.config import PretrainSettings
 from moce.data import images as moce_images
 from moce.data.batches import BatchOrder, prefetched
@@ -42,7 +39,7 @@ from moce.models.encoder import EncoderSpec
 from moce.runs import read_timings
 from moce.training.stages import augmented
 
-RESULTS = Path(__file__).parent / "results" / "images.json"
+RESULTS = FOLDER / "images.json"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PACKAGES = ("moce", "torch", "torchvision", "timm", "pillow", "numpy", "datasets")
 Pass = Callable[[], int]  # reads every image once; how many there were
@@ -257,30 +254,6 @@ def measure(runs: dict[str, Pass], repeats: int) -> list[dict]:
     return rows
 
 
-def machine() -> dict:
-    info = Path("/proc/cpuinfo")
-    models = [
-        line.partition(":")[2].strip()
-        for line in (info.read_text().splitlines() if info.is_file() else [])
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],  # of other programs: above 0.1, the numbers are rough
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "revision": git("rev-parse", "--short=12", "HEAD"),
-        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def git(*arguments: str) -> str:
-    command = ["git", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="fewer images, steps and repeats")
@@ -289,7 +262,7 @@ def main() -> None:
     options = parser.parse_args()
     repeats, share, steps = (2, 4, 4) if options.short else (7, 1, 20)
     repeats = options.repeats or repeats
-    result: dict = {"machine": machine(), "short": options.short, "cases": {}}
+    result: dict = {"machine": machine(PACKAGES), "short": options.short, "cases": {}}
     with (
         tempfile.TemporaryDirectory() as root,
         multiprocessing.get_context("spawn").Pool(2) as pool,

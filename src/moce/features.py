@@ -14,7 +14,7 @@ from moce.data.augment import normalise
 from moce.data.batches import in_order
 from moce.data.images import ImageSet
 from moce.hardware import autocast
-from moce.models.encoder import EncoderSpec, encode_tokens, pool_tokens, use_plain_attention
+from moce.models.encoder import EncoderSpec, choose_attention, encode_tokens, pool_tokens
 from moce.training.progress import meter
 
 PIXELS, GRID = "pixels", 16
@@ -80,16 +80,17 @@ def feature_batches(
 ) -> Iterator[Tensor]:
     """What `extract_features` gives, batch by batch, [b, width]; from batch `first` on."""
     vit = vit.to(device).eval()
-    if device.type == "cpu":
-        use_plain_attention(vit)
+    choose_attention(vit, device, precision)
     steps = -(-len(images) // batch_size)
     rest = replace(
         images, pixels=images.pixels[first * batch_size :], ids=images.ids[first * batch_size :]
     )
-    with meter("features", steps, first) as progress, autocast(device, precision):
+    with meter("features", steps, first) as progress:
         for pixels in in_order(rest, batch_size, device, input_size(vit)):
             inputs = normalise(pixels, spec.mean, spec.std)
-            yield _feature(vit, inputs, pooling).cpu()
+            with autocast(device, precision):  # not while the caller uses the feature
+                feature = _feature(vit, inputs, pooling)
+            yield feature.cpu()
             progress.advance()
 
 

@@ -11,7 +11,7 @@ from moce.data.augment import fitted, normalise
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_uniform
 from moce.hardware import autocast
-from moce.models.encoder import EncoderSpec, use_plain_attention
+from moce.models.encoder import EncoderSpec, choose_attention
 from moce.models.mae import MAE
 from moce.models.moce import MoCE
 
@@ -33,8 +33,7 @@ def reconstruction_error(
     """
     device = device or torch.device("cpu")
     model = model.to(device).eval()
-    if device.type == "cpu":
-        use_plain_attention(model)
+    choose_attention(model, device, precision)
     mae = model.mae if isinstance(model, MoCE) else model
     total = 0.0
     for start in range(0, len(images), batch_size):

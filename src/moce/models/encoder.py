@@ -119,8 +119,14 @@ def per_channel(
     return asked * channels if len(asked) == 1 else asked
 
 
+def choose_attention(module: nn.Module, device: torch.device, precision: str) -> None:
+    """Leave attention to torch's fused kernel, but for bf16 on CPUs, where it is slow for short inputs."""
+    if device.type == "cpu" and precision == "bf16":
+        use_plain_attention(module)
+
+
 def use_plain_attention(module: nn.Module) -> None:
-    """Compute attention by plain matrix products: faster than the fused kernel for short inputs on CPUs."""
+    """Compute attention by plain matrix products instead of the fused kernel."""
     layer: Any
     for layer in module.modules():
         if hasattr(layer, "fused_attn"):
@@ -178,11 +184,12 @@ def encode_tokens(vit: VisionTransformer, images: Tensor, keep: Tensor | None = 
     (None: all, equal to `vit.forward_features`). Positions are added before masking, prefix
     tokens after it (MAE, section 3).
     """
-    tokens = vit.patch_embed(images)
     positions = positions_of(vit)
-    tokens = tokens + positions[:, -tokens.shape[1] :]
-    if keep is not None:
-        tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))
+    grid = positions[:, -vit.patch_embed.num_patches :]
+    if keep is None:
+        tokens = vit.patch_embed(images) + grid
+    else:
+        tokens = embed_patches(vit, images, keep) + grid[0][keep]
     prefix: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
     if prefix:
         prefix_tokens = torch.cat(prefix, dim=1)
@@ -191,6 +198,30 @@ def encode_tokens(vit: VisionTransformer, images: Tensor, keep: Tensor | None = 
         expanded = prefix_tokens.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         tokens = torch.cat([expanded, tokens], dim=1)
     return vit.norm(vit.blocks(vit.norm_pre(vit.pos_drop(tokens))))
+
+
+def embed_patches(vit: VisionTransformer, images: Tensor, keep: Tensor) -> Tensor:
+    """What `vit.patch_embed` makes of the patches `keep` [b, n]: their tokens, [b, n, width].
+
+    One matrix product of the kept patches, where the convolution would also do the hidden ones.
+    """
+    embed = vit.patch_embed
+    patches = take(patchify(images, embed.patch_size), keep)
+    weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
+    return embed.norm(nn.functional.linear(patches, weight, embed.proj.bias))
+
+
+def take(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Rows [b, k] int64 of tokens [b, n, d]: [b, k, d]."""
+    return tokens.gather(1, rows[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """[b, c, h, w] to [b, n, p*p*c], patches row by row, channels last within a patch."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch[0], width // patch[1]
+    split = images.reshape(batch, channels, rows, patch[0], columns, patch[1])
+    return split.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
 
 
 def positions_of(vit: VisionTransformer) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,9 +17,12 @@ from moce.models.encoder import (
     encode_tokens,
     initialise_from_scratch,
     initialise_linear,
+    patchify,
     positions_of,
     sincos_positions,
+    take,
 )
+from moce.models.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,7 @@ class Decoder(nn.Module):
         missing = restore.shape[1] - visible.shape[1]
         masked = self.mask_token.to(visible.dtype).expand(visible.shape[0], missing, -1)
         patches = torch.cat([visible, masked], dim=1)
-        patches = patches.gather(1, restore[:, :, None].expand(-1, -1, patches.shape[2]))
-        tokens = torch.cat([prefix, patches], dim=1) + self.pos_embed
+        tokens = torch.cat([prefix, take(patches, restore)], dim=1) + self.pos_embed
         return self.head(self.norm(self.blocks(tokens)))[:, self.num_prefix :]
 
 
@@ -119,7 +122,9 @@ class MAE(nn.Module):
     def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """images: [b, c, h, w], normalised; noise: [b, n] uniform, the smallest are kept."""
         keep, mask, restore = random_mask(noise, self.mask_ratio)
-        prediction = self.decoder(encode_tokens(self.encoder, images, keep), restore)
+        # Not on GPUs, as long as nobody has measured what it costs there.
+        with recomputed() if images.device.type == "cpu" else nullcontext():
+            prediction = self.decoder(encode_tokens(self.encoder, images, keep), restore)
         target = patch_target(patchify(images.float(), self.patch_size), self.norm_pix)
         return Reconstruction(masked_mse(prediction.float(), target, mask), prediction, mask)
 
@@ -139,14 +144,6 @@ def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
     shuffle = noise.argsort(dim=1, stable=True)
     restore = shuffle.argsort(dim=1)
     return shuffle[:, :num_keep], (restore >= num_keep).float(), restore
-
-
-def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
-    """[b, c, h, w] to [b, n, p*p*c], patches row by row, channels last within a patch."""
-    batch, channels, height, width = images.shape
-    rows, columns = height // patch[0], width // patch[1]
-    split = images.reshape(batch, channels, rows, patch[0], columns, patch[1])
-    return split.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
 
 
 def unpatchify(patches: Tensor, patch: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -19,7 +19,7 @@ from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
 from moce.errors import Interrupted, MoceError, NotFinite
 from moce.hardware import open_fabric
-from moce.models.encoder import use_plain_attention
+from moce.models.encoder import choose_attention
 from moce.processes import all_sum, is_main, rank, wait_for_all, world
 from moce.runs import INFO, write_config
 from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -93,8 +93,7 @@ class _Loop:
         self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
         shared = settings.strategy == "fsdp" and world() > 1
         self.fabric = open_fabric(device, precision, "fsdp" if shared else "ddp")
-        if device.type == "cpu":
-            use_plain_attention(stage.module)
+        choose_attention(stage.module, device, precision)
         check_share(settings)
         self.plain = adamw(stage.groups, settings.beta2)  # of the module itself: what is saved
         self.held = (Shared if shared else Held)(self.fabric, stage.module, self.plain)

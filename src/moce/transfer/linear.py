@@ -20,7 +20,7 @@ from moce.data.keyed import Stream, keyed_generator
 from moce.errors import MoceError
 from moce.hardware import autocast
 from moce.loading import Backbone
-from moce.models.encoder import encode_tokens, pool_tokens, use_plain_attention
+from moce.models.encoder import choose_attention, encode_tokens, pool_tokens
 from moce.training.optimiser import learning_rate, set_learning_rate
 from moce.training.progress import meter
 from moce.training.stages import augmented
@@ -116,8 +116,7 @@ class FrozenEncoder:
         self._vit, self._spec = backbone.vit.to(device).eval(), backbone.spec
         self._settings, self._pooling = settings, pooling
         self._device, self._precision = device, precision
-        if device.type == "cpu":
-            use_plain_attention(self._vit)
+        choose_attention(self._vit, device, precision)
 
     @torch.no_grad()  # not inference mode: the head's backward pass keeps the features
     def __call__(self, images: ImageSet, rows: Tensor, epochs: Tensor) -> Tensor:
