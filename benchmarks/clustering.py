@@ -79,7 +79,7 @@ def write_features(path: Path, case: Case) -> None:
         label = planted[start : start + CHUNK]
         rough = random.standard_normal((len(label), case.width), np.float32) / np.sqrt(case.width)
         found = centres[label] - mean + 0.8 * rough
-        found += 0.8 * random.standard_normal((len(label), 64)) @ common * np.sqrt(case.width) / 8
+        found += 0.8 * random.standard_normal((len(label), 64)) @ common
         features[start : start + CHUNK] = found / np.linalg.norm(found, axis=1, keepdims=True)
     features.flush()
     np.save(path.with_suffix(".npy"), planted)
@@ -284,7 +284,8 @@ def time_passes(path: Path, case: Case, repeats: int) -> list[dict[str, Any]]:
     column_masses(kept, potentials)
 
     def fused() -> None:
-        sweep(Similarities(rows, centroids, EPSILON, keep=False), potentials, assignment)
+        similarities = Similarities(rows, centroids, EPSILON, keep=False)
+        sweep(similarities, potentials, assignment, exact=False)
 
     runs: dict[str, Callable[[], Any]] = {
         "bare product": lambda: bare_product(features, centroids),

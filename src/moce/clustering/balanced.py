@@ -195,7 +195,8 @@ class _Fit:
         similarities = self._similarities(rows, centroids, keep=sample is None)
         if sample is None:
             potentials = self._balanced(similarities, potentials, ROUND_ITERATIONS)
-        sums = sweep(similarities, potentials, state.assignment, soft=self.update == "soft")
+        soft, exact = self.update == "soft", sample is None
+        sums = sweep(similarities, potentials, state.assignment, soft=soft, exact=exact)
         self.watch.on_sweep()
         empty = sums.sizes == 0
         settled = sums.moved <= self.settled and not bool(empty.any())

@@ -17,7 +17,8 @@ from torch.nn.functional import embedding_bag
 
 from moce.clustering.rows import CHUNK_SIZE, Rows
 
-GRAM_ROWS = 2**15  # rows from which a step of Newton's method is reckoned
+GRAM_ROWS = 2**14  # rows from which a step of Newton's method is reckoned
+MASS_ROWS = 2**16  # rows, or more, whose masses stand for all while centroids still move
 FIRST_DAMPING, LONGEST_STEP = 0.1, 5.0
 CACHE_BYTES = 2**31  # scores of all images that are kept, so that iterations need no product
 
@@ -117,19 +118,21 @@ class Masses:
 
 
 class _Adder:
-    """Sums of Q over the chunks of a sweep."""
+    """Sums of Q over the chunks of a sweep; exact, or over some of the rows, evenly spread."""
 
-    def __init__(self, similarities: Similarities) -> None:
+    def __init__(self, similarities: Similarities, *, exact: bool) -> None:
         rows, num_clusters = similarities.rows, similarities.num_clusters
-        self.rows, self.stride = rows, -(-rows.count // GRAM_ROWS)
+        self.rows = rows
+        self.step = 1 if exact else max(1, rows.count // MASS_ROWS)
+        self.stride = max(1, rows.count // (GRAM_ROWS * self.step))
         self.sums = rows.zeros(num_clusters + 2, num_clusters, dtype=_wide(rows.device))
 
-    def add(self, part: slice, score: Tensor) -> Tensor:
-        """Turn scores [c, K], less their row's maximum, into exponentials in place; the rows' factors."""
-        score.exp_()
+    def add(self, part: slice, score: Tensor, top: Tensor) -> Tensor:
+        """Turn scores [c, K] less their row's maximum into exponentials, in place; the rows' factors."""
+        score = score[:: self.step].sub_(top[:: self.step, None]).exp_()
         norm = score.sum(dim=1)
         weights = self.rows.weights
-        factors = norm.reciprocal_() if weights is None else weights[part] / norm
+        factors = norm.reciprocal_() if weights is None else weights[part][:: self.step] / norm
         self.sums[-1] += factors @ score
         some = score[:: self.stride] * factors[:: self.stride, None]
         self.sums[:-2] += some.T @ some
@@ -164,26 +167,35 @@ def _wide(device: torch.device | None) -> torch.dtype:
 
 def column_masses(similarities: Similarities, potentials: Tensor) -> Masses:
     """Column sums of n Q, and how they change with the potentials."""
-    adder = _Adder(similarities)
+    adder = _Adder(similarities, exact=True)
     for part, _, score in similarities.shifted(potentials, features=False):
-        adder.add(part, score.sub_(score.amax(dim=1, keepdim=True)))
+        adder.add(part, score, score.amax(dim=1))
     return adder.total()
 
 
 def sweep(
-    similarities: Similarities, potentials: Tensor, assignment: Tensor, *, soft: bool = False
+    similarities: Similarities,
+    potentials: Tensor,
+    assignment: Tensor,
+    *,
+    soft: bool = False,
+    exact: bool = True,
 ) -> Sums:
-    """One pass: assign every row (into `assignment`, [n] int32, in place) and sum up what rounds need."""
+    """One pass: assign every row (into `assignment`, [n] int32, in place) and sum up what rounds need.
+
+    exact: whether the masses are of all rows (as soft sums need) or of MASS_ROWS or more of them.
+    """
     rows, num_clusters = similarities.rows, similarities.num_clusters
     width, wide = rows.features.shape[1], _wide(rows.device)
-    adder = _Adder(similarities)
+    adder = _Adder(similarities, exact=exact or soft)
+    maxima = _Maxima(similarities)
     sums = rows.zeros(num_clusters, width + 1, dtype=wide)  # features and sizes
     counts = rows.zeros(3, dtype=wide)  # rows, moved, similarity
     for part, chunk, score in similarities.shifted(potentials, features=True):
         assert chunk is not None
         weights = None if rows.weights is None else rows.weights[part]
-        top, cluster = score.max(dim=1)
-        factors = adder.add(part, score.sub_(top[:, None]))
+        top, cluster = maxima(score)
+        factors = adder.add(part, score, top)
         sums[:, width] += torch.bincount(cluster, weights, num_clusters)
         if soft:
             sums[:, :width] += score.mul_(factors[:, None]).T @ chunk
@@ -197,6 +209,35 @@ def sweep(
     rows.total(sums), rows.total(counts)
     moved, similarity = (counts[1:] / counts[0]).tolist()
     return Sums(adder.total(), sums[:, :width], sums[:, width], moved, similarity)
+
+
+class _Maxima:
+    """The largest of each row of scores [c, K] and where it is, as `max(dim=1)`.
+
+    That is slow on CPUs. There the rows' maxima are found first and then where they are: by a product
+    of what equals them with the numbers of the columns, which is right where there is only one.
+    """
+
+    def __init__(self, similarities: Similarities) -> None:
+        rows, num_clusters = similarities.rows, similarities.num_clusters
+        self._on_cpu = rows.features.device.type == "cpu" and rows.zeros(1).device.type == "cpu"
+        if self._on_cpu:
+            self._hits = rows.zeros(min(rows.chunk_size, len(rows)), num_clusters)
+            numbers = torch.arange(num_clusters, dtype=self._hits.dtype)
+            self._columns = torch.stack([numbers, torch.ones_like(numbers)], dim=1)
+
+    def __call__(self, score: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._on_cpu:
+            top, cluster = score.max(dim=1)
+            return top, cluster
+        top = score.amax(dim=1)
+        hits = torch.eq(score, top[:, None], out=self._hits[: len(score)])
+        number, count = (hits @ self._columns).unbind(dim=1)
+        cluster = number.long()
+        tied = (count != 1).nonzero()[:, 0]
+        if len(tied):
+            cluster[tied] = score[tied].argmax(dim=1)
+        return top, cluster
 
 
 def cluster_sums(

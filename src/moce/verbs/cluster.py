@@ -150,12 +150,12 @@ class _Job:
             )
 
     def _keep(self, state: Round, log: MetricLog) -> None:
-        """Write down a round."""
-        save_round(self.settings.out, state, len(self.images))
+        """Write down a round: its row first, for one that is past the round a run resumes from goes."""
         now = time.monotonic()
         seconds, self.since, self.rounds = now - self.since, now, state.step
         if is_main():
             log.write(as_row(state), {"step": state.step, "step_s": round(seconds, 5)})
+        save_round(self.settings.out, state, len(self.images))
 
     def _on_sweep(self) -> None:
         """One process can stop between rounds; several do only after one, all alike."""
