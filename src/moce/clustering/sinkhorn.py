@@ -17,7 +17,7 @@ from torch.nn.functional import embedding_bag
 
 from moce.clustering.rows import CHUNK_SIZE, Rows
 
-GRAM_ROWS = 2**14  # rows from which a step of Newton's method is reckoned
+GRAM_ROWS = 2**17  # rows from which a step of Newton's method is reckoned: few make it a poor one
 MASS_ROWS = 2**16  # rows, or more, whose masses stand for all while centroids still move
 FIRST_DAMPING, LONGEST_STEP = 0.1, 5.0
 CACHE_BYTES = 2**31  # scores of all images that are kept, so that iterations need no product
@@ -124,7 +124,8 @@ class _Adder:
         rows, num_clusters = similarities.rows, similarities.num_clusters
         self.rows = rows
         self.step = 1 if exact else max(1, rows.count // MASS_ROWS)
-        self.stride = max(1, rows.count // (GRAM_ROWS * self.step))
+        gram_rows = GRAM_ROWS if exact else MASS_ROWS // 2
+        self.stride = max(1, rows.count // (gram_rows * self.step))
         self.sums = rows.zeros(num_clusters + 2, num_clusters, dtype=_wide(rows.device))
 
     def add(self, part: slice, score: Tensor, top: Tensor) -> Tensor:
