@@ -58,10 +58,12 @@ class Similarities:
             chunk = self.rows.chunk(part) if features or not known else None
             score = self._buffer[: part.stop - part.start]
             if self._kept is None:
+                assert chunk is not None
                 torch.mm(chunk, self._scaled, out=score).add_(potentials)
             else:
                 kept = self._kept[part]
                 if not known:
+                    assert chunk is not None
                     torch.mm(chunk, self._scaled, out=kept)
                 torch.add(kept, potentials, out=score)
             yield part, chunk, score
@@ -288,13 +290,14 @@ def balanced_potentials(
     Newton's method; where a step of it does not help, an iteration of Sinkhorn-Knopp in its place
     and more damping.
     """
-    best, masses, damping = potentials, None, FIRST_DAMPING
+    best, damping = potentials, FIRST_DAMPING
+    masses: Masses | None = None
     current = potentials
     for _ in range(max_iterations):
         found = column_masses(similarities, current)
         on_sweep()
         helped = masses is None or found.misplaced < masses.misplaced
-        if helped:
+        if masses is None or helped:
             best, masses = current, found
         if masses.error <= tolerance:
             break
