@@ -353,7 +353,7 @@ def case_tables(entry: dict[str, Any]) -> list[str]:
     if "passes" in entry:
         lines.append("\n".join(pass_table(entry["passes"])))
     rows = [entry[name] for name in CONTENDERS if name in entry]
-    return [*lines, "\n".join(whole_table(rows))]
+    return [*lines, "\n".join(whole_table(rows))] if rows else lines
 
 
 def pass_table(rows: list[dict[str, Any]]) -> list[str]:

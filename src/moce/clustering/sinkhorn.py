@@ -17,7 +17,7 @@ from torch.nn.functional import embedding_bag
 
 from moce.clustering.rows import CHUNK_SIZE, Rows
 
-GRAM_ROWS = 2**14  # rows from which a step of Newton's method is reckoned
+GRAM_ROWS = 2**17  # rows from which a step of Newton's method is reckoned: few make it a poor one
 MASS_ROWS = 2**16  # rows, or more, whose masses stand for all while centroids still move
 FIRST_DAMPING, LONGEST_STEP = 0.1, 5.0
 CACHE_BYTES = 2**31  # scores of all images that are kept, so that iterations need no product
@@ -58,10 +58,12 @@ class Similarities:
             chunk = self.rows.chunk(part) if features or not known else None
             score = self._buffer[: part.stop - part.start]
             if self._kept is None:
+                assert chunk is not None
                 torch.mm(chunk, self._scaled, out=score).add_(potentials)
             else:
                 kept = self._kept[part]
                 if not known:
+                    assert chunk is not None
                     torch.mm(chunk, self._scaled, out=kept)
                 torch.add(kept, potentials, out=score)
             yield part, chunk, score
@@ -124,7 +126,8 @@ class _Adder:
         rows, num_clusters = similarities.rows, similarities.num_clusters
         self.rows = rows
         self.step = 1 if exact else max(1, rows.count // MASS_ROWS)
-        self.stride = max(1, rows.count // (GRAM_ROWS * self.step))
+        gram_rows = GRAM_ROWS if exact else MASS_ROWS // 2
+        self.stride = max(1, rows.count // (gram_rows * self.step))
         self.sums = rows.zeros(num_clusters + 2, num_clusters, dtype=_wide(rows.device))
 
     def add(self, part: slice, score: Tensor, top: Tensor) -> Tensor:
@@ -287,13 +290,14 @@ def balanced_potentials(
     Newton's method; where a step of it does not help, an iteration of Sinkhorn-Knopp in its place
     and more damping.
     """
-    best, masses, damping = potentials, None, FIRST_DAMPING
+    best, damping = potentials, FIRST_DAMPING
+    masses: Masses | None = None
     current = potentials
     for _ in range(max_iterations):
         found = column_masses(similarities, current)
         on_sweep()
         helped = masses is None or found.misplaced < masses.misplaced
-        if helped:
+        if masses is None or helped:
             best, masses = current, found
         if masses.error <= tolerance:
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def load_round(folder: Path, count: int, device: torch.device) -> Round | None:
     assignment = tensors.pop("assignment").clone()
     if numbers["stage"]:
         assignment = assignment[own_share(count)].clone()
-    placed = {name: value.clone().to(device) for name, value in tensors.items()}
+    placed: dict[str, Any] = {name: value.clone().to(device) for name, value in tensors.items()}
     return Round(**numbers, **placed, assignment=assignment)
 
 
