@@ -29,11 +29,12 @@ import numpy as np
 import torch
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from benchmarks.images import git, machine
+from benchmarks.measure import machine
 from moce.clustering.balanced import Round, Watch, balanced_kmeans
 from moce.clustering.rows import Rows, without_copies
 from moce.clustering.sinkhorn import Similarities, column_masses, sweep
 
+PACKAGES = ("moce", "torch", "faiss-cpu", "scikit-learn", "POT")
 RESULTS = Path(__file__).parent / "results" / "clustering.json"
 CHUNK = 4096
 EPSILON = 0.01
@@ -318,18 +319,10 @@ def keep(out: Path, case: Case, part: str, content: Any) -> None:
     result = json.loads(out.read_text()) if out.is_file() else {}
     entry = result.setdefault(case.name, {})
     entry["case"] = asdict(case)
-    packages = ("faiss-cpu", "scikit-learn", "POT")
-    entry.setdefault("machine", {})[part] = {**machine(), "revision": git("rev-parse", "HEAD")[:12]}
-    entry["machine"][part]["versions"] |= versions(packages)
+    entry.setdefault("machine", {})[part] = machine(PACKAGES)
     entry[part] = content
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in packages}
 
 
 def tables(found: dict[str, Any]) -> str:

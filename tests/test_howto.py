@@ -105,7 +105,7 @@ def run_command(line: str) -> None:
     small = DECODER if words[0] == "pretrain" else {}  # other verbs read it from the MAE
     for name, value in (QUICK | small).items():
         flag = f"--{name.replace('_', '-')}"
-        if name in known and flag not in words:
+        if name in known and flag not in words and not (name == "batch_size" and "lbfgs" in words):
             words += [flag, str(value)]
     assert main(words) == 0, line
 

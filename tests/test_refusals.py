@@ -177,7 +177,9 @@ KINDS: dict[str, Case] = {
     "resume nothing": (
         lambda w: ["pretrain", w.runs.data, "--out", w.images("a.png"), "--resume"], "no run to resume"),
     "resume a run of another verb": (
-        lambda w: ["cluster", w.runs.data, "--mae", w.runs.mae, "--out", w.out, "--resume"], "--resume"),
+        lambda w: [
+            *("cluster", w.runs.data, "--mae", w.runs.mae, "--resume"),
+            *("--out", copy_run(w.runs.mae, w.folder / "run"))], "resume"),
     "backbones of one name": (
         lambda w: w.evaluate(backbones=f"a={w.runs.mae},a={w.runs.backbone}"), "one name"),
     "a backbone without a name": (lambda w: w.evaluate(backbones=str(w.runs.mae)), "NAME=REFERENCE"),

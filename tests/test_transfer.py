@@ -20,6 +20,7 @@ from moce.config import FinetuneSettings, ProbeSettings
 from moce.data.batches import Batch
 from moce.errors import MoceError
 from moce.parsing import parse, read_recipe
+from moce.training.loop import Step
 from moce.transfer.finetune import Views, by_size, finetune_stage, hold_out
 from moce.transfer.linear import build_head, build_optimiser, steps_of
 from moce.transfer.probe import knn_scores, linear_scores
@@ -338,7 +339,7 @@ def test_several_labels_are_fine_tuned_by_binary_cross_entropy(several, runs) ->
     stage = finetune_stage(vit, tiny_encoder(), several.train, several.train_labels, settings)
     rows = torch.arange(8)
     batch = Batch(rows, torch.zeros(8, dtype=torch.int64), several.train.pixels[rows])
-    loss = stage.loss(vit, batch, SimpleNamespace(number=0, rows=rows))["loss"]
+    loss = stage.loss(vit, batch, Step(0, rows))["loss"]
     assert loss.item() == pytest.approx(np.log(2), abs=1e-5)  # every answer at even odds
 
 
