@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,15 @@ def moce_words(verb: str, settings: dict[str, Any]) -> list[object]:
 
 def said(text: str) -> list[str]:
     """The lines of moce's own among those of torchrun."""
-    return [line for line in text.splitlines() if line.startswith("moce ")]
+    return [line for line in text.splitlines() if re.match(r"moce \w+: ", line)]
+
+
+def without_keys(name: str, values: torch.Tensor) -> torch.Tensor:
+    """Biases of keys left out: softmax is blind to them, so AdamW makes whole steps of rounding errors."""
+    if not name.endswith("qkv.bias"):
+        return values
+    query, _, value = values.chunk(3)
+    return torch.cat([query, value])
 
 
 def assert_same(one: Path, other: Path, tolerance: float = CLOSE) -> None:
@@ -67,7 +76,8 @@ def assert_same(one: Path, other: Path, tolerance: float = CLOSE) -> None:
     first, second = (read_tensors(path / "model.safetensors") for path in (one, other))
     assert first.keys() == second.keys()
     for name in first:
-        assert torch.allclose(first[name], second[name], atol=tolerance, rtol=tolerance), name
+        left, right = (without_keys(name, tensors[name]) for tensors in (first, second))
+        assert torch.allclose(left, right, atol=tolerance, rtol=tolerance), name
     rows = [[flatten(row) for row in read_metrics(path)] for path in (one, other)]
     assert len(rows[0]) == len(rows[1]) > 0
     for before, after in zip(*rows, strict=True):
