@@ -38,7 +38,7 @@ def test_a_failed_replacement_leaves_the_old_run(runs, tmp_path: Path, capsys) -
     for number in range(20):
         Image.new("RGB", (16, 16), "red").save(copies / f"{number}.png")
     words = ["cluster", copies, "--mae", runs.mae, "--out", clusters, "--overwrite", *QUIET]
-    assert "need as many images" in refused(capsys, *words, "--num-clusters", 30)
+    assert "distinct" in refused(capsys, *words, "--num-clusters", 3)
     assert read_info(clusters)["kind"] == "clusters"
     broken, old = (
         copy_run(runs.clusters, tmp_path / "broken"),

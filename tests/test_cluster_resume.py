@@ -125,6 +125,20 @@ def test_killed_run_ends_as_an_uninterrupted_one(
     assert sum(again.sizes) == 160
 
 
+def test_a_packed_file_is_read_on_where_it_was(inputs, tmp_path: Path, monkeypatch) -> None:
+    """Its rows are read by number, so those of a part must not be counted from zero."""
+    monkeypatch.setattr("moce.data.images.MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(feature_file, "RECORD_EVERY", 0.0)
+    packed = Inputs(moce.pack(inputs.data, size=16, out=tmp_path / "images.moce").file, inputs.mae)
+    run(packed, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureFile, "_note", counted(FeatureFile._note, 4, kill))
+        with pytest.raises(Killed):
+            run(packed, tmp_path / "run")
+    run(packed, tmp_path / "run", resume=True)
+    same(tmp_path / "straight", tmp_path / "run")
+
+
 def test_features_are_not_extracted_twice(inputs, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(cluster, "save_round", counted(rounds.save_round, 1, kill))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -76,17 +75,14 @@ def feature_batches(
     precision: str = "float32",
     pooling: str = "mean",
     batch_size: int = 256,
-    first: int = 0,
+    part: slice | None = None,
 ) -> Iterator[Tensor]:
-    """What `extract_features` gives, batch by batch, [b, width]; from batch `first` on."""
+    """What `extract_features` gives, batch by batch, [b, width]; of a part of the images, or all."""
     vit = vit.to(device).eval()
     choose_attention(vit, device, precision)
-    steps = -(-len(images) // batch_size)
-    rest = replace(
-        images, pixels=images.pixels[first * batch_size :], ids=images.ids[first * batch_size :]
-    )
-    with meter("features", steps, first) as progress:
-        for pixels in in_order(rest, batch_size, device, input_size(vit)):
+    count = part.stop - part.start if part else len(images)
+    with meter("features", -(-count // batch_size)) as progress:
+        for pixels in in_order(images, batch_size, device, input_size(vit), part):
             inputs = normalise(pixels, spec.mean, spec.std)
             with autocast(device, precision):  # not while the caller uses the feature
                 feature = _feature(vit, inputs, pooling)

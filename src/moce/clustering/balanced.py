@@ -22,10 +22,8 @@ from moce.clustering.seeding import draw, fill_empty, plus_plus, reseed_empty
 from moce.clustering.sinkhorn import Similarities, Sums, balanced_potentials, scores, sweep
 from moce.errors import MoceError
 
-SAMPLE, SEEDED = (
-    256,
-    64,
-)  # images per cluster of the first stage; of those that seeds are drawn from
+SAMPLE = 256  # images per cluster of the first stage
+SEEDED = 64  # of these, per cluster, that seeds are drawn from
 # While centroids still move, potentials carried over from the last round need few iterations.
 ROUND_ITERATIONS, FINAL_ITERATIONS = 10, 1000
 LAGGING = 0.1  # damping of a step that is made together with one of the centroids

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-import signal
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from moce.clustering.balanced import SAMPLE, Clustering, Round, Watch, balanced_kmeans, check_count
+from moce.clustering.balanced import (
+    SAMPLE,
+    Clustering,
+    Round,
+    Watch,
+    balanced_kmeans,
+    check_count,
+    check_enough,
+)
 from moce.clustering.model import ClusterModel
 from moce.config import ClusterSettings
 from moce.data.batches import RESIDENT_SHARE
@@ -22,9 +30,9 @@ from moce.feature_file import FeatureFile
 from moce.features import feature_batches, feature_width
 from moce.loading import write_assignments
 from moce.models.encoder import EncoderSpec
-from moce.processes import all_sum, is_main, own_share, wait_for_all, world
+from moce.processes import is_main, own_share, wait_for_all, world
 from moce.runs import INFO, STATE, read_model, write_model
-from moce.training.interrupt import StopRequest, stop_request
+from moce.training.interrupt import StopRequest, agreed, stop_request
 from moce.training.log import MetricLog
 from moce.training.progress import meter, say
 from moce.verbs.rounds import as_row, gathered, load_round, save_round
@@ -56,7 +64,7 @@ def run(settings: ClusterSettings) -> ClusterResult:
         return _finished(settings.out)
     spec, mae = start_from(settings.mae, settings)
     images = read_images(settings, settings.data, mae.encoder)
-    _check(settings, len(images))
+    _check(settings, images)
     begin(settings, images)
     with stop_request() as stop:
         job = _Job(settings, device, spec.encoder, mae.encoder, images, stop)
@@ -65,10 +73,23 @@ def run(settings: ClusterSettings) -> ClusterResult:
     return job.save(found, mean)
 
 
-def _check(settings: ClusterSettings, count: int) -> None:
+def _check(settings: ClusterSettings, images: ImageSet) -> None:
+    """Raise MoceError, before anything is written, if there are fewer distinct images than clusters."""
+    count = len(images)
     check_count(count, settings.num_clusters)
+    check_enough(_count_distinct(images, settings.num_clusters), settings.num_clusters)
     if count < FEW * settings.num_clusters:
         say(f"{count} images are few for {settings.num_clusters} clusters; fewer may serve better")
+
+
+def _count_distinct(images: ImageSet, enough: int) -> int:
+    """How many images differ in their pixels, counted no further than `enough`."""
+    seen: set[bytes] = set()
+    for row in range(len(images)):
+        seen.add(hashlib.sha256(images.take(slice(row, row + 1)).numpy().data).digest())
+        if len(seen) == enough:
+            break
+    return len(seen)
 
 
 def _finished(folder: Path) -> ClusterResult:
@@ -104,16 +125,15 @@ class _Job:
             batches = feature_batches(
                 self.encoder,
                 self.spec,
-                replace(self.images, pixels=self.images.pixels[own], ids=self.images.ids[own]),
+                self.images,
                 device=self.device,
                 precision=settings.precision,
                 pooling=settings.pooling,
                 batch_size=settings.batch_size,
-                first=file.done // settings.batch_size,
+                part=slice(own.start + file.done, own.stop),
             )
             file.fill(batches, lambda: self.stop.received is not None)
-        if self._stopping():
-            self._leave(f"{file.done} of {count} features")
+        self._leave_if_asked(f"{file.done} of {count} features")
         mean = file.centre()
         return file.tensor(), mean
 
@@ -131,8 +151,7 @@ class _Job:
             def on_round(state: Round) -> None:
                 self._keep(state, log)
                 progress.advance(f"{state.moved:.1%} of the images moved")
-                if self._stopping():
-                    self._leave(f"round {state.step}")
+                self._leave_if_asked(f"round {state.step}")
 
             return balanced_kmeans(
                 _resident(features, self.device),
@@ -153,21 +172,19 @@ class _Job:
         """Write down a round: its row first, for one that is past the round a run resumes from goes."""
         now = time.monotonic()
         seconds, self.since, self.rounds = now - self.since, now, state.step
-        if is_main():
-            log.write(as_row(state), {"step": state.step, "step_s": round(seconds, 5)})
+        log.write(as_row(state), {"step": state.step, "step_s": round(seconds, 5)})
         save_round(self.settings.out, state, len(self.images))
 
     def _on_sweep(self) -> None:
         """One process can stop between rounds; several do only after one, all alike."""
-        if world() == 1 and self.stop.received is not None:
-            self._leave(f"round {self.rounds}")
+        if world() == 1:
+            self._leave_if_asked(f"round {self.rounds}")
 
-    def _stopping(self) -> bool:
-        """Whether any process was asked to stop."""
-        return bool(all_sum(torch.tensor(int(self.stop.received is not None))))
-
-    def _leave(self, done: str) -> None:
-        raise Interrupted(self.stop.received or signal.SIGTERM, self.settings.out, done)
+    def _leave_if_asked(self, done: str) -> None:
+        """Raise Interrupted if any process was asked to stop."""
+        received = agreed(self.stop.received)
+        if received is not None:
+            raise Interrupted(received, self.settings.out, done)
 
     def save(self, found: Clustering, mean: Tensor) -> ClusterResult:
         """Write the finished run; what it was to be resumed from goes."""
