@@ -57,6 +57,7 @@ def commands(root: Path, steps: int) -> dict[str, list[str]]:
     few = ["--num-labels", "64", "--micro-batch-size", "16"]
     return {
         "pretrain": ["pretrain", DATA, *SMALL, *steady, *RUNTIME],
+        "cluster": ["cluster", DATA, "--mae", str(root / "mae"), "--num-clusters", "12", *RUNTIME],
         "moce": [*train, "--num-experts", "3", *steady, *RUNTIME],
         "token_moe": [*train, "--method", "token_moe", "--num-experts", "3", *steady, *RUNTIME],
         "finetune": ["finetune", str(root / "mae"), TASK, *few, *steady, *RUNTIME],
@@ -131,11 +132,10 @@ def kill_runs(root: Path, names: list[str], kills: int, steps: int) -> Story:
     """Straight runs of the verbs of `names`, then killed ones until there were so many kills."""
     story = Story()
     known = commands(root, steps)
-    mae = ["--mae", str(root / "mae"), "--num-clusters", "12", "--out", str(root / "clusters")]
     seconds = {}
     run(["pretrain", "--help"])  # starts the process that the others are forked from
     finish([*known["pretrain"], "--out", str(root / "mae")])
-    finish(["cluster", DATA, *mae, *RUNTIME])
+    finish([*known["cluster"], "--out", str(root / "clusters")])
     for name in names:
         seconds[name] = finish([*known[name], "--out", str(root / f"{name}_straight")])
         story.tell(f"{name}: {seconds[name]:.1f} s uninterrupted")
@@ -152,7 +152,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--verbs", default="pretrain,moce,finetune")
+    parser.add_argument("--verbs", default="pretrain,cluster,moce,finetune")
     options = parser.parse_args()
     random.seed(options.seed)
     with tempfile.TemporaryDirectory() as folder:
