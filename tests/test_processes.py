@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from builders import CLUSTERS, PRETRAIN, RUNTIME, TRAIN, copy_run, tiny_mae
+from launched import moce_words, said, torchrun, wait_until
 
 from moce import launch as launching
 from moce.data.batches import own_parts
@@ -39,28 +34,6 @@ FINETUNE = {
     "drop_path": 0.0,
     "rand_augment": "rand-m9-n1",
 }
-
-
-def torchrun(*words: object, **variables: str) -> subprocess.Popen[str]:
-    """Two processes of a program."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    pipe = subprocess.PIPE
-    command = [*start, *map(str, words)]
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
-
-
-def moce_words(verb: str, settings: dict[str, Any]) -> list[object]:
-    """A command of moce, its settings in a recipe beside the output folder."""
-    recipe = Path(f"{settings['out']}.yaml")
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    recipe.write_text(yaml.safe_dump(plain))
-    return ["-m", "moce", verb, "--config", recipe]
-
-
-def said(text: str) -> list[str]:
-    """The lines of moce's own among those of torchrun."""
-    return [line for line in text.splitlines() if re.match(r"moce \w+: ", line)]
 
 
 def without_keys(name: str, values: torch.Tensor) -> torch.Tensor:
@@ -274,13 +247,6 @@ def test_a_run_stopped_by_sigterm_is_resumed(strategy: str, made: Made, tmp_path
         VERBS["train"].run({**settings, "out": folder, **more})
     assert_same(tmp_path / "whole", out)
     assert_same(tmp_path / "whole", copied)
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.mark.slow
