@@ -240,3 +240,14 @@ def test_equal_steps_whatever_the_number_of_images(runs: Runs, tmp_path: Path) -
     steps = [read_metrics(tmp_path / name)[-1]["step"] for name in ("all", "few")]
     assert steps == [4, 4]
     assert np.isfinite(read_metrics(tmp_path / "few")[-1]["loss"])
+
+
+def test_a_subset_takes_as_many_steps_as_all_images_do(runs: Runs, tmp_path: Path) -> None:
+    settings = {**TRAIN, "epochs": 2, "batch_size": 16, "mae": runs.mae}
+    moce.train(runs.data, method="mae", out=tmp_path / "all", **settings)
+    given = {"clusters": runs.clusters, "task": str(runs.task), "out": tmp_path / "subset"}
+    moce.train(runs.data, method="subset", **given, **settings)
+    assert read_info(tmp_path / "subset")["images"] < read_info(tmp_path / "all")["images"]
+    steps = [read_metrics(tmp_path / name)[-1]["step"] for name in ("all", "subset")]
+    assert steps[0] == steps[1]
+    moce.train(runs.data, method="subset", **given, **settings, resume=True)

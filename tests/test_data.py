@@ -326,7 +326,7 @@ def test_identities_are_relative_posix_paths_in_a_fixed_order(tmp_path: Path) ->
     images = load_images(str(tmp_path), SIZE)
     assert images.ids == ["a.jpeg", "b/deep/x.PNG", "b/y.webp", "train/cat/1.png", "val/dog/2.gif"]
     assert images.labels == [None, "deep", "b", "cat", "dog"]
-    assert images.splits == [None, None, None, "train", "test"]
+    assert images.splits == [None, None, None, "train", "val"]
     assert load_images(str(tmp_path) + "/", SIZE).ids == images.ids
 
 

@@ -154,7 +154,7 @@ def test_npz_with_labels_ids_and_splits(tmp_path: Path) -> None:
     images = load_images(str(tmp_path / "a.npz"), SIZE)
     assert np.array_equal(images.pixels.numpy(), pixels.transpose(0, 3, 1, 2))
     assert (images.ids, images.labels) == (["x", "y", "z"], ["1", "0", "1"])
-    assert images.splits == ["train", "train", "test"]
+    assert images.splits == ["train", "train", "val"]
 
 
 def test_npz_with_an_array_per_split(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_shards_are_read_where_they_lie(tmp_path: Path) -> None:
 def test_folders_in_a_tar_are_classes_and_splits(tmp_path: Path) -> None:
     path = tar(tmp_path / "a.tar", {"./train/cat/1.png": b"", "val/dog/2.png": b""})
     found = [(e.id, e.label, e.split) for e in open_source(str(path))]
-    assert found == [("a/train/cat/1.png", "cat", "train"), ("a/val/dog/2.png", "dog", "test")]
+    assert found == [("a/train/cat/1.png", "cat", "train"), ("a/val/dog/2.png", "dog", "val")]
 
 
 def test_names_that_lead_out_of_an_archive_are_listed_and_nothing_is_written(

@@ -48,7 +48,7 @@ def test_parquet_with_bytes_or_structs(tmp_path: Path, struct: bool) -> None:
     images = load_images(str(tmp_path / "a.parquet"), SIZE)
     assert [tuple(middle(pixels)) for pixels in images.pixels] == COLOURS
     assert (images.ids, images.labels) == (["7", "8", "9"], ["1", "0", "1"])
-    assert images.splits == ["train", "train", "test"]
+    assert images.splits == ["train", "train", "val"]
 
 
 def test_parquet_rows_without_bytes_are_skipped(tmp_path: Path) -> None:

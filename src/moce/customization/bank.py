@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.clustering.model import ClusterModel
+from moce.customization.export import pooled
 from moce.customization.selection import Choice, Route, choose, count_votes, on_route
 from moce.data.images import as_image_set
 from moce.features import extract_features, input_shape
@@ -44,6 +44,13 @@ class Bank:
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images that clusters are found for."""
         return input_shape(self.clusters.encoder)
+
+    @property
+    def task_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of images that are enough for clusters and for backbones."""
+        channels, *size = self.input_shape
+        _, *own = input_shape(self.model.mae.encoder)
+        return channels, max(size[0], own[0]), max(size[1], own[1])
 
     @property
     def routes(self) -> dict[Route, int]:
@@ -108,17 +115,20 @@ class Bank:
 
     def route_choice(self, route: Route) -> Choice:
         """The choice of one route, whatever the task. Raises MoceError if no cluster takes it."""
-        histogram = self.model.cluster_sizes.long() * on_route(self.model.routes(), route)
+        taking = on_route(self.model.routes(), route)
+        sizes = self.model.cluster_sizes.long() * taking
+        histogram = sizes if sizes.any() else taking.long()  # no training image took it
         return self.choose(histogram, self.clusters.similarity, "route")
 
     def customize(
         self, images: object, strategy: str = "auto", **options: Any
     ) -> VisionTransformer:
-        """A timm VisionTransformer for the task, pooled to one feature per image, ready to fine-tune."""
+        """A timm VisionTransformer for the task, pooled to one feature per image, ready to fine-tune.
+
+        Its pretrained_cfg says how its images are made: `timm.data.resolve_model_data_config`.
+        """
         encoder = self.backbone(self.select(images, strategy, **options))
-        vit = self.encoder_spec.build(global_pool="avg", fc_norm=False)
-        vit.load_state_dict(encoder.state_dict())
-        return copy.deepcopy(vit).requires_grad_(True)
+        return pooled(encoder, self.encoder_spec)
 
 
 def load(run: str | Path) -> Bank:

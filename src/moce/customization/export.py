@@ -10,6 +10,7 @@ from timm.models import VisionTransformer, save_for_hf
 
 from moce.customization.selection import Choice, route_name
 from moce.errors import MoceError
+from moce.features import input_shape
 from moce.models.encoder import EncoderSpec
 
 MOST_CLUSTERS = 12  # on a card
@@ -21,18 +22,29 @@ def write_timm_folder(folder: Path, vit: VisionTransformer, spec: EncoderSpec, *
     Pooling: the mean of the patch tokens after the final norm, moce's own feature, unless `head`
     (num_classes, global_pool, fc_norm: model arguments of a ViT with a head) says otherwise.
     """
+    model = pooled(vit, spec, **head)
+    try:
+        save_for_hf(model, str(folder), safe_serialization=True)
+    except (OSError, SafetensorError) as error:
+        raise MoceError(f"cannot write {folder}: {error}") from None
+
+
+def pooled(vit: VisionTransformer, spec: EncoderSpec, **head: Any) -> VisionTransformer:
+    """A ViT of timm's with the weights of `vit`, its pooling and head, and how its images are made."""
     model = spec.build(**{"global_pool": "avg", "fc_norm": False, **head})
     model.load_state_dict(vit.state_dict())
-    preprocessing = {
+    cfg: Any = model.pretrained_cfg
+    kept = {k: v for k, v in cfg.items() if not k.startswith("test_")}
+    how = {
+        "pool_size": None,
+        "input_size": input_shape(model),
         "mean": spec.mean,
         "std": spec.std,
         "interpolation": "bicubic",
         "crop_pct": 1.0,
     }
-    try:
-        save_for_hf(model, str(folder), data_config=preprocessing, safe_serialization=True)
-    except (OSError, SafetensorError) as error:
-        raise MoceError(f"cannot write {folder}: {error}") from None
+    model.pretrained_cfg = {**kept, **how}  # type: ignore[assignment]
+    return model
 
 
 def facts_of(choice: Choice) -> list[str]:

@@ -157,8 +157,8 @@ def known_clusters(
         except MoceError:
             continue
         clusters = torch.tensor(list(known.values()))
-        sizes = clusters.bincount(minlength=len(bank.model.cluster_sizes))
-        if sizes.tolist() == bank.model.cluster_sizes.long().tolist():
+        sizes = clusters.bincount(minlength=bank.clusters.num_clusters)
+        if sizes.tolist() == bank.clusters.sizes.tolist():
             return list(known), clusters
     return assign_anew(bank, source, sample(source.ids, ASSIGNED_ANEW, 0))
 

@@ -1,4 +1,4 @@
-"""The two unlabelled stages: reconstruct (MAE, MAE+) and reconstruct with experts (MoCE)."""
+"""The stages without labels: reconstruct (MAE, MAE+), with experts (MoCE, SDR), by token (TokenMoE)."""
 
 from __future__ import annotations
 

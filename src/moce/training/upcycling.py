@@ -22,15 +22,23 @@ def blocks_of(settings: TrainSettings, mae: MAE) -> tuple[int, ...]:
     return check_blocks(settings.moe_blocks or default_blocks(depth), depth)
 
 
-def upcycle(
-    settings: TrainSettings, spec: MAESpec, mae: MAE, clusters: ClusterModel
-) -> tuple[MoCESpec, MoCE]:
-    """A mixture whose experts are copies of the FFNs of `mae`, which becomes part of it."""
+def check_experts(settings: TrainSettings, clusters: ClusterModel) -> None:
+    """Raise MoceError if there are more experts than clusters."""
     if settings.num_experts > clusters.num_clusters:
         raise MoceError(
             f"{settings.num_experts} experts need as many clusters, and there are "
             f"{clusters.num_clusters}"
         )
+
+
+def upcycle(
+    settings: TrainSettings, spec: MAESpec, mae: MAE, clusters: ClusterModel, sizes: Tensor
+) -> tuple[MoCESpec, MoCE]:
+    """A mixture whose experts are copies of the FFNs of `mae`, which becomes part of it.
+
+    sizes: [K] int64, the images of every cluster among those it is to be trained on.
+    """
+    check_experts(settings, clusters)
     moce_spec = MoCESpec(
         mae=spec,
         blocks=blocks_of(settings, mae),
@@ -46,7 +54,7 @@ def upcycle(
         moce_spec.blocks,
         [initial_gate(settings, clusters.centroids, n) for n in range(moce_spec.num_gates)],
         clusters.centroids,
-        clusters.sizes,
+        sizes,
         settings.gate_scale,
         settings.balance_scope,
         settings.expert_scope,

@@ -67,7 +67,7 @@ def open_contender(contender: Contender) -> Backbone | Bank:
 
 def candidate_routes(bank: Bank) -> list[Route]:
     """The routes with the most training images, at most MOST_ROUTES."""
-    return list(bank.routes)[:MOST_ROUTES]
+    return [route for route, images in bank.routes.items() if images][:MOST_ROUTES]
 
 
 def random_routes(bank: Bank, draws: int, seed: int, task: str) -> list[Route]:

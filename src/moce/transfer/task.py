@@ -14,6 +14,7 @@ from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
 
 TEST_SHARE = 0.2  # of images whose source names no split
+PARTS = ("train", "test")
 
 
 @dataclass
@@ -44,8 +45,9 @@ def load_task(
 ) -> Task:
     """The labelled images of a DATA argument. shape: (channels, h, w).
 
-    Without a train/test split in the source, a fifth of each class is the test set. Raises
-    MoceError if labels or one of the splits are missing.
+    Without a train/test split in the source, a fifth of each class is the test set, or of all images
+    if they have several classes. Validation images train, or are the test set if there is no other.
+    Raises MoceError if labels or one of the splits are missing.
     """
     entries = [entry for entry in open_source(data) if entry.label is not None]
     if not entries:
@@ -60,7 +62,7 @@ def load_task(
             channels=channels,
             max_skipped=max_skipped,
         )
-        for part in ("train", "test")
+        for part in PARTS
     )
     classes = sorted(_names(train.labels))
     if len(classes) < 2:
@@ -101,22 +103,30 @@ def _splits(entries: list[Entry]) -> list[str]:
     named = {entry.split for entry in entries}
     if named == {None}:
         return _split_by_class(entries)
-    missing = [split for split in ("train", "test") if split not in named]
+    becomes = {None: "train", "train": "train", "test": "test"}
+    becomes["val"] = "train" if "test" in named else "test"
+    splits = [becomes[entry.split] for entry in entries]
+    missing = [part for part in PARTS if part not in splits]
     if missing:
         raise MoceError(f"no {missing[0]} images: the folders train/ and test/ must both be there")
-    return [entry.split or "train" for entry in entries]
+    return splits
 
 
 def _split_by_class(entries: list[Entry]) -> list[str]:
-    """The last fifth of each class, in a fixed shuffled order, is the test set."""
+    """The last fifth of each class, in a fixed shuffled order, is the test set.
+
+    Images of several classes are divided without regard to them.
+    """
+    several = any(isinstance(entry.label, tuple) for entry in entries)
     splits = ["train"] * len(entries)
     order = np.random.default_rng(0).permutation(len(entries)).tolist()
     rows_of: dict[Label | None, list[int]] = {}
     for row in order:
-        rows_of.setdefault(entries[row].label, []).append(row)
+        rows_of.setdefault(None if several else entries[row].label, []).append(row)
     for label, rows in rows_of.items():
         if len(rows) < 2:
-            raise MoceError(f"class '{label}' has one image; give two or more, or a test/ folder")
+            kind = f"class '{label}'" if label is not None else "the task"
+            raise MoceError(f"{kind} has one image; give two or more, or a test/ folder")
         for row in rows[-max(1, round(TEST_SHARE * len(rows))) :]:
             splits[row] = "test"
     return splits

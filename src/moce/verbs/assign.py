@@ -9,10 +9,11 @@ from moce.clustering.model import ClusterModel
 from moce.config import HeadroomSettings, TrainSettings
 from moce.data.images import ImageSet
 from moce.errors import MoceError, intact
-from moce.features import feature_batches
+from moce.features import feature_batches, input_size
 from moce.loading import ASSIGNMENTS, read_assignments
 from moce.runs import CONFIG, read_config
 from moce.training.progress import say
+from moce.verbs.start import read_images
 
 
 def assign_images(
@@ -21,7 +22,10 @@ def assign_images(
     images: ImageSet,
     device: torch.device,
 ) -> Tensor:
-    """The cluster of every image, [n] int64: as it was clustered, or assigned if it was not there."""
+    """The cluster of every image, [n] int64: as it was clustered, or assigned if it was not there.
+
+    Images smaller than the clusters' encoder takes them are read again for that.
+    """
     assert settings.clusters is not None
     with intact(settings.clusters / CONFIG):
         origin = read_config(settings.clusters)["data"]
@@ -38,8 +42,20 @@ def assign_images(
     unseen = (cluster_of < 0).nonzero()[:, 0].tolist()
     if unseen:
         say(f"{len(unseen)} images were not clustered before; assigning them")
-        cluster_of[unseen] = assign(images.subset(unseen), clusters, device, settings.precision)
+        new = _large_enough(settings, clusters, images.subset(unseen))
+        cluster_of[unseen] = assign(new, clusters, device, settings.precision)
     return cluster_of
+
+
+def _large_enough(
+    settings: TrainSettings | HeadroomSettings, clusters: ClusterModel, images: ImageSet
+) -> ImageSet:
+    height, width = input_size(clusters.encoder)
+    if images.pixels.shape[2] >= height and images.pixels.shape[3] >= width:
+        return images
+    again = read_images(settings, settings.data, clusters.encoder)
+    row_of = {name: row for row, name in enumerate(again.ids)}
+    return again.subset([row_of[name] for name in images.ids])
 
 
 def assign(

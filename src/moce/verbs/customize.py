@@ -66,11 +66,11 @@ def run(settings: CustomizeSettings) -> CustomizeResult:
 
 def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple[str, str]]]:
     """The choice, and the images that could not be read."""
-    shape = bank.input_shape
     if settings.strategy == "probe":
-        task = load_task(settings.images, shape, max_skipped=settings.max_skipped)
+        task = load_task(settings.images, bank.task_shape, max_skipped=settings.max_skipped)
         chosen = choose_by_probe(bank, task.train, task.train_labels, len(task.classes))
         return chosen, task.skipped
+    shape = bank.input_shape
     images = load_images(
         settings.images, shape[1:], channels=shape[0], max_skipped=settings.max_skipped
     )

@@ -135,8 +135,7 @@ class _Work:
         benches: dict[str, Bench] = {}
         for contender, protocol in self._missing(plan):
             opened = self.opened[contender]
-            vit = opened.clusters.encoder if isinstance(opened, Bank) else opened.vit
-            shape = input_shape(vit)
+            shape = opened.task_shape if isinstance(opened, Bank) else input_shape(opened.vit)
             if task is None or shape != tuple(task.train.pixels.shape[1:]):
                 task = load_task(plan.data, shape, max_skipped=self.settings.max_skipped)
                 benches = {}

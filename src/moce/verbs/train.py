@@ -20,10 +20,10 @@ from moce.loading import load_clusters
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.runs import last_metrics, write_model
-from moce.training.loop import Stage, fit
+from moce.training.loop import Stage, fit, total_steps
 from moce.training.progress import say
 from moce.training.stages import mae_stage, moce_stage, token_moe_stage
-from moce.training.upcycling import upcycle, upcycle_by_token
+from moce.training.upcycling import check_experts, upcycle, upcycle_by_token
 from moce.verbs.assign import assign, assign_images
 from moce.verbs.pretrain import save_mae
 from moce.verbs.start import begin, read_images, settle
@@ -91,8 +91,10 @@ class _Job:
 def _train_experts(job: _Job) -> TrainResult:
     """MoCE, and SDR: the same with gates that stay as they start."""
     clusters = job.clusters()
-    spec, moce = upcycle(job.settings, job.spec, job.mae, clusters)
+    check_experts(job.settings, clusters)
     cluster_of = assign_images(job.settings, clusters, job.images, job.device)
+    sizes = cluster_of.bincount(minlength=clusters.num_clusters)
+    spec, moce = upcycle(job.settings, job.spec, job.mae, clusters, sizes)
     job.fit(moce_stage(moce, job.spec.encoder, job.images, cluster_of, job.settings))
     return _save_experts(job, spec, moce, clusters)
 
@@ -115,11 +117,15 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     histogram = assign(task, clusters, job.device, job.settings.precision).bincount(
         minlength=clusters.num_clusters
     )
-    chosen = clusters_of_task(histogram, clusters.sizes, job.settings.task_share)
+    sizes = cluster_of.bincount(minlength=clusters.num_clusters)
+    chosen = clusters_of_task(histogram, sizes, job.settings.task_share)
     rows = chosen[cluster_of].nonzero()[:, 0].tolist()
     if not rows:
         raise MoceError(f"none of the images is of a cluster of {job.settings.task}")
     say(f"{len(rows)} of {len(job.images)} images are of the task's {int(chosen.sum())} clusters")
+    # As many steps as MAE+ makes on all images, not as few as an epoch of these takes.
+    steps = total_steps(job.settings, len(job.images))
+    job.settings = job.settings.model_copy(update={"steps": steps})
     job.images = job.images.subset(rows)
     return _continue_mae(job)
 

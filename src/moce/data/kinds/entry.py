@@ -13,7 +13,7 @@ from moce.data.decode import Raster, open_encoded
 from moce.data.torchvision_sets import Label
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-SPLITS = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
+SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
 
 @dataclass(frozen=True)

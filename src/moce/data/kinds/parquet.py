@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from moce.data.decode import Raster, open_encoded
 from moce.data.kinds.entry import SPLITS, Entry
+from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
 
 DEMO_PREFIX = "demo:"
@@ -29,7 +30,10 @@ def read_parquet(path: Path) -> pyarrow.Table:
 
 
 def parquet_entries(table: pyarrow.Table, name: str) -> list[Entry]:
-    """Rows with encoded images in column image (bytes, or a struct with bytes); id, label, split optional."""
+    """Rows with encoded images in column image (bytes, or a struct with bytes); id, label, split optional.
+
+    A label that is a list is of an image with any number of classes.
+    """
     if table.num_rows == 0:
         raise MoceError(f"no images in {name}")
     images = table.column("image")
@@ -37,9 +41,9 @@ def parquet_entries(table: pyarrow.Table, name: str) -> list[Entry]:
         images = pyarrow.compute.struct_field(images, "bytes")
     if not pyarrow.types.is_binary(images.type) and not pyarrow.types.is_large_binary(images.type):
         raise MoceError(f"column 'image' of {name} holds {images.type}, not encoded images")
-    ids = _strings(table, "id") or [str(row) for row in range(table.num_rows)]
-    labels = _strings(table, "label") or [None] * table.num_rows
-    splits = _strings(table, "split") or [None] * table.num_rows
+    ids = _strings(table, "id", name) or [str(row) for row in range(table.num_rows)]
+    labels = _labels(table, name) or [None] * table.num_rows
+    splits = _strings(table, "split", name) or [None] * table.num_rows
 
     def entry(row: int) -> Entry:
         split = SPLITS.get(splits[row] or "")
@@ -54,10 +58,21 @@ def _decode(content: bytes | None) -> Raster:
     return open_encoded(content)
 
 
-def _strings(table: pyarrow.Table, column: str) -> Sequence[str | None]:
+def _labels(table: pyarrow.Table, name: str) -> Sequence[Label | None]:
+    if "label" in table.column_names and pyarrow.types.is_list(table.column("label").type):
+        several = table.column("label").to_pylist()
+        return [None if each is None else tuple(sorted({*map(str, each)})) for each in several]
+    return _strings(table, "label", name)
+
+
+def _strings(table: pyarrow.Table, column: str, name: str) -> Sequence[str | None]:
     if column not in table.column_names:
         return []
-    return table.column(column).cast(pyarrow.string()).to_pylist()
+    try:
+        return table.column(column).cast(pyarrow.string()).to_pylist()
+    except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowInvalid):
+        kind = table.column(column).type
+        raise MoceError(f"column '{column}' of {name} holds {kind}, not text or numbers") from None
 
 
 def demo_table() -> pyarrow.Table:
