@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moce.verbs.customize import CustomizeResult
     from moce.verbs.demo import DemoResult
     from moce.verbs.doctor import DoctorResult
+    from moce.verbs.embed import EmbedResult
     from moce.verbs.evaluate import EvaluateResult
     from moce.verbs.export import ExportResult
     from moce.verbs.finetune import FinetuneResult
@@ -46,6 +47,7 @@ __all__ = [
     "customize",
     "demo",
     "doctor",
+    "embed",
     "evaluate",
     "export",
     "finetune",
@@ -97,6 +99,11 @@ def export(run: str | Path, **settings: Any) -> ExportResult:
 def convert(weights: str | Path, **settings: Any) -> ConvertResult:
     """Convert weights to safetensors; settings: moce.config.ConvertSettings."""
     return _call("convert", weights=weights, **settings)
+
+
+def embed(backbone: str | Path, data: Data, **settings: Any) -> EmbedResult:
+    """Write one feature per image; settings: moce.config.EmbedSettings."""
+    return _call("embed", backbone=str(backbone), data=data, **settings)
 
 
 def finetune(backbone: str | Path, data: Data, **settings: Any) -> FinetuneResult:

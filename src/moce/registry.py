@@ -94,6 +94,12 @@ VERBS = {
             "moce convert mae_pretrain_vit_base.pth --out mae_base.safetensors",
         ),
         Verb(
+            "embed",
+            config.EmbedSettings,
+            ("backbone", "data"),
+            "moce embed backbones/birds birds/ --out birds.parquet",
+        ),
+        Verb(
             "finetune",
             config.FinetuneSettings,
             ("backbone", "data"),

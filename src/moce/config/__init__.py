@@ -44,6 +44,7 @@ from moce.config.tools import (
     ReportSettings,
 )
 from moce.config.transfer import (
+    EmbedSettings,
     EvaluateSettings,
     FinetuneSettings,
     ProbeSettings,
@@ -60,6 +61,7 @@ __all__ = [
     "DataSettings",
     "DemoSettings",
     "DoctorSettings",
+    "EmbedSettings",
     "EvaluateSettings",
     "ExportSettings",
     "FileSettings",

@@ -1,4 +1,4 @@
-"""Settings of the verbs on labelled tasks: probe, finetune and evaluate."""
+"""Settings of the verbs on backbones and labelled tasks: embed, probe, finetune and evaluate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from moce.config.base import (
+    IMAGES,
     LABELLED,
     Count,
     Data,
@@ -25,6 +26,21 @@ from moce.config.base import (
     RunSettings,
     TrainingSettings,
 )
+
+
+class EmbedSettings(DataSettings):
+    """Write one feature per image to a parquet file: columns id, label, split, embedding."""
+
+    backbone: str = Field(
+        description="customised folder, MAE run folder, timm name (nothing fine-tuned)"
+    )
+    data: Data = Field(description=IMAGES)
+    out: Folder = Field(description="file to write, FILE.parquet")
+    pooling: Pooling = Field(
+        "mean", description="feature: mean of patch tokens, or cls, the class token"
+    )
+    batch_size: Count = Field(256, description="images per forward pass")
+    overwrite: bool = Field(False, description="replace the output file")
 
 
 class ProbeSettings(DataSettings):

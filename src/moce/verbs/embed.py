@@ -1,0 +1,106 @@
+"""moce embed: one feature per image, to a parquet file, for search, clustering or any classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+from torch import Tensor
+
+from moce.config import EmbedSettings
+from moce.data.images import ImageSet, load_images
+from moce.data.sources import paths_of
+from moce.errors import MoceError
+from moce.features import feature_batches, feature_width, input_channels, input_size
+from moce.hardware import prepare
+from moce.loading import load_backbone
+from moce.runs import atomic, make_folder
+from moce.training.progress import say
+
+SUFFIX = ".parquet"
+
+
+@dataclass
+class EmbedResult:
+    """file: written, a row per image; images: how many; width: of a feature; skipped: (id, reason)."""
+
+    file: Path
+    images: int
+    width: int
+    skipped: list[tuple[str, str]]
+
+    def summary(self) -> str:
+        skipped = f", {len(self.skipped)} unreadable ones skipped" if self.skipped else ""
+        return f"{self.images} images{skipped}, {self.width} numbers each: {self.file}"
+
+
+def run(settings: EmbedSettings) -> EmbedResult:
+    _check(settings)
+    device, precision = prepare(settings)
+    backbone = load_backbone(settings.backbone)
+    vit = backbone.vit
+    images = load_images(
+        settings.data,
+        input_size(vit),
+        settings.out.with_name(f".{settings.out.name}.pixels"),
+        channels=input_channels(vit),
+        max_skipped=settings.max_skipped,
+    )
+    for name, reason in images.skipped:
+        say(f"skipped {name}: {reason}")
+    batches = feature_batches(
+        vit,
+        backbone.spec,
+        images,
+        device=device,
+        precision=precision,
+        pooling=settings.pooling,
+        batch_size=settings.batch_size,
+    )
+    width = feature_width(vit, settings.pooling)
+    make_folder(settings.out.parent)
+    _write(settings.out, images, batches, width)
+    return EmbedResult(settings.out, len(images), width, images.skipped)
+
+
+def _check(settings: EmbedSettings) -> None:
+    """Raise MoceError if the file cannot be written, before anything is computed."""
+    out = settings.out
+    if out.suffix != SUFFIX:
+        raise MoceError(f"--out is a file that ends in {SUFFIX}, not {out.name}")
+    if out.resolve() in {path.resolve() for path in paths_of(settings.data)}:
+        raise MoceError(f"{out} is the input; choose another file")
+    if out.is_dir():
+        raise MoceError(f"{out} is a folder; give a file to write")
+    if out.exists() and not settings.overwrite:
+        raise MoceError(f"{out} exists; add --overwrite to replace it, or choose another file")
+
+
+def _write(out: Path, images: ImageSet, batches: Iterator[Tensor], width: int) -> None:
+    """A row group per batch: no more than one is in memory."""
+    several = any(isinstance(label, tuple) for label in images.labels)
+    text = pyarrow.string()
+    schema = pyarrow.schema(
+        {
+            "id": text,
+            "label": pyarrow.list_(text) if several else text,
+            "split": text,
+            "embedding": pyarrow.list_(pyarrow.float32(), width),
+        }
+    )
+    done = 0
+    with atomic(out) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+        for batch in batches:
+            rows = slice(done, done + len(batch))
+            done = rows.stop
+            numbers = pyarrow.array(batch.numpy().reshape(-1))
+            columns = [
+                images.ids[rows],
+                images.labels[rows],
+                images.splits[rows],
+                pyarrow.FixedSizeListArray.from_arrays(numbers, width),
+            ]
+            writer.write_table(pyarrow.table(columns, schema=schema))
