@@ -37,9 +37,9 @@ def parquet_entries(table: pyarrow.Table, name: str) -> list[Entry]:
         images = pyarrow.compute.struct_field(images, "bytes")
     if not pyarrow.types.is_binary(images.type) and not pyarrow.types.is_large_binary(images.type):
         raise MoceError(f"column 'image' of {name} holds {images.type}, not encoded images")
-    ids = _strings(table, "id") or [str(row) for row in range(table.num_rows)]
-    labels = _strings(table, "label") or [None] * table.num_rows
-    splits = _strings(table, "split") or [None] * table.num_rows
+    ids = _strings(table, "id", name) or [str(row) for row in range(table.num_rows)]
+    labels = _strings(table, "label", name) or [None] * table.num_rows
+    splits = _strings(table, "split", name) or [None] * table.num_rows
 
     def entry(row: int) -> Entry:
         split = SPLITS.get(splits[row] or "")
@@ -54,10 +54,14 @@ def _decode(content: bytes | None) -> Raster:
     return open_encoded(content)
 
 
-def _strings(table: pyarrow.Table, column: str) -> Sequence[str | None]:
+def _strings(table: pyarrow.Table, column: str, name: str) -> Sequence[str | None]:
     if column not in table.column_names:
         return []
-    return table.column(column).cast(pyarrow.string()).to_pylist()
+    values = table.column(column)
+    try:
+        return values.cast(pyarrow.string()).to_pylist()
+    except (pyarrow.ArrowInvalid, NotImplementedError):  # lists, structs; bytes that are no text
+        raise MoceError(f"column '{column}' of {name} holds {values.type}, not text") from None
 
 
 def demo_table() -> pyarrow.Table:
