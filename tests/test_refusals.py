@@ -35,6 +35,10 @@ SETTINGS: dict[str, Case] = {
     "huge batch": (lambda w: w.pretrain(None, "--batch-size", "9" * 20), "batch_size"),
     "negative epochs": (lambda w: w.pretrain(None, "--epochs", -1), "epochs"),
     "infinite rate": (lambda w: w.pretrain(None, "--base-lr", "inf"), "base_lr"),
+    "a rate beyond all floats": (lambda w: w.probe("--base-lr", "1e300"), "base_lr"),
+    "epochs beyond all floats": (lambda w: w.probe("--epochs", "1e308"), "epochs"),
+    "an entropy weight of next to nothing": (
+        lambda w: w.cluster("--epsilon", "1e-45"), "epsilon"),
     "zero image size": (lambda w: w.pretrain(None, "--img-size", 0), "img_size"),
     "image size between patches": (
         lambda w: w.pretrain(None, "--img-size", 30), "image size 30x30 is no multiple of the patch"),
