@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,18 @@ RECIPES: dict[str, tuple[str, str]] = {
     "several mistakes": ("epoch: 3\nbatch_size: none\nmask_ratio: 7\nmodel: 5", "'mask_ratio'"),
     "numbers for names": ("1: 2", "'1'"),
     "a secret object": ("model: !!python/object/apply:os.system [ls]", "YAML"),
+    "twice the same": ("epochs: 1\nepochs: 2", "'epochs' is given twice"),
+    "a date of no month": ("seed: 2020-99-99", "YAML"),
+    "a number that is none": ("seed: !!int x", "YAML"),
+    "an answer that is none": ("hflip: !!bool x", "YAML"),
+    "a number of thousands of digits": (f"seed: {'9' * 5000}", "YAML"),
+    "nested without end": ("[" * 5000, "nested too deeply"),
+    "a value that grows": (
+        "model_args:\n  a: &a [x, x]\n"
+        + "".join(f"  {b}: &{b} [{f'*{a}, ' * 9}]\n" for a, b in pairwise("abcdefghijkl"))
+        + "seed: *l",
+        "'seed'",
+    ),
     "nested": ("model_args: [1, 2]", "model_args"),
 }
 SUITES: dict[str, tuple[dict, str]] = {
