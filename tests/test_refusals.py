@@ -55,6 +55,8 @@ SETTINGS: dict[str, Case] = {
         lambda w: w.pretrain(None, "--model-args", "{num_classes: 10}"), "num_classes"),
     "model without blocks": (
         lambda w: w.pretrain(None, "--model-args", "{depth: 0}"), "at least one block"),
+    "model that drops more than all": (
+        lambda w: w.pretrain(None, "--model-args", "{drop_path_rate: 5}"), "drop_path_rate"),
     "model without patches": (
         lambda w: w.pretrain(None, "--model-args", "{patch_size: 0}"), "timm cannot build"),
     "wrong model arguments": (
@@ -331,3 +333,10 @@ def test_model_args_of_two_channels_name_them(runs, tmp_path: Path, capsys) -> N
     args = json.dumps({**TINY_ARGS, "in_chans": 2})
     case: Case = (lambda w: w.pretrain(None, "--model-args", args), "2 channels")
     refuse(case, runs, tmp_path, capsys)
+
+
+def test_a_closed_stdout_is_no_defect(runs, tmp_path: Path) -> None:
+    command = f"'{sys.executable}' -m moce convert '{runs.mae}' --out a.safetensors >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert (tmp_path / "a.safetensors").is_file()

@@ -253,7 +253,9 @@ def _print_result(result: Any, *, as_json: bool) -> None:
 
 
 def _write(text: str) -> None:
-    """Print to stdout, whose encoding may have no room for names, or for ±."""
+    """Print to stdout, whose encoding may have no room for names, or for ±; if it is closed, nowhere."""
+    if sys.stdout is None:
+        return
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 

@@ -77,7 +77,7 @@ def _describe(mistake: Any, known: list[str]) -> str:
 def read_recipe(path: Path) -> dict[str, Any]:
     """Read a YAML recipe. Raises MoceError if it is missing or no mapping of settings."""
     try:
-        content = read_yaml(path.read_text())
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoceError(f"cannot read recipe {path}: {error.strerror}") from None
     except ValueError as error:
