@@ -247,6 +247,16 @@ def test_what_is_whole_of_a_broken_archive_is_read(tmp_path: Path) -> None:
         open_source(str(tmp_path / "z.tar"))
 
 
+def test_images_behind_a_damaged_header_of_an_archive_are_told(tmp_path: Path) -> None:
+    """tarfile takes it for the end."""
+    path = tar(tmp_path / "a.tar", {f"{n}.png": png(COLOURS[0]) for n in range(3)})
+    whole = path.read_bytes()
+    for content in (whole[:1024] + b"x" * 100 + whole[1124:], whole[:1124], whole[:1024]):
+        path.write_bytes(content)
+        images = load_images(str(path), SIZE)
+        assert images.ids == ["a/0.png"] and "broken" in images.skipped[0][1]
+
+
 # --- Hugging Face ---------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,10 @@ SETTINGS: dict[str, Case] = {
     "huge batch": (lambda w: w.pretrain(None, "--batch-size", "9" * 20), "batch_size"),
     "negative epochs": (lambda w: w.pretrain(None, "--epochs", -1), "epochs"),
     "infinite rate": (lambda w: w.pretrain(None, "--base-lr", "inf"), "base_lr"),
+    "a rate beyond all floats": (lambda w: w.probe("--base-lr", "1e300"), "base_lr"),
+    "epochs beyond all floats": (lambda w: w.probe("--epochs", "1e308"), "epochs"),
+    "an entropy weight of next to nothing": (
+        lambda w: w.cluster("--epsilon", "1e-45"), "epsilon"),
     "zero image size": (lambda w: w.pretrain(None, "--img-size", 0), "img_size"),
     "image size between patches": (
         lambda w: w.pretrain(None, "--img-size", 30), "image size 30x30 is no multiple of the patch"),
@@ -50,6 +55,8 @@ SETTINGS: dict[str, Case] = {
         lambda w: w.pretrain(None, "--model-args", "{num_classes: 10}"), "num_classes"),
     "model without blocks": (
         lambda w: w.pretrain(None, "--model-args", "{depth: 0}"), "at least one block"),
+    "model that drops more than all": (
+        lambda w: w.pretrain(None, "--model-args", "{drop_path_rate: 5}"), "drop_path_rate"),
     "model without patches": (
         lambda w: w.pretrain(None, "--model-args", "{patch_size: 0}"), "timm cannot build"),
     "wrong model arguments": (
@@ -224,6 +231,18 @@ RECIPES: dict[str, tuple[str, str]] = {
     "several mistakes": ("epoch: 3\nbatch_size: none\nmask_ratio: 7\nmodel: 5", "'mask_ratio'"),
     "numbers for names": ("1: 2", "'1'"),
     "a secret object": ("model: !!python/object/apply:os.system [ls]", "YAML"),
+    "twice the same": ("epochs: 1\nepochs: 2", "'epochs' is given twice"),
+    "a date of no month": ("seed: 2020-99-99", "YAML"),
+    "a number that is none": ("seed: !!int x", "YAML"),
+    "an answer that is none": ("hflip: !!bool x", "YAML"),
+    "a number of thousands of digits": (f"seed: {'9' * 5000}", "YAML"),
+    "nested without end": ("[" * 5000, "nested too deeply"),
+    "a value that grows": (
+        "model_args:\n  a: &a [x, x]\n"
+        + "".join(f"  {b}: &{b} [{f'*{a}, ' * 9}]\n" for a, b in pairwise("abcdefghijkl"))
+        + "seed: *l",
+        "'seed'",
+    ),
     "nested": ("model_args: [1, 2]", "model_args"),
 }
 SUITES: dict[str, tuple[dict, str]] = {
@@ -314,3 +333,10 @@ def test_model_args_of_two_channels_name_them(runs, tmp_path: Path, capsys) -> N
     args = json.dumps({**TINY_ARGS, "in_chans": 2})
     case: Case = (lambda w: w.pretrain(None, "--model-args", args), "2 channels")
     refuse(case, runs, tmp_path, capsys)
+
+
+def test_a_closed_stdout_is_no_defect(runs, tmp_path: Path) -> None:
+    command = f"'{sys.executable}' -m moce convert '{runs.mae}' --out a.safetensors >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert (tmp_path / "a.safetensors").is_file()

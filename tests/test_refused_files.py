@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import pickle
 import struct
 import tarfile
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -254,6 +256,11 @@ IMAGES: dict[str, Case] = {
     "a parquet file that is none": (lambda w: w.pretrain(w.file("a.parquet", "x")), "a.parquet"),
     "a parquet file without images": (
         lambda w: w.pretrain(w.file("a.parquet", parquet(x=[1]))), "no column 'image'"),
+    "a parquet file of structs for labels": (
+        lambda w: w.pretrain(w.file("a.parquet", parquet(image=[b"x"], label=[{"a": 1}]))),
+        "column 'label'"),
+    "a parquet file of names that are no text": (
+        lambda w: w.pretrain(w.file("a.parquet", parquet(image=[b"x"], id=[b"\xff"]))), "column 'id'"),
     "an array that is none": (lambda w: w.pretrain(w.file("a.npy", "x")), "a.npy"),
     "arrays of unclear names": (
         lambda w: w.pretrain(npz(w, one=noise(4, 8, 8), two=noise(4, 8, 8))), "arrays: one, two"),
@@ -270,6 +277,12 @@ IMAGES: dict[str, Case] = {
     "an archive that is none": (lambda w: w.pretrain(w.file("a.tar", "x")), "a.tar"),
     "an archive that leads out": (
         lambda w: w.pretrain(tar(w, **{"../a.png": b"x", "/tmp/b.png": b"x"})), "leads out"),
+    "an archive that is a pipe": (lambda w: w.pretrain(pipe(w, "a.tar")), "a.tar is no file"),
+    "an archive that claims a terabyte": (
+        lambda w: w.pretrain(w.file("a.tar", _huge_member())), "ends within the image"),
+    "shards of unending numbers": (
+        lambda w: w.pretrain(f"a-{{0..{'9' * 5000}}}.tar"), "no such images"),
+    "a file in the place of an array": (lambda w: w.pretrain(_zip(w)), "images is no array"),
     "no such shard": (lambda w: w.pretrain(w.folder / "a-{0..3}.tar"), "a-0.tar"),
     "a billion shards": (lambda w: w.pretrain("a-{0..999999999}.tar"), "stands for more than"),
     "a list of nothing": (lambda w: w.pretrain(f"@{w.file('l.txt', '')}"), "names no images"),
@@ -298,6 +311,23 @@ IMAGES: dict[str, Case] = {
     "images to pack that are none": (
         lambda w: w.pack(data=w.file("d/a.png", "x").parent), "no readable image"),
 }  # fmt: skip
+
+
+def pipe(w: World, name: str) -> Path:
+    os.mkfifo(w.folder / name)
+    return w.folder / name
+
+
+def _huge_member() -> bytes:
+    info = tarfile.TarInfo("a.png")
+    info.size = 2**40
+    return info.tobuf() + bytes(1024)
+
+
+def _zip(w: World) -> Path:
+    with zipfile.ZipFile(w.folder / "a.npz", "w") as archive:
+        archive.writestr("images.npy", b"junk")
+    return w.folder / "a.npz"
 
 
 def _pickled_array() -> bytes:

@@ -13,14 +13,13 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic.fields import FieldInfo
 
 from moce import __version__
 from moce.config import Settings
 from moce.errors import MoceError, signal_of
 from moce.launch import ALONE, first_to_fail, launch, leave, speaks
-from moce.parsing import read_recipe
+from moce.parsing import read_recipe, read_yaml
 from moce.registry import VERBS, Verb
 from moce.signals import terminable
 
@@ -231,9 +230,9 @@ def _read(name: str, field: FieldInfo, value: Any) -> Any:
         return value
     if _holds(field, dict):
         try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise MoceError(f"{_flag(name)} is not valid YAML: {value}") from None
+            return read_yaml(value)
+        except ValueError:
+            raise MoceError(f"{_flag(name)} is not valid YAML: {value[:200]}") from None
     if _holds(field, tuple):
         return [part for part in value.split(",") if part]
     return value
@@ -254,7 +253,9 @@ def _print_result(result: Any, *, as_json: bool) -> None:
 
 
 def _write(text: str) -> None:
-    """Print to stdout, whose encoding may have no room for names, or for ±."""
+    """Print to stdout, whose encoding may have no room for names, or for ±; if it is closed, nowhere."""
+    if sys.stdout is None:
+        return
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 

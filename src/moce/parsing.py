@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -13,6 +14,8 @@ from moce.config import Settings
 from moce.errors import MoceError
 
 S = TypeVar("S", bound=Settings)
+_shown = reprlib.Repr()  # YAML can say in a few lines what no screen has room for
+_shown.maxstring = _shown.maxother = 200
 
 
 def parse(kind: type[S], values: dict[str, Any]) -> S:
@@ -68,18 +71,41 @@ def _describe(mistake: Any, known: list[str]) -> str:
         return f"unknown setting '{name}'" + (f" (did you mean '{near[0]}'?)" if near else "")
     if mistake["type"] == "missing":
         return f"setting '{name}' is missing"
-    return f"setting '{name}': {mistake['msg'].lower()} (got {mistake['input']!r})"
+    return f"setting '{name}': {mistake['msg'].lower()} (got {_shown.repr(mistake['input'])})"
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Read a YAML recipe. Raises MoceError if it is missing or no mapping of settings."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoceError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).replace("\n", " ")
-        raise MoceError(f"recipe {path} is not valid YAML: {reason}") from None
+    except ValueError as error:
+        raise MoceError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise MoceError(f"recipe {path} must hold 'setting: value' lines")
     return content
+
+
+def read_yaml(text: str) -> Any:
+    """What YAML says, of plain values only. Raises ValueError, its message in one line, if it is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # values of !!int and others, too
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is given twice, of which YAML's own takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key.value}' is given twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)

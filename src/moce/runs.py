@@ -31,6 +31,7 @@ from moce.claims import claim
 from moce.config import EvaluateSettings, Settings, expand
 from moce.data.sources import paths_of
 from moce.errors import MoceError
+from moce.parsing import read_yaml
 from moce.processes import is_main, of_main, wait_for_all
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
@@ -286,10 +287,9 @@ def write_config(folder: Path, settings: Settings) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings a run was started with. Raises MoceError if they are missing or damaged."""
     try:
-        content = yaml.safe_load((folder / CONFIG).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise MoceError(f"cannot read {folder / CONFIG}: {reason}") from None
+        content = read_yaml((folder / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise MoceError(f"cannot read {folder / CONFIG}: {error}") from None
     if not isinstance(content, dict):
         raise MoceError(f"{folder / CONFIG} is damaged: it holds no settings")
     return content

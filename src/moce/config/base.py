@@ -23,8 +23,9 @@ def _possible(path: Path) -> Path:
 Folder = Annotated[Path, AfterValidator(_possible)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+MOST = 1e9  # of numbers without a limit of their own: products of such are still finite floats
+Positive = Annotated[float, Field(gt=0, le=MOST)]
+NonNegative = Annotated[float, Field(ge=0, le=MOST)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Index = Annotated[int, Field(ge=0, le=2**62)]
 Threads = Annotated[int, Field(ge=1, le=1024)]

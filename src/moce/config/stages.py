@@ -114,7 +114,9 @@ class ClusterSettings(RunSettings, MAESettings):
         description="image feature: mean of patch tokens, cls, the class token, or pixels, the mean "
         "colours of a 16 x 16 grid",
     )
-    epsilon: Positive = Field(0.01, description="entropy weight of the balanced assignment")
+    epsilon: Positive = Field(
+        0.01, ge=1e-30, description="entropy weight of the balanced assignment"
+    )
     update: CentroidUpdate = Field(
         "hard", description="centroids: mean of assigned images (hard) or Q-weighted mean (soft)"
     )

@@ -90,6 +90,8 @@ def check_plain(vit: nn.Module, name: str) -> VisionTransformer:
         raise MoceError(f"{name}: patch_drop_rate is not supported, masking drops patches itself")
     if not blocks or any(block.attn.num_heads < 1 for block in blocks):
         raise MoceError(f"{name} needs at least one block and one attention head")
+    if any(not 0 <= getattr(block.drop_path1, "drop_prob", 0.0) < 1 for block in blocks):
+        raise MoceError(f"{name}: drop_path_rate has to be at least 0 and below 1")
     if vit.pos_embed is None:
         raise MoceError(f"{name} has no absolute position embedding, which masking needs")
     if vit.dynamic_img_size:

@@ -50,6 +50,8 @@ def _image_array(arrays: Mapping[str, np.ndarray], name: str) -> str:
 
 def _part(arrays: Mapping[str, np.ndarray], key: str, part: str, name: str) -> list[Entry]:
     images = arrays[key]
+    if not isinstance(images, np.ndarray):  # any file may lie in a zip
+        raise MoceError(f"cannot read {name}: {key} is no array")
     if images.ndim not in (3, 4):
         raise MoceError(
             f"{name}: images must be [n, h, w] or [n, h, w, c], not {list(images.shape)}"

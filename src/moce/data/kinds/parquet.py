@@ -68,11 +68,11 @@ def _labels(table: pyarrow.Table, name: str) -> Sequence[Label | None]:
 def _strings(table: pyarrow.Table, column: str, name: str) -> Sequence[str | None]:
     if column not in table.column_names:
         return []
+    values = table.column(column)
     try:
-        return table.column(column).cast(pyarrow.string()).to_pylist()
-    except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowInvalid):
-        kind = table.column(column).type
-        raise MoceError(f"column '{column}' of {name} holds {kind}, not text or numbers") from None
+        return values.cast(pyarrow.string()).to_pylist()
+    except (pyarrow.ArrowInvalid, NotImplementedError):  # lists, structs; bytes that are no text
+        raise MoceError(f"column '{column}' of {name} holds {values.type}, not text") from None
 
 
 def demo_table() -> pyarrow.Table:

@@ -14,7 +14,7 @@ from moce.data.decode import Raster, open_encoded
 from moce.data.kinds.entry import Entry, as_text, from_path, is_image_name, refused
 from moce.errors import MoceError
 
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 MOST_LABEL_BYTES = 1024
 MOST_SHARDS = 10**6
@@ -99,10 +99,14 @@ def _read_shard(path: Path, name: str) -> Iterator[Entry]:
 
 def _index(path: Path) -> tuple[list[tarfile.TarInfo], str]:
     """All members that can be found, and what went wrong then, if anything."""
+    if not path.is_file():  # a pipe would be waited for
+        raise MoceError(f"{path} is no file")
     members: list[tarfile.TarInfo] = []
     try:
         with tarfile.open(path, "r:") as archive:
             members.extend(archive)  # what is found before an error is kept
+            if not _ends(path, archive.offset):  # tarfile stops at a damaged header without a word
+                return members, "neither an image nor the archive's end"
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         if path.open("rb").read(2) == b"\x1f\x8b":
             raise MoceError(
@@ -110,6 +114,13 @@ def _index(path: Path) -> tuple[list[tarfile.TarInfo], str]:
             ) from None
         return members, str(error).splitlines()[0] if str(error) else type(error).__name__
     return members, ""
+
+
+def _ends(path: Path, offset: int) -> bool:
+    """Whether an archive's end mark, a block of zeros, is at `offset`."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _key(name: str) -> str:
@@ -134,9 +145,8 @@ def _open_member(path: Path, member: tarfile.TarInfo) -> Raster:
 
 
 def _read_member(path: Path, member: tarfile.TarInfo) -> bytes:
+    if path.stat().st_size < member.offset_data + member.size:
+        raise EOFError("the archive ends within the image")
     with path.open("rb") as file:
         file.seek(member.offset_data)
-        content = file.read(member.size)
-    if len(content) < member.size:
-        raise EOFError("the archive ends within the image")
-    return content
+        return file.read(member.size)
