@@ -25,6 +25,7 @@ from moce.data.sources import Part, open_parts, open_source
 from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
 from moce.launch import launch
+from moce.machine import free_memory, worker_threads
 from moce.processes import is_local_main, of_local_main, wait_for_all, world
 
 MEMORY_SHARE = 0.4  # of the free memory, beyond which pixels are kept in a file
@@ -131,7 +132,7 @@ class _Decoding:
 
     def _decode(self, pixels: np.ndarray) -> dict[int, str]:
         rows = range(len(self.entries))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(worker_threads()) as pool:
             try:
                 told = pool.map(lambda row: decode_into(pixels, row, self.entries[row]), rows)
                 return {row: reason for row, reason in enumerate(told) if reason is not None}
@@ -197,7 +198,7 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageS
             f"{packed.path} holds images of {height}x{width}, smaller than the {size[0]}x{size[1]} "
             f"that are needed; pack them again with --size {size[0]}x{size[1]} or more"
         )
-    in_memory = world() == 1 and packed.num_bytes <= MEMORY_SHARE * _free_memory()
+    in_memory = world() == 1 and packed.num_bytes <= MEMORY_SHARE * free_memory()
     return ImageSet(
         packed.tensor(in_memory=in_memory),
         packed.ids,
@@ -210,7 +211,7 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageS
 
 def _allocate(shape: tuple[int, ...], store: Path | None) -> np.ndarray:
     needed = int(np.prod(shape))
-    if needed <= MEMORY_SHARE * _free_memory():
+    if needed <= MEMORY_SHARE * free_memory():
         return np.empty(shape, np.uint8)
     if store is None:
         gigabytes = needed / 1e9
@@ -244,14 +245,6 @@ def _take_room(file: BinaryIO, needed: int, store: Path) -> None:
         raise MoceError(
             f"no room for {needed / 1e9:.1f} GB of images in {store.parent}: {error.strerror}"
         ) from None
-
-
-def _free_memory() -> int:
-    """Bytes of memory that can be taken, as far as the system tells."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 4 * 2**30
 
 
 def decode_into(pixels: np.ndarray, row: int, entry: Entry) -> str | None:

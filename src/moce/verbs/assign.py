@@ -11,8 +11,8 @@ from moce.data.images import ImageSet
 from moce.errors import MoceError, intact
 from moce.features import feature_batches
 from moce.loading import ASSIGNMENTS, read_assignments
+from moce.progress import say
 from moce.runs import CONFIG, read_config
-from moce.training.progress import say
 
 
 def assign_images(

@@ -12,8 +12,8 @@ from moce.customization.formats import Model, check_format, write_choice
 from moce.customization.selection import Choice, route_name
 from moce.data.images import load_images
 from moce.hardware import prepare
+from moce.progress import say
 from moce.runs import open_folder, write_skipped
-from moce.training.progress import say
 from moce.transfer.evaluation import choose_by_probe
 from moce.transfer.task import load_task
 from moce.verbs.start import refuse_unused

@@ -20,6 +20,7 @@ from moce.hardware import prepare
 from moce.inputs import describe_weights, refuse_changes
 from moce.loading import Backbone
 from moce.parsing import parse
+from moce.progress import say
 from moce.runs import (
     CONFIG,
     check_apart,
@@ -30,7 +31,6 @@ from moce.runs import (
     write_json,
     write_text,
 )
-from moce.training.progress import say
 from moce.transfer.contenders import Contender, open_contender, read_contenders
 from moce.transfer.evaluation import Bench, Outcome
 from moce.transfer.results import suite_table

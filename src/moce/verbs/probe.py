@@ -10,8 +10,8 @@ from moce.config import ProbeSettings
 from moce.features import input_shape
 from moce.hardware import prepare
 from moce.loading import load_backbone
+from moce.progress import say
 from moce.runs import open_folder, write_json, write_skipped
-from moce.training.progress import say
 from moce.transfer.linear import steps_of
 from moce.transfer.metrics import score
 from moce.transfer.prober import Prober, is_sgd

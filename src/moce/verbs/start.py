@@ -16,6 +16,7 @@ from moce.features import input_channels, input_size
 from moce.hardware import prepare
 from moce.inputs import check_inputs, describe_inputs, write_inputs
 from moce.parsing import parse
+from moce.progress import say
 from moce.runs import (
     CONFIG,
     check_folder,
@@ -25,7 +26,6 @@ from moce.runs import (
     write_config,
     write_skipped,
 )
-from moce.training.progress import say
 
 FEW_STEPS = 500  # below which the published recipes for labelled tasks stop half trained
 

@@ -19,9 +19,9 @@ from moce.features import input_channels, input_size
 from moce.loading import load_clusters
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
+from moce.progress import say
 from moce.runs import last_metrics, write_model
 from moce.training.loop import Stage, fit
-from moce.training.progress import say
 from moce.training.stages import mae_stage, moce_stage, token_moe_stage
 from moce.training.upcycling import upcycle, upcycle_by_token
 from moce.verbs.assign import assign, assign_images
