@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from moce.data.images import decode_into
+from moce.data.decoding import decode_into
 from moce.data.packed import HEADER_BYTES, Packed, header_block, open_packed
 from moce.data.sources import Entry
 from moce.errors import MoceError

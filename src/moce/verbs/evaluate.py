@@ -137,7 +137,7 @@ class _Work:
             opened = self.opened[contender]
             vit = opened.clusters.encoder if isinstance(opened, Bank) else opened.vit
             shape = input_shape(vit)
-            if task is None or shape != tuple(task.train.pixels.shape[1:]):
+            if task is None or shape != task.train.shape[1:]:
                 task = load_task(plan.data, shape, max_skipped=self.settings.max_skipped)
                 benches = {}
                 if task.skipped:
