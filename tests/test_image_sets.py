@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.builders import write_images
+from builders import RUNTIME, customize, write_images
+from commands import QUIET, run_command
+from conftest import Runs
 
 import moce
 from moce.data.batches import sent
@@ -17,6 +20,8 @@ from moce.data.images import ImageSet, as_image_set, load_images
 from moce.data.packed import open_packed
 from moce.data.sources import open_source
 from moce.errors import MoceError
+from moce.runs import read_lines
+from moce.transfer.task import load_task
 
 SIZE = (16, 16)
 CPU = torch.device("cpu")
@@ -169,3 +174,61 @@ def test_reads_that_come_in_pieces_are_put_together(folder: Path, tmp_path: Path
         cut.truncate(4096 + 3 * 768 + 200)
     with pytest.raises(MoceError, match="cut short at image 3"):
         reader.read([3])
+
+
+def test_a_packed_task_of_the_encoders_size_is_not_decoded(
+    runs: Runs, tmp_path: Path, monkeypatch
+) -> None:
+    """Larger ones are, into a file where the memory has no room."""
+    usual, share = load_task(str(runs.task), (3, *SIZE)), "moce.data.images.MEMORY_SHARE"
+    monkeypatch.setattr(share, 0.0)
+    for size in (16, 20):
+        file = moce.pack(runs.task, size=size, out=tmp_path / f"{size}.moce").file
+        task = load_task(str(file), (3, *SIZE), tmp_path / "pixels")
+        assert task.train.shape == usual.train.shape and not (tmp_path / "pixels").exists()
+        if size == 16:
+            assert task.train.reader is not None and task.test.reader is task.train.reader
+            assert torch.equal(task.test.take(slice(None)), usual.test.pixels)
+        assert (task.train.ids, task.test.ids) == (usual.train.ids, usual.test.ids)
+        assert np.array_equal(task.test_labels, usual.test_labels)
+
+
+# --- verbs that need no memory for all pixels -----------------------------------------------------------
+
+
+def test_probe_evaluate_and_customize_take_more_images_than_memory(
+    runs: Runs, tmp_path: Path, monkeypatch
+) -> None:
+    """The same results, from pixels in passing files that are gone afterwards."""
+    passing = tmp_path / "tmp"
+    passing.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(passing))
+    suite = tmp_path / "suite.yaml"
+    task = {"name": "t", "data": str(runs.task)}
+    suite.write_text(json.dumps({"name": "s", "tasks": [task], "probe": {"solver": "lbfgs"}}))
+    found = []
+    for share in (0.4, 0.0):
+        monkeypatch.setattr("moce.data.images.MEMORY_SHARE", share)
+        out = tmp_path / f"out{share}"
+        kwargs = {"kind": "knn", **RUNTIME}
+        probes = [
+            moce.probe(runs.backbone, runs.task, **kwargs),
+            moce.probe(runs.backbone, runs.task, out=out / "knn", **kwargs),
+        ]
+        customized = [
+            customize(runs.moce, runs.task, out=out / strategy, strategy=strategy).choice
+            for strategy in ("route", "probe")
+        ]
+        words = ["evaluate", suite, "--backbones", f"mae={runs.mae}", *QUIET]
+        assert run_command([*words, "--out", out / "evaluate"]) == 0
+        rows = read_lines(out / "evaluate" / "rows.jsonl")
+        found.append(
+            (
+                [probe.values for probe in probes],
+                [choice.route for choice in customized],
+                [row["values"] for row in rows],
+                sorted(path.name for path in out.iterdir()),
+            )
+        )
+    assert found[0] == found[1]
+    assert not list(passing.iterdir())

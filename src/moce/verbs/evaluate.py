@@ -38,7 +38,7 @@ from moce.transfer.scoring import choose_metric
 from moce.transfer.suite import Suite, SuiteTask, pick_tasks, read_suite
 from moce.transfer.task import Task, load_task
 from moce.verbs import finetune
-from moce.verbs.start import settle
+from moce.verbs.start import pixel_store, settle
 
 ROWS, TABLE, ABOUT = "rows.jsonl", "results.md", "evaluation.json"
 # What tells a row from all others.
@@ -138,7 +138,8 @@ class _Work:
             vit = opened.clusters.encoder if isinstance(opened, Bank) else opened.vit
             shape = input_shape(vit)
             if task is None or shape != task.train.shape[1:]:
-                task = load_task(plan.data, shape, max_skipped=self.settings.max_skipped)
+                store, most = pixel_store(self.settings), self.settings.max_skipped
+                task = load_task(plan.data, shape, store, most)
                 benches = {}
                 if task.skipped:
                     say(f"{plan.name}: skipped {len(task.skipped)} unreadable images")

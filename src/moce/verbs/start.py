@@ -9,8 +9,9 @@ from typing import TypeVar
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.config import RunSettings, Settings
+from moce.config import CustomizeSettings, ProbeSettings, RunSettings, Settings
 from moce.data.images import ImageSet, load_images
+from moce.data.storage import passing_file
 from moce.errors import MoceError
 from moce.features import input_channels, input_size
 from moce.hardware import prepare
@@ -112,6 +113,7 @@ def read_images(settings: RunSettings, data: str, vit: VisionTransformer) -> Ima
     )
 
 
-def pixel_store(settings: RunSettings) -> Path:
-    """Where pixels go that the memory has no room for: a passing file beside the output folder."""
-    return settings.out.with_name(f".{settings.out.name}.pixels")
+def pixel_store(settings: RunSettings | ProbeSettings | CustomizeSettings) -> Path:
+    """Where pixels go that the memory has no room for: a passing file beside what is written."""
+    out = settings.out
+    return passing_file() if out is None else out.with_name(f".{out.name}.pixels")
