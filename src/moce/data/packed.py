@@ -110,24 +110,26 @@ class PixelReader:
         Raises MoceError if they cannot be read, IndexError if the file never had them.
         """
         pixels = np.empty((len(rows), *self._shape), np.uint8)
-        numbers = range(self._count)
-        with self._lock:
-            for row, image in zip(rows, pixels, strict=True):
-                self._read_image(numbers[row], image.data.cast("B"))
-        return torch.from_numpy(pixels)
-
-    def _read_image(self, row: int, image: memoryview) -> None:
-        """Fill `image` with the bytes of a row: in several reads, where the system gives it so."""
-        filled = 0
+        size, numbers, flat = int(np.prod(self._shape)), range(self._count), pixels.reshape(-1).data
         try:
-            self._file.seek(HEADER_BYTES + row * len(image))
-            while filled < len(image):
-                found = self._file.readinto(image[filled:])
-                if not found:
-                    raise MoceError(f"cannot read {self._path}: it was cut short at image {row}")
-                filled += found
+            with self._lock:
+                for place, row in enumerate(rows):
+                    self._file.seek(HEADER_BYTES + numbers[row] * size)
+                    image = flat[place * size : (place + 1) * size]
+                    found = self._file.readinto(image)
+                    if found != size:
+                        self._read_on(row, image[found:])
         except OSError as error:
             raise MoceError(f"cannot read {self._path}: {error.strerror}") from None
+        return torch.from_numpy(pixels)
+
+    def _read_on(self, row: int, missing: memoryview) -> None:
+        """Fill what a first read left of an image: not every system gives all at once."""
+        while missing:
+            found = self._file.readinto(missing)
+            if not found:
+                raise MoceError(f"cannot read {self._path}: it was cut short at image {row}")
+            missing = missing[found:]
 
 
 def _as_raster(pixels: np.ndarray) -> Image.Image | np.ndarray:
