@@ -34,7 +34,8 @@ from benchmarks.measure import FOLDER, machine
 from moce.config import PretrainSettings
 from moce.data import images as moce_images
 from moce.data.batches import BatchOrder, prefetched
-from moce.data.images import ImageSet, load_images, to_pixels
+from moce.data.decode import to_pixels
+from moce.data.images import ImageSet, load_images
 from moce.models.encoder import EncoderSpec
 from moce.runs import read_timings
 from moce.training.stages import augmented

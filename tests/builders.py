@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moce.data.augment import normalise
+from moce.data.batches import sent
 from moce.data.images import ImageSet, load_images
 from moce.data.sources import demo_table
 from moce.models.encoder import EncoderSpec
@@ -107,7 +108,7 @@ def demo_images(size: tuple[int, int] = (16, 16), count: int = 64) -> ImageSet:
     """Some embedded images of every source."""
     images = load_images("demo:pretrain", size)
     step = len(images) // count
-    return images.subset(range(0, step * count, step))
+    return sent(images.subset(range(0, step * count, step)), torch.device("cpu"))
 
 
 def batch(count: int, size: tuple[int, int] = (16, 16), patch: int = 4, seed: int = 0):

@@ -25,7 +25,8 @@ from moce.data.augment import (
     resized_one_by_one,
 )
 from moce.data.batches import BatchOrder, fetch, in_order
-from moce.data.images import load_images, to_pixels
+from moce.data.decode import to_pixels
+from moce.data.images import load_images
 from moce.data.keyed import Stream, keyed_generator, keyed_uniform
 from moce.errors import MoceError
 
@@ -310,12 +311,12 @@ def test_broken_images_are_skipped_and_listed(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "notes.txt").write_text("not even called one")
     images = load_images(str(tmp_path), SIZE)
-    assert len(images) == len(images.pixels) == 8
+    assert len(images) == len(images.take(slice(None))) == 8
     assert [name for name, _ in images.skipped] == ["empty.png", "short.png", "text.jpg"]
     assert all(reason for _, reason in images.skipped)
     good = load_images(str(tmp_path / "cifar10"), SIZE)
-    rows = [images.ids.index(f"cifar10/{name}") for name in good.ids]
-    assert torch.equal(images.pixels[rows], good.pixels)
+    rows = torch.tensor([images.ids.index(f"cifar10/{name}") for name in good.ids])
+    assert torch.equal(images.take(rows), good.pixels)
 
 
 def test_identities_are_relative_posix_paths_in_a_fixed_order(tmp_path: Path) -> None:
@@ -338,7 +339,7 @@ def test_one_broken_image_does_not_pull_a_file_of_pixels_into_memory(tmp_path, m
     images = load_images(str(tmp_path / "data"), SIZE, tmp_path / "pixels")
     assert len(images) == 8
     assert not (tmp_path / "pixels").exists()  # unlinked, yet open
-    assert images.pixels.untyped_storage().nbytes() == 9 * 3 * 16 * 16  # the file's, not a copy
+    assert images.stored.untyped_storage().nbytes() == 9 * 3 * 16 * 16  # the file's, not a copy
 
 
 def test_pixels_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch) -> None:

@@ -133,6 +133,69 @@ def test_a_containers_limit_is_read(files: dict, limit: float | None, tmp_path: 
     assert machine.cpu_limit(tmp_path) == limit
 
 
+GB = 2**30
+MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable:   8388608 kB\n"
+
+
+def write_files(root: Path, files: dict[str, str | int]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 8 * GB),  # the page cache is free
+        ({"memory.max": 4 * GB, "memory.current": GB}, 3 * GB),
+        ({"memory.max": 4 * GB, "memory.current": 4 * GB, "memory.stat": f"anon 1\ninactive_file {GB}"}, GB),
+        ({"memory.max": GB, "memory.current": 2 * GB}, 0),
+        ({"memory.max": "max", "memory.current": GB}, 8 * GB),
+        ({"memory.max": 64 * GB, "memory.current": GB}, 8 * GB),
+        ({"memory.max": 6 * GB, "memory.current": 0, "job/memory.max": GB, "job/memory.current": 0}, GB),
+        ({"memory.max": 6 * GB, "memory.current": 0, "job/memory.max": "max", "job/memory.current": 0}, 6 * GB),
+    ],
+)  # fmt: skip
+def test_free_memory_is_the_tightest_limits(files: dict, free: int, tmp_path: Path) -> None:
+    proc = {"meminfo": MEMINFO, "self/cgroup": "0::/job"}
+    write_files(tmp_path / "proc", proc)
+    write_files(tmp_path / "cgroup", files)
+    assert machine.free_memory(tmp_path / "cgroup", tmp_path / "proc") == free
+    (tmp_path / "proc" / "self" / "cgroup").unlink()
+    if not any(name.startswith("job") for name in files):
+        assert machine.free_memory(tmp_path / "cgroup", tmp_path / "proc") == free
+
+
+def test_free_memory_of_older_control_groups_and_where_nothing_tells(
+    tmp_path: Path, monkeypatch
+) -> None:
+    write_files(
+        tmp_path, {"meminfo": MEMINFO, "self/cgroup": "5:cpu:/a\n4:memory,x:/docker/12\n0::/"}
+    )
+    limits = {
+        "limit_in_bytes": 3 * GB,
+        "usage_in_bytes": 2 * GB,
+        "stat": f"total_inactive_file {GB}",
+    }
+    write_files(tmp_path / "memory", {f"memory.{name}": value for name, value in limits.items()})
+    assert machine.free_memory(tmp_path, tmp_path) == 2 * GB
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
+    assert machine.free_memory(tmp_path, tmp_path) == 8 * GB
+    nowhere = tmp_path / "nowhere"
+    assert machine.free_memory(nowhere, nowhere) > 0
+    monkeypatch.delattr(machine.os, "sysconf")
+    assert machine.free_memory(nowhere, nowhere) == 4 * GB
+
+
+@pytest.mark.parametrize(("limit", "threads"), [(None, 4), (1.5, 2), (0.5, 1), (16.0, 4)])
+def test_threads_that_work_are_those_that_a_container_lets_run(
+    limit: float | None, threads: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: 4)
+    monkeypatch.setattr(machine, "cpu_limit", lambda: limit)
+    assert machine.worker_threads() == threads
+
+
 def test_names_of_processors(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: Some CPU @ 3 GHz\n")
     assert machine.cpu_name(tmp_path / "cpuinfo") == "Some CPU @ 3 GHz"

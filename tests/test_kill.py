@@ -134,12 +134,12 @@ def test_a_second_ctrl_c_stops_at_once(runs: Runs, tmp_path: Path) -> None:
 
 
 SLOW_IMAGES = (
-    "import time, pathlib, moce.data.images as images\n"
-    "decode = images.decode_into\n"
+    "import time, pathlib, moce.data.decoding as decoding\n"
+    "decode = decoding.decode_into\n"
     "def slow(*given):\n"
     "    pathlib.Path(MARK).touch(); time.sleep(0.2)\n"
     "    return decode(*given)\n"
-    "images.decode_into = slow"
+    "decoding.decode_into = slow"
 )
 SLOW_CLUSTERS = (
     "import time, pathlib, moce.clustering.balanced as balanced\n"

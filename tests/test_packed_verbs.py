@@ -46,7 +46,7 @@ def file(runs: Runs, tmp_path: Path) -> Path:
 
 def test_a_packed_task_is_the_folders(runs: Runs, packed) -> None:
     one, other = (load_task(str(data), (3, 16, 16)) for data in (runs.task, packed[1]))
-    assert torch.equal(one.train.pixels, other.train.pixels)
+    assert torch.equal(one.train.take(slice(None)), other.train.take(slice(None)))
     assert np.array_equal(one.test_labels, other.test_labels) and one.classes == other.classes
 
 

@@ -62,7 +62,7 @@ def draw_experts(images: ImageSet, expert: Tensor, num_experts: int) -> Figure:
         rows = (expert == number).nonzero()[:, 0]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         axes = figure.add_subplot(num_experts, 1, number + 1)
-        strip = images.pixels[rows[order[:PER_EXPERT]]].permute(2, 0, 3, 1).reshape(32, -1, 3)
+        strip = images.take(rows[order[:PER_EXPERT]]).permute(2, 0, 3, 1).reshape(32, -1, 3)
         title = f"expert {number}, {len(rows):,} images"
         show(axes, strip.numpy(), title, expert_colour(number, num_experts))
     return figure
@@ -89,9 +89,10 @@ def draw_routing(
     """Images, MoCE's expert of each, and TokenMoE's expert of every patch in its last MoE block."""
     patch_expert = token_experts(images, tokens)
     figure = Figure(figsize=(9.4, 3.0))
+    pixels = images.take(slice(None))
     for column in range(len(images)):
         panels = {
-            "image": images.pixels[column].permute(1, 2, 0).numpy(),
+            "image": pixels[column].permute(1, 2, 0).numpy(),
             "MoCE": coloured(image_expert[column].expand(1, 1), num_experts),
             "token MoE": coloured(patch_expert[column], num_experts),
         }
@@ -118,10 +119,10 @@ def token_experts(images: ImageSet, backbone: Backbone) -> Tensor:
 
     handle = layers[-1].register_forward_pre_hook(remember)
     vit = backbone.vit.eval()
-    encode_tokens(vit, normalise(images.pixels, backbone.spec.mean, backbone.spec.std))
+    encode_tokens(vit, normalise(images.take(slice(None)), backbone.spec.mean, backbone.spec.std))
     handle.remove()
     height, width = vit.patch_embed.grid_size
-    assert input_size(vit) == tuple(images.pixels.shape[2:])
+    assert input_size(vit) == images.shape[2:]
     return seen[0][:, vit.num_prefix_tokens :].reshape(-1, height, width)
 
 

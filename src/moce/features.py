@@ -14,7 +14,7 @@ from moce.data.batches import in_order
 from moce.data.images import ImageSet
 from moce.hardware import autocast
 from moce.models.encoder import EncoderSpec, choose_attention, encode_tokens, pool_tokens
-from moce.training.progress import meter
+from moce.progress import meter
 
 PIXELS, GRID = "pixels", 16
 

@@ -48,7 +48,7 @@ class PackSettings(Settings):
         False, description="read all pixels back and compare checksums; without --out those of DATA"
     )
     workers: Count | None = Field(
-        None, description="images decoded at the same time (default: all cores)"
+        None, description="images decoded at the same time (default: all usable cores)"
     )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -91,6 +92,7 @@ def own_parts(count: int, size: int | None) -> list[slice]:
 
 FETCHED_AHEAD = 2  # batches that wait, with their pixels in memory
 RESIDENT_SHARE = 0.5  # of an accelerator's free memory, up to which all pixels are kept there
+SENT_TOGETHER = 2**26  # bytes of pixels that go there at a time
 
 
 def resident(images: ImageSet, device: torch.device) -> ImageSet:
@@ -98,9 +100,17 @@ def resident(images: ImageSet, device: torch.device) -> ImageSet:
     if device.type != "cuda":
         return images
     free, _ = torch.cuda.mem_get_info(device)
-    if images.pixels.numel() > RESIDENT_SHARE * free:
-        return images
-    return replace(images, pixels=images.pixels.to(device), reader=None)
+    return images if math.prod(images.shape) > RESIDENT_SHARE * free else sent(images, device)
+
+
+def sent(images: ImageSet, device: torch.device) -> ImageSet:
+    """The images, all their pixels and no others on `device`: part by part, as they may be a file's."""
+    pixels = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    size = max(1, SENT_TOGETHER // math.prod(images.shape[1:]))
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        pixels[part] = images.take(part)
+    return replace(images, stored=pixels, index=None, reader=None)
 
 
 def fetch(images: ImageSet, rows: Tensor, epochs: Tensor, device: torch.device) -> Batch:

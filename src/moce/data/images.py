@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from moce.data.decode import Raster, open_encoded, to_pixels
+from moce.data.decode import open_encoded
+from moce.data.decoding import Decoding
 from moce.data.kinds.entry import Entry, is_image_name
 from moce.data.packed import Packed, PixelReader, find_packed
 from moce.data.sources import Part, open_parts, open_source
+from moce.data.storage import allocate, in_file, passing_file
 from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
 from moce.launch import launch
+from moce.machine import free_memory
 from moce.processes import is_local_main, of_local_main, wait_for_all, world
 
 MEMORY_SHARE = 0.4  # of the free memory, beyond which pixels are kept in a file
@@ -32,39 +29,58 @@ MEMORY_SHARE = 0.4  # of the free memory, beyond which pixels are kept in a file
 
 @dataclass
 class ImageSet:
-    """pixels: [n, c, h, w] uint8, not to be written to: they may be a file.
+    """Images [n, c, h, w] uint8 with n stable names (ids) and their labels, or None, and splits.
 
-    ids: n stable names; labels: n names, tuples of names or None.
-    skipped: (id, reason) of images that could not be decoded. reader: of the file that the pixels
-    are mapped from; `take` goes by it, because a mapping has no way to tell that it cannot be read.
+    Look at the pixels by `take`: the set may be a part of what is stored, and that may be a file.
+    stored: [m, c, h, w] uint8, not to be written to. index: [n] int64, the stored row of each
+    image; None where it is its own. skipped: (id, reason) of images that could not be decoded.
+    reader: of the file that `stored` is mapped from; `take` goes by it, because a mapping has no
+    way to tell that it cannot be read.
     """
 
-    pixels: Tensor
+    stored: Tensor
     ids: list[str]
     labels: list[Label | None]
     splits: list[str | None]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     reader: PixelReader | None = None
+    index: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(n, c, h, w)."""
+        channels, height, width = self.stored.shape[1:]
+        return len(self), channels, height, width
+
+    @property
+    def pixels(self) -> Tensor:
+        """All that is stored, [n, c, h, w]. Raises ValueError of a part: that would be a copy."""
+        if self.index is not None:
+            raise ValueError("a part of what is stored: use take, take(slice(None)) for all of it")
+        return self.stored
+
     def take(self, rows: Tensor | slice) -> Tensor:
-        """Pixels of these rows ([b] int64 or a slice), uint8 [b, c, h, w] on the device of `pixels`."""
+        """Pixels of these rows ([b] int64 or a slice), uint8 [b, c, h, w] on the device of `stored`."""
+        if self.index is not None:
+            rows = self.index[rows if isinstance(rows, slice) else rows.cpu()]
         if self.reader is not None:
-            return self.reader.read(torch.arange(len(self))[rows].tolist())
-        return self.pixels[rows if isinstance(rows, slice) else rows.to(self.pixels.device)]
+            numbers = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+            return self.reader.read(numbers)
+        return self.stored[rows if isinstance(rows, slice) else rows.to(self.stored.device)]
 
     def subset(self, rows: Sequence[int]) -> ImageSet:
-        """The images of these rows, in this order."""
+        """The images of these rows, in this order. Their pixels are not copied."""
         picked = list(rows)
-        if picked == list(range(len(self))):  # no copy: the pixels may be a file
+        if picked == list(range(len(self))):
             return self
         pick = lambda values: [values[row] for row in picked]  # noqa: E731
+        index = torch.tensor(picked, dtype=torch.int64)
         return replace(
             self,
-            pixels=self.take(torch.tensor(picked, dtype=torch.int64)),
-            reader=None,
+            index=index if self.index is None else self.index[index],
             ids=pick(self.ids),
             labels=pick(self.labels),
             splits=pick(self.splits),
@@ -93,54 +109,24 @@ def load_images(
     entries = open_source(data) if isinstance(data, str) else list(data)
     if not entries:
         raise MoceError(f"no images in {name}")
-    work = _Decoding(entries, (len(entries), channels, *size), max_skipped, name)
+    work = Decoding(entries, (len(entries), channels, *size), max_skipped, name)
     if world() > 1 and store is not None:
         pixels, reasons = _decode_once_a_node(work, store)
     else:
-        pixels = _allocate(work.shape, store)
+        fits = _fits(int(np.prod(work.shape, dtype=np.int64)))
+        pixels = allocate(work.shape, store, in_memory=fits)
         reasons = work.into(pixels)
-    good = [entry for row, entry in enumerate(entries) if row not in reasons]
-    return ImageSet(
-        pixels=torch.from_numpy(pixels)[: len(good)],
-        ids=[entry.id for entry in good],
-        labels=[entry.label for entry in good],
-        splits=[entry.split for entry in good],
+    images = ImageSet(
+        torch.from_numpy(pixels),
+        ids=[entry.id for entry in entries],
+        labels=[entry.label for entry in entries],
+        splits=[entry.split for entry in entries],
         skipped=[(entries[row].id, reason) for row, reason in reasons.items()],
     )
+    return images.subset([row for row in range(len(entries)) if row not in reasons])
 
 
-@dataclass
-class _Decoding:
-    """What is to be decoded. shape: [n, c, h, w]; name: of where it is from."""
-
-    entries: Sequence[Entry]
-    shape: tuple[int, ...]
-    max_skipped: float
-    name: str
-
-    def into(self, pixels: np.ndarray) -> dict[int, str]:
-        """Decode into `pixels`, those that could be first; the reason of each row that could not."""
-        reasons = self._decode(pixels)
-        skipped = [(self.entries[row].id, reason) for row, reason in reasons.items()]
-        _check_skipped(skipped, len(self.entries), self.max_skipped, self.name)
-        good = (row for row in range(len(self.entries)) if row not in reasons)
-        for place, row in enumerate(good):
-            if place != row:  # in place: the pixels may be a file larger than memory
-                pixels[place] = pixels[row]
-        return reasons
-
-    def _decode(self, pixels: np.ndarray) -> dict[int, str]:
-        rows = range(len(self.entries))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            try:
-                told = pool.map(lambda row: decode_into(pixels, row, self.entries[row]), rows)
-                return {row: reason for row, reason in enumerate(told) if reason is not None}
-            except BaseException:  # Ctrl-C is not to wait for all that have been asked for
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def _decode_once_a_node(work: _Decoding, store: Path) -> tuple[np.ndarray, dict[int, str]]:
+def _decode_once_a_node(work: Decoding, store: Path) -> tuple[np.ndarray, dict[int, str]]:
     """The first process of each node decodes into a file, and all of the node map it.
 
     A file even where the memory has room: the system keeps what is read of it in memory, once for
@@ -150,7 +136,7 @@ def _decode_once_a_node(work: _Decoding, store: Path) -> tuple[np.ndarray, dict[
 
     def decode() -> dict[int, str]:
         file.unlink(missing_ok=True)  # of a run that was killed
-        pixels = _in_file(work.shape, file)
+        pixels = in_file(work.shape, file)
         try:
             return work.into(pixels)
         except BaseException:
@@ -164,21 +150,6 @@ def _decode_once_a_node(work: _Decoding, store: Path) -> tuple[np.ndarray, dict[
     if is_local_main():
         file.unlink()  # it stays as long as the processes, and leaves nothing behind
     return pixels, reasons
-
-
-def _check_skipped(skipped: list[tuple[str, str]], count: int, most: float, name: str) -> None:
-    """Raise MoceError, with the commonest reason, if too many images are skipped, or all."""
-    if not skipped or (len(skipped) < count and len(skipped) <= most * count):
-        return
-    reason, times = Counter(reason for _, reason in skipped).most_common(1)[0]
-    first = next(identity for identity, why in skipped if why == reason)
-    cause = f"{times} x {reason} (as {first})"
-    if len(skipped) == count:
-        raise MoceError(f"no readable image among the {count} of {name}: {cause}")
-    raise MoceError(
-        f"{len(skipped)} of the {count} images of {name} cannot be read: {cause}; mend them, or "
-        f"allow a larger share than {most:g} by --max-skipped"
-    )
 
 
 def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageSet:
@@ -197,7 +168,7 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageS
             f"{packed.path} holds images of {height}x{width}, smaller than the {size[0]}x{size[1]} "
             f"that are needed; pack them again with --size {size[0]}x{size[1]} or more"
         )
-    in_memory = world() == 1 and packed.num_bytes <= MEMORY_SHARE * _free_memory()
+    in_memory = world() == 1 and _fits(packed.num_bytes)
     return ImageSet(
         packed.tensor(in_memory=in_memory),
         packed.ids,
@@ -208,70 +179,9 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageS
     )
 
 
-def _allocate(shape: tuple[int, ...], store: Path | None) -> np.ndarray:
-    needed = int(np.prod(shape))
-    if needed <= MEMORY_SHARE * _free_memory():
-        return np.empty(shape, np.uint8)
-    if store is None:
-        gigabytes = needed / 1e9
-        raise MoceError(f"the images take {gigabytes:.1f} GB, more than the memory has room for")
-    pixels = _in_file(shape, store)
-    store.unlink()  # the file stays as long as the process, and leaves nothing behind
-    return pixels
-
-
-def _in_file(shape: tuple[int, ...], store: Path) -> np.ndarray:
-    """Pixels in a new file. Raises MoceError if the disk has no room."""
-    needed = int(np.prod(shape))
-    store.parent.mkdir(parents=True, exist_ok=True)
-    if needed > shutil.disk_usage(store.parent).free:
-        raise MoceError(
-            f"the images take {needed / 1e9:.1f} GB, more than is free in {store.parent}"
-        )
-    with store.open("w+b") as file:
-        _take_room(file, needed, store)
-        return np.memmap(file, np.uint8, "w+", shape=shape)
-
-
-def _take_room(file: BinaryIO, needed: int, store: Path) -> None:
-    """Take the room of a file at once: a disk that is full later ends the process without a word."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(file.fileno(), 0, needed)
-    except OSError as error:
-        store.unlink()
-        raise MoceError(
-            f"no room for {needed / 1e9:.1f} GB of images in {store.parent}: {error.strerror}"
-        ) from None
-
-
-def _free_memory() -> int:
-    """Bytes of memory that can be taken, as far as the system tells."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 4 * 2**30
-
-
-def decode_into(pixels: np.ndarray, row: int, entry: Entry) -> str | None:
-    """Decode one image into its row; the reason if it cannot be."""
-    try:
-        with _closing(entry.open()) as image:
-            pixels[row] = to_pixels(image, (pixels.shape[2], pixels.shape[3]), pixels.shape[1])
-    except Exception as error:  # decoders raise whatever they like on broken files
-        return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
-    return None
-
-
-@contextmanager
-def _closing(image: Raster) -> Iterator[Raster]:
-    """The image, its file closed afterwards."""
-    try:
-        yield image
-    finally:
-        if isinstance(image, Image.Image):
-            image.close()
+def _fits(num_bytes: int) -> bool:
+    """Whether the memory has room for so many bytes of pixels."""
+    return num_bytes <= MEMORY_SHARE * free_memory()
 
 
 def as_image_set(images: object, size: tuple[int, int], channels: int = 3) -> ImageSet:
@@ -283,13 +193,13 @@ def as_image_set(images: object, size: tuple[int, int], channels: int = 3) -> Im
     if isinstance(images, ImageSet):
         return images
     if isinstance(images, str | Path):
-        return load_images(str(images), size, channels=channels)
+        return load_images(str(images), size, passing_file(), channels=channels)
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
         images = torch.from_numpy(np.ascontiguousarray(images))  # flipped views have no tensor
     if isinstance(images, Tensor):
         return _from_tensor(images, size, channels)
     if isinstance(images, Sequence) and len(images) > 0:
-        return load_images(_as_entries(images), size, channels=channels)
+        return load_images(_as_entries(images), size, passing_file(), channels=channels)
     raise MoceError("images must be a folder, a parquet file, a list of images, or a uint8 tensor")
 
 

@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from moce.data.images import decode_into
+from moce.data.decoding import decode_into
 from moce.data.packed import HEADER_BYTES, Packed, header_block, open_packed
 from moce.data.sources import Entry
 from moce.errors import MoceError
+from moce.machine import worker_threads
 from moce.runs import make_folder, read_lines, write_text
 
 CHUNK_BYTES, MOST_IN_CHUNK = 2**25, 1024  # of pixels decoded, written and journaled together
@@ -98,7 +99,7 @@ class Packer:
         ):
             pixels.truncate(self._end())
             pixels.seek(0, os.SEEK_END)
-            for start, decoded, reasons in self._decoded(workers or os.cpu_count() or 1):
+            for start, decoded, reasons in self._decoded(workers or worker_threads()):
                 row = self._write(pixels, start, decoded, reasons)
                 journal.write(_line(row))
                 _to_disk(journal)

@@ -70,7 +70,7 @@ class Packed:
 
     def reader(self) -> PixelReader:
         """For long work: what happens to the file meanwhile is an error that can be told."""
-        return PixelReader(self.path, self.shape[1:])
+        return PixelReader(self.path, self.shape)
 
     def openers(self) -> list[Callable[[], Image.Image | np.ndarray]]:
         """One function per image that gives it, as `Entry.open` does."""
@@ -98,25 +98,38 @@ class PixelReader:
     A mapping ends the whole process, without a word, when its file is cut short or its disk fails.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self._path, self._shape = path, shape
+    def __init__(self, path: Path, shape: tuple[int, int, int, int]) -> None:
+        """shape: [n, c, h, w] of the pixels in the file."""
+        self._path, self._count, self._shape = path, shape[0], shape[1:]
         self._file = path.open("rb", buffering=0)
         self._lock = threading.Lock()  # one place in the file, several threads
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        """The pixels of these rows, [len(rows), c, h, w] uint8. Raises MoceError if there are none."""
+        """The pixels of these rows, [len(rows), c, h, w] uint8.
+
+        Raises MoceError if they cannot be read, IndexError if the file never had them.
+        """
         pixels = np.empty((len(rows), *self._shape), np.uint8)
-        size = int(np.prod(self._shape))
-        with self._lock:
-            for row, image in zip(rows, pixels, strict=True):
-                try:
-                    self._file.seek(HEADER_BYTES + row * size)
-                    found = self._file.readinto(image.data.cast("B"))
-                except OSError as error:
-                    raise MoceError(f"cannot read {self._path}: {error.strerror}") from None
-                if found != size:
-                    raise MoceError(f"cannot read {self._path}: it was cut short at image {row}")
+        size, numbers, flat = int(np.prod(self._shape)), range(self._count), pixels.reshape(-1).data
+        try:
+            with self._lock:
+                for place, row in enumerate(rows):
+                    self._file.seek(HEADER_BYTES + numbers[row] * size)
+                    image = flat[place * size : (place + 1) * size]
+                    found = self._file.readinto(image)
+                    if found != size:
+                        self._read_on(row, image[found:])
+        except OSError as error:
+            raise MoceError(f"cannot read {self._path}: {error.strerror}") from None
         return torch.from_numpy(pixels)
+
+    def _read_on(self, row: int, missing: memoryview) -> None:
+        """Fill what a first read left of an image: not every system gives all at once."""
+        while missing:
+            found = self._file.readinto(missing)
+            if not found:
+                raise MoceError(f"cannot read {self._path}: it was cut short at image {row}")
+            missing = missing[found:]
 
 
 def _as_raster(pixels: np.ndarray) -> Image.Image | np.ndarray:

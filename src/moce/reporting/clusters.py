@@ -114,7 +114,7 @@ def sampled_montage(
         images = source.load(sample(ids, columns * rows, number), tile_shape(image))
     except (MoceError, OSError):
         return None
-    return montage(images.pixels, columns, alt)
+    return montage(images.take(slice(None)), columns, alt)
 
 
 def _sizes_figure(sizes: list[int]) -> Picture:

@@ -114,17 +114,17 @@ def _groups(source: Source) -> list[tuple[str, list[str]]]:
 def _comparison(name: str, ids: list[str], source: Source, painters: list[Painter]) -> Comparison:
     mae = painters[0].mae
     stored = source.load(ids, input_shape(mae.encoder))
-    rows = torch.arange(len(stored))
+    pixels, rows = stored.take(slice(None)), torch.arange(len(stored))
     patches = mae.encoder.patch_embed.num_patches
     noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(rows), rows, patches)
-    columns, shown = ["Input"], [stored.pixels]
+    columns, shown = ["Input"], [pixels]
     for painter in painters:
         spec = painter.spec
-        images = normalise(stored.pixels, spec.mean, spec.std)
+        images = normalise(pixels, spec.mean, spec.std)
         prediction, mask = painter.predict(images, noise, stored)
         if len(columns) == 1:
             columns.append("Masked")
-            shown.append(hide(stored.pixels.float() / 255, mask, mae.patch_size))
+            shown.append(hide(pixels.float() / 255, mask, mae.patch_size))
         painted = paste(prediction, mask, images, mae.patch_size, painter.mae.norm_pix)
         columns.append(painter.label)
         shown.append(_to_bytes(denormalise(painted, spec.mean, spec.std)))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moce.errors import MoceError
+from moce.progress import say
 from moce.runs import STATE, read_tensor_metadata, read_tensors, write_tensors
-from moce.training.progress import say
 
 KEPT = 2
 CHECKSUM = "sha256"

@@ -21,13 +21,13 @@ from moce.errors import Interrupted, MoceError, NotFinite
 from moce.hardware import open_fabric
 from moce.models.encoder import choose_attention
 from moce.processes import all_sum, is_main, rank, wait_for_all, world
+from moce.progress import meter, say
 from moce.runs import INFO, write_config
 from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from moce.training.interrupt import agreed, stop_request
 from moce.training.log import MetricLog
 from moce.training.optimiser import ParameterGroup, adamw, learning_rate, set_learning_rate
 from moce.training.parallel import Held, IdleExperts, Shared, check_agreed, check_share
-from moce.training.progress import meter, say
 
 Losses = dict[str, Tensor]
 

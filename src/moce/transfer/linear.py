@@ -21,8 +21,8 @@ from moce.errors import MoceError
 from moce.hardware import autocast
 from moce.loading import Backbone
 from moce.models.encoder import choose_attention, encode_tokens, pool_tokens
+from moce.progress import meter
 from moce.training.optimiser import learning_rate, set_learning_rate
-from moce.training.progress import meter
 from moce.training.stages import augmented
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from moce.data.images import ImageSet, load_images
+from moce.data.packed import find_packed
 from moce.data.sources import Entry, open_source
 from moce.data.torchvision_sets import Label
 from moce.errors import MoceError
@@ -49,21 +50,24 @@ def load_task(
     if they have several classes. Validation images train, or are the test set if there is no other.
     Raises MoceError if labels or one of the splits are missing.
     """
-    entries = [entry for entry in open_source(data) if entry.label is not None]
-    if not entries:
+    everything = open_source(data)
+    labelled = [row for row, entry in enumerate(everything) if entry.label is not None]
+    if not labelled:
         raise MoceError(f"{data} has no labels; put every class in a folder of its own")
+    entries = [everything[row] for row in labelled]
     splits = _splits(entries)
-    channels, height, width = shape
-    train, test = (
-        load_images(
-            [e for e, split in zip(entries, splits, strict=True) if split == part],
-            (height, width),
-            store,
-            channels=channels,
-            max_skipped=max_skipped,
+    packed = _packed_as_needed(data, shape)
+
+    def read(part: str) -> ImageSet:
+        rows = [row for row, split in zip(labelled, splits, strict=True) if split == part]
+        if packed is not None:
+            return packed.subset(rows)
+        chosen, (channels, *size) = [everything[row] for row in rows], shape
+        return load_images(
+            chosen, (size[0], size[1]), store, channels=channels, max_skipped=max_skipped
         )
-        for part in PARTS
-    )
+
+    train, test = read("train"), read("test")
     classes = sorted(_names(train.labels))
     if len(classes) < 2:
         raise MoceError(
@@ -76,6 +80,14 @@ def load_task(
     encode = _zeros_and_ones if multi_label else _class_numbers
     labels = [encode(part.labels, classes) for part in (train, test)]
     return Task(data, classes, train, test, labels[0], labels[1], multi_label)
+
+
+def _packed_as_needed(data: str, shape: tuple[int, int, int]) -> ImageSet | None:
+    """All images of a packed file of just this shape, not decoded again; None for other sources."""
+    packed = find_packed(data)
+    if packed is None or packed.shape[1:] != shape:
+        return None
+    return replace(load_images(data, shape[1:], channels=shape[0]), skipped=[])
 
 
 def _names_of(label: Label | None) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from moce.data.images import ImageSet
 from moce.errors import MoceError, intact
 from moce.features import feature_batches, input_size
 from moce.loading import ASSIGNMENTS, read_assignments
+from moce.progress import say
 from moce.runs import CONFIG, read_config
-from moce.training.progress import say
 from moce.verbs.start import read_images
 
 
@@ -51,7 +51,7 @@ def _large_enough(
     settings: TrainSettings | HeadroomSettings, clusters: ClusterModel, images: ImageSet
 ) -> ImageSet:
     height, width = input_size(clusters.encoder)
-    if images.pixels.shape[2] >= height and images.pixels.shape[3] >= width:
+    if images.shape[2] >= height and images.shape[3] >= width:
         return images
     again = read_images(settings, settings.data, clusters.encoder)
     row_of = {name: row for row, name in enumerate(again.ids)}

@@ -31,10 +31,10 @@ from moce.features import feature_batches, feature_width
 from moce.loading import write_assignments
 from moce.models.encoder import EncoderSpec
 from moce.processes import is_main, own_share, wait_for_all, world
+from moce.progress import meter, say
 from moce.runs import INFO, STATE, read_model, write_model
 from moce.training.interrupt import StopRequest, agreed, stop_request
 from moce.training.log import MetricLog
-from moce.training.progress import meter, say
 from moce.verbs.rounds import as_row, gathered, load_round, save_round
 from moce.verbs.start import begin, read_images, settle
 from moce.verbs.weights import start_from

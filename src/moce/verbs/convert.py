@@ -12,8 +12,8 @@ from moce.interop.build import read_weights, translate
 from moce.interop.pickled import read_trusted
 from moce.interop.weights import Weights
 from moce.loading import load_mae
+from moce.progress import say
 from moce.runs import make_folder
-from moce.training.progress import say
 from moce.verbs.weights import moce_run
 
 SUFFIX = ".safetensors"

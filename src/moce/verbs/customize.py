@@ -12,11 +12,11 @@ from moce.customization.formats import Model, check_format, write_choice
 from moce.customization.selection import Choice, route_name
 from moce.data.images import load_images
 from moce.hardware import prepare
+from moce.progress import say
 from moce.runs import open_folder, write_skipped
-from moce.training.progress import say
 from moce.transfer.evaluation import choose_by_probe
 from moce.transfer.task import load_task
-from moce.verbs.start import refuse_unused
+from moce.verbs.start import pixel_store, refuse_unused
 
 
 @dataclass
@@ -66,13 +66,14 @@ def run(settings: CustomizeSettings) -> CustomizeResult:
 
 def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple[str, str]]]:
     """The choice, and the images that could not be read."""
+    store = pixel_store(settings)
     if settings.strategy == "probe":
-        task = load_task(settings.images, bank.task_shape, max_skipped=settings.max_skipped)
+        task = load_task(settings.images, bank.task_shape, store, settings.max_skipped)
         chosen = choose_by_probe(bank, task.train, task.train_labels, len(task.classes))
         return chosen, task.skipped
     shape = bank.input_shape
     images = load_images(
-        settings.images, shape[1:], channels=shape[0], max_skipped=settings.max_skipped
+        settings.images, shape[1:], store, channels=shape[0], max_skipped=settings.max_skipped
     )
     choice = bank.select(
         images, settings.strategy, settings.threshold, settings.assign, settings.batch_size

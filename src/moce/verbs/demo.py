@@ -26,8 +26,8 @@ from moce.data.sources import demo_tasks
 from moce.errors import MoceError, intact
 from moce.hardware import prepare
 from moce.loading import load_backbone
+from moce.progress import say
 from moce.runs import open_folder, provenance, write_json
-from moce.training.progress import say
 from moce.transfer.compare import Comparison, compare_probes
 from moce.transfer.task import load_task
 from moce.verbs import cluster, finetune, pretrain, report, train

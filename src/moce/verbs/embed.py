@@ -17,8 +17,9 @@ from moce.errors import MoceError
 from moce.features import feature_batches, feature_width, input_channels, input_size
 from moce.hardware import prepare
 from moce.loading import load_backbone
+from moce.progress import say
 from moce.runs import atomic, make_folder
-from moce.training.progress import say
+from moce.verbs.start import pixel_store
 
 SUFFIX = ".parquet"
 
@@ -45,7 +46,7 @@ def run(settings: EmbedSettings) -> EmbedResult:
     images = load_images(
         settings.data,
         input_size(vit),
-        settings.out.with_name(f".{settings.out.name}.pixels"),
+        pixel_store(settings),
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
     )

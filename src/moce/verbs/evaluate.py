@@ -20,6 +20,7 @@ from moce.hardware import prepare
 from moce.inputs import describe_weights, refuse_changes
 from moce.loading import Backbone
 from moce.parsing import parse
+from moce.progress import say
 from moce.runs import (
     CONFIG,
     check_apart,
@@ -30,7 +31,6 @@ from moce.runs import (
     write_json,
     write_text,
 )
-from moce.training.progress import say
 from moce.transfer.contenders import Contender, open_contender, read_contenders
 from moce.transfer.evaluation import Bench, Outcome
 from moce.transfer.results import suite_table
@@ -38,7 +38,7 @@ from moce.transfer.scoring import choose_metric
 from moce.transfer.suite import Suite, SuiteTask, pick_tasks, read_suite
 from moce.transfer.task import Task, load_task
 from moce.verbs import finetune
-from moce.verbs.start import settle
+from moce.verbs.start import pixel_store, settle
 
 ROWS, TABLE, ABOUT = "rows.jsonl", "results.md", "evaluation.json"
 # What tells a row from all others.
@@ -136,8 +136,9 @@ class _Work:
         for contender, protocol in self._missing(plan):
             opened = self.opened[contender]
             shape = opened.task_shape if isinstance(opened, Bank) else input_shape(opened.vit)
-            if task is None or shape != tuple(task.train.pixels.shape[1:]):
-                task = load_task(plan.data, shape, max_skipped=self.settings.max_skipped)
+            if task is None or shape != task.train.shape[1:]:
+                store, most = pixel_store(self.settings), self.settings.max_skipped
+                task = load_task(plan.data, shape, store, most)
                 benches = {}
                 if task.skipped:
                     say(f"{plan.name}: skipped {len(task.skipped)} unreadable images")

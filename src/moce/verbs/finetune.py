@@ -19,9 +19,9 @@ from moce.errors import MoceError, NotFinite
 from moce.features import input_shape
 from moce.loading import Backbone, load_backbone
 from moce.processes import is_main, of_main
+from moce.progress import say
 from moce.runs import STATE, write_json, write_model
 from moce.training.loop import fit, total_steps
-from moce.training.progress import say
 from moce.transfer.finetune import (
     build_classifier,
     by_size,

@@ -12,8 +12,8 @@ from moce.data.pack import Packer
 from moce.data.packed import Packed, find_packed
 from moce.data.sources import open_source, paths_of
 from moce.errors import Interrupted, MoceError
+from moce.progress import meter, say
 from moce.training.interrupt import stop_request
-from moce.training.progress import meter, say
 
 SHOWN = 5  # skipped images that are named on the screen; the file lists them all
 

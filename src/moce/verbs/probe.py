@@ -10,14 +10,14 @@ from moce.config import ProbeSettings
 from moce.features import input_shape
 from moce.hardware import prepare
 from moce.loading import load_backbone
+from moce.progress import say
 from moce.runs import open_folder, write_json, write_skipped
-from moce.training.progress import say
 from moce.transfer.linear import steps_of
 from moce.transfer.metrics import score
 from moce.transfer.prober import Prober, is_sgd
 from moce.transfer.scoring import choose_metric, confusion_counts
 from moce.transfer.task import draw_labels, load_task
-from moce.verbs.start import hint_few_steps, refuse_unused
+from moce.verbs.start import hint_few_steps, pixel_store, refuse_unused
 
 ADVICE = "see recipes/probe_small.yaml, or use --solver lbfgs"
 
@@ -69,7 +69,8 @@ def run(settings: ProbeSettings) -> ProbeResult:
     _check(settings)
     device, precision = prepare(settings)
     backbone = load_backbone(settings.backbone)
-    task = load_task(settings.data, input_shape(backbone.vit), max_skipped=settings.max_skipped)
+    shape = input_shape(backbone.vit)
+    task = load_task(settings.data, shape, pixel_store(settings), settings.max_skipped)
     metric = choose_metric(settings.metric, task)
     draws = [
         draw_labels(task.train_labels, settings.num_labels, settings.seed, number)

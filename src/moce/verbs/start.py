@@ -9,13 +9,15 @@ from typing import TypeVar
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.config import RunSettings, Settings
+from moce.config import CustomizeSettings, EmbedSettings, ProbeSettings, RunSettings, Settings
 from moce.data.images import ImageSet, load_images
+from moce.data.storage import passing_file
 from moce.errors import MoceError
 from moce.features import input_channels, input_size
 from moce.hardware import prepare
 from moce.inputs import check_inputs, describe_inputs, write_inputs
 from moce.parsing import parse
+from moce.progress import say
 from moce.runs import (
     CONFIG,
     check_folder,
@@ -25,7 +27,6 @@ from moce.runs import (
     write_config,
     write_skipped,
 )
-from moce.training.progress import say
 
 FEW_STEPS = 500  # below which the published recipes for labelled tasks stop half trained
 
@@ -112,6 +113,7 @@ def read_images(settings: RunSettings, data: str, vit: VisionTransformer) -> Ima
     )
 
 
-def pixel_store(settings: RunSettings) -> Path:
-    """Where pixels go that the memory has no room for: a passing file beside the output folder."""
-    return settings.out.with_name(f".{settings.out.name}.pixels")
+def pixel_store(settings: RunSettings | ProbeSettings | EmbedSettings | CustomizeSettings) -> Path:
+    """Where pixels go that the memory has no room for: a passing file beside what is written."""
+    out = settings.out
+    return passing_file() if out is None else out.with_name(f".{out.name}.pixels")

@@ -19,14 +19,14 @@ from moce.features import input_channels, input_size
 from moce.loading import load_clusters
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
+from moce.progress import say
 from moce.runs import last_metrics, write_model
 from moce.training.loop import Stage, fit, total_steps
-from moce.training.progress import say
 from moce.training.stages import mae_stage, moce_stage, token_moe_stage
 from moce.training.upcycling import check_experts, upcycle, upcycle_by_token
 from moce.verbs.assign import assign, assign_images
 from moce.verbs.pretrain import save_mae
-from moce.verbs.start import begin, read_images, settle
+from moce.verbs.start import begin, pixel_store, read_images, settle
 from moce.verbs.weights import start_from
 
 NEEDS_CLUSTERS = frozenset({"moce", "sdr", "subset"})
@@ -113,7 +113,8 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     cluster_of = assign_images(job.settings, clusters, job.images, job.device)
     entries = [e for e in open_source(job.settings.task) if e.split != "test"]
     encoder = clusters.encoder
-    task = load_images(entries, input_size(encoder), channels=input_channels(encoder))
+    store = pixel_store(job.settings)
+    task = load_images(entries, input_size(encoder), store, channels=input_channels(encoder))
     histogram = assign(task, clusters, job.device, job.settings.precision).bincount(
         minlength=clusters.num_clusters
     )

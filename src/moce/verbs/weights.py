@@ -15,8 +15,8 @@ from moce.interop.build import Wishes, build_mae, read_weights
 from moce.loading import load_mae
 from moce.models.encoder import EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
+from moce.progress import say
 from moce.runs import CONFIG, INFO, WEIGHTS
-from moce.training.progress import say
 from moce.verbs.start import given
 
 OF_A_RUN = frozenset(

@@ -22,11 +22,14 @@ def say(message: str) -> None:
 
 
 class Meter:
-    """Progress of one job: `advance` after every step, with a few words on how it goes."""
+    """Progress of one job: `advance` after every step, with a few words on how it goes.
 
-    def __init__(self, title: str, total: int, done: int) -> None:
+    The bar comes after `wait` seconds: a job that has ended by then leaves no trace.
+    """
+
+    def __init__(self, title: str, total: int, done: int, wait: float) -> None:
         self._title, self._total, self._done, self._first = title, total, done, done
-        self._note = ""
+        self._note, self._wait = "", wait
         self._start = self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -44,6 +47,8 @@ class Meter:
         self._note = self._note if note is None else note
         self._bar.update(self._task, completed=self._done, note=self._note)
         now = time.monotonic()
+        if now - self._start >= self._wait:
+            self._bar.start()
         if not console.is_terminal and now - self._last_line >= LINE_EVERY:
             self._last_line = now
             rate = (self._done - self._first) / (now - self._start)
@@ -52,8 +57,12 @@ class Meter:
 
 
 @contextmanager
-def meter(title: str, total: int, done: int = 0) -> Iterator[Meter]:
-    """A Meter on show within the context."""
-    shown = Meter(title, total, done)
-    with shown._bar:
+def meter(title: str, total: int, done: int = 0, wait: float = 0.0) -> Iterator[Meter]:
+    """A Meter on show within the context, its bar after `wait` seconds."""
+    shown = Meter(title, total, done, wait)
+    try:
+        if not wait:
+            shown._bar.start()
         yield shown
+    finally:
+        shown._bar.stop()

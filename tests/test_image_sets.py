@@ -1,0 +1,234 @@
+"""Sets of images and parts of them: in memory, in passing files, in packed files; how they are decoded."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import RUNTIME, customize, write_images
+from commands import QUIET, run_command
+from conftest import Runs
+
+import moce
+from moce.data.batches import sent
+from moce.data.decoding import Decoding, decode_into
+from moce.data.images import ImageSet, as_image_set, load_images
+from moce.data.packed import open_packed
+from moce.data.sources import open_source
+from moce.errors import MoceError
+from moce.runs import read_lines
+from moce.transfer.task import load_task
+
+SIZE = (16, 16)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 images, and unreadable ones before, between and after them."""
+    root = write_images(tmp_path_factory.mktemp("images") / "data", per_source=5)
+    for name in ("0.png", "kmnist.png", "zz.png"):
+        (root / name).write_bytes(b"")
+    return root
+
+
+@pytest.fixture(params=["memory", "file", "packed in memory", "packed"])
+def images(request, folder: Path, tmp_path: Path, monkeypatch) -> ImageSet:
+    """The same images, wherever they are kept."""
+    kept, data = request.param, folder
+    if "packed" in kept:
+        data = moce.pack(folder, size=16, out=tmp_path / "a.moce").file
+    if "memory" not in kept:
+        monkeypatch.setattr("moce.data.images.MEMORY_SHARE", 0.0)
+    return load_images(str(data), SIZE, tmp_path / "pixels")
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> torch.Tensor:
+    """[20, 3, 16, 16], decoded one by one."""
+    entries = open_source(str(folder))
+    pixels = np.zeros((len(entries), 3, *SIZE), np.uint8)
+    good = [row for row, e in enumerate(entries) if decode_into(pixels, row, e) is None]
+    return torch.from_numpy(pixels[good])
+
+
+def test_a_set_and_its_parts_give_the_pixels_of_their_rows(images: ImageSet, expected) -> None:
+    assert images.shape == (20, 3, 16, 16) and len(images.skipped) == 3
+    assert torch.equal(images.take(slice(None)), expected)
+    assert torch.equal(images.take(slice(18, 25)), expected[18:])
+    rows = torch.tensor([7, 0, 7, 19])
+    assert torch.equal(images.take(rows), expected[rows])
+    part = images.subset(range(19, 3, -2))
+    assert part.ids == images.ids[19:3:-2] and part.shape == (8, 3, 16, 16)
+    assert torch.equal(part.take(torch.tensor([1, 0])), expected[[17, 19]])
+    assert torch.equal(part.take(slice(2, 4)), expected[[15, 13]])
+    again = part.subset([3, 0])
+    assert again.ids == [images.ids[13], images.ids[19]]
+    assert torch.equal(again.take(slice(None)), expected[[13, 19]])
+    assert images.subset(range(20)) is images
+    assert len(images.subset([]).take(slice(None))) == 0
+
+
+def test_parts_are_not_copied(images: ImageSet) -> None:
+    part = images.subset([1, 2, 5]).subset([0, 1])
+    assert part.stored.data_ptr() == images.stored.data_ptr()
+    with pytest.raises(ValueError, match="take"):
+        part.pixels  # noqa: B018
+
+
+def test_rows_that_are_not_there_are_errors(images: ImageSet) -> None:
+    """Behind the pixels of a packed file there is its index, which is none."""
+    for part, row in ((images, 20), (images.subset([3, 4]), 2)):
+        with pytest.raises(IndexError):
+            part.take(torch.tensor([row]))
+
+
+def test_a_part_that_is_sent_to_a_device_is_all_that_is_there(
+    images: ImageSet, expected, monkeypatch
+) -> None:
+    monkeypatch.setattr("moce.data.batches.SENT_TOGETHER", 3 * 16 * 16 * 3)  # three at a time
+    part = sent(images.subset(range(1, 20, 2)), CPU)
+    assert torch.equal(part.pixels, expected[1::2]) and part.ids == images.ids[1::2]
+    assert torch.equal(part.take(torch.tensor([4, 1])), expected[[9, 3]])
+
+
+# --- decoding -----------------------------------------------------------------------------------------
+
+
+def test_no_more_images_are_asked_for_than_the_threads_need(folder: Path, monkeypatch) -> None:
+    """A million of them waiting to be decoded would fill gigabytes."""
+    monkeypatch.setattr("moce.data.decoding.worker_threads", lambda: 2)
+    monkeypatch.setattr("moce.data.decoding.ASKED_AHEAD", 3)
+    entries = open_source(str(folder))[1:2] * 50
+    given = []
+
+    class Counted(list):
+        def __iter__(self):
+            for entry in entries:
+                given.append(entry)
+                yield entry
+
+    hold, started = threading.Event(), threading.Event()
+
+    def decode(pixels, row, entry) -> None:
+        started.set()
+        assert hold.wait(20)
+
+    monkeypatch.setattr("moce.data.decoding.decode_into", decode)
+    work = Decoding(Counted(entries), (50, 3, *SIZE), 1.0, "x")
+    thread = threading.Thread(target=work.into, args=(np.zeros(1),))
+    thread.start()
+    assert started.wait(20)
+    thread.join(0.2)
+    assert len(given) <= 3 * 2 + 1
+    hold.set()
+    thread.join(20)
+    assert len(given) == 50
+
+
+def test_long_decoding_tells_how_it_goes(folder: Path, monkeypatch, capsys) -> None:
+    load_images(str(folder), SIZE)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("moce.progress.LINE_EVERY", 0.0)
+    monkeypatch.setattr("moce.data.decoding.TOLD_EVERY", 10)
+    load_images(str(folder), SIZE)
+    told = capsys.readouterr().err
+    assert "read images 10/23" in told and "s left, 2 unreadable" in told
+
+
+def test_what_memory_has_no_room_for_goes_to_a_passing_file(
+    folder: Path, tmp_path: Path, monkeypatch, expected
+) -> None:
+    monkeypatch.setattr("moce.data.images.MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    images = as_image_set(folder, SIZE)
+    assert torch.equal(images.take(slice(None)), expected) and not list(tmp_path.iterdir())
+    with pytest.raises(MoceError, match="moce pack"):
+        load_images(str(folder), SIZE)
+
+
+# --- packed files -------------------------------------------------------------------------------------
+
+
+class Trickle:
+    """A file that gives a few bytes at a time, as some do."""
+
+    def __init__(self, file) -> None:
+        self._file = file
+        self.seek = file.seek
+
+    def readinto(self, buffer: memoryview) -> int:
+        return self._file.readinto(buffer[:100])
+
+
+def test_reads_that_come_in_pieces_are_put_together(folder: Path, tmp_path: Path, expected) -> None:
+    file = moce.pack(folder, size=16, out=tmp_path / "a.moce").file
+    reader = open_packed(file).reader()
+    reader._file = Trickle(reader._file)  # type: ignore[assignment]
+    assert torch.equal(reader.read([3, 19]), expected[[3, 19]])
+    with file.open("r+b") as cut:
+        cut.truncate(4096 + 3 * 768 + 200)
+    with pytest.raises(MoceError, match="cut short at image 3"):
+        reader.read([3])
+
+
+def test_a_packed_task_of_the_encoders_size_is_not_decoded(
+    runs: Runs, tmp_path: Path, monkeypatch
+) -> None:
+    """Larger ones are, into a file where the memory has no room."""
+    usual, share = load_task(str(runs.task), (3, *SIZE)), "moce.data.images.MEMORY_SHARE"
+    monkeypatch.setattr(share, 0.0)
+    for size in (16, 20):
+        file = moce.pack(runs.task, size=size, out=tmp_path / f"{size}.moce").file
+        task = load_task(str(file), (3, *SIZE), tmp_path / "pixels")
+        assert task.train.shape == usual.train.shape and not (tmp_path / "pixels").exists()
+        if size == 16:
+            assert task.train.reader is not None and task.test.reader is task.train.reader
+            assert torch.equal(task.test.take(slice(None)), usual.test.pixels)
+        assert (task.train.ids, task.test.ids) == (usual.train.ids, usual.test.ids)
+        assert np.array_equal(task.test_labels, usual.test_labels)
+
+
+# --- verbs that need no memory for all pixels -----------------------------------------------------------
+
+
+def test_probe_evaluate_and_customize_take_more_images_than_memory(
+    runs: Runs, tmp_path: Path, monkeypatch
+) -> None:
+    """The same results, from pixels in passing files that are gone afterwards."""
+    passing = tmp_path / "tmp"
+    passing.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(passing))
+    suite = tmp_path / "suite.yaml"
+    task = {"name": "t", "data": str(runs.task)}
+    suite.write_text(json.dumps({"name": "s", "tasks": [task], "probe": {"solver": "lbfgs"}}))
+    found = []
+    for share in (0.4, 0.0):
+        monkeypatch.setattr("moce.data.images.MEMORY_SHARE", share)
+        out = tmp_path / f"out{share}"
+        kwargs = {"kind": "knn", **RUNTIME}
+        probes = [
+            moce.probe(runs.backbone, runs.task, **kwargs),
+            moce.probe(runs.backbone, runs.task, out=out / "knn", **kwargs),
+        ]
+        customized = [
+            customize(runs.moce, runs.task, out=out / strategy, strategy=strategy).choice
+            for strategy in ("route", "probe")
+        ]
+        words = ["evaluate", suite, "--backbones", f"mae={runs.mae}", *QUIET]
+        assert run_command([*words, "--out", out / "evaluate"]) == 0
+        rows = read_lines(out / "evaluate" / "rows.jsonl")
+        found.append(
+            (
+                [probe.values for probe in probes],
+                [choice.route for choice in customized],
+                [row["values"] for row in rows],
+                sorted(path.name for path in out.iterdir()),
+            )
+        )
+    assert found[0] == found[1]
+    assert not list(passing.iterdir())
