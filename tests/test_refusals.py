@@ -106,6 +106,16 @@ SETTINGS: dict[str, Case] = {
         lambda w: w.train("--gate-init", "random", "--gate-confidence", 0.9), "--gate-confidence"),
     "deviation of gates from centroids": (
         lambda w: w.train("--gate-init-std", 0.1), "leave out --gate-init-std"),
+    "pickle of a run": (
+        lambda w: w.convert("--trust-pickle"), "read without pickle"),
+    "pickle of safetensors": (
+        lambda w: w.convert("--trust-pickle", weights=_weights(w).rename(w.folder / "b.safetensors")),
+        "leave out --trust-pickle"),
+    "a rate beside a grid of them": (
+        lambda w: w.finetune("--base-lr", 1e-2, "--lr-grid", "1e-3,1e-2"),
+        "lr_grid says which rates to try: leave out --base-lr"),
+    "a share of validation without a grid": (
+        lambda w: w.finetune("--val-share", 0.1), "nothing is held out: leave out --val-share"),
     "epochs of headroom": (lambda w: w.headroom("--epochs", 3), "--steps"),
     "assignment of a probe": (
         lambda w: w.customize("--strategy", "probe", "--assign", "nearest"), "--assign"),
