@@ -47,7 +47,8 @@ TRAIN = {
     "base_lr": 1e-2,
     "log_every": 1,
 }
-HEADROOM = {**{k: v for k, v in TRAIN.items() if k != "num_experts"}, "steps": 12, "num_groups": 2}
+DENSE = {k: v for k, v in TRAIN.items() if k != "num_experts"}  # methods without experts
+HEADROOM = {**DENSE, "steps": 12, "num_groups": 2}
 
 
 def tiny_encoder(**arguments: Any) -> EncoderSpec:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from builders import BLOCKS, EXPERTS, RUNTIME, TRAIN, batch, shake, tiny_mae, tiny_spec
+from builders import BLOCKS, DENSE, EXPERTS, RUNTIME, TRAIN, batch, shake, tiny_mae, tiny_spec
 from conftest import Runs
 
 import moce
@@ -201,7 +201,7 @@ def test_fixed_routing_is_customised_as_moce_is(runs: Runs, sdr_run: Path) -> No
 
 
 def test_subset_trains_on_the_images_of_the_tasks_clusters(runs: Runs, tmp_path: Path) -> None:
-    settings = {**TRAIN, "method": "subset", "clusters": runs.clusters, "task": str(runs.task)}
+    settings = {**DENSE, "method": "subset", "clusters": runs.clusters, "task": str(runs.task)}
     moce.train(runs.data, mae=runs.mae, out=tmp_path / "subset", steps=3, **settings)
     info = read_info(tmp_path / "subset")
     assert info["kind"] == "mae"
@@ -222,12 +222,12 @@ def test_clusters_of_a_task_are_the_densest_that_hold_its_share() -> None:
 )
 def test_methods_say_what_they_need(runs: Runs, tmp_path: Path, method: str, needed: str) -> None:
     with pytest.raises(MoceError, match=needed):
-        moce.train(runs.data, mae=runs.mae, out=tmp_path / "x", method=method, **TRAIN)
+        moce.train(runs.data, mae=runs.mae, out=tmp_path / "x", method=method, **DENSE)
     assert not (tmp_path / "x").exists()
 
 
 def test_subset_needs_a_task(runs: Runs, tmp_path: Path) -> None:
-    settings = {**TRAIN, "method": "subset", "clusters": runs.clusters}
+    settings = {**DENSE, "method": "subset", "clusters": runs.clusters}
     with pytest.raises(MoceError, match="--task"):
         moce.train(runs.data, mae=runs.mae, out=tmp_path / "x", **settings)
 
@@ -235,7 +235,7 @@ def test_subset_needs_a_task(runs: Runs, tmp_path: Path) -> None:
 def test_equal_steps_whatever_the_number_of_images(runs: Runs, tmp_path: Path) -> None:
     few = runs.data / "mnist"
     for name, data in (("all", runs.data), ("few", few)):
-        settings = {**TRAIN, "method": "mae", "steps": 4}
+        settings = {**DENSE, "method": "mae", "steps": 4}
         moce.train(data, mae=runs.mae, out=tmp_path / name, **settings)
     steps = [read_metrics(tmp_path / name)[-1]["step"] for name in ("all", "few")]
     assert steps == [4, 4]

@@ -161,6 +161,18 @@ def test_written_config_is_a_recipe(runs, tmp_path: Path) -> None:
     assert {k for k in one if one[k] != other[k]} == {"out", "epochs"}
 
 
+def test_a_grid_of_rates_takes_the_place_of_a_recipes_rate(runs, tmp_path: Path) -> None:
+    """As recipes/finetune_small.yaml says; the run's own config.yaml, with both, is a recipe again."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{base_lr: 7, batch_size: 16, steps: 1, rand_augment: ''}")
+    words = ["finetune", runs.backbone, runs.task, *QUIET, "--config"]
+    out, again = tmp_path / "run", tmp_path / "again"
+    assert run_command([*words, recipe, "--lr-grid", "1e-3", "--out", out]) == 0
+    resolved = yaml.safe_load((out / "config.yaml").read_text())
+    assert (resolved["base_lr"], resolved["batch_size"]) == (1e-3, 16)
+    assert run_command([*words, out / "config.yaml", "--out", again]) == 0
+
+
 def test_flags_of_lists_mappings_and_switches(runs, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["train", runs.data, "--mae", runs.mae, "--clusters", runs.clusters, "--out", out,

@@ -375,6 +375,7 @@ def test_a_changed_suite_is_noticed_and_more_can_be_asked_for(runs: Runs, tmp_pa
         ("probe", {"solvr": "sgd"}, "probe: unknown setting 'solvr'"),
         ("probe", {"draws": 5}, "must not set draws"),
         ("finetune", {"epochs": -1}, "finetune: setting 'epochs'"),
+        ("finetune", {"base_lr": 1e-3, "lr_grid": [1e-3]}, "base_lr beside lr_grid"),
     ],
 )
 def test_wrong_sections_are_found_at_once(tmp_path: Path, section, values, message: str) -> None:
@@ -394,7 +395,7 @@ def test_draws_of_labels_are_distinct_between_seeds() -> None:
 
 
 def test_a_rate_that_overflows_loses_and_a_grid_can_be_resumed(runs: Runs, tmp_path: Path) -> None:
-    options = {**RUNTIME, **FINETUNE, "base_lr": 1e-3, "lr_grid": (2e-3, 1e30)}
+    options = {**RUNTIME, **FINETUNE, "lr_grid": (2e-3, 1e30)}
     found = moce.finetune(runs.backbone, runs.task, out=tmp_path / "t", **options)
     tried = json.loads((tmp_path / "t" / "results.json").read_text())["lr_grid"]
     assert tried[1] == {"base_lr": 1e30, "score": 0.0}

@@ -10,6 +10,7 @@ import torch
 from builders import (
     BLOCKS,
     CLUSTERS,
+    DENSE,
     EXPERTS,
     TRAIN,
     batch,
@@ -226,7 +227,7 @@ def test_logged_losses_do_not_depend_on_micro_batches(tmp_path: Path) -> None:
 
 
 def test_one_expert_without_gate_losses_trains_as_the_dense_model(runs, tmp_path: Path) -> None:
-    options = {**TRAIN, "mae": runs.mae, "epochs": 1, "batch_size": 16}
+    options = {**DENSE, "mae": runs.mae, "epochs": 1, "batch_size": 16}
     moce.train(runs.data, out=tmp_path / "dense", method="mae", **options)
     moce.train(
         runs.data,
@@ -234,7 +235,8 @@ def test_one_expert_without_gate_losses_trains_as_the_dense_model(runs, tmp_path
         clusters=runs.clusters,
         balance_weight=0,
         imbalance_weight=0,
-        **{**options, "num_experts": 1},
+        num_experts=1,
+        **options,
     )
     dense = read_tensors(tmp_path / "dense" / "model.safetensors")
     before = read_tensors(runs.mae / "model.safetensors")

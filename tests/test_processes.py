@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import CLUSTERS, PRETRAIN, RUNTIME, TRAIN, copy_run, tiny_mae
+from builders import CLUSTERS, DENSE, PRETRAIN, RUNTIME, TRAIN, copy_run, tiny_mae
 from launched import moce_words, said, torchrun, wait_until
 
 from moce import launch as launching
@@ -164,7 +164,8 @@ class Made:
 @pytest.fixture(scope="module")
 def made(runs, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """By method, what a run of it is told; and what two processes have made of it."""
-    train = {**TRAIN, "steps": 4, "mae": str(runs.mae), "data": str(runs.data)}
+    at_four_steps = {"steps": 4, "mae": str(runs.mae), "data": str(runs.data)}
+    train = {**TRAIN, **at_four_steps}
     experts = {**train, "clusters": str(runs.clusters)}
     settings = {
         "pretrain": {**PRETRAIN, "steps": 4, "data": str(runs.data)},
@@ -173,7 +174,7 @@ def made(runs, tmp_path_factory: pytest.TempPathFactory) -> Made:
         # As many experts as clusters, few images: some experts are idle in one process, some in all.
         "idle": {**experts, "num_experts": CLUSTERS, "batch_size": 6, "balance_scope": "batch"},
         "token_moe": {**train, "method": "token_moe", "num_experts": 4},
-        "mae": {**train, "method": "mae"},
+        "mae": {**at_four_steps, **DENSE, "method": "mae"},
         "blocks": {**experts, "expert_scope": "block"},
         "finetune": {**FINETUNE, "backbone": str(runs.backbone), "data": str(runs.task)},
     }

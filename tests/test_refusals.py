@@ -92,6 +92,37 @@ SETTINGS: dict[str, Case] = {
     "allow all weights to be missing": (
         lambda w: w.cluster("--allow-missing", "*", mae=_weights(w)), "would start any weight fresh"),
     # Settings that would be ignored.
+    "experts of an MAE": (
+        lambda w: w.train("--method", "mae"),
+        "method mae trains on all images, without experts: leave out --clusters and --num-experts"),
+    "experts of a subset": (
+        lambda w: w.train("--method", "subset", "--task", w.runs.task, "--moe-blocks", 1),
+        "leave out --moe-blocks and --num-experts"),
+    "clusters of tokens": (
+        lambda w: w.train("--method", "token_moe", "--no-gate-noise"),
+        "leave out --clusters and --no-gate-noise"),
+    "blocks of tokens": (
+        lambda w: ["train", w.runs.data, "--mae", w.runs.mae, "--out", w.out, "--method", "token_moe",
+                   "--expert-scope", "block", "--shared-gate"],
+        "leave out --expert-scope and --shared-gate"),
+    "losses of fixed gates": (
+        lambda w: w.train("--method", "sdr", "--balance-weight", 0.1), "leave out --balance-weight"),
+    "a task of experts": (
+        lambda w: w.train("--task", w.runs.task, "--task-share", 0.5), "--task and --task-share"),
+    "confidence of random gates": (
+        lambda w: w.train("--gate-init", "random", "--gate-confidence", 0.9), "--gate-confidence"),
+    "deviation of gates from centroids": (
+        lambda w: w.train("--gate-init-std", 0.1), "leave out --gate-init-std"),
+    "pickle of a run": (
+        lambda w: w.convert("--trust-pickle"), "read without pickle"),
+    "pickle of safetensors": (
+        lambda w: w.convert("--trust-pickle", weights=_weights(w).rename(w.folder / "b.safetensors")),
+        "leave out --trust-pickle"),
+    "a rate beside a grid of them": (
+        lambda w: w.finetune("--base-lr", 1e-2, "--lr-grid", "1e-3,1e-2"),
+        "lr_grid says which rates to try: leave out --base-lr"),
+    "a share of validation without a grid": (
+        lambda w: w.finetune("--val-share", 0.1), "nothing is held out: leave out --val-share"),
     "epochs of headroom": (lambda w: w.headroom("--epochs", 3), "--steps"),
     "assignment of a probe": (
         lambda w: w.customize("--strategy", "probe", "--assign", "nearest"), "--assign"),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from builders import PRETRAIN, RUNTIME, TRAIN
+from builders import DENSE, PRETRAIN, RUNTIME, TRAIN
 
 import moce
 from moce.errors import Interrupted, MoceError
@@ -103,10 +103,13 @@ def run_verb(verb: str, runs, out: Path, **changes: object) -> None:
     if verb == "pretrain":
         moce.pretrain(runs.data, out=out, **{**PRETRAIN, "epochs": 4, **changes})
     elif verb == "finetune":
-        settings = {**RUNTIME, "batch_size": 8, "base_lr": 1e-2, "log_every": 1, "drop_path": 0.5}
+        settings = {**RUNTIME, "batch_size": 8, "log_every": 1, "drop_path": 0.5}
+        settings |= {} if "lr_grid" in changes else {"base_lr": 1e-2}
         moce.finetune(runs.backbone, runs.task, out=out, **{**settings, "epochs": 8, **changes})
     else:
-        settings = {**TRAIN, "mae": runs.mae, "clusters": runs.clusters, "epochs": 4, **changes}
+        settings = {**(DENSE if verb in ("mae", "subset") else TRAIN), "mae": runs.mae, "epochs": 4}
+        settings |= {} if verb in ("mae", "token_moe") else {"clusters": runs.clusters}
+        settings |= changes
         moce.train(runs.data, out=out, method=verb, **settings)
 
 

@@ -24,6 +24,7 @@ from moce.registry import VERBS, Verb
 from moce.signals import terminable
 
 FAILED = 1
+REPLACES = {"lr_grid": "base_lr"}  # settings, and what of a recipe has no use beside them
 INTERRUPTED = 128  # and the number of the signal, as shells report it
 
 
@@ -221,7 +222,9 @@ def _values(settings: type[Settings], options: dict[str, Any]) -> dict[str, Any]
     given = {
         n: _read(n, fields[n], value) for n, value in options.items() if value not in (None, [])
     }
-    return {**(read_recipe(recipe) if recipe else {}), **given}
+    values = {**(read_recipe(recipe) if recipe else {}), **given}
+    replaced = {other for name, other in REPLACES.items() if values.get(name)} - given.keys()
+    return {n: value for n, value in values.items() if n not in replaced}
 
 
 def _read(name: str, field: FieldInfo, value: Any) -> Any:

@@ -92,7 +92,7 @@ class ConvertSettings(Settings):
         description="file to write, FILE.safetensors: names of timm and facebookresearch/mae"
     )
     trust_pickle: bool = Field(
-        False, description="read by pickle, which runs whatever code the file holds"
+        False, description="read a .pth file by pickle, which runs whatever code it holds"
     )
     overwrite: bool = Field(False, description="replace the output file")
 

@@ -67,6 +67,8 @@ def _check_section(path: Path, name: str, kind: type[Settings], values: dict[str
     own = sorted(OWN & values.keys())
     if own:
         raise MoceError(f"suite {path}: {name} must not set {own[0]}: that is for the evaluation")
+    if name == "finetune" and {"base_lr", "lr_grid"} <= values.keys():
+        raise MoceError(f"suite {path}: finetune has base_lr beside lr_grid: leave out one of them")
     fill = {"backbone": "", "data": "", **({"out": "x"} if name == "finetune" else {})}
     try:
         parse(kind, {**fill, **values})

@@ -14,6 +14,7 @@ from moce.interop.weights import Weights
 from moce.loading import load_mae
 from moce.progress import say
 from moce.runs import make_folder
+from moce.verbs.start import refuse_unused
 from moce.verbs.weights import moce_run
 
 SUFFIX = ".safetensors"
@@ -51,9 +52,13 @@ def run(settings: ConvertSettings) -> ConvertResult:
 
 def _read(settings: ConvertSettings) -> Weights:
     run = moce_run(settings.weights)
+    pickled = run is None and settings.weights.is_file() and settings.weights.suffix != SUFFIX
+    if settings.weights.exists() and not pickled:
+        reason = f"{settings.weights} is read without pickle, as all but files such as .pth are"
+        refuse_unused(settings, {"trust_pickle"}, reason)
     if run is not None:
         spec, mae = load_mae(run)
         return own.of_model(spec.encoder, mae.encoder, mae)
-    if settings.trust_pickle and settings.weights.is_file() and settings.weights.suffix != SUFFIX:
+    if settings.trust_pickle and pickled:
         return translate(read_trusted(settings.weights))
     return read_weights(settings.weights)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -152,17 +152,16 @@ class _Demo:
                     **self.runtime,
                 )
             )
-        methods: dict[str, Literal["moce", "mae"]] = {"moce": "moce", "mae_plus": "mae"}
+        experts = {"clusters": out / "clusters", "num_experts": settings.num_experts}
+        methods: dict[str, dict[str, Any]] = {"moce": experts, "mae_plus": {"method": "mae"}}
         for name, method in methods.items():
             with self.timed(name):
                 train.run(
                     TrainSettings(
                         data=IMAGES,
                         mae=out / "mae",
-                        clusters=out / "clusters",
                         out=out / name,
-                        method=method,
-                        num_experts=settings.num_experts,
+                        **method,
                         epochs=settings.train_epochs,
                         base_lr=3e-3,
                         **TRAINING,

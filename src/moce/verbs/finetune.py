@@ -33,7 +33,7 @@ from moce.transfer.metrics import score
 from moce.transfer.policy import read_policy
 from moce.transfer.scoring import choose_metric, confusion_counts
 from moce.transfer.task import Task, draw_labels, load_task
-from moce.verbs.start import begin, hint_few_steps, pixel_store, settle
+from moce.verbs.start import begin, hint_few_steps, pixel_store, refuse_unused, settle
 
 
 @dataclass
@@ -50,7 +50,12 @@ class FinetuneResult:
 
 
 def run(settings: FinetuneSettings) -> FinetuneResult:
+    asked = settings
     settings, device = settle(settings)
+    if settings.lr_grid:
+        refuse_unused(asked, {"base_lr"}, "lr_grid says which rates to try")
+    else:
+        refuse_unused(asked, {"val_share"}, "without --lr-grid nothing is held out")
     backbone = load_backbone(settings.backbone)
     settings = by_size(settings, backbone.vit)
     shape = input_shape(backbone.vit)
@@ -70,6 +75,7 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
         if all(member["score"] == 0 for member in tried):
             raise MoceError("no rate of lr_grid learns anything; give lower ones (--overwrite)")
         settings = settings.model_copy(update={"base_lr": best})
+        say(f"base_lr {best:g} is the best: training on all {len(rows)} labels with it")
     vit = tuner.train(settings, rows)
     scores = tuner.scores(vit, task.test, settings)
     value = score(metric, scores, task.test_labels)

@@ -88,8 +88,12 @@ def refuse_unused(settings: Settings, names: Iterable[str], reason: str) -> None
     """Raise MoceError if a setting was given that would be ignored."""
     unused = sorted(given(settings) & set(names))
     if unused:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in unused)
+        flags = " and ".join(_flag(name, getattr(settings, name)) for name in unused)
         raise MoceError(f"{reason}: leave out {flags}")
+
+
+def _flag(name: str, value: object) -> str:
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
 
 
 def _resumes(settings: RunSettings) -> bool:
