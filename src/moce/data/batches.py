@@ -14,6 +14,7 @@ from torch import Tensor
 from moce.data.augment import fitted
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
+from moce.placement import send
 from moce.processes import own_share, world
 
 
@@ -105,10 +106,9 @@ def resident(images: ImageSet, device: torch.device) -> ImageSet:
 
 def fetch(images: ImageSet, rows: Tensor, epochs: Tensor, device: torch.device) -> Batch:
     """The batch of these rows on `device`."""
-    pixels = images.take(rows)
-    if device.type == "cuda" and not pixels.is_cuda:
-        pixels = pixels.pin_memory()
-    return Batch(rows.to(device), epochs.to(device), pixels.to(device, non_blocking=True))
+    placed = send(rows, device)
+    pixels = images.take(placed if images.pixels.is_cuda else rows)
+    return Batch(placed, send(epochs, device), send(pixels, device))
 
 
 def prefetched(

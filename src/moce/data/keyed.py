@@ -36,13 +36,17 @@ def _mix(state: Tensor) -> Tensor:
     return state ^ ((state >> 31) & 0x1FFFFFFFF)
 
 
+def _key(seed: int, stream: Stream) -> int:
+    """What all numbers of a stream share: no tensor, which would have to be sent to a device."""
+    return int(_mix(torch.tensor(seed) * _GOLDEN + int(stream)))
+
+
 def keyed_uniform(seed: int, stream: Stream, epochs: Tensor, images: Tensor, count: int) -> Tensor:
     """Uniform numbers in [0, 1): row i depends on (seed, stream, epochs[i], images[i]) only.
 
     epochs, images: [b] int64. Returns [b, count] float32 on their device.
     """
-    key = _mix(torch.tensor(seed, device=images.device) * _GOLDEN + int(stream))
-    row = _mix(_mix(key + images * _GOLDEN) + epochs * _GOLDEN)
+    row = _mix(_mix(_key(seed, stream) + images * _GOLDEN) + epochs * _GOLDEN)
     column = torch.arange(1, count + 1, device=images.device) * _GOLDEN
     bits = _mix(row[:, None] + column[None, :])
     return ((bits >> 40) & 0xFFFFFF).float() / 2**24
@@ -56,6 +60,5 @@ def keyed_normal(seed: int, stream: Stream, epochs: Tensor, images: Tensor, coun
 
 def keyed_generator(seed: int, stream: Stream, number: int) -> torch.Generator:
     """A CPU generator that depends on (seed, stream, number) only, for what is not per image."""
-    key = _mix(torch.tensor(seed) * _GOLDEN + int(stream))
-    state = _mix(key + torch.tensor(number) * _GOLDEN)
+    state = _mix(_key(seed, stream) + torch.tensor(number) * _GOLDEN)
     return torch.Generator().manual_seed(int(state) & 0x7FFFFFFFFFFFFFFF)

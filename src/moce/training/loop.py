@@ -36,7 +36,7 @@ Losses = dict[str, Tensor]
 class Step:
     """What a stage may know when it computes a loss.
 
-    The number of the step and its whole batch's rows; which part of it the micro-batch is, and how
+    The number of the step and its whole batch's rows, on the CPU; which part of it the micro-batch is, and how
     many of the micro-batch's images only lead it (see `Stage.mixes`).
     """
 
@@ -195,9 +195,7 @@ class _Loop:
         seed = keyed_generator(self.settings.seed, Stream.STEP, place).initial_seed()
         torch.manual_seed(seed)
         rows, _ = self.order(number)
-        step = Step(
-            number, rows.to(self.fabric.device), led_by=int(self.stage.mixes and world() > 1)
-        )
+        step = Step(number, rows, led_by=int(self.stage.mixes and world() > 1))
         parts = own_parts(len(rows), self.settings.micro_batch_size)
         for step.part, part in enumerate(parts):
             with self.window.waiting():

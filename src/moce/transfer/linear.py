@@ -21,6 +21,7 @@ from moce.errors import MoceError
 from moce.hardware import autocast
 from moce.loading import Backbone
 from moce.models.encoder import choose_attention, encode_tokens, pool_tokens
+from moce.placement import send
 from moce.training.optimiser import learning_rate, set_learning_rate
 from moce.training.progress import meter
 from moce.training.stages import augmented
@@ -93,7 +94,7 @@ def train_head(
             )
             rows, epochs = order(number)
             features = encoder(images, rows, epochs)
-            loss = error(head(features), targets[rows].to(features.device))
+            loss = error(head(features), send(targets[rows], features.device))
             if not loss.isfinite():
                 raise MoceError("the probe's loss is not finite; try a lower --base-lr")
             optimiser.zero_grad()

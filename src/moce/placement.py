@@ -1,0 +1,23 @@
+"""Tensors on their way to an accelerator: sent without waiting for it, if it has room for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`. What is computed on a CUDA device meanwhile is not waited for."""
+    if device.type == "cuda" and not values.is_cuda:
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+def tally(numbers: Tensor, count: int) -> Tensor:
+    """How often 0 .. count - 1 are among `numbers` [m] int64: [count] int64.
+
+    As `bincount`, which on a CUDA device would wait for it, to look for the largest.
+    """
+    if numbers.device.type == "cpu":
+        return numbers.bincount(minlength=count)
+    return (numbers[:, None] == torch.arange(count, device=numbers.device)).sum(dim=0)
