@@ -27,6 +27,7 @@ from moce.config import PretrainSettings, TrainSettings
 from moce.data.augment import normalise
 from moce.data.batches import fetch
 from moce.data.keyed import Stream, keyed_normal, keyed_uniform
+from moce.features import extract_features
 from moce.runs import read_metrics, read_tensors
 from moce.training.loop import Step
 from moce.training.stages import mae_stage, moce_stage
@@ -112,3 +113,13 @@ def test_numbers_are_the_same_on_the_gpu() -> None:
     pixels = demo_images().pixels[:4]
     images = normalise(pixels.cuda(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)).cpu()
     assert_close(images, normalise(pixels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+
+
+def test_features_come_back_in_order() -> None:
+    images, mae = demo_images(), tiny_mae()
+    options = {"pooling": "mean", "batch_size": 7}
+    spec = tiny_encoder()
+    here = extract_features(mae.encoder, spec, images, device=torch.device("cpu"), **options)
+    there = extract_features(mae.encoder, spec, images, device=torch.device("cuda"), **options)
+    assert not there.is_cuda
+    assert_close(there, here, rtol=1e-3, atol=1e-3)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from builders import CLUSTERS, demo_images, tiny_encoder, tiny_mae, tiny_moce
 
 from moce.config import TrainSettings
 from moce.data.augment import normalise
-from moce.data.batches import fetch
+from moce.data.batches import brought_back, fetch, in_order
 from moce.models.experts import apply_experts
 from moce.placement import send, tally
 from moce.training import stages
@@ -61,3 +63,29 @@ def test_a_scale_first_asked_for_under_inference_mode_can_be_trained_with() -> N
 def test_what_is_there_is_not_sent() -> None:
     values = torch.ones(3)
     assert send(values, CPU) is values
+
+
+def test_images_in_order_are_read_ahead_and_leaving_early_is_clean() -> None:
+    images, taken = demo_images(), []
+
+    class Told(type(images)):  # type: ignore[misc]
+        def take(self, rows):
+            taken.append(rows)
+            return super().take(rows)
+
+    told = Told(**vars(images))
+    batches = in_order(told, 6, CPU, (16, 16), slice(5, 40))
+    first = next(batches)
+    assert torch.equal(first, images.pixels[5:11])
+    batches.close()
+    assert 1 <= len(taken) <= 3 and not [t for t in threading.enumerate() if "prefetch" in t.name]
+    parts = list(in_order(told, 6, CPU, (16, 16), slice(5, 40)))
+    assert [len(part) for part in parts] == [6] * 5 + [5]
+    assert torch.equal(torch.cat(parts), images.pixels[5:40])
+
+
+def test_results_on_the_cpu_come_at_once() -> None:
+    made: list[int] = []
+    results = (made.append(n) or torch.full((2,), n) for n in range(3))
+    for number, result in enumerate(brought_back(results)):
+        assert made == list(range(number + 1)) and result.tolist() == [number] * 2

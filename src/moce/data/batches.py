@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
 from moce.placement import send
 from moce.processes import own_share, world
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -114,15 +118,20 @@ def fetch(images: ImageSet, rows: Tensor, epochs: Tensor, device: torch.device) 
 def prefetched(
     images: ImageSet, parts: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> Generator[Batch]:
-    """The batch of every part (rows, epochs), fetched by a thread while the one before is used.
+    """The batch of every part (rows, epochs), fetched by a thread while the one before is used."""
+    return _ahead(partial(fetch, images, rows, epochs, device) for rows, epochs in parts)
+
+
+def _ahead(jobs: Iterable[Callable[[], T]]) -> Generator[T]:
+    """What every job returns, in their order; a thread does them while results before are used.
 
     So pixels that have to come from a disk, or go to a device, are there when they are needed.
     """
     with ThreadPoolExecutor(1, "prefetch") as pool:
-        ahead: deque[Future[Batch]] = deque()
+        ahead: deque[Future[T]] = deque()
         try:
-            for rows, epochs in parts:
-                ahead.append(pool.submit(fetch, images, rows, epochs, device))
+            for job in jobs:
+                ahead.append(pool.submit(job))
                 if len(ahead) > FETCHED_AHEAD:
                     yield ahead.popleft().result()
             while ahead:
@@ -137,8 +146,40 @@ def in_order(
     device: torch.device,
     size: tuple[int, int],
     part: slice | None = None,
-) -> Iterator[Tensor]:
-    """All images once, or a part, in their order, fitted to `size`: [b, c, *size] uint8 at a time."""
+) -> Generator[Tensor]:
+    """All images once, or a part, in their order, fitted to `size`: [b, c, *size] uint8 at a time.
+
+    They are read, and sent to the device, by a thread while the ones before are used.
+    """
     first, end = (part.start, part.stop) if part else (0, len(images))
-    for start in range(first, end, batch_size):
-        yield fitted(images.take(slice(start, min(start + batch_size, end))).to(device), size)
+    starts = range(first, end, batch_size)
+    slices = (slice(start, min(start + batch_size, end)) for start in starts)
+    with closing(_ahead(partial(_read, images, own, device) for own in slices)) as batches:
+        for pixels in batches:
+            yield fitted(pixels, size)
+
+
+def _read(images: ImageSet, own: slice, device: torch.device) -> Tensor:
+    return send(images.take(own), device)
+
+
+def brought_back(results: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Every result on the CPU. From a CUDA device each comes while the next is computed."""
+    coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+    for result in results:
+        if not result.is_cuda:
+            yield result.cpu()
+            continue
+        here = result.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        coming.append((here, arrived))
+        if len(coming) > 1:
+            yield _waited_for(*coming.popleft())
+    while coming:
+        yield _waited_for(*coming.popleft())
+
+
+def _waited_for(values: Tensor, arrived: torch.cuda.Event) -> Tensor:
+    arrived.synchronize()
+    return values
