@@ -11,7 +11,7 @@ from moce.config import TrainSettings
 from moce.data.augment import normalise
 from moce.data.batches import brought_back, fetch, in_order
 from moce.models.experts import apply_experts
-from moce.placement import send, tally
+from moce.placement import fits_on, send, tally
 from moce.training import stages
 from moce.training.loop import Step
 
@@ -89,3 +89,9 @@ def test_results_on_the_cpu_come_at_once() -> None:
     results = (made.append(n) or torch.full((2,), n) for n in range(3))
     for number, result in enumerate(brought_back(results)):
         assert made == list(range(number + 1)) and result.tolist() == [number] * 2
+
+
+def test_data_stay_on_a_gpu_with_room_to_spare(monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (4000, 8000))
+    gpu = torch.device("cuda")
+    assert fits_on(gpu, 1000) and not fits_on(gpu, 1001) and not fits_on(CPU, 1)

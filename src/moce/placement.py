@@ -5,6 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Of a GPU's free memory, up to which data are kept there. Little, for it is looked at before there
+# are gradients, AdamW's averages and, the most, what a forward pass keeps for the backward pass.
+RESIDENT_SHARE = 0.25
+
+
+def fits_on(device: torch.device, num_bytes: int) -> bool:
+    """Whether so much data may stay on a device: on a CUDA device with room to spare."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return num_bytes <= RESIDENT_SHARE * free
+
 
 def send(values: Tensor, device: torch.device) -> Tensor:
     """`values` on `device`. What is computed on a CUDA device meanwhile is not waited for."""

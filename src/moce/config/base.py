@@ -120,7 +120,17 @@ class RunSettings(DataSettings):
     overwrite: bool = Field(False, description="replace what is in the output folder")
 
 
-class TrainingSettings(RunSettings):
+class ResidentSettings(Settings):
+    """A verb that goes through its data again and again."""
+
+    resident: bool = Field(
+        True,
+        description="keep the data on the GPU (pixels, or the features of a clustering) if they take "
+        "at most a quarter of its free memory",
+    )
+
+
+class TrainingSettings(RunSettings, ResidentSettings):
     """A verb that optimises a network step by step."""
 
     resume: bool = Field(False, description="go on from the last checkpoint of the output folder")

@@ -16,7 +16,7 @@ from torch import Tensor
 from moce.data.augment import fitted
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
-from moce.placement import send
+from moce.placement import fits_on, send
 from moce.processes import own_share, world
 
 T = TypeVar("T")
@@ -95,15 +95,11 @@ def own_parts(count: int, size: int | None) -> list[slice]:
 
 
 FETCHED_AHEAD = 2  # batches that wait, with their pixels in memory
-RESIDENT_SHARE = 0.5  # of an accelerator's free memory, up to which all pixels are kept there
 
 
 def resident(images: ImageSet, device: torch.device) -> ImageSet:
     """The images with their pixels on a CUDA device, if it has room: no batch has to be sent then."""
-    if device.type != "cuda":
-        return images
-    free, _ = torch.cuda.mem_get_info(device)
-    if images.pixels.numel() > RESIDENT_SHARE * free:
+    if not fits_on(device, images.pixels.numel()):
         return images
     return replace(images, pixels=images.pixels.to(device), reader=None)
 

@@ -88,7 +88,7 @@ class _Loop:
     ) -> None:
         self.stage, self.settings, self.folder = stage, settings, settings.out
         self.count = len(stage.images)
-        self.images = resident(stage.images, device)
+        self.images = resident(stage.images, device) if settings.resident else stage.images
         self.total = total_steps(settings, self.count)
         self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
         shared = settings.strategy == "fsdp" and world() > 1

@@ -23,13 +23,13 @@ from moce.clustering.balanced import (
 )
 from moce.clustering.model import ClusterModel
 from moce.config import ClusterSettings
-from moce.data.batches import RESIDENT_SHARE
 from moce.data.images import ImageSet
 from moce.errors import Interrupted
 from moce.feature_file import FeatureFile
 from moce.features import feature_batches, feature_width
 from moce.loading import write_assignments
 from moce.models.encoder import EncoderSpec
+from moce.placement import fits_on
 from moce.processes import is_main, own_share, wait_for_all, world
 from moce.runs import INFO, STATE, read_model, write_model
 from moce.training.interrupt import StopRequest, agreed, stop_request
@@ -154,7 +154,7 @@ class _Job:
                 self._leave_if_asked(f"round {state.step}")
 
             return balanced_kmeans(
-                _resident(features, self.device),
+                self._placed(features),
                 settings.num_clusters,
                 epsilon=settings.epsilon,
                 update=settings.update,
@@ -167,6 +167,11 @@ class _Job:
                 start=start,
                 watch=Watch(on_round, self._on_sweep),
             )
+
+    def _placed(self, features: Tensor) -> Tensor:
+        """The features on a GPU that has room for them; else as they are, to be sent chunk by chunk."""
+        fits = self.settings.resident and fits_on(self.device, features.nbytes)
+        return features.to(self.device) if fits else features
 
     def _keep(self, state: Round, log: MetricLog) -> None:
         """Write down a round: its row first, for one that is past the round a run resumes from goes."""
@@ -210,12 +215,3 @@ class _Job:
             shutil.rmtree(settings.out / STATE)
         wait_for_all()
         return ClusterResult(settings.out, sizes, found.similarity, found.rounds)
-
-
-def _resident(features: Tensor, device: torch.device) -> Tensor:
-    """The features on a CUDA device, if it has room; else as they are, to be sent chunk by chunk."""
-    if device.type != "cuda":
-        return features
-    free, _ = torch.cuda.mem_get_info(device)
-    fits = features.numel() * features.element_size() <= RESIDENT_SHARE * free
-    return features.to(device) if fits else features
