@@ -21,6 +21,7 @@ from moce.models.experts import apply_experts
 from moce.registry import VERBS
 from moce.runs import read_metrics, read_tensors
 from moce.training.log import flatten
+from moce.training.optimiser import adamw, parameter_groups
 
 TIMES = {"images_per_s", "step_s", "data_wait_s"}
 CLOSE = 1e-5
@@ -90,6 +91,13 @@ def test_a_slurm_script_is_several_processes_under_srun_only(
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
     step |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
     assert as_started(monkeypatch, script | step) == Launch(8, 5, 4, 1, 1, "srun")
+
+
+def test_shares_are_trained_by_a_fused_optimiser() -> None:
+    """Which counts its steps on the device: only so may `share_of` put the counts there."""
+    plain = adamw(parameter_groups(tiny_mae().parameters(), 0.05), 0.95)
+    shared = torch.optim.AdamW([dict(group) for group in plain.param_groups])
+    assert all(group["fused"] for group in shared.param_groups)
 
 
 @pytest.mark.parametrize(("count", "size"), [(32, None), (32, 4), (33, 5), (7, 100), (8, 1)])

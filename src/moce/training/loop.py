@@ -142,7 +142,7 @@ class _Loop:
         self.window.check_finite(self.folder)
         self.window.collect()
         if self.stage.diagnostics is not dict:  # they read the module
-            self.held.gather()
+            self.held.gather_module()
         row = self.window.row(step, self.count, self.settings.batch_size, rate)
         times = self.window.times(step, self.settings.batch_size)
         self.window.reset()
