@@ -11,7 +11,7 @@ from moce.config import TrainSettings
 from moce.data.augment import normalise
 from moce.data.batches import brought_back, fetch, in_order
 from moce.models.experts import apply_experts
-from moce.placement import fits_on, send, tally
+from moce.placement import apart, fits_on, send, tally
 from moce.training import stages
 from moce.training.loop import Step
 
@@ -95,3 +95,11 @@ def test_data_stay_on_a_gpu_with_room_to_spare(monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (4000, 8000))
     gpu = torch.device("cuda")
     assert fits_on(gpu, 1000) and not fits_on(gpu, 1001) and not fits_on(CPU, 1)
+
+
+def test_a_file_gets_copies_of_shared_memory_only() -> None:
+    one, two = torch.randn(4, 4), torch.randn(3)
+    ready = apart({"one": one, "again": one, "row": one[1], "column": one[:, 1], "two": two})
+    assert ready["one"].data_ptr() == one.data_ptr() and ready["two"].data_ptr() == two.data_ptr()
+    assert len({value.untyped_storage().data_ptr() for value in ready.values()}) == 5
+    assert torch.equal(ready["column"], one[:, 1]) and torch.equal(ready["again"], one)

@@ -74,7 +74,7 @@ def _describe(mistake: Any, known: list[str]) -> str:
 def read_recipe(path: Path) -> dict[str, Any]:
     """Read a YAML recipe. Raises MoceError if it is missing or no mapping of settings."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoceError(f"cannot read recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Tensors on their way to an accelerator: sent without waiting for it, if it has room for them."""
+"""Tensors on their way to an accelerator, without waiting for it, if it has room, and back for a file."""
 
 from __future__ import annotations
 
@@ -33,3 +33,15 @@ def tally(numbers: Tensor, count: int) -> Tensor:
     if numbers.device.type == "cpu":
         return numbers.bincount(minlength=count)
     return (numbers[:, None] == torch.arange(count, device=numbers.device)).sum(dim=0)
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, copied only where two share their memory: safetensors takes no such."""
+    ready: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        ready[name] = value.clone() if memory in known else value
+        known.add(memory)
+    return ready

@@ -55,7 +55,9 @@ def keyed_uniform(seed: int, stream: Stream, epochs: Tensor, images: Tensor, cou
 def keyed_normal(seed: int, stream: Stream, epochs: Tensor, images: Tensor, count: int) -> Tensor:
     """As `keyed_uniform`, but from N(0, 1)."""
     uniform = keyed_uniform(seed, stream, epochs, images, count)
-    return torch.special.ndtri(uniform.double() + 2**-25).float()  # never 0 nor 1
+    wide = uniform.cpu() if uniform.device.type == "mps" else uniform  # which has no float64
+    normal = torch.special.ndtri(wide.double() + 2**-25).float()  # never 0 nor 1
+    return normal.to(uniform.device)
 
 
 def keyed_generator(seed: int, stream: Stream, number: int) -> torch.Generator:

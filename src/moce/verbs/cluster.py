@@ -70,6 +70,7 @@ def run(settings: ClusterSettings) -> ClusterResult:
         job = _Job(settings, device, spec.encoder, mae.encoder, images, stop)
         features, mean = job.features()
         found = job.clusters(features)
+    del features  # their file can go only when nobody maps it
     return job.save(found, mean)
 
 
@@ -194,6 +195,11 @@ class _Job:
     def save(self, found: Clustering, mean: Tensor) -> ClusterResult:
         """Write the finished run; what it was to be resumed from goes."""
         settings = self.settings
+        if found.marginal_error > settings.marginal_tolerance:
+            say(
+                f"clusters are balanced to {found.marginal_error:.1%}, not to the "
+                f"{settings.marginal_tolerance:.1%} of --marginal-tolerance; a larger --epsilon may help"
+            )
         model = ClusterModel(
             centroids=found.centroids.cpu(),
             potentials=found.potentials.cpu(),
@@ -207,11 +213,17 @@ class _Job:
         )
         sizes = found.sizes.tolist()
         assignment = gathered(found.assignment.cpu(), len(self.images))
+        wait_for_all()
         if is_main():
             write_assignments(settings.out, self.images.ids, assignment)
-            metrics = {"rounds": found.rounds, "smallest": min(sizes), "largest": max(sizes)}
+            metrics = {
+                "rounds": found.rounds,
+                "smallest": min(sizes),
+                "largest": max(sizes),
+                "marginal_error": found.marginal_error,
+            }
             info = {"clusters": model.info(), "metrics": metrics, "images": len(self.images)}
             write_model(settings.out, "clusters", model.tensors(), info)
-            shutil.rmtree(settings.out / STATE)
+            shutil.rmtree(settings.out / STATE, ignore_errors=True)
         wait_for_all()
         return ClusterResult(settings.out, sizes, found.similarity, found.rounds)
