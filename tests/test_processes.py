@@ -186,6 +186,7 @@ def test_an_expert_without_images_still_has_gradients_where_others_may_use_it(
 
 EVEN = [(name, "ddp") for name in ("pretrain", "idle", "token_moe", "moce", "sdr", "mae")]
 EVEN += [(name, "fsdp") for name in ("idle", "token_moe", "pretrain", "blocks")]
+EVEN += [("saving", "ddp"), ("saving", "fsdp"), ("saving_token_moe", "fsdp")]
 UNEVEN = [("token_moe", "ddp"), ("idle", "ddp"), ("idle", "fsdp")]
 
 
@@ -227,6 +228,8 @@ def made(runs, tmp_path_factory: pytest.TempPathFactory) -> Made:
         "token_moe": {**train, "method": "token_moe", "num_experts": 4},
         "mae": {**train, "method": "mae"},
         "blocks": {**experts, "expert_scope": "block"},
+        "saving": {**experts, "clip_grad": 0.05, "grad_checkpointing": True},
+        "saving_token_moe": {**train, "method": "token_moe", "grad_checkpointing": True},
         "finetune": {**FINETUNE, "backbone": str(runs.backbone), "data": str(runs.task)},
     }
     folder = tmp_path_factory.mktemp("several")

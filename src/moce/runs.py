@@ -63,7 +63,7 @@ FOLDERS_OF_RUNS = frozenset({"backbones", "finetune"})  # of the demo, of evalua
 HEADROOM_RUN = re.compile(r"all|group\d+")
 FREE_TO_CHANGE = frozenset(
     {"resume", "overwrite", "out", "threads", "log_every", "save_every"}
-    | {"max_skipped", "strategy", "resident"}
+    | {"max_skipped", "strategy", "resident", "grad_checkpointing"}
 )
 # Each row of an evaluation stands for itself: a resumed one may be asked for others.
 ROWS_TO_MAKE = frozenset({"backbones", "protocols", "tasks", "role", "root"})

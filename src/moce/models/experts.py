@@ -33,6 +33,8 @@ class ExpertLayer(nn.Module):
     optimiser leaves it where it is: neither momentum nor weight decay moves an idle expert.
     """
 
+    OF_A_PASS = ("routing",)
+
     def __init__(self, layer: nn.Module, num_experts: int) -> None:
         """Experts start as copies of the trained `layer` (upcycling)."""
         super().__init__()

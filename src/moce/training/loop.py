@@ -20,6 +20,7 @@ from moce.data.keyed import Stream, keyed_generator
 from moce.errors import Interrupted, MoceError, NotFinite
 from moce.hardware import open_fabric
 from moce.models.encoder import choose_attention
+from moce.models.recompute import set_checkpointing
 from moce.processes import all_sum, is_main, rank, wait_for_all, world
 from moce.runs import INFO, write_config
 from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -94,6 +95,7 @@ class _Loop:
         shared = settings.strategy == "fsdp" and world() > 1
         self.fabric = open_fabric(device, precision, "fsdp" if shared else "ddp")
         choose_attention(stage.module, device, precision)
+        set_checkpointing(stage.module, settings.grad_checkpointing)
         check_share(settings)
         self.plain = adamw(stage.groups, settings.beta2)  # of the module itself: what is saved
         self.held = (Shared if shared else Held)(self.fabric, stage.module, self.plain)
@@ -132,7 +134,7 @@ class _Loop:
                 progress.advance(note)
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
-        self.stage.module.eval()
+        set_checkpointing(self.stage.module.eval(), False)
 
     def _open_log(self) -> MetricLog:
         return MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
@@ -207,6 +209,11 @@ class _Loop:
                 self.fabric.backward(losses["loss"] * (share * world()))
             self.window.add(losses, share)
         self.idle.drop_gradients()
+        if self.settings.clip_grad is not None:
+            norm = self.settings.clip_grad  # what is not finite is found when losses are read
+            self.fabric.clip_gradients(
+                self.model, self.optimiser, max_norm=norm, error_if_nonfinite=False
+            )
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.window.steps += 1
