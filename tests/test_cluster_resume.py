@@ -19,7 +19,7 @@ from moce.clustering import balanced, sinkhorn
 from moce.clustering.model import unit
 from moce.errors import Interrupted, MoceError
 from moce.feature_file import FeatureFile, mean_of
-from moce.runs import read_metrics, read_tensors, write_model
+from moce.runs import read_info, read_metrics, read_tensors, write_model
 from moce.verbs import cluster, rounds
 
 COMPARED = ("model.safetensors", "assignments.parquet", "metrics.jsonl")
@@ -185,6 +185,30 @@ def test_resuming_a_finished_run_gives_its_result(inputs, straight: Path) -> Non
     result = run(inputs, straight, resume=True)
     assert sum(result.sizes) == 160 and result.rounds == len(read_metrics(straight))
     assert before == {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
+
+
+def test_a_tolerance_that_was_missed_is_told(inputs, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(balanced, "FINAL_ITERATIONS", 1)
+    run(inputs, tmp_path / "run", marginal_tolerance=1e-9)
+    assert "not to the 0.0% of --marginal-tolerance" in capsys.readouterr().err
+    assert read_info(tmp_path / "run")["metrics"]["marginal_error"] > 1e-9
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux")
+def test_nobody_maps_the_features_when_their_file_goes(inputs, tmp_path: Path, monkeypatch) -> None:
+    """On NFS, or Windows, it could not go; one that stays all the same does not fail the run."""
+    maps: list[str] = []
+
+    def stuck(path: Path, ignore_errors: bool) -> None:
+        assert ignore_errors
+        maps.append(Path("/proc/self/maps").read_text())
+
+    monkeypatch.setattr("moce.verbs.cluster.shutil.rmtree", stuck)
+    run(inputs, tmp_path / "run")
+    assert len(maps) == 1 and str(tmp_path) not in maps[0]
+    monkeypatch.undo()
+    run(inputs, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / "state").exists()
 
 
 def test_rounds_are_logged_without_the_clock(straight: Path) -> None:

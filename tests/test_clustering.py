@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import moce
+from moce.clustering import balanced
 from moce.clustering.balanced import assign, balanced_kmeans
 from moce.clustering.model import ClusterModel, unit
 from moce.clustering.sinkhorn import balance, scores
@@ -84,6 +85,15 @@ def test_balanced_assignment_beats_other_balanced_ones() -> None:
         other[i, b] += amount
         other[j, a] += amount
         assert objective(other) < objective(best)
+
+
+@pytest.mark.parametrize("copies", [0, 40])
+def test_a_clustering_says_how_far_from_balanced_it_is(copies: int, monkeypatch) -> None:
+    features, _ = planted_features(12, 30, 16, 0.5)
+    features = torch.cat([features, features[:1].repeat(copies, 1)])  # which count once
+    assert balanced_kmeans(features, 12, tolerance=1e-2).marginal_error <= 1e-2
+    monkeypatch.setattr(balanced, "FINAL_ITERATIONS", 1)
+    assert balanced_kmeans(features, 12, tolerance=1e-9).marginal_error > 1e-9
 
 
 def test_balance_stops_within_its_tolerance() -> None:

@@ -14,13 +14,16 @@ import torch
 from builders import CLUSTERS, DENSE, PRETRAIN, RUNTIME, TRAIN, copy_run, tiny_mae
 from launched import moce_words, said, torchrun, wait_until
 
+from moce import hardware
 from moce import launch as launching
 from moce.data.batches import own_parts
+from moce.errors import MoceError
 from moce.launch import ALONE, Launch
 from moce.models.experts import apply_experts
 from moce.registry import VERBS
 from moce.runs import read_metrics, read_tensors
 from moce.training.log import flatten
+from moce.training.optimiser import adamw, parameter_groups
 
 TIMES = {"images_per_s", "step_s", "data_wait_s"}
 CLOSE = 1e-5
@@ -92,6 +95,55 @@ def test_a_slurm_script_is_several_processes_under_srun_only(
     assert as_started(monkeypatch, script | step) == Launch(8, 5, 4, 1, 1, "srun")
 
 
+def test_shares_are_trained_by_a_fused_optimiser() -> None:
+    """Which counts its steps on the device: only so may `share_of` put the counts there."""
+    plain = adamw(parameter_groups(tiny_mae().parameters(), 0.05), 0.95)
+    shared = torch.optim.AdamW([dict(group) for group in plain.param_groups])
+    assert all(group["fused"] for group in shared.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("seen", "on_node", "index"),
+    [(4, "4", 2), (1, "4", 0), (1, None, 0), (1, "1", None), (2, "2", None)],
+)
+def test_a_slurm_task_takes_the_gpu_it_was_given(
+    seen: int, on_node: str | None, index: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own of those it sees, or the only one it sees; fewer GPUs than tasks are refused."""
+    monkeypatch.setattr(hardware, "launch", lambda: Launch(4, 2, 4, 2, 0, "srun"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    if on_node is not None:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", on_node)
+    if index is None:
+        with pytest.raises(MoceError, match="--gpu-bind=none"):
+            hardware.resolve_device("cuda")
+    else:
+        assert hardware.resolve_device("cuda") == torch.device("cuda", index)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_fabric_takes_the_device_of_a_process(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two tasks, each of which sees one GPU, on the second of two nodes."""
+    from lightning_fabric import Fabric
+
+    for name, value in {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3",
+                        "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_JOB_NAME": "x"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hardware, "launch", lambda: Launch(4, 3, 2, 1, 1, "srun"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("lightning_fabric.accelerators.cuda.num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(Fabric, "launch", lambda self: None)
+    fabric = hardware.open_fabric(torch.device("cuda", 0), "float32", strategy)
+    held: Any = fabric.strategy
+    assert held.root_device == torch.device("cuda", 0)
+    assert (held.num_nodes, held.num_processes, held.world_size) == (2, 2, 4)
+    assert (held.global_rank, held.local_rank) == (3, 1)
+
+
 @pytest.mark.parametrize(("count", "size"), [(32, None), (32, 4), (33, 5), (7, 100), (8, 1)])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_processes_share_out_a_batch(
@@ -134,6 +186,7 @@ def test_an_expert_without_images_still_has_gradients_where_others_may_use_it(
 
 EVEN = [(name, "ddp") for name in ("pretrain", "idle", "token_moe", "moce", "sdr", "mae")]
 EVEN += [(name, "fsdp") for name in ("idle", "token_moe", "pretrain", "blocks")]
+EVEN += [("saving", "ddp"), ("saving", "fsdp"), ("saving_token_moe", "fsdp")]
 UNEVEN = [("token_moe", "ddp"), ("idle", "ddp"), ("idle", "fsdp")]
 
 
@@ -176,6 +229,8 @@ def made(runs, tmp_path_factory: pytest.TempPathFactory) -> Made:
         "token_moe": {**train, "method": "token_moe", "num_experts": 4},
         "mae": {**at_four_steps, **DENSE, "method": "mae"},
         "blocks": {**experts, "expert_scope": "block"},
+        "saving": {**experts, "clip_grad": 0.05, "grad_checkpointing": True},
+        "saving_token_moe": {**train, "method": "token_moe", "grad_checkpointing": True},
         "finetune": {**FINETUNE, "backbone": str(runs.backbone), "data": str(runs.task)},
     }
     folder = tmp_path_factory.mktemp("several")

@@ -278,7 +278,7 @@ def test_what_the_system_refuses_leaves_nothing_half_written(tmp_path: Path, mon
         (OSError(errno.EIO, "Input/output error", "/disk/photo.png"), 1, "/disk/photo.png: Input"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "/x: Permission denied"),
         (MemoryError(), 1, "out of memory; try a smaller --micro-batch-size"),
-        (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "micro-batch-size, or --no-resident"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
         (KeyboardInterrupt(), 130, "interrupted; go on with --resume"),
         (Terminated(), 143, "interrupted; go on with --resume"),

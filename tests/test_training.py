@@ -347,3 +347,22 @@ def test_bf16_training_runs_and_keeps_float32_weights(runs, tmp_path: Path) -> N
     weights = read_tensors(tmp_path / "run" / "model.safetensors")
     assert {v.dtype for k, v in weights.items() if k.startswith("model.")} == {torch.float32}
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run"))
+
+
+def test_the_whole_gradient_of_a_step_is_clipped(runs, tmp_path: Path, monkeypatch) -> None:
+    """Once a step, whatever the micro-batches."""
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+
+    def noted(parameters, **options):
+        listed = list(parameters)
+        norms.append(float(clip(listed, **options)))
+        left = torch.stack([p.grad.norm() for p in listed if p.grad is not None]).norm()
+        assert left <= 0.05001
+        return torch.tensor(norms[-1])
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
+    for size in (None, 12):
+        update = {"steps": 2, "micro_batch_size": size, "clip_grad": 0.05}
+        moce.pretrain(runs.data, out=tmp_path / str(size), **{**PRETRAIN, **update})
+    assert len(norms) == 4 and min(norms) > 0.05
+    assert norms[:2] == pytest.approx(norms[2:], rel=1e-3)

@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 from builders import RUNTIME, demo_images, tiny_encoder
+from sklearn.neighbors import KNeighborsRegressor
+from sklearn.preprocessing import normalize
 from timm.optim import Lars
 from torch import nn
 
@@ -224,6 +226,20 @@ def clouds(classes: list[int], per_class: int = 9) -> tuple[np.ndarray, np.ndarr
     labels = np.repeat(classes, per_class)
     noise = np.random.default_rng(0).normal(size=(len(labels), 8))
     return 4 * np.eye(8)[labels] + noise, labels
+
+
+@pytest.mark.parametrize("neighbours", [1, 7])
+def test_votes_of_neighbours_are_those_of_rows_of_0_and_1(neighbours: int) -> None:
+    """Which scikit-learn would count; here they are never made. To the last bit, copies too."""
+    numbers = np.random.default_rng(0)
+    train = numbers.normal(size=(90, 8)).astype(np.float32)
+    train[50:55] = train[0]
+    labels = numbers.choice([0, 1, 3], 90)
+    test = np.concatenate([numbers.normal(size=(30, 8)).astype(np.float32), train[:4]])
+    mean = KNeighborsRegressor(neighbours, weights="distance")
+    expected = mean.fit(normalize(train), np.eye(5)[labels]).predict(normalize(test))
+    ours = knn_scores(train, labels, test, 5, neighbours)
+    assert np.array_equal(ours, expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("scores_of", [linear_scores, knn_scores])

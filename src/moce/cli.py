@@ -85,9 +85,11 @@ def _told(error: BaseException, verb: Verb) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if _is_out_of_memory(error):
-        sizes = {"micro_batch_size", "batch_size"} & verb.settings.model_fields.keys()
+        fields = verb.settings.model_fields.keys()
+        sizes = {"micro_batch_size", "batch_size"} & fields
         smaller = f"; try a smaller --{max(sizes).replace('_', '-')}" if sizes else ""
-        return f"out of memory{smaller}"
+        on_gpu = "CUDA" in str(error) and "resident" in fields
+        return f"out of memory{smaller}{', or --no-resident' if on_gpu else ''}"
     return " ".join(str(error).split())
 
 

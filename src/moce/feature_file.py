@@ -127,7 +127,7 @@ class FeatureFile:
             self._check_room()
             return Record()
         try:
-            found = Record(**json.loads(record.read_text()))
+            found = Record(**json.loads(record.read_text(encoding="utf-8")))
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
             return Record()
         whole = self.path.stat().st_size >= found.done * self.width * 4
@@ -142,7 +142,7 @@ class FeatureFile:
 
     def _write(self) -> None:
         with atomic(self.path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(asdict(self.record)))
+            temporary.write_text(json.dumps(asdict(self.record)), encoding="utf-8")
 
 
 def mean_of(features: Tensor) -> Tensor:

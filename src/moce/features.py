@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from moce.data.augment import normalise
-from moce.data.batches import in_order
+from moce.data.batches import brought_back, in_order
 from moce.data.images import ImageSet
 from moce.hardware import autocast
 from moce.models.encoder import EncoderSpec, choose_attention, encode_tokens, pool_tokens
@@ -81,12 +82,18 @@ def feature_batches(
     vit = vit.to(device).eval()
     choose_attention(vit, device, precision)
     count = part.stop - part.start if part else len(images)
-    with meter("features", -(-count // batch_size)) as progress:
-        for pixels in in_order(images, batch_size, device, input_size(vit), part):
-            inputs = normalise(pixels, spec.mean, spec.std)
-            with autocast(device, precision):  # not while the caller uses the feature
-                feature = _feature(vit, inputs, pooling)
-            yield feature.cpu()
+
+    def computed(pixels: Tensor) -> Tensor:
+        inputs = normalise(pixels, spec.mean, spec.std)
+        with autocast(device, precision):  # not while the caller uses the feature
+            return _feature(vit, inputs, pooling)
+
+    with (
+        meter("features", -(-count // batch_size)) as progress,
+        closing(in_order(images, batch_size, device, input_size(vit), part)) as batches,
+    ):
+        for feature in brought_back(map(computed, batches)):
+            yield feature
             progress.advance()
 
 

@@ -44,12 +44,22 @@ def _own_device(kind: str) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     local, devices = launch().local, torch.cuda.device_count() if kind == "cuda" else 1
+    if kind == "cuda" and devices == 1 and _bound(local):
+        return torch.device(kind, 0)
     if local > devices:
+        slurm = ", give the node more (--gpus-per-node), let all see them (--gpu-bind=none)"
         raise MoceError(
             f"{local} processes on a node with {devices} {kind} devices; start as many processes as "
-            "there are devices, or add --device cpu"
+            f"there are devices{slurm if launch().by == 'srun' else ''}, or add --device cpu"
         )
     return torch.device(kind, launch().local_rank)
+
+
+def _bound(local: int) -> bool:
+    """Whether Slurm has left each process a GPU of its own, all it sees (--gpus-per-task=1)."""
+    if launch().by != "srun":
+        return False
+    return int(os.environ.get("SLURM_GPUS_ON_NODE", local)) >= local
 
 
 def _has_mps() -> bool:
@@ -129,7 +139,8 @@ def open_fabric(device: torch.device, precision: str, strategy: str = "ddp") -> 
     fabric = Fabric(
         accelerator=device.type,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
-        **({"devices": 1} if launch() is ALONE else _shared_by_all(device, strategy)),
+        devices=1,
+        **({} if launch() is ALONE else _shared_by_all(device, strategy)),
     )
     fabric.launch()
     return fabric
@@ -153,9 +164,16 @@ def _shared_by_all(device: torch.device, strategy: str) -> dict[str, Any]:
         ),
     }
     by = {"torchrun": TorchElasticEnvironment, "srun": SLURMEnvironment}
+    chosen: Any = strategies[strategy]()
+    # Fabric looks up a process's device at its place on the node. Here every process says which is
+    # its own: where each sees one GPU only, all of them are called cuda:0.
+    chosen.parallel_devices = [device] * started.local
+    try:
+        environment = by[started.by]()
+    except RuntimeError as error:  # Slurm's settings are not as Fabric needs them
+        raise MoceError(" ".join(str(error).split())) from None
     return {
-        "devices": started.local,
         "num_nodes": started.world // started.local,
-        "strategy": strategies[strategy](),
-        "plugins": [by[started.by]()],
+        "strategy": chosen,
+        "plugins": [environment],
     }

@@ -63,7 +63,7 @@ def write_inputs(folder: Path, now: dict[str, str]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MoceError(f"cannot read {path}: {error}") from None
     return content if isinstance(content, dict) else {}

@@ -149,7 +149,7 @@ def _token_moe_backbone(path: Path) -> Backbone:
 
 def _exported_backbone(path: Path) -> Backbone:
     try:
-        config = json.loads((path / BACKBONE_CONFIG).read_text())
+        config = json.loads((path / BACKBONE_CONFIG).read_text(encoding="utf-8"))
         cfg = config["pretrained_cfg"]
         arguments = dict(config["model_args"])
         mean, std = tuple(cfg["mean"]), tuple(cfg["std"])

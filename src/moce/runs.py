@@ -32,6 +32,7 @@ from moce.config import EvaluateSettings, Settings, expand
 from moce.data.sources import paths_of
 from moce.errors import MoceError
 from moce.parsing import read_yaml
+from moce.placement import apart
 from moce.processes import is_main, of_main, wait_for_all
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
@@ -63,7 +64,7 @@ FOLDERS_OF_RUNS = frozenset({"backbones", "finetune"})  # of the demo, of evalua
 HEADROOM_RUN = re.compile(r"all|group\d+")
 FREE_TO_CHANGE = frozenset(
     {"resume", "overwrite", "out", "threads", "log_every", "save_every"}
-    | {"max_skipped", "strategy"}
+    | {"max_skipped", "strategy", "resident", "grad_checkpointing"}
 )
 # Each row of an evaluation stands for itself: a resumed one may be asked for others.
 ROWS_TO_MAKE = frozenset({"backbones", "protocols", "tasks", "role", "root"})
@@ -203,7 +204,7 @@ def atomic(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             temporary.chmod(0o644)
-            with temporary.open("rb") as file:
+            with temporary.open("r+b") as file:
                 os.fsync(file.fileno())  # on disk before it has its name, should the power fail
             temporary.replace(path)
         finally:
@@ -222,7 +223,7 @@ def writing(path: Path) -> Iterator[None]:
 def append_line(path: Path, content: dict[str, Any]) -> None:
     """Add a line of JSON to a file. A process killed meanwhile may leave a part of it."""
     line = json.dumps(content, allow_nan=False) + "\n"
-    with writing(path), path.open("a") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(line)
 
 
@@ -248,10 +249,9 @@ def write_tensors(
 
     if not is_main():
         return
-    ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
         try:
-            save_file(ready, temporary, metadata)
+            save_file(apart(tensors), temporary, metadata)
         except SafetensorError as error:
             raise MoceError(f"cannot write {path}: {error}") from None
 
@@ -287,7 +287,7 @@ def write_config(folder: Path, settings: Settings) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings a run was started with. Raises MoceError if they are missing or damaged."""
     try:
-        content = read_yaml((folder / CONFIG).read_text())
+        content = read_yaml((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MoceError(f"cannot read {folder / CONFIG}: {error}") from None
     if not isinstance(content, dict):
@@ -332,7 +332,7 @@ def read_info(folder: Path) -> dict[str, Any]:
         reason = "is not finished (run its verb again)" if unfinished else "is not a moce run"
         raise MoceError(f"{folder} {reason}: it has no {INFO}")
     try:
-        info = json.loads(path.read_text())
+        info = json.loads(path.read_text(encoding="utf-8"))
         info["kind"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise MoceError(f"{path} is damaged: {error}") from None
@@ -380,7 +380,7 @@ def read_timings(folder: Path) -> list[dict[str, Any]]:
 def read_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, if any, up to the first that is damaged or lacks `key`."""
     rows: list[dict[str, Any]] = []
-    text = path.read_text(errors="replace") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
         try:
             row = json.loads(line)

@@ -46,7 +46,8 @@ def share_of(value: Tensor, like: Any) -> Tensor:
     """This process's share of a tensor that every process has, spread as `like` is."""
     from torch.distributed.tensor import distribute_tensor
 
-    if not hasattr(like, "full_tensor") or value.shape != like.shape:  # such as a count of steps
+    # Such as a count of steps, which fused AdamW has on the device (others would have it on the CPU).
+    if not hasattr(like, "full_tensor") or value.shape != like.shape:
         return value.to(like.device, copy=True)
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 

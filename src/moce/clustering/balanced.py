@@ -19,7 +19,14 @@ from torch.nn.functional import normalize
 
 from moce.clustering.rows import CHUNK_SIZE, Rows, chunks, without_copies
 from moce.clustering.seeding import draw, fill_empty, plus_plus, reseed_empty
-from moce.clustering.sinkhorn import Similarities, Sums, balanced_potentials, scores, sweep
+from moce.clustering.sinkhorn import (
+    Similarities,
+    Sums,
+    balanced_potentials,
+    column_masses,
+    scores,
+    sweep,
+)
 from moce.errors import MoceError
 
 SAMPLE = 256  # images per cluster of the first stage
@@ -35,6 +42,7 @@ class Clustering:
     """centroids: [K, D] unit; potentials: [K]; assignment: [n] int64 of the images given; all of one fit.
 
     sizes: [K] int64 and similarity, the mean cosine of images and centroids: over all processes.
+    marginal_error: the largest relative error of a cluster's mass, copies of images not counted.
     """
 
     centroids: Tensor
@@ -43,6 +51,7 @@ class Clustering:
     sizes: Tensor
     rounds: int
     similarity: float
+    marginal_error: float
 
 
 @dataclass
@@ -245,7 +254,12 @@ class _Fit:
                 potentials = filled
                 sums = sweep(similarities.of_all(), potentials, state.assignment)
             assignment, sizes = state.assignment.long().to(rows.device), sums.sizes.long()
-            return Clustering(centroids, potentials, assignment, sizes, state.step, sums.similarity)
+            masses = sums.masses
+            if rows.weights is not None:  # those of the sweep count copies
+                masses = column_masses(similarities, potentials)
+            return Clustering(
+                centroids, potentials, assignment, sizes, state.step, sums.similarity, masses.error
+            )
         raise MoceError(
             f"cannot fill {len(centroids)} clusters: too many images are alike; use fewer clusters"
         )

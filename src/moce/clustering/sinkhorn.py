@@ -288,7 +288,7 @@ def balanced_potentials(
     """`balance` from similarities, which are computed once if they are kept.
 
     Newton's method; where a step of it does not help, an iteration of Sinkhorn-Knopp in its place
-    and more damping.
+    and more damping. After `max_iterations` the best so far, whatever its error.
     """
     best, damping = potentials, FIRST_DAMPING
     masses: Masses | None = None

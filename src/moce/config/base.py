@@ -121,7 +121,17 @@ class RunSettings(DataSettings):
     overwrite: bool = Field(False, description="replace what is in the output folder")
 
 
-class TrainingSettings(RunSettings):
+class ResidentSettings(Settings):
+    """A verb that goes through its data again and again."""
+
+    resident: bool = Field(
+        True,
+        description="keep the data on the GPU (pixels, or the features of a clustering) if they take "
+        "at most a quarter of its free memory",
+    )
+
+
+class TrainingSettings(RunSettings, ResidentSettings):
     """A verb that optimises a network step by step."""
 
     resume: bool = Field(False, description="go on from the last checkpoint of the output folder")
@@ -144,10 +154,18 @@ class TrainingSettings(RunSettings):
         0.05, description="AdamW weight decay (none on biases, norms)"
     )
     beta2: OpenFraction = Field(0.95, description="AdamW second-moment decay")
+    clip_grad: Positive | None = Field(
+        None, description="largest norm of a step's gradient; a longer one is scaled down to it"
+    )
     warmup: Fraction = Field(0.05, description="share of the steps with rising learning rate")
     min_lr: NonNegative = Field(0.0, description="learning rate at the end of the cosine")
     crop_scale: Fraction = Field(0.2, description="smallest random crop, share of the image's area")
     hflip: bool = Field(True, description="mirror half of the images")
+    grad_checkpointing: bool = Field(
+        False,
+        description="less memory for some third more time: what is within a block is computed again "
+        "for the backward pass",
+    )
     strategy: Processes = Field(
         "auto",
         description="with several processes, what each holds: ddp, the whole network, or fsdp, a share "

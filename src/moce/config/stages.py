@@ -27,6 +27,7 @@ from moce.config.base import (
     OpenFraction,
     Positive,
     Reference,
+    ResidentSettings,
     RunSettings,
     Settings,
     Strategy,
@@ -103,7 +104,7 @@ class PretrainSettings(TrainingSettings, WeightsSettings):
     decoder_heads: Count = Field(16, description="decoder attention heads")
 
 
-class ClusterSettings(RunSettings, MAESettings):
+class ClusterSettings(RunSettings, MAESettings, ResidentSettings):
     """Group the images into balanced clusters by an MAE's features (stage 1)."""
 
     data: Data = Field(description=IMAGES)

@@ -53,7 +53,7 @@ def _write_torch(folder: Path, model: Model) -> str:
     return """import json
 import timm
 from safetensors.torch import load_file
-said = json.load(open("THIS_FOLDER/architecture.json"))
+said = json.load(open("THIS_FOLDER/architecture.json", encoding="utf-8"))
 options = dict(num_classes=0, global_pool="avg", fc_norm=False)
 model = timm.create_model(said["name"], **said["model_args"], **options).eval()
 tensors = load_file("THIS_FOLDER/model.safetensors")  # a decoder has the names of facebookresearch/mae

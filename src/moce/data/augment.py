@@ -8,10 +8,13 @@ the zeros in these matrices cost too much from some size on, and images are resi
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from moce.placement import send
 
 TRIES = 10  # as in torchvision's RandomResizedCrop
 ONE_BY_ONE_FROM = 48 * 48  # pixels of an image from which products lose to a loop, on CPUs
@@ -19,11 +22,18 @@ ONE_BY_ONE_FROM = 48 * 48  # pixels of an image from which products lose to a lo
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 or float pixels 0..255 [b, c, h, w] to float32 of zero mean and unit deviation."""
-    shape = (1, -1, 1, 1)
-    centre = torch.tensor(mean, device=pixels.device).reshape(shape) * 255
-    return (pixels.float() - centre) / (
-        torch.tensor(std, device=pixels.device).reshape(shape) * 255
+    centre, scale = (
+        _of_channels(tuple(mean), pixels.device),
+        _of_channels(tuple(std), pixels.device),
     )
+    return (pixels.float() - centre) / scale
+
+
+@lru_cache
+def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A value of each channel, in units of pixels, [1, c, 1, 1]: sent to a device once, not every time."""
+    with torch.inference_mode(False):  # who asks first may be under it, and others train
+        return torch.tensor(values).reshape(1, -1, 1, 1).mul(255).to(device)
 
 
 def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -117,7 +127,7 @@ def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     scale = min(height / size[0], width / size[1])
     box_height, box_width = round(size[0] * scale), round(size[1] * scale)
     box = [(height - box_height) // 2, (width - box_width) // 2, box_height, box_width]
-    boxes = torch.tensor([box], device=pixels.device).expand(len(pixels), -1)
+    boxes = send(torch.tensor([box]), pixels.device).expand(len(pixels), -1)
     return resized_crop(pixels, boxes, size).round().to(torch.uint8)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +17,10 @@ from torch import Tensor
 from moce.data.augment import fitted
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
+from moce.placement import fits_on, send
 from moce.processes import own_share, world
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -91,16 +96,12 @@ def own_parts(count: int, size: int | None) -> list[slice]:
 
 
 FETCHED_AHEAD = 2  # batches that wait, with their pixels in memory
-RESIDENT_SHARE = 0.5  # of an accelerator's free memory, up to which all pixels are kept there
-SENT_TOGETHER = 2**26  # bytes of pixels that go there at a time
+SENT_TOGETHER = 2**26  # bytes of pixels that go to a device at a time
 
 
 def resident(images: ImageSet, device: torch.device) -> ImageSet:
     """The images with their pixels on a CUDA device, if it has room: no batch has to be sent then."""
-    if device.type != "cuda":
-        return images
-    free, _ = torch.cuda.mem_get_info(device)
-    return images if math.prod(images.shape) > RESIDENT_SHARE * free else sent(images, device)
+    return sent(images, device) if fits_on(device, math.prod(images.shape)) else images
 
 
 def sent(images: ImageSet, device: torch.device) -> ImageSet:
@@ -115,24 +116,28 @@ def sent(images: ImageSet, device: torch.device) -> ImageSet:
 
 def fetch(images: ImageSet, rows: Tensor, epochs: Tensor, device: torch.device) -> Batch:
     """The batch of these rows on `device`."""
-    pixels = images.take(rows)
-    if device.type == "cuda" and not pixels.is_cuda:
-        pixels = pixels.pin_memory()
-    return Batch(rows.to(device), epochs.to(device), pixels.to(device, non_blocking=True))
+    placed = send(rows, device)
+    pixels = images.take(placed if images.stored.is_cuda else rows)
+    return Batch(placed, send(epochs, device), send(pixels, device))
 
 
 def prefetched(
     images: ImageSet, parts: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> Generator[Batch]:
-    """The batch of every part (rows, epochs), fetched by a thread while the one before is used.
+    """The batch of every part (rows, epochs), fetched by a thread while the one before is used."""
+    return _ahead(partial(fetch, images, rows, epochs, device) for rows, epochs in parts)
+
+
+def _ahead(jobs: Iterable[Callable[[], T]]) -> Generator[T]:
+    """What every job returns, in their order; a thread does them while results before are used.
 
     So pixels that have to come from a disk, or go to a device, are there when they are needed.
     """
     with ThreadPoolExecutor(1, "prefetch") as pool:
-        ahead: deque[Future[Batch]] = deque()
+        ahead: deque[Future[T]] = deque()
         try:
-            for rows, epochs in parts:
-                ahead.append(pool.submit(fetch, images, rows, epochs, device))
+            for job in jobs:
+                ahead.append(pool.submit(job))
                 if len(ahead) > FETCHED_AHEAD:
                     yield ahead.popleft().result()
             while ahead:
@@ -147,8 +152,40 @@ def in_order(
     device: torch.device,
     size: tuple[int, int],
     part: slice | None = None,
-) -> Iterator[Tensor]:
-    """All images once, or a part, in their order, fitted to `size`: [b, c, *size] uint8 at a time."""
+) -> Generator[Tensor]:
+    """All images once, or a part, in their order, fitted to `size`: [b, c, *size] uint8 at a time.
+
+    They are read, and sent to the device, by a thread while the ones before are used.
+    """
     first, end = (part.start, part.stop) if part else (0, len(images))
-    for start in range(first, end, batch_size):
-        yield fitted(images.take(slice(start, min(start + batch_size, end))).to(device), size)
+    starts = range(first, end, batch_size)
+    slices = (slice(start, min(start + batch_size, end)) for start in starts)
+    with closing(_ahead(partial(_read, images, own, device) for own in slices)) as batches:
+        for pixels in batches:
+            yield fitted(pixels, size)
+
+
+def _read(images: ImageSet, own: slice, device: torch.device) -> Tensor:
+    return send(images.take(own), device)
+
+
+def brought_back(results: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Every result on the CPU. From a CUDA device each comes while the next is computed."""
+    coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+    for result in results:
+        if not result.is_cuda:
+            yield result.cpu()
+            continue
+        here = result.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        coming.append((here, arrived))
+        if len(coming) > 1:
+            yield _waited_for(*coming.popleft())
+    while coming:
+        yield _waited_for(*coming.popleft())
+
+
+def _waited_for(values: Tensor, arrived: torch.cuda.Event) -> Tensor:
+    arrived.synchronize()
+    return values

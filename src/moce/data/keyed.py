@@ -36,13 +36,17 @@ def _mix(state: Tensor) -> Tensor:
     return state ^ ((state >> 31) & 0x1FFFFFFFF)
 
 
+def _key(seed: int, stream: Stream) -> int:
+    """What all numbers of a stream share: no tensor, which would have to be sent to a device."""
+    return int(_mix(torch.tensor(seed) * _GOLDEN + int(stream)))
+
+
 def keyed_uniform(seed: int, stream: Stream, epochs: Tensor, images: Tensor, count: int) -> Tensor:
     """Uniform numbers in [0, 1): row i depends on (seed, stream, epochs[i], images[i]) only.
 
     epochs, images: [b] int64. Returns [b, count] float32 on their device.
     """
-    key = _mix(torch.tensor(seed, device=images.device) * _GOLDEN + int(stream))
-    row = _mix(_mix(key + images * _GOLDEN) + epochs * _GOLDEN)
+    row = _mix(_mix(_key(seed, stream) + images * _GOLDEN) + epochs * _GOLDEN)
     column = torch.arange(1, count + 1, device=images.device) * _GOLDEN
     bits = _mix(row[:, None] + column[None, :])
     return ((bits >> 40) & 0xFFFFFF).float() / 2**24
@@ -51,11 +55,12 @@ def keyed_uniform(seed: int, stream: Stream, epochs: Tensor, images: Tensor, cou
 def keyed_normal(seed: int, stream: Stream, epochs: Tensor, images: Tensor, count: int) -> Tensor:
     """As `keyed_uniform`, but from N(0, 1)."""
     uniform = keyed_uniform(seed, stream, epochs, images, count)
-    return torch.special.ndtri(uniform.double() + 2**-25).float()  # never 0 nor 1
+    wide = uniform.cpu() if uniform.device.type == "mps" else uniform  # which has no float64
+    normal = torch.special.ndtri(wide.double() + 2**-25).float()  # never 0 nor 1
+    return normal.to(uniform.device)
 
 
 def keyed_generator(seed: int, stream: Stream, number: int) -> torch.Generator:
     """A CPU generator that depends on (seed, stream, number) only, for what is not per image."""
-    key = _mix(torch.tensor(seed) * _GOLDEN + int(stream))
-    state = _mix(key + torch.tensor(number) * _GOLDEN)
+    state = _mix(_key(seed, stream) + torch.tensor(number) * _GOLDEN)
     return torch.Generator().manual_seed(int(state) & 0x7FFFFFFFFFFFFFFF)

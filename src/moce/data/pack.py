@@ -95,7 +95,7 @@ class Packer:
         write_text(self._journal, "".join(map(_line, [self._job, *self._rows])))
         with (
             self._partial.open("r+b" if self._rows else "wb") as pixels,
-            self._journal.open("a") as journal,
+            self._journal.open("a", encoding="utf-8") as journal,
         ):
             pixels.truncate(self._end())
             pixels.seek(0, os.SEEK_END)

@@ -156,7 +156,7 @@ def _listed(part: str) -> list[Part]:
         return [Part(part, part)]
     path = expand(Path(part.removeprefix(LIST_PREFIX)))
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise MoceError(f"cannot read the list {path}: {error}") from None
     named = [line for line in lines if line and not line.startswith("#")]

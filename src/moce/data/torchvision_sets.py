@@ -132,7 +132,7 @@ def _sun397(folder: Path) -> list[Row]:
     labels = dict(found[index] for index in range(len(found)))
     rows = []
     for split, file in SUN_SPLITS.items():
-        for line in (root / file).read_text().split():
+        for line in (root / file).read_text(encoding="utf-8").split():
             path = root / line.lstrip("/")
             rows.append(_file_row(folder, path, found.classes[labels[str(path)]], split))
     return rows
@@ -177,7 +177,7 @@ class Cifar:
         download_and_extract_archive(CIFAR_URL + self.archive, str(folder), md5=self.md5)
 
     def _rows(self, root: Path) -> list[Row]:
-        names = (root / self.names).read_text().split()
+        names = (root / self.names).read_text(encoding="utf-8").split()
         rows: list[Row] = []
         for split, files in self.files.items():
             parts = [np.asarray(np.memmap(root / file, np.uint8, "r")) for file in files]

@@ -51,7 +51,7 @@ def _in_folder(folder: Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MoceError(f"cannot read {path}: {error}") from None
     return content if isinstance(content, dict) else {}

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from moce.errors import MoceError
+from moce.models.recompute import run_blocks
 
 RGB, OTHERWISE = 3, 0.5  # mean and deviation of images of another number of channels
 
@@ -199,7 +200,8 @@ def encode_tokens(vit: VisionTransformer, images: Tensor, keep: Tensor | None = 
             prefix_tokens = prefix_tokens + positions[:, : vit.num_prefix_tokens]
         expanded = prefix_tokens.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         tokens = torch.cat([expanded, tokens], dim=1)
-    return vit.norm(vit.blocks(vit.norm_pre(vit.pos_drop(tokens))))
+    tokens = vit.norm_pre(vit.pos_drop(tokens))
+    return vit.norm(run_blocks(vit.blocks, tokens, vit.grad_checkpointing))
 
 
 def embed_patches(vit: VisionTransformer, images: Tensor, keep: Tensor) -> Tensor:

@@ -9,15 +9,20 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from moce.placement import tally
 from moce.processes import world
 
 
 @dataclass
 class Routing:
-    """expert: [b] int64, the expert of every image; gate: [b] float32, the scale of its output."""
+    """expert: [b] int64, the expert of every image; gate: [b] float32, the scale of its output.
+
+    counts: images of every expert, if they have been counted.
+    """
 
     expert: Tensor
     gate: Tensor
+    counts: list[int] | None = None
 
 
 class ExpertLayer(nn.Module):
@@ -27,6 +32,8 @@ class ExpertLayer(nn.Module):
     Experts are separate modules. One without images in a step gets no gradient at all, so the
     optimiser leaves it where it is: neither momentum nor weight decay moves an idle expert.
     """
+
+    OF_A_PASS = ("routing",)
 
     def __init__(self, layer: nn.Module, num_experts: int) -> None:
         """Experts start as copies of the trained `layer` (upcycling)."""
@@ -38,8 +45,9 @@ class ExpertLayer(nn.Module):
         """Every image by its expert, [b, n, d], and its gate, [b, 1, 1]. Raises if no routing is set."""
         if self.routing is None:
             raise RuntimeError("set .routing before calling an expert layer")
-        mixed = apply_experts(self.experts, tokens, self.routing.expert)
-        return mixed, self.routing.gate[:, None, None].to(mixed.dtype)
+        routing = self.routing
+        mixed = apply_experts(self.experts, tokens, routing.expert, routing.counts)
+        return mixed, routing.gate[:, None, None].to(mixed.dtype)
 
 
 class ExpertFFN(ExpertLayer):
@@ -60,15 +68,30 @@ class ExpertBlock(ExpertLayer):
         return tokens + gate * (mixed - tokens)
 
 
-def apply_experts(experts: nn.ModuleList, rows: Tensor, expert: Tensor) -> Tensor:
+def routings(experts: list[Tensor], gates: list[Tensor], num_experts: int) -> list[Routing]:
+    """The routing of every MoE block, from [b] each, with its counts.
+
+    Counts say how large each expert's slice is, so that the host has to know them, and a GPU is
+    waited for: once for all blocks of a forward pass. It cannot be less: routes change with the
+    gates, in every step.
+    """
+    counts = torch.stack([tally(expert, num_experts) for expert in experts]).tolist()
+    return [Routing(*each) for each in zip(experts, gates, counts, strict=True)]
+
+
+def apply_experts(
+    experts: nn.ModuleList, rows: Tensor, expert: Tensor, counts: list[int] | None = None
+) -> Tensor:
     """Every row of `rows` [m, ...] by its own expert, `expert` [m] int64, in the rows' order.
 
     Sorted by expert, each one works on one contiguous slice: as cheap as a dense FFN. Of several
     processes all experts work in each, on no rows if need be: their gradients are averaged.
+
+    counts: rows of each expert (default: counted here, for which a GPU is waited for).
     """
     order = expert.argsort(stable=True)
-    counts = expert.bincount(minlength=len(experts)).tolist()
-    slices = rows.index_select(0, order).split(counts)
+    sizes = tally(expert, len(experts)).tolist() if counts is None else counts
+    slices = rows.index_select(0, order).split(sizes)
     outputs = [
         work(part)
         for work, part in zip(experts, slices, strict=True)

@@ -22,7 +22,7 @@ from moce.models.encoder import (
     sincos_positions,
     take,
 )
-from moce.models.recompute import recomputed
+from moce.models.recompute import recomputed, run_blocks
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Decoder(nn.Module):
         grid, num_prefix = encoder.patch_embed.grid_size, encoder.num_prefix_tokens
         height, width = encoder.patch_embed.patch_size
         self.num_prefix = num_prefix
+        self.grad_checkpointing = False
         self.pos_embed: Tensor
         self.embed = nn.Linear(encoder.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -95,7 +96,8 @@ class Decoder(nn.Module):
         masked = self.mask_token.to(visible.dtype).expand(visible.shape[0], missing, -1)
         patches = torch.cat([visible, masked], dim=1)
         tokens = torch.cat([prefix, take(patches, restore)], dim=1) + self.pos_embed
-        return self.head(self.norm(self.blocks(tokens)))[:, self.num_prefix :]
+        tokens = run_blocks(self.blocks, tokens, self.grad_checkpointing)
+        return self.head(self.norm(tokens))[:, self.num_prefix :]
 
 
 class MAE(nn.Module):

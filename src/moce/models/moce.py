@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from moce.errors import MoceError
 from moce.models.encoder import encode_tokens
-from moce.models.experts import ExpertBlock, ExpertFFN, ExpertLayer, Routing
+from moce.models.experts import ExpertBlock, ExpertFFN, ExpertLayer, routings
 from moce.models.gates import ClusterGate, balance_loss, imbalance_loss
 from moce.models.mae import MAE, MAESpec
+from moce.placement import tally
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,14 @@ class MoCE(nn.Module):
 
         The noisy tables decide route and scale.
         """
-        for layer, table in zip(self.experts, self.tables(noise), strict=True):
-            expert, gate = self._gate(table)
-            layer.routing = Routing(expert[clusters], gate[clusters])
+        chosen = [self._gate(table) for table in self.tables(noise)]
+        made = routings(
+            [expert[clusters] for expert, _ in chosen],
+            [gate[clusters] for _, gate in chosen],
+            self.num_experts,
+        )
+        for layer, routing in zip(self.experts, made, strict=True):
+            layer.routing = routing
         try:
             yield
         finally:
@@ -176,7 +182,7 @@ class MoCE(nn.Module):
         over micro-batches and ranks counts them once a step.
         """
         if counts is None:
-            counts = clusters.bincount(minlength=self.clusters.shape[0])
+            counts = tally(clusters, self.clusters.shape[0])
         with self.routed(clusters, gate_noise):
             output = self.mae(images, noise)
         with torch.autocast(images.device.type, enabled=False):

@@ -1,19 +1,77 @@
-"""Less memory for a training step: cheap layers' outputs are made again in the backward pass."""
+"""Less memory for a training step: outputs are made again in the backward pass.
+
+Those of cheap layers (`recomputed`), or all that is within a block (`run_blocks`).
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
 
 CHEAP = (nn.GELU, nn.LayerNorm)
+CHECKPOINTING = "grad_checkpointing"  # what timm's networks call it, and ours
 Again = Callable[[], Tensor]
+
+
+def set_checkpointing(module: nn.Module, enable: bool) -> None:
+    """Whether networks in `module` keep only what goes into each block for the backward pass."""
+    for part in module.modules():
+        if hasattr(part, CHECKPOINTING):
+            setattr(part, CHECKPOINTING, enable)
+
+
+def run_blocks(blocks: nn.Sequential, tokens: Tensor, checkpointing: bool) -> Tensor:
+    """Tokens [b, n, d] through all blocks.
+
+    checkpointing: what is within a block is made again in the backward pass, the same numbers:
+    some third more time, and the memory of one block where there was that of all.
+    """
+    if not checkpointing or not torch.is_grad_enabled():
+        return blocks(tokens)
+    for block in blocks:
+        contexts = partial(_contexts, block)
+        tokens = checkpoint(block, tokens, use_reentrant=False, context_fn=contexts)
+    return tokens
+
+
+def _contexts(block: nn.Module) -> tuple[Any, Any]:
+    """Those of a block's forward pass and of its repetition.
+
+    Layers that are told of a pass what is not in their input (`OF_A_PASS` names the attributes) are
+    told the same again, and are left as they were.
+    """
+    layers = [layer for layer in block.modules() if hasattr(layer, "OF_A_PASS")]
+    told = [_told(layer) for layer in layers]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        before = [_told(layer) for layer in layers]
+        _tell(layers, told)
+        try:
+            yield
+        finally:
+            _tell(layers, before)
+
+    return nullcontext(), again()
+
+
+def _told(layer: Any) -> dict[str, Any]:
+    return {name: getattr(layer, name) for name in layer.OF_A_PASS}
+
+
+def _tell(layers: list[nn.Module], values: list[dict[str, Any]]) -> None:
+    for layer, own in zip(layers, values, strict=True):
+        for name, value in own.items():
+            setattr(layer, name, value)
 
 
 @contextmanager

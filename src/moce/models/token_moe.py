@@ -47,6 +47,8 @@ class TokenMoESpec:
 class TokenExpertFFN(nn.Module):
     """Stands in for a ViT block's FFN: every token goes to the expert its own gate picks."""
 
+    OF_A_PASS = ("balance", "noise")
+
     def __init__(
         self, ffn: nn.Module, width: int, num_experts: int, gate_scale: str, gate_std: float = 0.02
     ) -> None:

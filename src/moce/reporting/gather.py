@@ -151,7 +151,7 @@ def _read_results(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise MoceError(f"{path} is damaged: {error}") from None
     if not (isinstance(content, dict) and "rows" in content and "selection" in content):

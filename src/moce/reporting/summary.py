@@ -17,6 +17,7 @@ NAMES = {
     "rounds": "rounds",
     "smallest": "smallest cluster",
     "largest": "largest cluster",
+    "marginal_error": "largest error of a cluster's mass",
 }
 
 

@@ -20,6 +20,7 @@ from moce.data.keyed import Stream, keyed_generator
 from moce.errors import Interrupted, MoceError, NotFinite
 from moce.hardware import open_fabric
 from moce.models.encoder import choose_attention
+from moce.models.recompute import set_checkpointing
 from moce.processes import all_sum, is_main, rank, wait_for_all, world
 from moce.progress import meter, say
 from moce.runs import INFO, write_config
@@ -36,7 +37,7 @@ Losses = dict[str, Tensor]
 class Step:
     """What a stage may know when it computes a loss.
 
-    The number of the step and its whole batch's rows; which part of it the micro-batch is, and how
+    The number of the step and its whole batch's rows, on the CPU; which part of it the micro-batch is, and how
     many of the micro-batch's images only lead it (see `Stage.mixes`).
     """
 
@@ -88,12 +89,13 @@ class _Loop:
     ) -> None:
         self.stage, self.settings, self.folder = stage, settings, settings.out
         self.count = len(stage.images)
-        self.images = resident(stage.images, device)
+        self.images = resident(stage.images, device) if settings.resident else stage.images
         self.total = total_steps(settings, self.count)
         self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
         shared = settings.strategy == "fsdp" and world() > 1
         self.fabric = open_fabric(device, precision, "fsdp" if shared else "ddp")
         choose_attention(stage.module, device, precision)
+        set_checkpointing(stage.module, settings.grad_checkpointing)
         check_share(settings)
         self.plain = adamw(stage.groups, settings.beta2)  # of the module itself: what is saved
         self.held = (Shared if shared else Held)(self.fabric, stage.module, self.plain)
@@ -132,7 +134,7 @@ class _Loop:
                 progress.advance(note)
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
-        self.stage.module.eval()
+        set_checkpointing(self.stage.module.eval(), False)
 
     def _open_log(self) -> MetricLog:
         return MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
@@ -142,7 +144,7 @@ class _Loop:
         self.window.check_finite(self.folder)
         self.window.collect()
         if self.stage.diagnostics is not dict:  # they read the module
-            self.held.gather()
+            self.held.gather_module()
         row = self.window.row(step, self.count, self.settings.batch_size, rate)
         times = self.window.times(step, self.settings.batch_size)
         self.window.reset()
@@ -195,9 +197,7 @@ class _Loop:
         seed = keyed_generator(self.settings.seed, Stream.STEP, place).initial_seed()
         torch.manual_seed(seed)
         rows, _ = self.order(number)
-        step = Step(
-            number, rows.to(self.fabric.device), led_by=int(self.stage.mixes and world() > 1)
-        )
+        step = Step(number, rows, led_by=int(self.stage.mixes and world() > 1))
         parts = own_parts(len(rows), self.settings.micro_batch_size)
         for step.part, part in enumerate(parts):
             with self.window.waiting():
@@ -209,6 +209,11 @@ class _Loop:
                 self.fabric.backward(losses["loss"] * (share * world()))
             self.window.add(losses, share)
         self.idle.drop_gradients()
+        if self.settings.clip_grad is not None:
+            norm = self.settings.clip_grad  # what is not finite is found when losses are read
+            self.fabric.clip_gradients(
+                self.model, self.optimiser, max_norm=norm, error_if_nonfinite=False
+            )
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.window.steps += 1

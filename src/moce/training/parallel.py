@@ -41,6 +41,9 @@ class Held:
     def scatter(self) -> None:
         """Begin with what the stage's module and its optimiser hold, or have loaded."""
 
+    def gather_module(self) -> None:
+        """Bring the stage's module up to date."""
+
     def gather(self) -> None:
         """Bring the stage's module and its optimiser up to date."""
 
@@ -58,15 +61,18 @@ class Shared(Held):
             {**group, "params": [self._twin[p] for p in group["params"]]}
             for group in optimiser.param_groups
         ]
-        self._optimiser = torch.optim.AdamW(groups)
+        self._optimiser = torch.optim.AdamW(groups)  # fused, for the groups say so
         self.optimiser = fabric.setup_optimizers(self._optimiser)
 
     def scatter(self) -> None:
         scatter_module(self._module, self._sharded)
         scatter_state(self._whole, self._optimiser, self._twin)
 
-    def gather(self) -> None:
+    def gather_module(self) -> None:
         gather_module(self._sharded, self._module)
+
+    def gather(self) -> None:
+        self.gather_module()
         gather_state(self._optimiser, self._whole, self._twin)
 
 

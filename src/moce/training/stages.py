@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from moce.models.experts import divergence
 from moce.models.mae import MAE, num_kept
 from moce.models.moce import MoCE
 from moce.models.token_moe import TokenMoE
+from moce.placement import send, tally
 from moce.training.loop import Losses, Stage, Step
 from moce.training.optimiser import ParameterGroup, parameter_groups
 
@@ -66,18 +68,16 @@ def moce_stage(
 ) -> Stage:
     """Stage 2, with gates that learn (moce) or are fixed (sdr). cluster_of: [n] int64 clusters."""
     size = moce.mae.encoder.patch_embed.img_size
-    num_clusters = len(moce.clusters)
+    clusters_on = lru_cache(maxsize=1)(cluster_of.to)
+    gates = _GatesOfStep(moce, cluster_of, settings)
 
     def loss(model: nn.Module, batch: Batch, step: Step) -> Losses:
         device = batch.rows.device  # the network's; under FSDP `moce` itself stays on the CPU
-        where = cluster_of.to(device)
-        noise = gate_noise(moce, settings, step.number)
         output = model(
             augmented(batch, settings, spec, size),
             mask_noise(batch, settings, moce.mae),
-            where[batch.rows],
-            None if noise is None else noise.to(device),
-            where[step.rows].bincount(minlength=num_clusters),
+            clusters_on(device)[batch.rows],
+            *gates(step, device),
         )
         total = output.reconstruction
         if settings.method == "moce":  # fixed gates have nothing to learn
@@ -154,6 +154,24 @@ def gate_noise(moce: MoCE, settings: TrainSettings, step: int) -> Tensor | None:
     generator = keyed_generator(settings.seed, Stream.GATE, step)
     shape = (len(moce.gates), len(moce.clusters), moce.num_experts)
     return torch.randn(shape, generator=generator) / moce.num_experts
+
+
+class _GatesOfStep:
+    """What gates are given, the same for all micro-batches of a step: made, and sent, once for all."""
+
+    def __init__(self, moce: MoCE, cluster_of: Tensor, settings: TrainSettings) -> None:
+        self._moce, self._cluster_of, self._settings = moce, cluster_of, settings
+        self._step: Step | None = None
+        self._made: tuple[Tensor | None, Tensor]
+
+    def __call__(self, step: Step, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """Noise of the gates (None: off), and images of each cluster in the whole batch."""
+        if step is not self._step:
+            noise = gate_noise(self._moce, self._settings, step.number)
+            counts = tally(self._cluster_of[step.rows], len(self._moce.clusters))
+            self._made = None if noise is None else send(noise, device), send(counts, device)
+            self._step = step
+        return self._made
 
 
 class GateWatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def finetune_stage(
     every class is then a question of its own, answered by a binary cross-entropy.
     """
     views = Views(settings, spec, vit.patch_embed.img_size)
-    targets = torch.from_numpy(labels)
+    targets_on = lru_cache(maxsize=1)(torch.from_numpy(labels).to)
     mix = _mixer(settings, vit.num_classes)
     error: nn.Module = nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
     if labels.ndim == 2:
@@ -96,7 +97,7 @@ def finetune_stage(
 
     def loss(model: nn.Module, batch: Batch, step: Step) -> Losses:
         pixels = views(batch)
-        wanted: Tensor = targets.to(batch.rows.device)[batch.rows]
+        wanted: Tensor = targets_on(batch.rows.device)[batch.rows]
         if mix:
             with _drawn_alike(settings.seed, step):
                 pixels, wanted = mix(pixels, wanted)

@@ -7,6 +7,9 @@ layer, LARS without weight decay, a cosine with warm-up, random resized crops an
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,13 +17,14 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from moce.config import ProbeSettings
-from moce.data.batches import BatchOrder, fetch
+from moce.data.batches import Batch, BatchOrder, prefetched
 from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_generator
 from moce.errors import MoceError
 from moce.hardware import autocast
 from moce.loading import Backbone
 from moce.models.encoder import choose_attention, encode_tokens, pool_tokens
+from moce.placement import send
 from moce.progress import meter
 from moce.training.optimiser import learning_rate, set_learning_rate
 from moce.training.stages import augmented
@@ -86,14 +90,17 @@ def train_head(
     error = nn.BCEWithLogitsLoss() if labels.ndim == 2 else nn.CrossEntropyLoss()
     optimiser, peak = build_optimiser(head), settings.base_lr * size / 256
     head.train()
-    with meter("linear probe", total) as progress:
+    with (
+        meter("linear probe", total) as progress,
+        closing(encoder.batches(images, order, total)) as batches,
+    ):
         for number in range(total):
             set_learning_rate(
                 optimiser, learning_rate(number, total, peak, settings.warmup, final=0.0)
             )
-            rows, epochs = order(number)
-            features = encoder(images, rows, epochs)
-            loss = error(head(features), targets[rows].to(features.device))
+            rows, _ = order(number)
+            features = encoder(batches, len(rows))
+            loss = error(head(features), send(targets[rows], features.device))
             if not loss.isfinite():
                 raise MoceError("the probe's loss is not finite; try a lower --base-lr")
             optimiser.zero_grad()
@@ -118,15 +125,24 @@ class FrozenEncoder:
         self._device, self._precision = device, precision
         choose_attention(self._vit, device, precision)
 
+    def batches(self, images: ImageSet, order: BatchOrder, total: int) -> Generator[Batch]:
+        """The images of the steps 0 .. total - 1, a micro-batch at a time, fetched ahead."""
+        size = self._settings.micro_batch_size
+        steps = (order(number) for number in range(total))
+        parts = (
+            part
+            for rows, epochs in steps
+            for part in zip(rows.split(size), epochs.split(size), strict=True)
+        )
+        return prefetched(images, parts, self._device)
+
     @torch.no_grad()  # not inference mode: the head's backward pass keeps the features
-    def __call__(self, images: ImageSet, rows: Tensor, epochs: Tensor) -> Tensor:
-        """Features [b, width] float32 of these rows, in forward passes of the micro-batch size."""
+    def __call__(self, batches: Iterator[Batch], count: int) -> Tensor:
+        """Features [count, width] float32 of the next batches, a forward pass for each."""
         settings, size = self._settings, tuple(self._vit.patch_embed.img_size)
         parts = []
         with autocast(self._device, self._precision):
-            for start in range(0, len(rows), settings.micro_batch_size):
-                part = slice(start, start + settings.micro_batch_size)
-                batch = fetch(images, rows[part], epochs[part], self._device)
+            for batch in islice(batches, math.ceil(count / settings.micro_batch_size)):
                 tokens = encode_tokens(self._vit, augmented(batch, settings, self._spec, size))
                 parts.append(pool_tokens(self._vit, tokens.float(), self._pooling))
         return torch.cat(parts)

@@ -107,6 +107,25 @@ def knn_scores(
     neighbours: int = 20,
 ) -> np.ndarray:
     """Scores [m, num_classes] float32: votes of the k nearest in cosine similarity, by closeness."""
-    votes = labels if labels.ndim == 2 else np.eye(num_classes)[labels]
     mean = KNeighborsRegressor(min(neighbours, len(train)), weights="distance")
-    return mean.fit(normalize(train), votes).predict(normalize(test)).astype(np.float32)
+    mean.fit(normalize(train), labels)
+    if labels.ndim == 2:
+        return mean.predict(normalize(test)).astype(np.float32)
+    # As if every label were a row of 0 and 1, which for many images and classes fill the memory.
+    distance, nearest = mean.kneighbors(normalize(test))
+    closeness, voted = _closeness(distance), labels[nearest]
+    scores = np.zeros((len(test), num_classes), np.float32)
+    for number in np.unique(labels):
+        votes = (voted == number).astype(np.float64) * closeness
+        scores[:, number] = votes.sum(axis=1) / closeness.sum(axis=1)
+    return scores
+
+
+def _closeness(distance: np.ndarray) -> np.ndarray:
+    """The weight of every neighbour's vote, [m, k]: 1 / distance; where some are at 0, only these count."""
+    with np.errstate(divide="ignore"):
+        weights = 1.0 / distance
+    same = np.isinf(weights)
+    some = same.any(axis=1)
+    weights[some] = same[some]
+    return weights

@@ -23,13 +23,13 @@ from moce.clustering.balanced import (
 )
 from moce.clustering.model import ClusterModel
 from moce.config import ClusterSettings
-from moce.data.batches import RESIDENT_SHARE
 from moce.data.images import ImageSet
 from moce.errors import Interrupted
 from moce.feature_file import FeatureFile
 from moce.features import feature_batches, feature_width
 from moce.loading import write_assignments
 from moce.models.encoder import EncoderSpec
+from moce.placement import fits_on
 from moce.processes import is_main, own_share, wait_for_all, world
 from moce.progress import meter, say
 from moce.runs import INFO, STATE, read_model, write_model
@@ -70,6 +70,7 @@ def run(settings: ClusterSettings) -> ClusterResult:
         job = _Job(settings, device, spec.encoder, mae.encoder, images, stop)
         features, mean = job.features()
         found = job.clusters(features)
+    del features  # their file can go only when nobody maps it
     return job.save(found, mean)
 
 
@@ -154,7 +155,7 @@ class _Job:
                 self._leave_if_asked(f"round {state.step}")
 
             return balanced_kmeans(
-                _resident(features, self.device),
+                self._placed(features),
                 settings.num_clusters,
                 epsilon=settings.epsilon,
                 update=settings.update,
@@ -167,6 +168,11 @@ class _Job:
                 start=start,
                 watch=Watch(on_round, self._on_sweep),
             )
+
+    def _placed(self, features: Tensor) -> Tensor:
+        """The features on a GPU that has room for them; else as they are, to be sent chunk by chunk."""
+        fits = self.settings.resident and fits_on(self.device, features.nbytes)
+        return features.to(self.device) if fits else features
 
     def _keep(self, state: Round, log: MetricLog) -> None:
         """Write down a round: its row first, for one that is past the round a run resumes from goes."""
@@ -189,6 +195,11 @@ class _Job:
     def save(self, found: Clustering, mean: Tensor) -> ClusterResult:
         """Write the finished run; what it was to be resumed from goes."""
         settings = self.settings
+        if found.marginal_error > settings.marginal_tolerance:
+            say(
+                f"clusters are balanced to {found.marginal_error:.1%}, not to the "
+                f"{settings.marginal_tolerance:.1%} of --marginal-tolerance; a larger --epsilon may help"
+            )
         model = ClusterModel(
             centroids=found.centroids.cpu(),
             potentials=found.potentials.cpu(),
@@ -202,20 +213,17 @@ class _Job:
         )
         sizes = found.sizes.tolist()
         assignment = gathered(found.assignment.cpu(), len(self.images))
+        wait_for_all()
         if is_main():
             write_assignments(settings.out, self.images.ids, assignment)
-            metrics = {"rounds": found.rounds, "smallest": min(sizes), "largest": max(sizes)}
+            metrics = {
+                "rounds": found.rounds,
+                "smallest": min(sizes),
+                "largest": max(sizes),
+                "marginal_error": found.marginal_error,
+            }
             info = {"clusters": model.info(), "metrics": metrics, "images": len(self.images)}
             write_model(settings.out, "clusters", model.tensors(), info)
-            shutil.rmtree(settings.out / STATE)
+            shutil.rmtree(settings.out / STATE, ignore_errors=True)
         wait_for_all()
         return ClusterResult(settings.out, sizes, found.similarity, found.rounds)
-
-
-def _resident(features: Tensor, device: torch.device) -> Tensor:
-    """The features on a CUDA device, if it has room; else as they are, to be sent chunk by chunk."""
-    if device.type != "cuda":
-        return features
-    free, _ = torch.cuda.mem_get_info(device)
-    fits = features.numel() * features.element_size() <= RESIDENT_SHARE * free
-    return features.to(device) if fits else features

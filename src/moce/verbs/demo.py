@@ -65,7 +65,7 @@ def run(settings: DemoSettings) -> DemoResult:
     if settings.reuse:
         if _is_done(settings):
             with intact(settings.out / "results.json"):
-                results = json.loads((settings.out / "results.json").read_text())
+                results = json.loads((settings.out / "results.json").read_text(encoding="utf-8"))
             return DemoResult(settings.out, results, settings.out / "report.html")
         settings = settings.model_copy(update={"overwrite": True})
     device, precision = prepare(settings)
@@ -92,7 +92,7 @@ def _is_done(settings: DemoSettings) -> bool:
     """Whether the folder holds a whole demo of these settings and this version."""
     path = settings.out / DONE
     with intact(path):
-        return path.is_file() and json.loads(path.read_text()) == _origin(settings)
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == _origin(settings)
 
 
 def _origin(settings: DemoSettings) -> dict[str, Any]:

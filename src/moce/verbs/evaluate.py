@@ -105,7 +105,7 @@ def _check_unchanged(
     if not settings.resume or not about.is_file():
         return {}
     with intact(about):
-        began = json.loads(about.read_text())
+        began = json.loads(about.read_text(encoding="utf-8"))
         then, before = began["suite"], dict(began.get("weights", {}))
     if then != suite.model_dump(mode="json"):
         raise MoceError(f"{settings.suite} has changed since {settings.out} began; start anew")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ class _Tuner:
                 write_json(result, {"base_lr": rate, "score": value})
                 if is_main():
                     shutil.rmtree(folder / STATE, ignore_errors=True)
-            tried.append(of_main(lambda result=result: json.loads(result.read_text())))  # type: ignore[misc]
+            tried.append(json.loads(of_main(partial(result.read_text, encoding="utf-8"))))
             say(f"base_lr {rate:g}: {self.metric} {100 * tried[-1]['score']:.1f} % held out")
         return tried
 

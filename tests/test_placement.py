@@ -1,0 +1,105 @@
+"""What all micro-batches of a step share is made once, and counts need no look for the largest."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from builders import CLUSTERS, demo_images, tiny_encoder, tiny_mae, tiny_moce
+
+from moce.config import TrainSettings
+from moce.data.augment import normalise
+from moce.data.batches import brought_back, fetch, in_order
+from moce.models.experts import apply_experts
+from moce.placement import apart, fits_on, send, tally
+from moce.training import stages
+from moce.training.loop import Step
+
+CPU = torch.device("cpu")
+
+
+def test_a_tally_is_a_bincount() -> None:
+    numbers = torch.randint(7, (100,))
+    assert torch.equal(tally(numbers, 9), numbers.bincount(minlength=9))
+    assert tally(torch.zeros(0, dtype=torch.int64), 3).tolist() == [0, 0, 0]
+    on_device = tally(numbers.to("meta"), 9)  # as on accelerators: the shape is known beforehand
+    assert on_device.shape == (9,) and on_device.dtype == torch.int64
+
+
+def test_what_gates_are_given_is_made_once_a_step(monkeypatch) -> None:
+    made = []
+    noise = stages.gate_noise
+    monkeypatch.setattr(stages, "gate_noise", lambda *a: made.append(a[2]) or noise(*a))
+    moce, images = tiny_moce(tiny_mae()).train(), demo_images()
+    cluster_of = torch.arange(len(images)) % CLUSTERS
+    settings = TrainSettings(data="-", mae="-", out="-")
+    stage = stages.moce_stage(moce, tiny_encoder(), images, cluster_of, settings)
+    rows = torch.arange(16)
+    for number in (0, 1):
+        step = Step(number, rows)
+        for step.part in range(4):
+            own = rows[4 * step.part : 4 * step.part + 4]
+            stage.loss(moce, fetch(images, own, torch.zeros_like(own), CPU), step)
+    assert made == [0, 1]
+
+
+def test_experts_take_counts_that_are_known() -> None:
+    layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+    rows, expert = torch.randn(5, 4), torch.tensor([2, 0, 2, 2, 0])
+    known = apply_experts(layers, rows, expert, [2, 0, 3])
+    assert torch.equal(known, apply_experts(layers, rows, expert))
+
+
+def test_a_scale_first_asked_for_under_inference_mode_can_be_trained_with() -> None:
+    mean, std = (0.125, 0.25, 0.5), (0.5, 0.25, 0.75)
+    pixels = torch.ones(1, 3, 2, 2)
+    with torch.inference_mode():
+        expected = normalise(pixels, mean, std)
+    images = normalise(pixels.requires_grad_(), mean, std)
+    images.sum().backward()
+    assert torch.equal(images, expected.clone())
+
+
+def test_what_is_there_is_not_sent() -> None:
+    values = torch.ones(3)
+    assert send(values, CPU) is values
+
+
+def test_images_in_order_are_read_ahead_and_leaving_early_is_clean() -> None:
+    images, taken = demo_images(), []
+
+    class Told(type(images)):  # type: ignore[misc]
+        def take(self, rows):
+            taken.append(rows)
+            return super().take(rows)
+
+    told = Told(**vars(images))
+    batches = in_order(told, 6, CPU, (16, 16), slice(5, 40))
+    first = next(batches)
+    assert torch.equal(first, images.pixels[5:11])
+    batches.close()
+    assert 1 <= len(taken) <= 3 and not [t for t in threading.enumerate() if "prefetch" in t.name]
+    parts = list(in_order(told, 6, CPU, (16, 16), slice(5, 40)))
+    assert [len(part) for part in parts] == [6] * 5 + [5]
+    assert torch.equal(torch.cat(parts), images.pixels[5:40])
+
+
+def test_results_on_the_cpu_come_at_once() -> None:
+    made: list[int] = []
+    results = (made.append(n) or torch.full((2,), n) for n in range(3))
+    for number, result in enumerate(brought_back(results)):
+        assert made == list(range(number + 1)) and result.tolist() == [number] * 2
+
+
+def test_data_stay_on_a_gpu_with_room_to_spare(monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (4000, 8000))
+    gpu = torch.device("cuda")
+    assert fits_on(gpu, 1000) and not fits_on(gpu, 1001) and not fits_on(CPU, 1)
+
+
+def test_a_file_gets_copies_of_shared_memory_only() -> None:
+    one, two = torch.randn(4, 4), torch.randn(3)
+    ready = apart({"one": one, "again": one, "row": one[1], "column": one[:, 1], "two": two})
+    assert ready["one"].data_ptr() == one.data_ptr() and ready["two"].data_ptr() == two.data_ptr()
+    assert len({value.untyped_storage().data_ptr() for value in ready.values()}) == 5
+    assert torch.equal(ready["column"], one[:, 1]) and torch.equal(ready["again"], one)
