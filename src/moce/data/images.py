@@ -71,7 +71,9 @@ class ImageSet:
             return self.reader.read(numbers)
         if isinstance(rows, slice):
             return self.stored[rows]
-        return self.stored.index_select(0, rows.to(self.stored.device))  # many times as fast as [rows]
+        return self.stored.index_select(
+            0, rows.to(self.stored.device)
+        )  # many times as fast as [rows]
 
     def subset(self, rows: Sequence[int]) -> ImageSet:
         """The images of these rows, in this order. Their pixels are not copied."""
