@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from builders import RUNTIME, customize, write_images
 from commands import QUIET, run_command
 from conftest import Runs
+from rich.console import Console
 
 import moce
 from moce.data.batches import sent
@@ -20,6 +22,7 @@ from moce.data.images import ImageSet, as_image_set, load_images
 from moce.data.packed import open_packed
 from moce.data.sources import open_source
 from moce.errors import MoceError
+from moce.progress import meter
 from moce.runs import read_lines
 from moce.transfer.task import load_task
 
@@ -138,6 +141,16 @@ def test_long_decoding_tells_how_it_goes(folder: Path, monkeypatch, capsys) -> N
     load_images(str(folder), SIZE)
     told = capsys.readouterr().err
     assert "read images 10/23" in told and "s left, 2 unreadable" in told
+
+
+def test_a_bar_waits_until_it_is_worth_it(monkeypatch) -> None:
+    for wait, shown in ((60.0, False), (0.0, True)):
+        screen = io.StringIO()
+        monkeypatch.setattr("moce.progress.console", Console(file=screen, force_terminal=True))
+        with meter("read images", 10, wait=wait) as progress:
+            progress.advance(count=10)
+        assert ("read images" in screen.getvalue()) == shown
+        assert shown or not screen.getvalue()
 
 
 def test_what_memory_has_no_room_for_goes_to_a_passing_file(
