@@ -401,3 +401,14 @@ def test_presets_learn_from_few_labels_what_the_published_recipes_do_not(
     published = moce.finetune(runs.mae, task, out=tmp_path / "published", **values).value
     preset = {**values, **presets["finetune"]}
     assert moce.finetune(runs.mae, task, out=tmp_path / "preset", **preset).value > published + 0.2
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"), [([0.5], "accuracy 50.0 % (9 labels)"), ([0.4, 0.6], "50.0 ± 10.0 % (2 draws of 9")]
+)  # fmt: skip
+def test_a_single_draw_has_no_spread(values: list[float], shown: str) -> None:
+    mean, std = float(np.mean(values)), float(np.std(values))
+    result = probe_verb.ProbeResult(
+        "b", "t", "knn", None, "mean", "accuracy", 9, values, mean, std, confusion=None
+    )
+    assert shown in result.summary()

@@ -84,7 +84,8 @@ class HeadroomResult:
             "(a smaller model, longer pre-training or more unlike images would change that)"
         )
         if paying:
-            verdict = f"experts are likely to pay for images like those of {', '.join(paying)}"
+            groups = f"group{'s' if len(paying) > 1 else ''} {', '.join(paying)}"
+            verdict = f"experts are likely to pay for images like those of {groups}"
         return "\n".join([*lines, f"headroom {100 * self.gain:+.2f} %: {verdict}"])
 
     def to_json(self) -> dict[str, Any]:

@@ -43,10 +43,13 @@ class ProbeResult:
     confusion: list[list[int]] | None
 
     def summary(self) -> str:
+        draws = len(self.values)
+        spread, told = "", f"{self.labels} labels"
+        if draws > 1:  # of one there is none
+            spread, told = f" ± {100 * self.std:.1f}", f"{draws} draws of {told}"
         return (
             f"{self.protocol} probe of {self.backbone} on {self.task}: {self.metric} "
-            f"{100 * self.mean:.1f} ± {100 * self.std:.1f} % "
-            f"({len(self.values)} draws of {self.labels} labels)"
+            f"{100 * self.mean:.1f}{spread} % ({told})"
         )
 
 
