@@ -178,7 +178,7 @@ def brought_back(results: Iterable[Tensor]) -> Iterator[Tensor]:
             continue
         here = result.to("cpu", non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(result.device))
         coming.append((here, arrived))
         if len(coming) > 1:
             yield _waited_for(*coming.popleft())

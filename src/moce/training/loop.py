@@ -298,7 +298,7 @@ def remedy(folder: Path) -> str:
     """What to try when numbers overflow."""
     return (
         f"{folder} keeps the last good state. Start again (--overwrite) with a lower --base-lr, "
-        "a longer --warmup or --precision float32"
+        "a longer --warmup, --clip-grad 1 or --precision float32"
     )
 
 
