@@ -243,7 +243,7 @@ def test_equal_steps_whatever_the_number_of_images(runs: Runs, tmp_path: Path) -
 
 
 def test_a_subset_takes_as_many_steps_as_all_images_do(runs: Runs, tmp_path: Path) -> None:
-    settings = {**TRAIN, "epochs": 2, "batch_size": 16, "mae": runs.mae}
+    settings = {**DENSE, "epochs": 2, "batch_size": 16, "mae": runs.mae}
     moce.train(runs.data, method="mae", out=tmp_path / "all", **settings)
     given = {"clusters": runs.clusters, "task": str(runs.task), "out": tmp_path / "subset"}
     moce.train(runs.data, method="subset", **given, **settings)

@@ -256,7 +256,7 @@ def test_a_folder_another_process_writes_to_is_refused(runs, tmp_path: Path) -> 
 # --- losses that are not finite -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base_lr", [1e12, 1e45])
+@pytest.mark.parametrize("base_lr", [1e6, 1e9])
 def test_a_loss_that_is_not_finite_stops_the_run_without_saving_it(
     base_lr: float, runs, tmp_path: Path
 ) -> None:
@@ -272,7 +272,7 @@ def test_the_advice_after_a_loss_that_is_not_finite_can_be_followed(runs, tmp_pa
     """It says to lower the rate or lengthen the warm-up and to resume."""
     out = tmp_path / "run"
     with pytest.raises(MoceError) as refusal:
-        run_verb("pretrain", runs, out, base_lr=1e12, warmup=0, save_every=1)
+        run_verb("pretrain", runs, out, base_lr=1e9, warmup=0, save_every=1)
     assert "--base-lr" in str(refusal.value)
     if "--resume" in str(refusal.value):
         run_verb("pretrain", runs, out, base_lr=1e-3, warmup=0.1, save_every=1, resume=True)
@@ -320,7 +320,7 @@ def test_metrics_are_json_that_any_reader_takes(runs, tmp_path: Path) -> None:
         raise AssertionError(f"{constant} in metrics.jsonl")
 
     with pytest.raises(MoceError):
-        run_verb("pretrain", runs, tmp_path / "run", base_lr=1e12, warmup=0)
+        run_verb("pretrain", runs, tmp_path / "run", base_lr=1e9, warmup=0)
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
 
