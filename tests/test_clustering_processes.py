@@ -20,6 +20,7 @@ from moce.feature_file import FeatureFile
 from moce.processes import own_share
 
 WORLD = 2
+CASES = [("plain", False), ("plain", True), ("copies", False), ("few", False)]
 
 
 def case(name: str) -> tuple[Tensor, int]:
@@ -37,13 +38,20 @@ def cluster(features: Tensor, num_clusters: int, *, sampled: bool) -> Clustering
     return balanced_kmeans(features, num_clusters, chunk_size=64, spread=True)
 
 
-def _work(rank: int, folder: str, name: str, sampled: bool) -> None:
+def _work(rank: int, folder: str) -> None:
+    """Every case, by one start of the processes: that takes longer than all of them."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    for name, sampled in CASES:
+        _find(Path(folder) / f"{name}-{sampled}", rank, name, sampled)
+    dist.destroy_process_group()
+
+
+def _find(folder: Path, rank: int, name: str, sampled: bool) -> None:
     features, num_clusters = case(name)
     own = own_share(len(features))
-    file = FeatureFile(Path(folder), own.stop - own.start, features.shape[1])
+    file = FeatureFile(folder, own.stop - own.start, features.shape[1])
     file.fill(features[own].split(50), lambda: False)
     mean = file.centre()
     found = cluster(file.tensor(), num_clusters, sampled=sampled)
@@ -52,8 +60,14 @@ def _work(rank: int, folder: str, name: str, sampled: bool) -> None:
     tensors = {
         name: getattr(found, name) for name in ("centroids", "potentials", "assignment", "sizes")
     }
-    save_file({**tensors, "mean": mean, "moved": moved}, Path(folder) / f"{rank}.safetensors")
-    dist.destroy_process_group()
+    save_file({**tensors, "mean": mean, "moved": moved}, folder / f"{rank}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def found_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(_work, (str(folder),), nprocs=WORLD)
+    return folder
 
 
 def reseed(rows: Rows, features: Tensor) -> Tensor:
@@ -63,12 +77,12 @@ def reseed(rows: Rows, features: Tensor) -> Tensor:
     return reseed_empty(rows, features[:5].clone(), assignment[rows.own], sizes)
 
 
-@pytest.mark.parametrize(
-    ("name", "sampled"), [("plain", False), ("plain", True), ("copies", False), ("few", False)]
-)
-def test_two_processes_find_what_one_finds(tmp_path: Path, name: str, sampled: bool) -> None:
-    torch.multiprocessing.spawn(_work, (str(tmp_path), name, sampled), nprocs=WORLD)
-    one, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(WORLD))
+@pytest.mark.parametrize(("name", "sampled"), CASES)
+def test_two_processes_find_what_one_finds(
+    found_by_two: Path, tmp_path: Path, name: str, sampled: bool
+) -> None:
+    folder = found_by_two / f"{name}-{sampled}"
+    one, other = (load_file(folder / f"{rank}.safetensors") for rank in range(WORLD))
     for part in ("centroids", "potentials", "sizes", "mean", "moved"):
         assert torch.equal(one[part], other[part]), part
     features, num_clusters = case(name)
