@@ -61,6 +61,13 @@ def load_elsewhere(folder: Path, runs: Runs) -> None:
     shutil.copytree(runs.task, folder / "task")
 
 
+def compare_backbones(folder: Path, runs: Runs) -> None:
+    """`runs/mae`, `runs/moce` and two tasks."""
+    load_elsewhere(folder, runs)
+    (folder / "task").rename(folder / "birds")
+    shutil.copytree(runs.task, folder / "signs")
+
+
 def own_images(folder: Path, runs: Runs) -> None:
     """A folder, a parquet file, a list of both, shards and a saved data set."""
     shutil.copytree(runs.data, folder / "photos")
@@ -86,6 +93,7 @@ def photos(folder: Path, runs: Runs) -> None:
 PREPARE: dict[str, Callable[[Path, Runs], None]] = {
     "official-weights": official_weights,
     "load-elsewhere": load_elsewhere,
+    "compare-backbones": compare_backbones,
     "own-images": own_images,
     "multi-channel": lambda folder, runs: None,
     "fast-images": photos,
