@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import RUNTIME, customize, write_images
+from builders import RUNTIME, customize, middle, picture, write_images
 from commands import QUIET, run_command
 from conftest import Runs
 from rich.console import Console
@@ -245,3 +245,40 @@ def test_probe_evaluate_and_customize_take_more_images_than_memory(
         )
     assert found[0] == found[1]
     assert not list(passing.iterdir())
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_read_block_by_block_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moce.data.images.BLOCK", 4)
+    drawn = []
+
+    def stream():
+        for number in range(9):
+            drawn.append(number)
+            yield picture((number * 20, 0, 0)) if number != 4 else np.zeros((3, 3, 7), np.uint8)
+
+    images = as_image_set(stream(), SIZE)
+    assert drawn == list(range(9))
+    assert images.ids == ["0", "1", "2", "3", "5", "6", "7", "8"]
+    assert [name for name, _ in images.skipped] == ["4"]
+    assert [middle(pixels)[0] for pixels in images.pixels] == [
+        20 * int(name) for name in images.ids
+    ]
+
+
+def test_a_stream_customises_as_a_list_does(runs) -> None:
+    bank, listed = moce.load(runs.moce), sorted((runs.task / "train").rglob("*.png"))
+    one, other = bank.select(listed), bank.select(path for path in listed)
+    assert one.cluster_histogram == other.cluster_histogram
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [((), "no readable image among the 0"), ([np.zeros((3, 3, 7), np.uint8)], "among the 1"),
+     ([7], "image 0 is a int")],
+)  # fmt: skip
+def test_a_stream_without_images_is_refused(items, message: str) -> None:
+    with pytest.raises(MoceError, match=message):
+        as_image_set(iter(items), SIZE)

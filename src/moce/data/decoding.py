@@ -39,11 +39,15 @@ class Decoding:
 
         Raises MoceError if these are more than the share `max_skipped`, or all.
         """
-        with meter("read images", len(self.entries), wait=BAR_AFTER) as progress:
-            reasons = self._decode(pixels, progress)
+        reasons = self.decode(pixels)
         skipped = [(self.entries[row].id, reason) for row, reason in reasons.items()]
         _check_skipped(skipped, len(self.entries), self.max_skipped, self.name)
         return reasons
+
+    def decode(self, pixels: np.ndarray) -> dict[int, str]:
+        """As `into`, however many cannot be decoded."""
+        with meter("read images", len(self.entries), wait=BAR_AFTER) as progress:
+            return self._decode(pixels, progress)
 
     def _decode(self, pixels: np.ndarray, progress: Meter) -> dict[int, str]:
         reasons: dict[int, str] = {}

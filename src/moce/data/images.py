@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from moce.launch import launch
 from moce.machine import free_memory
 from moce.processes import is_local_main, of_local_main, wait_for_all, world
 
+BLOCK = 1024  # images of a stream that are held as they come
 MEMORY_SHARE = 0.4  # of the free memory, beyond which pixels are kept in a file
 
 
@@ -191,8 +193,9 @@ def _fits(num_bytes: int) -> bool:
 def as_image_set(images: object, size: tuple[int, int], channels: int = 3) -> ImageSet:
     """Images in any form as an ImageSet.
 
-    A DATA argument, an ImageSet, a list of paths, sources, PIL images or arrays [h, w(, c)], or a
-    uint8 tensor or array [n, channels, h, w] of the right size. Raises MoceError otherwise.
+    A DATA argument, an ImageSet, a list of paths, sources, PIL images or arrays [h, w(, c)], any
+    other iterable of paths, PIL images or arrays, or a uint8 tensor or array [n, channels, h, w] of
+    the right size. Raises MoceError otherwise.
     """
     if isinstance(images, ImageSet):
         return images
@@ -204,7 +207,28 @@ def as_image_set(images: object, size: tuple[int, int], channels: int = 3) -> Im
         return _from_tensor(images, size, channels)
     if isinstance(images, Sequence) and len(images) > 0:
         return load_images(_as_entries(images), size, passing_file(), channels=channels)
+    if isinstance(images, Iterable) and not isinstance(images, Sized):
+        return _from_stream(images, size, channels)
     raise MoceError("images must be a folder, a parquet file, a list of images, or a uint8 tensor")
+
+
+def _from_stream(stream: Iterable[object], size: tuple[int, int], channels: int) -> ImageSet:
+    """Images that come one by one, nobody knows how many: decoded block by block as they come."""
+    blocks: list[np.ndarray] = []
+    ids: list[str] = []
+    skipped: list[tuple[str, str]] = []
+    numbered = enumerate(stream)
+    while block := [_as_entry(number, item) for number, item in islice(numbered, BLOCK)]:
+        pixels = np.empty((len(block), channels, *size), np.uint8)
+        reasons = Decoding(block, pixels.shape, 1.0, "the stream").decode(pixels)
+        good = [row for row in range(len(block)) if row not in reasons]
+        blocks.append(pixels[good])
+        ids += [block[row].id for row in good]
+        skipped += [(block[row].id, reason) for row, reason in reasons.items()]
+    if not ids:
+        raise MoceError(f"no readable image among the {len(skipped)} of the stream")
+    pixels, count = np.concatenate(blocks), len(ids)
+    return ImageSet(torch.from_numpy(pixels), ids, [None] * count, [None] * count, skipped)
 
 
 def _as_entries(items: Sequence[object]) -> list[Entry]:
