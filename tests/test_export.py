@@ -246,6 +246,7 @@ def load_without_moce(folder: Path, images: torch.Tensor, work: Path) -> tuple[d
     return load_file(work / "result.safetensors"), done.stdout
 
 
+@pytest.mark.slow
 def test_a_folder_loads_with_timm_where_there_is_no_moce(runs, tmp_path: Path) -> None:
     bank = moce.load(runs.moce)
     images, _, _ = batch(6)

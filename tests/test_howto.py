@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow.parquet
@@ -124,11 +125,16 @@ def model_args(words: list[str]) -> dict[str, object]:
     return yaml.safe_load(given[-1]) if given else {}
 
 
+def slow_if_it_exports(page: str) -> Any:
+    """Exports to ONNX take longer than all other pages."""
+    return pytest.param(page, marks=[pytest.mark.slow] if page == "load-elsewhere" else [])
+
+
 def test_every_page_is_run() -> None:
     assert {path.stem for path in PAGES.glob("*.md")} == PREPARE.keys()
 
 
-@pytest.mark.parametrize("page", PREPARE)
+@pytest.mark.parametrize("page", [slow_if_it_exports(page) for page in PREPARE])
 def test_page(page: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     PREPARE[page](tmp_path, runs)
     monkeypatch.chdir(tmp_path)

@@ -34,8 +34,12 @@ def flags(**settings: object) -> list[str]:
 
 
 def start(*words: object, code: str = "", **options) -> subprocess.Popen[str]:
-    """A command of moce; `code` runs before it, in its process."""
-    program = f"import sys\n{code}\nfrom moce.cli import main\nsys.exit(main())"
+    """A command of moce; `code` runs before it, in its process.
+
+    It listens to Ctrl-C, also where the tests run in the background of a shell that has turned that off.
+    """
+    listen = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{listen}\n{code}\nfrom moce.cli import main\nsys.exit(main())"
     command = [sys.executable, "-c", program, *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **pipes, **options)

@@ -151,6 +151,7 @@ def test_killed_run_goes_on_from_its_last_checkpoint(runs, tmp_path: Path) -> No
     same_losses(straight, killed)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(runs, tmp_path: Path) -> None:
     """The real command, in a process of its own."""
     recipe = {**PRETRAIN, "epochs": 2000, "out": str(tmp_path / "run")}

@@ -76,6 +76,7 @@ def test_vitmae_gets_the_loss_of_an_mae_run(runs, tmp_path: Path) -> None:
     assert_close(theirs.logits, ours.prediction, **CLOSE)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_gets_the_features(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     for number, arguments in enumerate(({}, {"reg_tokens": 1, "init_values": 0.1})):
