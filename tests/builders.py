@@ -47,6 +47,15 @@ TRAIN = {
     "base_lr": 1e-2,
     "log_every": 1,
 }
+# Fine-tuning that is cheap and yet enough to learn something on two dozen images of 16 pixels.
+QUICK_TUNING = {
+    **RUNTIME,
+    "epochs": 2,
+    "batch_size": 8,
+    "micro_batch_size": None,
+    "mixup": 0,
+    "cutmix": 0,
+}
 DENSE = {k: v for k, v in TRAIN.items() if k != "num_experts"}  # methods without experts
 HEADROOM = {**DENSE, "steps": 12, "num_groups": 2}
 

@@ -14,6 +14,8 @@ from moce.data.images import load_images
 from moce.loading import load_clusters
 from moce.runs import read_metrics
 from moce.transfer.contenders import candidate_routes
+from moce.transfer.task import Task, load_task
+from moce.verbs import evaluate
 from moce.verbs.assign import assign
 
 LARGER = (32, 32)
@@ -84,7 +86,7 @@ def test_a_customized_backbone_says_how_its_images_are_made(runs) -> None:
 
 
 def test_an_evaluation_loads_images_large_enough_for_the_backbone(
-    larger: Path, runs, tmp_path: Path
+    larger: Path, runs, tmp_path: Path, monkeypatch
 ) -> None:
     """Clusters by a smaller encoder than the backbone: its images are not enlarged ones."""
     mixture = tmp_path / "moce"
@@ -96,9 +98,16 @@ def test_an_evaluation_loads_images_large_enough_for_the_backbone(
     task = {"name": "digits", "data": str(runs.task)}
     suite.write_text(str({"name": "s", "tasks": [task], "probe": {"solver": "lbfgs"}}))
     settings = {**RUNTIME, "out": tmp_path / "run", "protocols": ["knn"], "draws": 1}
-    backbones = [f"moce={mixture}@generalist"]
+    backbones, sizes = [f"moce={mixture}@generalist"], []
+
+    def spied(data: str, shape: tuple[int, int, int], *rest: object) -> Task:
+        sizes.append(shape)
+        return load_task(data, shape, *rest)
+
+    monkeypatch.setattr(evaluate, "load_task", spied)
     rows = moce.evaluate(suite, backbones=backbones, **settings).rows
     exported = tmp_path / "exported"
     moce.export(mixture, strategy="generalist", out=exported)
     single = moce.probe(exported, runs.task, out=tmp_path / "probe", kind="knn", **RUNTIME)
+    assert sizes == [(3, *LARGER)]
     assert rows[0]["values"] == pytest.approx(single.values)

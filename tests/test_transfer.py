@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from builders import QUICK_TUNING as QUICK
 from builders import RUNTIME, demo_images, tiny_encoder
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import normalize
@@ -22,8 +23,7 @@ from moce.config import FinetuneSettings, ProbeSettings
 from moce.data.batches import Batch
 from moce.errors import MoceError
 from moce.parsing import parse, read_recipe
-from moce.training.loop import Step
-from moce.transfer.finetune import Views, by_size, finetune_stage, hold_out
+from moce.transfer.finetune import Views, by_size, hold_out
 from moce.transfer.linear import build_head, build_optimiser, steps_of
 from moce.transfer.probe import knn_scores, linear_scores
 from moce.transfer.prober import choose_pooling
@@ -32,8 +32,6 @@ from moce.verbs import finetune as finetune_verb
 from moce.verbs import probe as probe_verb
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-# Cheap and yet enough to learn something on two dozen images of 16 pixels.
-QUICK = {**RUNTIME, "epochs": 2, "batch_size": 8, "micro_batch_size": None, "mixup": 0, "cutmix": 0}
 
 
 def settings_of(**values: object) -> FinetuneSettings:
@@ -328,62 +326,6 @@ def test_a_search_goes_on_where_it_stopped(runs, tmp_path: Path, monkeypatch) ->
     weights = [(run / "model.safetensors").read_bytes() for run in (straight, stopped)]
     assert weights[0] == weights[1]
     moce.finetune(runs.backbone, runs.task, out=stopped, overwrite=True, **QUICK)
-
-
-# --- several labels per image ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def several(runs, monkeypatch):
-    """The task with a fourth label, "round or not", beside its three classes."""
-    task = load_task(str(runs.task), (3, 16, 16))
-    task.multi_label, task.classes = True, [*task.classes, "first two"]
-    for name in ("train_labels", "test_labels"):
-        one = np.eye(4, dtype=np.float32)[getattr(task, name)]
-        one[:, 3] = one[:, 0] + one[:, 1]
-        setattr(task, name, one)
-    for verb in (finetune_verb, probe_verb):
-        monkeypatch.setattr(verb, "load_task", lambda *_, **__: task)
-    return task
-
-
-def test_several_labels_are_fine_tuned_by_binary_cross_entropy(several, runs) -> None:
-    vit = tiny_encoder().build(num_classes=4, global_pool="avg")
-    nn.init.zeros_(vit.head.weight)
-    values = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
-    settings = settings_of(**values)
-    stage = finetune_stage(vit, tiny_encoder(), several.train, several.train_labels, settings)
-    rows = torch.arange(8)
-    batch = Batch(rows, torch.zeros(8, dtype=torch.int64), several.train.pixels[rows])
-    loss = stage.loss(vit, batch, Step(0, rows))["loss"]
-    assert loss.item() == pytest.approx(np.log(2), abs=1e-5)  # every answer at even odds
-
-
-def test_several_labels_go_through_every_protocol(several, runs, tmp_path: Path) -> None:
-    result = moce.finetune(runs.backbone, runs.task, out=tmp_path / "run", lr_grid=(1e-3,), **QUICK)
-    content = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert result.metric == "map11" and content["map11"] == result.value
-    assert content["confusion"] is None
-    for values in ({"epochs": 2, "batch_size": 8}, {"solver": "lbfgs"}, {"kind": "knn"}):
-        probed = moce.probe(runs.backbone, runs.task, draws=2, num_labels=12, **values, **RUNTIME)
-        assert probed.metric == "map11" and probed.confusion is None
-        assert all(0 < value <= 1 for value in probed.values)
-
-
-def test_a_metric_for_other_labels_is_refused(several, runs, tmp_path: Path) -> None:
-    with pytest.raises(MoceError, match="map11"):
-        moce.probe(runs.backbone, runs.task, metric="accuracy", **RUNTIME)
-    several.multi_label = False
-    with pytest.raises(MoceError, match="accuracy"):
-        moce.finetune(runs.backbone, runs.task, out=tmp_path / "run", metric="map11", **QUICK)
-    assert not (tmp_path / "run").exists()
-
-
-def test_mean_per_class_is_a_metric_of_one_label(runs) -> None:
-    values = {"solver": "lbfgs", **RUNTIME}
-    result = moce.probe(runs.backbone, runs.task, metric="mean_per_class", **values)
-    counts = np.array(result.confusion)
-    assert result.mean == pytest.approx((counts.diagonal() / counts.sum(axis=1)).mean())
 
 
 # --- the presets, where there is something to learn -----------------------------------------------

@@ -163,7 +163,7 @@ class TrainingSettings(RunSettings, ResidentSettings):
     hflip: bool = Field(True, description="mirror half of the images")
     grad_checkpointing: bool = Field(
         False,
-        description="less memory for some third more time: what is within a block is computed again "
+        description="less memory for one more forward pass: what is within a block is computed again "
         "for the backward pass",
     )
     strategy: Processes = Field(

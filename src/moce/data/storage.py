@@ -23,7 +23,7 @@ def allocate(shape: tuple[int, ...], store: Path | None, *, in_memory: bool) -> 
         return np.empty(shape, np.uint8)
     if store is None:
         raise MoceError(
-            f"the images take {_gigabytes(shape)} GB, more than the memory has room for; pack them "
+            f"the images take {_bytes_of(shape) / 1e9:.1f} GB, more than the memory has room for; pack them "
             "once (moce pack): a packed file is read image by image"
         )
     pixels = in_file(shape, store)
@@ -33,11 +33,11 @@ def allocate(shape: tuple[int, ...], store: Path | None, *, in_memory: bool) -> 
 
 def in_file(shape: tuple[int, ...], store: Path) -> np.ndarray:
     """Pixels in a new file. Raises MoceError if the disk has no room."""
-    needed = int(np.prod(shape, dtype=np.int64))
+    needed = _bytes_of(shape)
     store.parent.mkdir(parents=True, exist_ok=True)
     if needed > shutil.disk_usage(store.parent).free:
         raise MoceError(
-            f"the images take {_gigabytes(shape)} GB, more than is free in {store.parent}; make "
+            f"the images take {needed / 1e9:.1f} GB, more than is free in {store.parent}; make "
             "room, or give --out (without it TMPDIR) on a larger disk"
         )
     with store.open("w+b") as file:
@@ -63,5 +63,5 @@ def _take_room(file: BinaryIO, needed: int, store: Path) -> None:
         ) from None
 
 
-def _gigabytes(shape: tuple[int, ...]) -> str:
-    return f"{int(np.prod(shape, dtype=np.int64)) / 1e9:.1f}"
+def _bytes_of(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))

@@ -33,7 +33,7 @@ def run_blocks(blocks: nn.Sequential, tokens: Tensor, checkpointing: bool) -> Te
     """Tokens [b, n, d] through all blocks.
 
     checkpointing: what is within a block is made again in the backward pass, the same numbers:
-    some third more time, and the memory of one block where there was that of all.
+    one more forward pass, and the memory of one block where there was that of all.
     """
     if not checkpointing or not torch.is_grad_enabled():
         return blocks(tokens)

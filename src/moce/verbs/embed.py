@@ -12,14 +12,13 @@ from torch import Tensor
 
 from moce.config import EmbedSettings
 from moce.data.images import ImageSet, load_images
-from moce.data.sources import paths_of
 from moce.errors import MoceError
 from moce.features import feature_batches, feature_width, input_channels, input_size
 from moce.hardware import prepare
 from moce.loading import load_backbone
 from moce.progress import say
 from moce.runs import atomic, make_folder
-from moce.verbs.start import pixel_store
+from moce.verbs.start import check_file, pixel_store
 
 SUFFIX = ".parquet"
 
@@ -39,7 +38,9 @@ class EmbedResult:
 
 
 def run(settings: EmbedSettings) -> EmbedResult:
-    _check(settings)
+    if settings.out.suffix != SUFFIX:
+        raise MoceError(f"--out is a file that ends in {SUFFIX}, not {settings.out.name}")
+    check_file(settings.out, f"features{SUFFIX}", settings.data, overwrite=settings.overwrite)
     device, precision = prepare(settings)
     backbone = load_backbone(settings.backbone)
     vit = backbone.vit
@@ -65,19 +66,6 @@ def run(settings: EmbedSettings) -> EmbedResult:
     make_folder(settings.out.parent)
     _write(settings.out, images, batches, width)
     return EmbedResult(settings.out, len(images), width, images.skipped)
-
-
-def _check(settings: EmbedSettings) -> None:
-    """Raise MoceError if the file cannot be written, before anything is computed."""
-    out = settings.out
-    if out.suffix != SUFFIX:
-        raise MoceError(f"--out is a file that ends in {SUFFIX}, not {out.name}")
-    if out.resolve() in {path.resolve() for path in paths_of(settings.data)}:
-        raise MoceError(f"{out} is the input; choose another file")
-    if out.is_dir():
-        raise MoceError(f"{out} is a folder; give a file to write")
-    if out.exists() and not settings.overwrite:
-        raise MoceError(f"{out} exists; add --overwrite to replace it, or choose another file")
 
 
 def _write(out: Path, images: ImageSet, batches: Iterator[Tensor], width: int) -> None:

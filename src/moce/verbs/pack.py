@@ -10,10 +10,11 @@ from pathlib import Path
 from moce.config import PackSettings
 from moce.data.pack import Packer
 from moce.data.packed import Packed, find_packed
-from moce.data.sources import open_source, paths_of
+from moce.data.sources import open_source
 from moce.errors import Interrupted, MoceError
 from moce.progress import meter, say
 from moce.training.interrupt import stop_request
+from moce.verbs.start import check_file
 
 SHOWN = 5  # skipped images that are named on the screen; the file lists them all
 
@@ -67,12 +68,7 @@ def _input(settings: PackSettings) -> Packed:
 def _pack(settings: PackSettings, out: Path) -> Packed:
     if settings.size is None:
         raise MoceError("the size is missing: add --size S, in pixels")
-    if out.is_dir():
-        raise MoceError(f"{out} is a folder; give a file to write, such as {out / 'images.moce'}")
-    if out.exists() and not settings.overwrite:
-        raise MoceError(f"{out} exists; add --overwrite to replace it, or choose another file")
-    if out.resolve() in {path.resolve() for path in paths_of(settings.data)}:
-        raise MoceError(f"{out} is the input; choose another file")
+    check_file(out, "images.moce", settings.data, overwrite=settings.overwrite)
     entries = open_source(settings.data)
     packer = Packer(out, entries, (settings.channels, *settings.shape))
     if settings.overwrite:

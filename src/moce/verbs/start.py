@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import CustomizeSettings, EmbedSettings, ProbeSettings, RunSettings, Settings
 from moce.data.images import ImageSet, load_images
+from moce.data.sources import paths_of
 from moce.data.storage import passing_file
 from moce.errors import MoceError
 from moce.features import input_channels, input_size
@@ -82,6 +83,16 @@ def given(settings: Settings) -> set[str]:
     """Settings unlike their defaults: a resumed run has read all of them from its config.yaml."""
     fields = type(settings).model_fields
     return {n for n in settings.model_fields_set if getattr(settings, n) != fields[n].default}
+
+
+def check_file(out: Path, example: str, data: str, *, overwrite: bool) -> None:
+    """Raise MoceError unless the file `out` may be made from the images `data`. example: a name for it."""
+    if out.is_dir():
+        raise MoceError(f"{out} is a folder; give a file to write, such as {out / example}")
+    if out.exists() and not overwrite:
+        raise MoceError(f"{out} exists; add --overwrite to replace it, or choose another file")
+    if out.resolve() in {path.resolve() for path in paths_of(data)}:
+        raise MoceError(f"{out} is the input; choose another file")
 
 
 def refuse_unused(settings: Settings, names: Iterable[str], reason: str) -> None:
