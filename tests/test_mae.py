@@ -9,25 +9,29 @@ import pytest
 import timm
 import torch
 from builders import TINY_NAME, batch, tiny_encoder, tiny_mae, tiny_spec
+from timm.models.vision_transformer import Block
 from torch.testing import assert_close
 
 from moce.data.images import ImageSet
 from moce.errors import MoceError
 from moce.features import extract_features
+from moce.models.decoder import LastBlock
 from moce.models.encoder import (
     EncoderSpec,
     check_plain,
     encode_tokens,
+    patchify,
     pool_tokens,
+    put,
     sincos_positions,
+    take,
     use_plain_attention,
 )
 from moce.models.mae import (
     MAESpec,
-    masked_mse,
+    num_kept,
     patch_statistics,
     patch_target,
-    patchify,
     random_mask,
     unpatchify,
 )
@@ -42,24 +46,20 @@ def test_mask_keeps_the_patches_with_the_smallest_noise(
     patches: int, ratio: float, kept: int
 ) -> None:
     noise = torch.rand(5, patches, generator=torch.Generator().manual_seed(0))
-    keep, mask, restore = random_mask(noise, ratio)
-    assert keep.shape == (5, kept)
-    assert mask.sum(dim=1).tolist() == [patches - kept] * 5
+    keep, removed = random_mask(noise, ratio)
+    assert keep.shape == (5, kept) and removed.shape == (5, patches - kept)
     for row in range(5):
         smallest = set(noise[row].argsort()[:kept].tolist())
         assert set(keep[row].tolist()) == smallest
-        assert set((mask[row] == 0).nonzero()[:, 0].tolist()) == smallest
-        assert sorted(restore[row].tolist()) == list(range(patches))
+        assert set(removed[row].tolist()) == set(range(patches)) - smallest
 
 
-def test_restore_puts_every_patch_back() -> None:
-    noise = torch.rand(5, 16, generator=torch.Generator().manual_seed(0))
-    keep, mask, restore = random_mask(noise, 0.75)
-    hidden = torch.stack([row.nonzero()[:, 0] for row in mask])
-    shuffled = torch.cat([keep, torch.full_like(hidden, -1)], dim=1)
-    restored = shuffled.gather(1, restore)
-    expected = torch.where(mask == 1, -1, torch.arange(16).expand(5, 16))
-    assert torch.equal(restored, expected)
+def test_put_is_the_inverse_of_take() -> None:
+    tokens = torch.randn(5, 16, 3)
+    rows = torch.rand(5, 16).argsort(dim=1)[:, :7]
+    assert torch.equal(put(tokens, rows, take(tokens, rows)), tokens)
+    values = torch.randn(5, 7, 3)
+    assert torch.equal(take(put(tokens, rows, values), rows), values)
 
 
 @pytest.mark.parametrize(
@@ -91,20 +91,46 @@ def test_target_of_a_flat_patch_is_zero() -> None:
     assert patch_target(torch.full((1, 2, 12), 0.3), norm_pix=True).abs().max() < 1e-3
 
 
-def test_loss_is_the_mean_over_hidden_patches_only() -> None:
-    prediction = torch.tensor([[[1.0, 2.0], [0.0, 0.0], [5.0, 5.0]]])
-    target = torch.tensor([[[0.0, 0.0], [9.0, 9.0], [5.0, 2.0]]])
-    mask = torch.tensor([[1.0, 0.0, 1.0]])
-    # Patch 0: (1 + 4) / 2; patch 2: (0 + 9) / 2.
-    assert masked_mse(prediction, target, mask).item() == pytest.approx((2.5 + 4.5) / 2)
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_loss_is_the_mean_error_of_the_removed_patches(norm_pix: bool) -> None:
+    mae = tiny_mae(norm_pix=norm_pix)
+    images, noise, _ = batch(4)
+    output = mae(images, noise)
+    assert torch.equal(output.removed, random_mask(noise, mae.mask_ratio)[1])
+    total = 0.0
+    for image in range(4):
+        for place, prediction in zip(output.removed[image], output.prediction[image], strict=True):
+            row, column = divmod(int(place), 4)
+            patch = images[image, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            target = patch_target(patch.permute(1, 2, 0).reshape(1, 1, -1), norm_pix)[0, 0]
+            total += (prediction - target).square().mean().item() / output.removed.numel()
+    assert output.loss.item() == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_last_block_is_a_block_for_the_tokens_that_are_wanted(plain: bool) -> None:
+    last = LastBlock(32, 2, qkv_bias=True)
+    whole = Block(32, 2, qkv_bias=True)
+    whole.load_state_dict(last.state_dict())
+    if plain:
+        use_plain_attention(last)
+    tokens = torch.randn(3, 17, 32)
+    one, other = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+    ours, theirs = last(one, 12), whole(other)[:, -12:]
+    assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
+    for name, parameter in last.named_parameters():
+        assert_close(parameter.grad, whole.get_parameter(name).grad, atol=1e-4, rtol=1e-5)
 
 
 def test_visible_patches_do_not_enter_the_loss_and_hidden_ones_not_the_encoder() -> None:
     mae = tiny_mae(norm_pix=False)
     images, noise, _ = batch(4)
-    _, mask, _ = random_mask(noise, mae.mask_ratio)
-    changed = patchify(images, (4, 4))
-    changed = changed + mask[:, :, None] * torch.randn_like(changed)
+    _, removed = random_mask(noise, mae.mask_ratio)
+    patches = patchify(images, (4, 4))
+    changed = put(patches, removed, torch.randn_like(take(patches, removed)))
     one, other = mae(images, noise), mae(unpatchify(changed, (4, 4), (16, 16)), noise)
     assert_close(one.prediction, other.prediction, atol=1e-6, rtol=1e-5)
     assert abs(one.loss.item() - other.loss.item()) > 1e-3
@@ -149,7 +175,8 @@ def test_every_shape_reconstructs(arguments: dict) -> None:
     images, _, _ = batch(3, mae.encoder.patch_embed.img_size)
     noise = torch.rand(3, mae.encoder.patch_embed.num_patches)
     output = mae(images, noise)
-    assert output.prediction.shape == patchify(images, mae.patch_size).shape
+    count, width = patchify(images, mae.patch_size).shape[1:]
+    assert output.prediction.shape == (3, count - num_kept(count, 0.75), width)
     output.loss.backward()
     assert torch.isfinite(output.loss)
     silent = [name for name, p in mae.named_parameters() if p.requires_grad and p.grad is None]
@@ -162,7 +189,7 @@ def test_kept_patches_keep_their_positions() -> None:
     vit = copy.deepcopy(mae.encoder)
     vit.blocks = torch.nn.Sequential()
     images, noise, _ = batch(3)
-    keep, _, _ = random_mask(noise, 0.75)
+    keep, _ = random_mask(noise, 0.75)
     everything = encode_tokens(vit, images)
     subset = encode_tokens(vit, images, keep)
     expected = everything[:, 1:].gather(1, keep[:, :, None].expand(-1, -1, 32))
@@ -173,7 +200,7 @@ def test_kept_patches_keep_their_positions() -> None:
 def test_order_of_kept_patches_does_not_matter() -> None:
     vit = tiny_mae().encoder
     images, noise, _ = batch(3)
-    keep, _, _ = random_mask(noise, 0.5)
+    keep, _ = random_mask(noise, 0.5)
     one, other = encode_tokens(vit, images, keep), encode_tokens(vit, images, keep.flip(1))
     assert_close(one[:, 1:], other[:, 1:].flip(1), atol=1e-5, rtol=1e-5)
 

@@ -57,7 +57,7 @@ def test_fresh_mixture_computes_what_its_mae_computed() -> None:
     output = mixture(images, noise, clusters)
     assert_close(output.reconstruction, expected.loss, atol=1e-6, rtol=0)
     assert_close(output.prediction, expected.prediction, atol=1e-6, rtol=0)
-    assert torch.equal(output.mask, expected.mask)
+    assert torch.equal(output.removed, expected.removed)
 
 
 def test_alike_experts_equal_dense_whatever_the_gate_says() -> None:

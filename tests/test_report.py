@@ -16,7 +16,8 @@ from builders import CLUSTERS, batch, copy_run, tiny_mae
 from conftest import Runs
 
 import moce
-from moce.models.mae import patch_target, patchify, random_mask
+from moce.models.encoder import patchify, take
+from moce.models.mae import patch_target, random_mask
 from moce.reporting.gather import gather
 from moce.reporting.pictures import domain_of, find_domains, montage
 from moce.reporting.reconstructions import hide, paste
@@ -197,17 +198,17 @@ def test_continued_runs_are_drawn_after_their_origin(runs: Runs, tmp_path: Path)
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_perfect_prediction_gives_the_image_back(norm_pix: bool) -> None:
     images, noise, _ = batch(4)
-    _, mask, _ = random_mask(noise, 0.75)
-    prediction = patch_target(patchify(images, (4, 4)), norm_pix)
-    assert torch.allclose(paste(prediction, mask, images, (4, 4), norm_pix), images, atol=1e-5)
+    _, removed = random_mask(noise, 0.75)
+    prediction = patch_target(take(patchify(images, (4, 4)), removed), norm_pix)
+    assert torch.allclose(paste(prediction, removed, images, (4, 4), norm_pix), images, atol=1e-5)
 
 
 def test_visible_patches_are_pasted_in_untouched() -> None:
     images, noise, _ = batch(4)
     mae = tiny_mae()
     output = mae(images, noise)
-    pasted = patchify(paste(output.prediction, output.mask, images, (4, 4), True), (4, 4))
-    visible = output.mask == 0
+    pasted = patchify(paste(output.prediction, output.removed, images, (4, 4), True), (4, 4))
+    visible = torch.ones(4, 16, dtype=torch.bool).scatter(1, output.removed, False)
     assert torch.equal(pasted[visible], patchify(images, (4, 4))[visible])
     assert not torch.allclose(pasted[~visible], patchify(images, (4, 4))[~visible], atol=0.1)
 
@@ -215,11 +216,11 @@ def test_visible_patches_are_pasted_in_untouched() -> None:
 def test_hidden_patches_are_grey_and_the_others_as_they_were() -> None:
     images, noise, _ = batch(2)
     pixels = (images - images.min()) / (images.max() - images.min())
-    _, mask, _ = random_mask(noise, 0.75)
-    hidden = patchify(hide(pixels, mask, (4, 4)), (4, 4))
-    assert len(hidden[mask == 1].unique()) == 1
+    keep, removed = random_mask(noise, 0.75)
+    hidden = patchify(hide(pixels, removed, (4, 4)), (4, 4))
+    assert len(take(hidden, removed).unique()) == 1
     original = (patchify(pixels, (4, 4)) * 255).round().to(torch.uint8)
-    assert torch.equal(hidden[mask == 0], original[mask == 0])
+    assert torch.equal(take(hidden, keep), take(original, keep))
 
 
 def test_montage_lays_images_out_in_rows() -> None:

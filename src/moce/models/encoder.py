@@ -220,6 +220,11 @@ def take(tokens: Tensor, rows: Tensor) -> Tensor:
     return tokens.gather(1, rows[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
+def put(tokens: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """A copy of tokens [b, n, d] with `values` [b, k, d] in their rows [b, k] int64."""
+    return tokens.scatter(1, rows[:, :, None].expand_as(values), values)
+
+
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
     """[b, c, h, w] to [b, n, p*p*c], patches row by row, channels last within a patch."""
     batch, channels, height, width = images.shape

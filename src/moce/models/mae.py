@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
-import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
-from moce.errors import MoceError
+from moce.models.decoder import Decoder
 from moce.models.encoder import (
     EncoderSpec,
     encode_tokens,
     initialise_from_scratch,
-    initialise_linear,
     patchify,
     positions_of,
-    sincos_positions,
     take,
 )
-from moce.models.recompute import recomputed, run_blocks
 
 
 @dataclass(frozen=True)
@@ -54,50 +49,11 @@ class MAESpec:
 
 @dataclass
 class Reconstruction:
-    """loss: scalar; prediction: [b, n, p*p*c]; mask: [b, n], 1 where a patch was removed."""
+    """loss: scalar; prediction: [b, m, p*p*c] of the removed patches, removed: [b, m], their places."""
 
     loss: Tensor
     prediction: Tensor
-    mask: Tensor
-
-
-class Decoder(nn.Module):
-    """A light ViT that sees the encoded patches and mask tokens, and predicts every patch's pixels."""
-
-    def __init__(self, encoder: VisionTransformer, dim: int, depth: int, heads: int) -> None:
-        super().__init__()
-        if dim % heads:
-            raise MoceError(
-                f"decoder width {dim} is no multiple of its {heads} attention heads; "
-                "set decoder_heads to what it has"
-            )
-        grid, num_prefix = encoder.patch_embed.grid_size, encoder.num_prefix_tokens
-        height, width = encoder.patch_embed.patch_size
-        self.num_prefix = num_prefix
-        self.grad_checkpointing = False
-        self.pos_embed: Tensor
-        self.embed = nn.Linear(encoder.embed_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.register_buffer("pos_embed", sincos_positions(grid, dim, num_prefix))
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.Sequential(
-            *[Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)]
-        )
-        self.norm = norm(dim)
-        self.head = nn.Linear(dim, height * width * encoder.in_chans)
-        self.apply(initialise_linear)
-        nn.init.normal_(self.mask_token, std=0.02)
-
-    def forward(self, tokens: Tensor, restore: Tensor) -> Tensor:
-        """tokens: [b, prefix + kept, width]; restore: [b, n] int64. Returns [b, n, p*p*c]."""
-        tokens = self.embed(tokens)
-        prefix, visible = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
-        missing = restore.shape[1] - visible.shape[1]
-        masked = self.mask_token.to(visible.dtype).expand(visible.shape[0], missing, -1)
-        patches = torch.cat([visible, masked], dim=1)
-        tokens = torch.cat([prefix, take(patches, restore)], dim=1) + self.pos_embed
-        tokens = run_blocks(self.blocks, tokens, self.grad_checkpointing)
-        return self.head(self.norm(tokens))[:, self.num_prefix :]
+    removed: Tensor
 
 
 class MAE(nn.Module):
@@ -123,12 +79,11 @@ class MAE(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """images: [b, c, h, w], normalised; noise: [b, n] uniform, the smallest are kept."""
-        keep, mask, restore = random_mask(noise, self.mask_ratio)
-        # Not on GPUs, as long as nobody has measured what it costs there.
-        with recomputed() if images.device.type == "cpu" else nullcontext():
-            prediction = self.decoder(encode_tokens(self.encoder, images, keep), restore)
-        target = patch_target(patchify(images.float(), self.patch_size), self.norm_pix)
-        return Reconstruction(masked_mse(prediction.float(), target, mask), prediction, mask)
+        keep, removed = random_mask(noise, self.mask_ratio)
+        prediction = self.decoder(encode_tokens(self.encoder, images, keep), keep, removed)
+        patches = take(patchify(images.float(), self.patch_size), removed)
+        loss = mse_loss(prediction.float(), patch_target(patches, self.norm_pix))
+        return Reconstruction(loss, prediction, removed)
 
 
 def num_kept(patches: int, ratio: float) -> int:
@@ -136,16 +91,15 @@ def num_kept(patches: int, ratio: float) -> int:
     return max(1, int(patches * (1 - ratio)))
 
 
-def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Hide the share `ratio` of the patches: those with the largest noise (MAE, section 3).
+def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Remove the share `ratio` of the patches: those with the largest noise (MAE, section 3).
 
-    noise: [b, n]. Returns keep [b, int(n * (1 - ratio))] (indices of visible patches), mask
-    [b, n] (1 = removed) and restore [b, n] (where each patch stands in [visible, masked]).
+    noise: [b, n]. Returns the places of those that are kept, [b, int(n * (1 - ratio))], and of those
+    that are removed, [b, m], int64 and in the order of their noise.
     """
-    num_keep = num_kept(noise.shape[1], ratio)
-    shuffle = noise.argsort(dim=1, stable=True)
-    restore = shuffle.argsort(dim=1)
-    return shuffle[:, :num_keep], (restore >= num_keep).float(), restore
+    order = noise.argsort(dim=1, stable=True)
+    kept = num_kept(noise.shape[1], ratio)
+    return order[:, :kept], order[:, kept:]
 
 
 def unpatchify(patches: Tensor, patch: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -169,9 +123,3 @@ def patch_target(patches: Tensor, norm_pix: bool) -> Tensor:
         return patches
     mean, deviation = patch_statistics(patches)
     return (patches - mean) / deviation
-
-
-def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error per patch, averaged over the removed patches. Scalar."""
-    error = (prediction - target).square().mean(dim=-1)
-    return (error * mask).sum() / mask.sum()

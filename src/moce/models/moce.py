@@ -66,13 +66,13 @@ class MoCESpec:
 
 @dataclass
 class MoCEOutput:
-    """Scalars, and balance and imbalance summed over MoE blocks; prediction, mask as in MAE."""
+    """Scalars, and balance and imbalance summed over MoE blocks; prediction, removed as in MAE."""
 
     reconstruction: Tensor
     balance: Tensor
     imbalance: Tensor
     prediction: Tensor
-    mask: Tensor
+    removed: Tensor
 
 
 class MoCE(nn.Module):
@@ -190,7 +190,7 @@ class MoCE(nn.Module):
             work = self.cluster_sizes if self.balance_scope == "dataset" else counts
             balance = torch.stack([balance_loss(table, work) for table in tables]).sum()
             imbalance = torch.stack([imbalance_loss(table, counts) for table in tables]).sum()
-        return MoCEOutput(output.loss, balance, imbalance, output.prediction, output.mask)
+        return MoCEOutput(output.loss, balance, imbalance, output.prediction, output.removed)
 
     def features(self, images: Tensor, clusters: Tensor) -> Tensor:
         """Tokens of unmasked images after the final norm, [b, prefix + patches, width]."""

@@ -14,8 +14,8 @@ from moce.data.images import ImageSet
 from moce.data.keyed import Stream, keyed_uniform
 from moce.features import input_shape
 from moce.loading import load_mae
-from moce.models.encoder import EncoderSpec
-from moce.models.mae import MAE, patch_statistics, patchify, unpatchify
+from moce.models.encoder import EncoderSpec, patchify, put, take
+from moce.models.mae import MAE, patch_statistics, unpatchify
 from moce.reporting.blocks import Beside, Comparison, Note, Section
 from moce.reporting.gather import Material, Run
 from moce.reporting.pictures import Source, domain_of, montage, sample
@@ -32,7 +32,7 @@ class Painter:
     """A model that fills in removed patches.
 
     predict: normalised images, mask noise and the same images as they are stored, to prediction
-    and mask as in `Reconstruction`.
+    and removed as in `Reconstruction`.
     """
 
     label: str
@@ -89,7 +89,7 @@ def _painter(run: Run, banks: dict[str, Bank]) -> Painter:
 
         def routed(images: Tensor, noise: Tensor, stored: ImageSet) -> tuple[Tensor, Tensor]:
             output = bank.model(images, noise, bank.assign(stored)[0])
-            return output.prediction, output.mask
+            return output.prediction, output.removed
 
         return Painter(run.label, bank.model.mae, bank.encoder_spec, routed)
     spec, mae = load_mae(run.path)
@@ -97,7 +97,7 @@ def _painter(run: Run, banks: dict[str, Bank]) -> Painter:
 
     def dense(images: Tensor, noise: Tensor, stored: ImageSet) -> tuple[Tensor, Tensor]:
         output = mae(images, noise)
-        return output.prediction, output.mask
+        return output.prediction, output.removed
 
     return Painter(run.label, mae, spec.encoder, dense)
 
@@ -121,11 +121,11 @@ def _comparison(name: str, ids: list[str], source: Source, painters: list[Painte
     for painter in painters:
         spec = painter.spec
         images = normalise(pixels, spec.mean, spec.std)
-        prediction, mask = painter.predict(images, noise, stored)
+        prediction, removed = painter.predict(images, noise, stored)
         if len(columns) == 1:
             columns.append("Masked")
-            shown.append(hide(pixels.float() / 255, mask, mae.patch_size))
-        painted = paste(prediction, mask, images, mae.patch_size, painter.mae.norm_pix)
+            shown.append(hide(pixels.float() / 255, removed, mae.patch_size))
+        painted = paste(prediction, removed, images, mae.patch_size, painter.mae.norm_pix)
         columns.append(painter.label)
         shown.append(_to_bytes(denormalise(painted, spec.mean, spec.std)))
     pictures = [
@@ -136,26 +136,26 @@ def _comparison(name: str, ids: list[str], source: Source, painters: list[Painte
 
 
 def paste(
-    prediction: Tensor, mask: Tensor, images: Tensor, patch: tuple[int, int], norm_pix: bool
+    prediction: Tensor, removed: Tensor, images: Tensor, patch: tuple[int, int], norm_pix: bool
 ) -> Tensor:
     """Images with their removed patches replaced by the prediction, [b, c, h, w].
 
-    prediction: [b, n, p*p*c]; mask: [b, n], 1 where removed; images: [b, c, h, w], normalised.
+    prediction: [b, m, p*p*c]; removed: [b, m], their places; images: [b, c, h, w], normalised.
     With norm_pix the prediction is scaled back by the true patch's mean and deviation.
     """
     patches = patchify(images, patch)
     if norm_pix:
-        mean, deviation = patch_statistics(patches)
+        mean, deviation = patch_statistics(take(patches, removed))
         prediction = prediction * deviation + mean
-    pasted = torch.where(mask[:, :, None] > 0, prediction.float(), patches)
+    pasted = put(patches, removed, prediction.float())
     return unpatchify(pasted, patch, (images.shape[2], images.shape[3]))
 
 
-def hide(images: Tensor, mask: Tensor, patch: tuple[int, int]) -> Tensor:
+def hide(images: Tensor, removed: Tensor, patch: tuple[int, int]) -> Tensor:
     """Images 0..1 [b, c, h, w] with removed patches grey, as uint8."""
     patches = patchify(images, patch)
-    grey = torch.full_like(patches, HIDDEN)
-    hidden = torch.where(mask[:, :, None] > 0, grey, patches)
+    grey = torch.full_like(take(patches, removed), HIDDEN)
+    hidden = put(patches, removed, grey)
     return _to_bytes(unpatchify(hidden, patch, (images.shape[2], images.shape[3])))
 
 
