@@ -31,6 +31,9 @@ class Batch:
     epochs: Tensor
     pixels: Tensor
 
+    def take(self, places: slice | Tensor) -> Batch:
+        return Batch(self.rows[places], self.epochs[places], self.pixels[places])
+
 
 class BatchOrder:
     """Endless passes over n images, each in its own order; step s takes the s-th slice of them all.

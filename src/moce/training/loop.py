@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,10 @@ from moce.progress import meter, say
 from moce.runs import INFO, write_config
 from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from moce.training.interrupt import agreed, stop_request
+from moce.training.lanes import Lanes, Losses, is_random
 from moce.training.log import MetricLog
 from moce.training.optimiser import ParameterGroup, adamw, learning_rate, set_learning_rate
 from moce.training.parallel import Held, IdleExperts, Shared, check_agreed, check_share
-
-Losses = dict[str, Tensor]
 
 
 @dataclass
@@ -56,7 +55,9 @@ class Stage:
     micro-batch or the same for all micro-batches. diagnostics: numbers to log beside the losses.
     memory: what diagnostics keeps from one row to the next, so that checkpoints can hold it. mixes:
     whether it mixes each image with the one before it; of several processes, each then has that
-    image, too, before its own.
+    image, too, before its own. part: about how many images are worth computing apart from the
+    others; None: the losses are not the means over those of a batch's parts. order: of a batch's
+    images, so that those of a part have much in common.
     """
 
     title: str
@@ -67,6 +68,8 @@ class Stage:
     diagnostics: Callable[[], dict[str, Any]] = field(default=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
     mixes: bool = False
+    part: int | None = None
+    order: Callable[[Batch], Tensor] | None = None
 
 
 def total_steps(settings: TrainingSettings, count: int) -> int:
@@ -118,6 +121,7 @@ class _Loop:
             meter(self.stage.title, self.total, self.done) as progress,
             closing(prefetched(self.images, parts, self.fabric.device)) as batches,
             stop_request() as stop,
+            self._lanes() as self.lanes,
         ):
             for number in range(self.done, self.total):
                 rate = self._set_rate(number)
@@ -204,9 +208,8 @@ class _Loop:
                 batch = next(batches)
             share = (part.stop - part.start) / len(rows)
             with self.fabric.no_backward_sync(self.model, enabled=step.part < len(parts) - 1):
-                losses = self.stage.loss(self.model, batch, step)
                 # Gradients are averaged over the processes, and are to be summed.
-                self.fabric.backward(losses["loss"] * (share * world()))
+                losses = self._backward(batch, step, share * world())
             self.window.add(losses, share)
         self.idle.drop_gradients()
         if self.settings.clip_grad is not None:
@@ -217,6 +220,25 @@ class _Loop:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.window.steps += 1
+
+    def _lanes(self) -> AbstractContextManager[Lanes | None]:
+        """What computes the parts of a batch, on a CPU that this process has for itself."""
+        apart = self.stage.part is not None and self.fabric.device.type == "cpu" and world() == 1
+        if not apart or is_random(self.stage.module):
+            return nullcontext()
+        return Lanes(self.stage.module, self.fabric.setup_module, self.fabric.backward)
+
+    def _backward(self, batch: Batch, step: Step, scale: float) -> Losses:
+        """The losses of a micro-batch, and its gradients, scaled, added to those there are."""
+        loss, lanes = self.stage.loss, self.lanes
+        if lanes is None or self.stage.part is None:
+            losses = loss(self.model, batch, step)
+            self.fabric.backward(losses["loss"] * scale)
+            return losses
+        if self.stage.order is not None:
+            batch = batch.take(self.stage.order(batch))
+        of_part = lambda model, part: loss(model, batch.take(part), step)  # noqa: E731
+        return lanes.backward(of_part, len(batch.rows), self.stage.part, scale)
 
 
 STEPS = "steps"  # beside the sums in the state of a window

@@ -21,7 +21,8 @@ from moce.models.mae import MAE, num_kept
 from moce.models.moce import MoCE
 from moce.models.token_moe import TokenMoE
 from moce.placement import send, tally
-from moce.training.loop import Losses, Stage, Step
+from moce.training.lanes import PART, Losses
+from moce.training.loop import Stage, Step
 from moce.training.optimiser import ParameterGroup, parameter_groups
 
 
@@ -49,6 +50,13 @@ def mask_noise(batch: Batch, settings: TrainingSettings, mae: MAE) -> Tensor:
     return keyed_uniform(settings.seed, Stream.MASK, batch.epochs, batch.rows, patches)
 
 
+def part_size(mae: MAE) -> int:
+    """About how many images make a part of a batch, for `moce.training.lanes`."""
+    vit = mae.encoder
+    tokens = vit.num_prefix_tokens + num_kept(vit.patch_embed.num_patches, mae.mask_ratio)
+    return max(1, PART // (tokens * vit.embed_dim))
+
+
 def mae_stage(
     title: str, mae: MAE, spec: EncoderSpec, images: ImageSet, settings: TrainingSettings
 ) -> Stage:
@@ -60,7 +68,7 @@ def mae_stage(
         return {"loss": model(augmented(batch, settings, spec, size), noise).loss}
 
     groups = parameter_groups(mae.parameters(), settings.weight_decay)
-    return Stage(title, mae, images, groups, loss)
+    return Stage(title, mae, images, groups, loss, part=part_size(mae))
 
 
 def moce_stage(
@@ -93,7 +101,25 @@ def moce_stage(
     is_gate = lambda name: name.startswith("gates.")  # noqa: E731
     groups = expert_groups(moce, settings, is_gate)
     watch = GateWatch(moce)
-    return Stage(settings.method, moce, images, groups, loss, watch, watch.memory)
+
+    @torch.no_grad()
+    def by_route(batch: Batch) -> Tensor:
+        """So that few experts have the images of a part, and those many."""
+        routes = moce.routes()[cluster_of[batch.rows]]
+        digits = moce.num_experts ** torch.arange(routes.shape[1]).flip(0)
+        return (routes * digits).sum(dim=1).argsort(stable=True)
+
+    return Stage(
+        settings.method,
+        moce,
+        images,
+        groups,
+        loss,
+        watch,
+        watch.memory,
+        part=part_size(moce.mae),
+        order=by_route,
+    )
 
 
 def expert_groups(

@@ -23,7 +23,8 @@ from moce.hardware import autocast
 from moce.loading import Backbone
 from moce.models.encoder import EncoderSpec
 from moce.processes import all_sum, own_share
-from moce.training.loop import Losses, Stage, Step
+from moce.training.lanes import Losses
+from moce.training.loop import Stage, Step
 from moce.training.stages import cropped
 from moce.transfer.policy import erase, image_keys, rand_augmented, read_policy
 

@@ -1,0 +1,169 @@
+"""A batch in parts on several threads gives the gradients of the whole batch, the same in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from builders import batch, demo_images, tiny_encoder, tiny_mae, tiny_moce
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from moce.config import TrainSettings
+from moce.data.batches import Batch
+from moce.models.mae import MAE
+from moce.placement import tally
+from moce.training import lanes
+from moce.training.lanes import Lanes, is_random, parts_of, twin
+from moce.training.stages import moce_stage, part_size
+
+IMAGES = 10
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def mae_loss() -> Callable[[nn.Module, slice], dict[str, Tensor]]:
+    images, noise, _ = batch(IMAGES)
+    return lambda model, part: {"loss": model(images[part], noise[part]).loss}
+
+
+def moce_loss(moce) -> Callable[[nn.Module, slice], dict[str, Tensor]]:
+    images, noise, clusters = batch(IMAGES)
+    counts = tally(clusters, len(moce.clusters))
+
+    def loss(model, part: slice) -> dict[str, Tensor]:
+        output = model(images[part], noise[part], clusters[part], None, counts)
+        total = output.reconstruction + output.balance + output.imbalance
+        return {"loss": total, "balance": output.balance}
+
+    return loss
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_parts_cover_the_batch_evenly(count: int, size: int, number: int) -> None:
+    parts = parts_of(count, size, number)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+    lengths = {part.stop - part.start for part in parts}
+    assert max(lengths) - min(lengths) <= 1 and max(lengths) <= size and min(lengths) > 0
+    assert len(parts) % number == 0 or len(parts) == count
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_gradients_are_those_of_the_whole_batch(threads: int, size: int) -> None:
+    mae, loss = tiny_mae().train(), mae_loss()
+    whole = loss(mae, slice(None))["loss"]
+    (whole * 0.5).backward()
+    expected = gradients(mae)
+    with Lanes(mae) as several:
+        found = several.backward(loss, IMAGES, size, scale=0.5)
+    assert_close(found["loss"], whole.detach())
+    assert_close(gradients(mae), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_gates_and_experts_get_their_gradients_once(threads: int) -> None:
+    moce = tiny_moce(tiny_mae(), different=True).train()
+    loss = moce_loss(moce)
+    whole = loss(moce, slice(None))
+    whole["loss"].backward()
+    expected = gradients(moce)
+    with Lanes(moce) as several:
+        found = several.backward(loss, IMAGES, 2)
+    assert_close(found, {name: value.detach() for name, value in whole.items()})
+    ours = gradients(moce)
+    assert ours.keys() == expected.keys(), "an idle expert has no gradient"
+    assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+    assert all(layer.routing is None for layer in moce.experts)
+
+
+def test_gradients_are_the_same_each_time_and_are_added(threads: int) -> None:
+    mae, loss = tiny_mae().train(), mae_loss()
+    with Lanes(mae) as several:
+        several.backward(loss, IMAGES, 1)
+        first = gradients(mae)
+        several.backward(loss, IMAGES, 1)
+        second = {name: value.clone() for name, value in gradients(mae).items()}
+        several.backward(loss, IMAGES, 1)
+        several.backward(loss, IMAGES, 1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_close(gradients(mae), {name: 2 * value for name, value in first.items()})
+
+
+def test_a_twin_has_the_same_weights_and_gradients_of_its_own() -> None:
+    mae = tiny_mae()
+    other = twin(mae)
+    mae_loss()(other, slice(None))["loss"].backward()
+    assert all(parameter.grad is None for parameter in mae.parameters())
+    with torch.no_grad():
+        for parameter in mae.parameters():
+            parameter.add_(1)
+    both = zip(mae.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(torch.equal(one, its) for one, its in both)
+    trained = [p.requires_grad for p in mae.parameters()]
+    assert [p.requires_grad for p in other.parameters()] == trained
+
+
+def test_threads_are_given_back_also_after_an_error(threads: int) -> None:
+    def wrong(model: nn.Module, part: slice) -> dict[str, Tensor]:
+        raise ValueError("no")
+
+    with Lanes(tiny_mae()) as several, pytest.raises(ValueError, match="no"):
+        several.backward(wrong, IMAGES, 2)
+    assert torch.get_num_threads() == threads
+
+
+def test_few_lanes_share_many_threads(monkeypatch) -> None:
+    monkeypatch.setattr(lanes, "LANES", 2)
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(5)
+    loss = mae_loss()
+
+    def noted(model: nn.Module, part: slice) -> dict[str, Tensor]:
+        seen.append(torch.get_num_threads())
+        return loss(model, part)
+
+    try:
+        with Lanes(tiny_mae()) as several:
+            several.backward(noted, IMAGES, 5)
+    finally:
+        torch.set_num_threads(before)
+    assert several.count == 2 and seen == [2, 2]
+
+
+def test_layers_that_draw_numbers_are_noticed() -> None:
+    mae: MAE = tiny_mae().train()
+    assert not is_random(mae)
+    assert is_random(nn.Sequential(mae, nn.Dropout(0.1)).train())
+    assert is_random(nn.Sequential(mae, DropPath(0.1)).train())
+    assert not is_random(nn.Sequential(mae, nn.Dropout(0.1)).eval())
+
+
+def test_parts_of_a_mixture_have_images_of_few_routes(tmp_path) -> None:
+    moce = tiny_moce(tiny_mae(), different=True)
+    images = demo_images(count=12)
+    cluster_of = torch.randint(
+        len(moce.clusters), (len(images),), generator=torch.Generator().manual_seed(0)
+    )
+    settings = TrainSettings(mae=tmp_path, clusters=tmp_path, data=tmp_path, out=tmp_path)
+    stage = moce_stage(moce, tiny_encoder(), images, cluster_of, settings)
+    rows = torch.randperm(len(images))
+    places = stage.order(Batch(rows, torch.zeros_like(rows), images.take(rows)))
+    assert sorted(places.tolist()) == list(range(len(images)))
+    routes = [tuple(route) for route in moce.routes()[cluster_of[rows[places]]].tolist()]
+    assert routes == sorted(routes) and len(set(routes)) > 1
+    assert stage.part == part_size(moce.mae) > 1
