@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from moce.clustering.rows import CHUNK_SIZE, Rows
+from moce.clustering.rows import CHUNK_SIZE, Rows, chunks
 
 GRAM_ROWS = 2**17  # rows from which a step of Newton's method is reckoned: few make it a poor one
 MASS_ROWS = 2**16  # rows, or more, whose masses stand for all while centroids still move
 FIRST_DAMPING, LONGEST_STEP = 0.1, 5.0
+BLOCK = 1024  # rows whose scores are looked at while they are in the cache
 CACHE_BYTES = 2**31  # scores of all images that are kept, so that iterations need no product
 
 
@@ -47,13 +48,14 @@ class Similarities:
         self._ready = False
 
     def shifted(
-        self, potentials: Tensor, *, features: bool
+        self, potentials: Tensor, *, features: bool, size: int | None = None
     ) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
         """(slice, features, S / epsilon + v) of every chunk; the last is overwritten by the next.
 
-        features: whether they are needed; None is given where they are not at hand.
+        features: whether they are needed; None is given where they are not at hand. size: of the
+        chunks, at most that of the rows' (default: that).
         """
-        for part in self.rows.parts():
+        for part in chunks(len(self.rows), size or self.rows.chunk_size):
             known = self._ready and self._kept is not None
             chunk = self.rows.chunk(part) if features or not known else None
             score = self._buffer[: part.stop - part.start]
@@ -128,14 +130,34 @@ class _Adder:
         self.step = 1 if exact else max(1, rows.count // MASS_ROWS)
         gram_rows = GRAM_ROWS if exact else MASS_ROWS // 2
         self.stride = max(1, rows.count // (gram_rows * self.step))
+        self._aside: list[tuple[Tensor, Tensor]] = []
         self.sums = rows.zeros(num_clusters + 2, num_clusters, dtype=_wide(rows.device))
 
-    def add(self, part: slice, score: Tensor, top: Tensor) -> Tensor:
-        """Turn scores [c, K] less their row's maximum into exponentials, in place; the rows' factors."""
-        score = score[:: self.step].sub_(top[:: self.step, None]).exp_()
-        norm = score.sum(dim=1)
-        weights = self.rows.weights
-        factors = norm.reciprocal_() if weights is None else weights[part][:: self.step] / norm
+    def add(self, part: slice, score: Tensor, top: Tensor) -> Tensor | None:
+        """Turn scores [c, K] less their row's maximum into exponentials, in place; the rows' factors.
+
+        Not exact, some rows are put aside, until there are enough to be worth the trouble.
+        """
+        weights = None if self.rows.weights is None else self.rows.weights[part]
+        if self.step == 1:
+            return self._sum(score.sub_(top[:, None]), weights)
+        some = slice(None, None, self.step)
+        ones = torch.ones_like(top[some]) if weights is None else weights[some]
+        self._aside.append((score[some] - top[some, None], ones))
+        if sum(len(ones) for _, ones in self._aside) >= self.rows.chunk_size:
+            self._sum_aside()
+        return None
+
+    def _sum_aside(self) -> None:
+        if self._aside:
+            score, weights = (torch.cat(parts) for parts in zip(*self._aside, strict=True))
+            self._sum(score, weights)
+            self._aside.clear()
+
+    def _sum(self, score: Tensor, weights: Tensor | None) -> Tensor:
+        """Add rows of scores, 0 at most; they are turned into exponentials."""
+        norm = score.exp_().sum(dim=1)
+        factors = norm.reciprocal_() if weights is None else weights / norm
         self.sums[-1] += factors @ score
         some = score[:: self.stride] * factors[:: self.stride, None]
         self.sums[:-2] += some.T @ some
@@ -143,6 +165,7 @@ class _Adder:
         return factors
 
     def total(self) -> Masses:
+        self._sum_aside()
         sums = self.rows.total(self.sums).cpu().double()
         scale = sums[-1].sum() / sums[-2].sum()
         return Masses(sums[-1], sums[:-2] * scale, sums[-2] * scale)
@@ -189,58 +212,40 @@ def sweep(
     exact: whether the masses are of all rows (as soft sums need) or of MASS_ROWS or more of them.
     """
     rows, num_clusters = similarities.rows, similarities.num_clusters
-    width, wide = rows.features.shape[1], _wide(rows.device)
     adder = _Adder(similarities, exact=exact or soft)
-    maxima = _Maxima(similarities)
-    sums = rows.zeros(num_clusters, width + 1, dtype=wide)  # features and sizes
-    counts = rows.zeros(3, dtype=wide)  # rows, moved, similarity
-    for part, chunk, score in similarities.shifted(potentials, features=True):
+    features = rows.zeros(num_clusters, rows.features.shape[1], dtype=_wide(rows.device))
+    top, cluster = rows.zeros(len(rows)), rows.zeros(len(rows), dtype=torch.int64)
+    size = rows.chunk_size
+    block = min(BLOCK, size) if top.device.type == "cpu" and adder.step > 1 else size
+    for part, chunk, score in similarities.shifted(potentials, features=True, size=block):
         assert chunk is not None
-        weights = None if rows.weights is None else rows.weights[part]
-        top, cluster = maxima(score)
-        factors = adder.add(part, score, top)
-        sums[:, width] += torch.bincount(cluster, weights, num_clusters)
-        if soft:
-            sums[:, :width] += score.mul_(factors[:, None]).T @ chunk
-        else:
-            sums[:, :width] += cluster_sums(chunk, cluster, num_clusters, weights)
-        before = assignment[part].to(cluster.device)
-        cosine = (top - potentials[cluster]) * similarities.epsilon
-        each = torch.stack([torch.ones_like(top), (cluster != before).to(top), cosine])
-        counts += each.sum(dim=1) if weights is None else each @ weights
-        assignment[part] = cluster.to(assignment)
-    rows.total(sums), rows.total(counts)
-    moved, similarity = (counts[1:] / counts[0]).tolist()
-    return Sums(adder.total(), sums[:, :width], sums[:, width], moved, similarity)
+        torch.max(score, dim=1, out=(top[part], cluster[part]))
+        factors = adder.add(part, score, top[part])
+        if soft and factors is not None:
+            features += score.mul_(factors[:, None]).T @ chunk
+        elif part.stop % size == 0 or part.stop == len(rows):
+            whole = slice((part.stop - 1) // size * size, part.stop)
+            weights = None if rows.weights is None else rows.weights[whole]
+            chunk = chunk if whole == part else rows.chunk(whole)
+            features += cluster_sums(chunk, cluster[whole], num_clusters, weights)
+    cosine = (top - potentials[cluster]) * similarities.epsilon
+    moved = cluster != assignment.to(cluster.device)
+    assignment.copy_(cluster)
+    sizes, counts = _tallies(rows, num_clusters, cluster, torch.stack([moved.to(cosine), cosine]))
+    rows.total(features)
+    share_moved, similarity = (counts[1:] / counts[0]).tolist()
+    return Sums(adder.total(), features, sizes, share_moved, similarity)
 
 
-class _Maxima:
-    """The largest of each row of scores [c, K] and where it is, as `max(dim=1)`.
-
-    That is slow on CPUs. There the rows' maxima are found first and then where they are: by a product
-    of what equals them with the numbers of the columns, which is right where there is only one.
-    """
-
-    def __init__(self, similarities: Similarities) -> None:
-        rows, num_clusters = similarities.rows, similarities.num_clusters
-        self._on_cpu = rows.features.device.type == "cpu" and rows.zeros(1).device.type == "cpu"
-        if self._on_cpu:
-            self._hits = rows.zeros(min(rows.chunk_size, len(rows)), num_clusters)
-            numbers = torch.arange(num_clusters, dtype=self._hits.dtype)
-            self._columns = torch.stack([numbers, torch.ones_like(numbers)], dim=1)
-
-    def __call__(self, score: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._on_cpu:
-            top, cluster = score.max(dim=1)
-            return top, cluster
-        top = score.amax(dim=1)
-        hits = torch.eq(score, top[:, None], out=self._hits[: len(score)])
-        number, count = (hits @ self._columns).unbind(dim=1)
-        cluster = number.long()
-        tied = (count != 1).nonzero()[:, 0]
-        if len(tied):
-            cluster[tied] = score[tied].argmax(dim=1)
-        return top, cluster
+def _tallies(
+    rows: Rows, num_clusters: int, cluster: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Over all processes and without copies: sizes of the clusters, and rows and sums of `values` [m, n]."""
+    weights, wide = rows.weights, _wide(rows.device)
+    sizes = torch.bincount(cluster, weights, num_clusters).to(wide)
+    sums = values.sum(dim=1, dtype=wide) if weights is None else values.to(wide) @ weights.to(wide)
+    counts = torch.cat([sizes.sum()[None], sums])
+    return rows.total(sizes), rows.total(counts)
 
 
 def cluster_sums(
