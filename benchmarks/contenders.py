@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from benchmarks.measure import Work
 from moce.models.encoder import EncoderSpec, choose_attention
 from moce.models.mae import MAE, MAESpec
+from moce.training.lanes import Lanes
 from moce.training.optimiser import adamw, parameter_groups, set_learning_rate
+from moce.training.stages import part_size
 
+LossOfDraw = Callable[[nn.Module, Tensor, slice], Tensor]
 RATE, DECAY, BETAS = 1e-4, 0.05, (0.9, 0.95)
 
 
@@ -98,11 +101,39 @@ def our_mae(case: Case) -> MAE:
     return mae
 
 
+def our_step(case: Case, model: nn.Module, size: int | None, loss: LossOfDraw) -> Work:
+    """As the training loop takes it: on a CPU in parts of about `size` images, if they may be apart.
+
+    loss: of a model, the noise of the batch and a part of it.
+    """
+    optimiser = adamw(parameter_groups(model.parameters(), DECAY), BETAS[1])
+    set_learning_rate(optimiser, RATE)
+    if case.device != "cpu" or size is None:
+        return training_step(case, lambda: loss(model, case.noise(), slice(None)), optimiser)
+    autocast = torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16")
+    lanes = Lanes(model)
+
+    def step() -> None:
+        noise = case.noise()
+
+        def of_part(twin: nn.Module, part: slice) -> dict[str, Tensor]:
+            with autocast:
+                return {"loss": loss(twin, noise, part)}
+
+        lanes.backward(of_part, case.batch, size)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return step
+
+
 def moce_step(case: Case) -> Work:
     mae, images = our_mae(case), case.images()
-    optimiser = adamw(parameter_groups(mae.parameters(), DECAY), BETAS[1])
-    set_learning_rate(optimiser, RATE)
-    return training_step(case, lambda: mae(images, case.noise()).loss, optimiser)
+
+    def loss(model: nn.Module, noise: Tensor, part: slice) -> Tensor:
+        return model(images[part], noise[part]).loss
+
+    return our_step(case, mae, part_size(mae), loss)
 
 
 # --- Transformers -------------------------------------------------------------------------------------

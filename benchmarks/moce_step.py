@@ -11,27 +11,25 @@ no gradient, and the optimiser leaves them out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.contenders import (
-    BETAS,
-    DECAY,
-    RATE,
     SIZES,
     Case,
+    LossOfDraw,
     moce_step,
     our_mae,
-    training_step,
+    our_step,
 )
 from benchmarks.measure import FOLDER, Row, Work, chosen, in_turns, keep, options, per_second
 from moce.models.encoder import encode_tokens
 from moce.models.moce import MoCE
 from moce.models.token_moe import TokenMoE
-from moce.training.optimiser import adamw, parameter_groups, set_learning_rate
+from moce.placement import tally
+from moce.training.stages import part_size
 
 RESULTS = FOLDER / "moce_step.json"
 PACKAGES = ("moce", "torch", "timm")
@@ -100,30 +98,34 @@ def mixture_of(case: Case, mixture: Mixture) -> MoCE | TokenMoE:
     return moce.to(case.device).train()
 
 
-def loss_of(case: Case, mixture: Mixture, model: MoCE | TokenMoE) -> Callable[[], Tensor]:
-    """What a step of training minimises: reconstruction and the gates' losses."""
-    images = case.images()
-    if isinstance(model, TokenMoE):
+def loss_of(case: Case, mixture: Mixture) -> LossOfDraw:
+    """What a step of training minimises: reconstruction and the gates' losses.
 
-        def token_loss() -> Tensor:
-            output = model(images, case.noise())
+    Images are in the order of their routes, as the training loop puts them.
+    """
+    images = case.images()
+    if mixture.method == "token_moe":
+
+        def token_loss(model: nn.Module, noise: Tensor, part: slice) -> Tensor:
+            output = model(images[part], noise[part])
             return output.reconstruction + 0.01 * output.balance
 
         return token_loss
     clusters = clusters_of(mixture, case.batch).to(case.device)
+    counts = tally(clusters, mixture.experts)
 
-    def loss() -> Tensor:
-        output = model(images, case.noise(), clusters)
+    def loss(model: nn.Module, noise: Tensor, part: slice) -> Tensor:
+        output = model(images[part], noise[part], clusters[part], None, counts)
         return output.reconstruction + 0.01 * (output.balance + output.imbalance)
 
     return loss
 
 
 def mixture_step(case: Case, mixture: Mixture) -> Work:
+    """As `moce train` takes it: a token MoE, whose balance is that of its whole batch, in one part."""
     model = mixture_of(case, mixture)
-    optimiser = adamw(parameter_groups(model.parameters(), DECAY), BETAS[1])
-    set_learning_rate(optimiser, RATE)
-    return training_step(case, loss_of(case, mixture, model), optimiser)
+    size = part_size(model.mae) if isinstance(model, MoCE) else None
+    return our_step(case, model, size, loss_of(case, mixture))
 
 
 def encoding(case: Case) -> dict[str, Work]:
