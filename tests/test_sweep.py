@@ -1,0 +1,82 @@
+"""One pass over all features gives the sums that it is said to give, whatever the chunks and blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import unit_rows
+from torch import Tensor
+from torch.nn.functional import one_hot
+from torch.testing import assert_close
+
+from moce.clustering import sinkhorn
+from moce.clustering.rows import Rows
+from moce.clustering.sinkhorn import Similarities, Sums, scores, sweep
+
+COUNT, WIDTH, CLUSTERS, EPSILON = 1000, 8, 12, 0.05
+CHUNKS = [1000, 256, 192, 7]
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """Masses of every fourth row, scores in blocks of 64."""
+    monkeypatch.setattr(sinkhorn, "MASS_ROWS", COUNT // 4)
+    monkeypatch.setattr(sinkhorn, "BLOCK", 64)
+
+
+def given() -> tuple[Tensor, Tensor, Tensor]:
+    potentials = torch.randn(CLUSTERS, generator=torch.Generator().manual_seed(2))
+    return unit_rows(COUNT, WIDTH), unit_rows(CLUSTERS, WIDTH, seed=1), potentials
+
+
+def swept(chunk: int, weights: Tensor | None = None, **how: bool) -> tuple[Sums, Tensor]:
+    features, centroids, potentials = given()
+    rows = Rows(features, weights, chunk_size=chunk)
+    assignment = torch.zeros(COUNT, dtype=torch.int32)
+    similarities = Similarities(rows, centroids, EPSILON, keep=False)
+    return sweep(similarities, potentials, assignment, **how), assignment
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("copies", [False, True])
+def test_sums_of_the_clusters_are_those_of_all_rows(
+    chunk: int, exact: bool, copies: bool, small
+) -> None:
+    features, centroids, potentials = given()
+    weights = (torch.arange(COUNT) % 3 > 0).float()
+    sums, assignment = swept(chunk, weights if copies else None, exact=exact)
+    counted = weights if copies else torch.ones(COUNT)
+    cluster = scores(features, centroids, potentials, EPSILON).argmax(dim=1)
+    assert torch.equal(assignment.long(), cluster)
+    member = (one_hot(cluster, CLUSTERS) * counted[:, None]).double()
+    assert_close(sums.sizes, member.sum(dim=0))
+    assert_close(sums.features, member.T @ features.double(), atol=1e-4, rtol=1e-5)
+    own = (features * centroids[cluster]).sum(dim=1)
+    assert sums.similarity == pytest.approx((own @ counted / counted.sum()).item(), rel=1e-5)
+    moved = ((cluster != 0).float() @ counted / counted.sum()).item()
+    assert sums.moved == pytest.approx(moved)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("exact", [True, False])
+def test_masses_are_those_of_all_rows_or_of_a_part(chunk: int, exact: bool, small) -> None:
+    features, centroids, potentials = given()
+    soft = scores(features, centroids, potentials, EPSILON).double().softmax(dim=1)
+    sums, _ = swept(chunk, exact=exact)
+    if exact:
+        taken = torch.ones(COUNT, dtype=torch.bool)
+    else:
+        starts = torch.arange(COUNT) % chunk % 64  # a block ends with its chunk
+        taken = starts % 4 == 0
+        assert COUNT // 4 <= taken.sum() < COUNT / 2
+    masses = soft[taken].sum(dim=0)
+    assert_close(sums.masses.columns, masses, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_soft_sums_are_weighted_by_the_assignment(chunk: int, small) -> None:
+    features, centroids, potentials = given()
+    soft = scores(features, centroids, potentials, EPSILON).softmax(dim=1)
+    sums, _ = swept(chunk, soft=True, exact=False)
+    assert_close(sums.features, (soft.T @ features).double(), atol=1e-4, rtol=1e-5)
