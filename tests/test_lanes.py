@@ -11,11 +11,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from moce import lanes
 from moce.config import TrainSettings
 from moce.data.batches import Batch
 from moce.models.mae import MAE
 from moce.placement import tally
-from moce.training import lanes
 from moce.training.lanes import Lanes, is_random, parts_of, twin
 from moce.training.stages import moce_stage, part_size
 

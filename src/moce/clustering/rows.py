@@ -17,10 +17,11 @@ KEYS = 3  # projections that tell features apart
 HASH = (0x5DEECE66D, 0x27BB2EE687B0B0FD, 0x369DEA0F31A53F85)
 
 
-def chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover range(count)."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+def chunks(count: int, size: int, within: slice | None = None) -> Iterator[slice]:
+    """Slices of at most `size` that cover range(count), or what is within a slice of it."""
+    first, end = (within.start, within.stop) if within else (0, count)
+    for start in range(first, end, size):
+        yield slice(start, min(start + size, end))
 
 
 @dataclass

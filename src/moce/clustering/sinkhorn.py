@@ -8,14 +8,19 @@ for column potentials v, so v [K] is all that has to be kept of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from moce.clustering.rows import CHUNK_SIZE, Rows, chunks
+from moce.lanes import at_once, num_lanes
+
+T = TypeVar("T")
 
 GRAM_ROWS = 2**17  # rows from which a step of Newton's method is reckoned: few make it a poor one
 MASS_ROWS = 2**16  # rows, or more, whose masses stand for all while centroids still move
@@ -39,26 +44,31 @@ class Similarities:
         self.rows, self.epsilon = rows, epsilon
         self.num_clusters = len(centroids)
         self._scaled = (centroids / epsilon).T.contiguous()
-        self._buffer = rows.zeros(min(rows.chunk_size, len(rows)), self.num_clusters)
-        bytes_needed = len(rows) * self.num_clusters * self._buffer.element_size()
+        bytes_needed = len(rows) * self.num_clusters * self._scaled.element_size()
         fits = keep and bytes_needed <= CACHE_BYTES
-        self._kept = (
-            torch.empty_like(self._buffer).new_empty(len(rows), self.num_clusters) if fits else None
-        )
+        self._kept = self._scaled.new_empty(len(rows), self.num_clusters) if fits else None
         self._ready = False
 
     def shifted(
-        self, potentials: Tensor, *, features: bool, size: int | None = None
+        self,
+        potentials: Tensor,
+        *,
+        features: bool,
+        size: int | None = None,
+        within: slice | None = None,
     ) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
         """(slice, features, S / epsilon + v) of every chunk; the last is overwritten by the next.
 
         features: whether they are needed; None is given where they are not at hand. size: of the
-        chunks, at most that of the rows' (default: that).
+        chunks, at most that of the rows' (default: that). within: only these of the rows, for one
+        thread of several that have all of them; the others' are not overwritten.
         """
-        for part in chunks(len(self.rows), size or self.rows.chunk_size):
+        size = size or self.rows.chunk_size
+        buffer = self._scaled.new_empty(min(size, len(self.rows)), self.num_clusters)
+        for part in chunks(len(self.rows), size, within):
             known = self._ready and self._kept is not None
             chunk = self.rows.chunk(part) if features or not known else None
-            score = self._buffer[: part.stop - part.start]
+            score = buffer[: part.stop - part.start]
             if self._kept is None:
                 assert chunk is not None
                 torch.mm(chunk, self._scaled, out=score).add_(potentials)
@@ -70,6 +80,10 @@ class Similarities:
                 torch.add(kept, potentials, out=score)
             yield part, chunk, score
         self._ready = True
+
+    @property
+    def on_cpu(self) -> bool:
+        return self._scaled.device.type == "cpu"
 
     def of_all(self) -> Similarities:
         """The same, with copies counted as all others."""
@@ -130,7 +144,9 @@ class _Adder:
         self.step = 1 if exact else max(1, rows.count // MASS_ROWS)
         gram_rows = GRAM_ROWS if exact else MASS_ROWS // 2
         self.stride = max(1, rows.count // (gram_rows * self.step))
-        self._aside: list[tuple[Tensor, Tensor]] = []
+        self._aside: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._num_aside = 0
         self.sums = rows.zeros(num_clusters + 2, num_clusters, dtype=_wide(rows.device))
 
     def add(self, part: slice, score: Tensor, top: Tensor) -> Tensor | None:
@@ -141,18 +157,19 @@ class _Adder:
         weights = None if self.rows.weights is None else self.rows.weights[part]
         if self.step == 1:
             return self._sum(score.sub_(top[:, None]), weights)
-        some = slice(None, None, self.step)
-        ones = torch.ones_like(top[some]) if weights is None else weights[some]
-        self._aside.append((score[some] - top[some, None], ones))
-        if sum(len(ones) for _, ones in self._aside) >= self.rows.chunk_size:
+        some = score[:: self.step]
+        self._aside.append(some - top[:: self.step, None])
+        if weights is not None:
+            self._weights.append(weights[:: self.step])
+        self._num_aside += len(some)
+        if self._num_aside >= self.rows.chunk_size:
             self._sum_aside()
         return None
 
     def _sum_aside(self) -> None:
         if self._aside:
-            score, weights = (torch.cat(parts) for parts in zip(*self._aside, strict=True))
-            self._sum(score, weights)
-            self._aside.clear()
+            self._sum(torch.cat(self._aside), torch.cat(self._weights) if self._weights else None)
+        self._aside, self._weights, self._num_aside = [], [], 0
 
     def _sum(self, score: Tensor, weights: Tensor | None) -> Tensor:
         """Add rows of scores, 0 at most; they are turned into exponentials."""
@@ -163,6 +180,11 @@ class _Adder:
         self.sums[:-2] += some.T @ some
         self.sums[-2] += some.sum(dim=0)
         return factors
+
+    def join(self, other: _Adder) -> None:
+        """Add what another has summed up of the same similarities."""
+        other._sum_aside()
+        self.sums += other.sums
 
     def total(self) -> Masses:
         self._sum_aside()
@@ -212,22 +234,15 @@ def sweep(
     exact: whether the masses are of all rows (as soft sums need) or of MASS_ROWS or more of them.
     """
     rows, num_clusters = similarities.rows, similarities.num_clusters
-    adder = _Adder(similarities, exact=exact or soft)
-    features = rows.zeros(num_clusters, rows.features.shape[1], dtype=_wide(rows.device))
     top, cluster = rows.zeros(len(rows)), rows.zeros(len(rows), dtype=torch.int64)
-    size = rows.chunk_size
-    block = min(BLOCK, size) if top.device.type == "cpu" and adder.step > 1 else size
-    for part, chunk, score in similarities.shifted(potentials, features=True, size=block):
-        assert chunk is not None
-        torch.max(score, dim=1, out=(top[part], cluster[part]))
-        factors = adder.add(part, score, top[part])
-        if soft and factors is not None:
-            features += score.mul_(factors[:, None]).T @ chunk
-        elif part.stop % size == 0 or part.stop == len(rows):
-            whole = slice((part.stop - 1) // size * size, part.stop)
-            weights = None if rows.weights is None else rows.weights[whole]
-            chunk = chunk if whole == part else rows.chunk(whole)
-            features += cluster_sums(chunk, cluster[whole], num_clusters, weights)
+
+    def lane(own: slice) -> tuple[_Adder, Tensor]:
+        return _swept(similarities, potentials, own, top, cluster, soft=soft, exact=exact)
+
+    (adder, features), *others = _in_lanes(similarities, lane)
+    for other, its_features in others:
+        adder.join(other)
+        features += its_features
     cosine = (top - potentials[cluster]) * similarities.epsilon
     moved = cluster != assignment.to(cluster.device)
     assignment.copy_(cluster)
@@ -235,6 +250,53 @@ def sweep(
     rows.total(features)
     share_moved, similarity = (counts[1:] / counts[0]).tolist()
     return Sums(adder.total(), features, sizes, share_moved, similarity)
+
+
+def _in_lanes(similarities: Similarities, lane: Callable[[slice], T]) -> list[T]:
+    """What `lane` returns for each of the slices that threads of the CPU take; elsewhere for all rows."""
+    rows = similarities.rows
+    count = num_lanes() if similarities.on_cpu else 1
+    each = -(-len(rows) // (rows.chunk_size * count)) * rows.chunk_size
+    parts = list(chunks(len(rows), each)) if count > 1 and len(rows) else [slice(0, len(rows))]
+    if len(parts) == 1:
+        return [lane(parts[0])]
+    with ThreadPoolExecutor(len(parts), "lane") as pool:
+        return at_once(pool, lambda number: lane(parts[number]), len(parts))
+
+
+def _swept(
+    similarities: Similarities,
+    potentials: Tensor,
+    own: slice,
+    top: Tensor,
+    cluster: Tensor,
+    *,
+    soft: bool,
+    exact: bool,
+) -> tuple[_Adder, Tensor]:
+    """The sums of Q and of features [K, D] over rows `own`; their largest score and its place are filled in."""
+    rows, num_clusters, size = (
+        similarities.rows,
+        similarities.num_clusters,
+        similarities.rows.chunk_size,
+    )
+    adder = _Adder(similarities, exact=exact or soft)
+    features = rows.zeros(num_clusters, rows.features.shape[1], dtype=_wide(rows.device))
+    block = min(BLOCK, size) if similarities.on_cpu and adder.step > 1 else size
+    for part, chunk, score in similarities.shifted(
+        potentials, features=True, size=block, within=own
+    ):
+        assert chunk is not None
+        torch.max(score, dim=1, out=(top[part], cluster[part]))
+        factors = adder.add(part, score, top[part])
+        if soft and factors is not None:
+            features += score.mul_(factors[:, None]).T @ chunk
+        elif part.stop % size == 0 or part.stop == own.stop:
+            whole = slice((part.stop - 1) // size * size, part.stop)
+            weights = None if rows.weights is None else rows.weights[whole]
+            chunk = chunk if whole == part else rows.chunk(whole)
+            features += cluster_sums(chunk, cluster[whole], num_clusters, weights)
+    return adder, features
 
 
 def _tallies(

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moce.lanes import at_once, num_lanes
+
 Losses = dict[str, Tensor]
 LossOfPart = Callable[[nn.Module, slice], Losses]
 
-LANES = 4  # at most: only one at a time is in Python, and each has gradients of its own
 PART = 2**18  # numbers in the tokens of a part: 1 MiB of float32
 
 
@@ -57,8 +58,7 @@ class Lanes:
         backward: Callable[[Tensor], None] = Tensor.backward,
     ) -> None:
         """wrap: what makes of a twin what is called in training; backward: of a loss, as it needs."""
-        self._threads = torch.get_num_threads()
-        self.count = max(n for n in range(1, LANES + 1) if n <= self._threads)
+        self.count = num_lanes()
         twins = [twin(module) for _ in range(self.count - 1)]
         self._models = [wrap(module), *(wrap(other) for other in twins)]
         self._backward = backward
@@ -92,11 +92,7 @@ class Lanes:
                 found.append({name: value.detach() * share for name, value in losses.items()})
             return found
 
-        torch.set_num_threads(self._threads // self.count)
-        try:
-            found = [losses for each in self._pool.map(lane, range(self.count)) for losses in each]
-        finally:
-            torch.set_num_threads(self._threads)
+        found = [losses for each in at_once(self._pool, lane, self.count) for losses in each]
         self._collect()
         return {name: sum_of([losses[name] for losses in found]) for name in found[0]}
 
