@@ -340,13 +340,16 @@ def case_tables(entry: dict[str, Any]) -> list[str]:
     names = ", ".join(f"{package} {number}" for package, number in last["versions"].items())
     lines = [
         f"### {case['count']:,} features of width {case['width']}, {case['clusters']} clusters",
-        f"{last['cpu']}, {last['cores']} cores, {last['torch_threads']} torch threads; revision "
-        f"{last['revision']}. {names}.",
+        f"{last['cpu']}, {last['cores']} cores, {last['torch_threads']} torch threads. {names}.",
     ]
     if "passes" in entry:
+        lines.append(f"Passes, revision {machines['passes']['revision']}:")
         lines.append("\n".join(pass_table(entry["passes"])))
-    rows = [entry[name] for name in CONTENDERS if name in entry]
-    return [*lines, "\n".join(whole_table(rows))] if rows else lines
+    found = [name for name in CONTENDERS if name in entry]
+    if not found:
+        return lines
+    revisions = ", ".join(f"{name} {machines[name]['revision']}" for name in found)
+    return [*lines, f"Revisions: {revisions}.", "\n".join(whole_table([entry[n] for n in found]))]
 
 
 def pass_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -221,7 +221,7 @@ def draw_reconstructions(
     routed = bank.model(shown, noise, torch.tensor(clusters))
     rows_shown = {
         "input": images.pixels[rows],
-        "masked": hide(images.pixels[rows].float() / 255, routed.mask, patch),
+        "masked": hide(images.pixels[rows].float() / 255, routed.removed, patch),
     }
     outputs = {
         "MAE": load_mae(demo / "mae")[1].eval()(shown, noise),
@@ -229,7 +229,7 @@ def draw_reconstructions(
         "MoCE": routed,
     }
     for title, output in outputs.items():
-        painted = paste(output.prediction, output.mask, shown, patch, mae.norm_pix)
+        painted = paste(output.prediction, output.removed, shown, patch, mae.norm_pix)
         rows_shown[title] = (denormalise(painted, mean, std) * 255).round().byte()
     figure = Figure(figsize=(9, 3.6))
     for place, (title, pixels) in enumerate(rows_shown.items()):
