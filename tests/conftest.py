@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,3 +46,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     moce.train(made.data, mae=made.mae, clusters=made.clusters, out=made.moce, epochs=2, **TRAIN)
     customize(made.moce, made.task, out=made.backbone)
     return made
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request) -> Iterator[int]:
+    """Threads of torch: one, and several, so that lanes are used."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,14 +20,6 @@ from moce.training.lanes import Lanes, is_random, parts_of, twin
 from moce.training.stages import moce_stage, part_size
 
 IMAGES = 10
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def mae_loss() -> Callable[[nn.Module, slice], dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from moce.clustering.sinkhorn import Similarities, Sums, scores, sweep
 
 COUNT, WIDTH, CLUSTERS, EPSILON = 1000, 8, 12, 0.05
 CHUNKS = [1000, 256, 192, 7]
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 @pytest.fixture
@@ -29,11 +30,13 @@ def given() -> tuple[Tensor, Tensor, Tensor]:
     return unit_rows(COUNT, WIDTH), unit_rows(CLUSTERS, WIDTH, seed=1), potentials
 
 
-def swept(chunk: int, weights: Tensor | None = None, **how: bool) -> tuple[Sums, Tensor]:
+def swept(
+    chunk: int, weights: Tensor | None = None, keep: bool = False, **how: bool
+) -> tuple[Sums, Tensor]:
     features, centroids, potentials = given()
     rows = Rows(features, weights, chunk_size=chunk)
     assignment = torch.zeros(COUNT, dtype=torch.int32)
-    similarities = Similarities(rows, centroids, EPSILON, keep=False)
+    similarities = Similarities(rows, centroids, EPSILON, keep=keep)
     return sweep(similarities, potentials, assignment, **how), assignment
 
 
@@ -80,3 +83,26 @@ def test_soft_sums_are_weighted_by_the_assignment(chunk: int, small) -> None:
     soft = scores(features, centroids, potentials, EPSILON).softmax(dim=1)
     sums, _ = swept(chunk, soft=True, exact=False)
     assert_close(sums.features, (soft.T @ features).double(), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_kept_scores_are_not_read_before_all_are_there(chunk: int) -> None:
+    """Threads that are done do not tell the others that scores are known."""
+    features, centroids, potentials = given()
+    similarities = Similarities(Rows(features, chunk_size=chunk), centroids, EPSILON, keep=True)
+    assert similarities._kept is not None
+    similarities._kept.fill_(torch.nan)
+    expected, assignment = swept(chunk)
+    for _ in range(3):
+        found = torch.zeros(COUNT, dtype=torch.int32)
+        sums = sweep(similarities, potentials, found)
+        assert torch.equal(found, assignment)
+        assert_close(sums.masses.columns, expected.masses.columns)
+
+
+def test_no_rows_give_no_sums() -> None:
+    """A process may have none."""
+    _, centroids, potentials = given()
+    similarities = Similarities(Rows(torch.zeros(0, WIDTH)), centroids, EPSILON, keep=False)
+    sums = sweep(similarities, potentials, torch.zeros(0, dtype=torch.int32))
+    assert sums.sizes.sum() == 0 and sums.features.abs().sum() == 0

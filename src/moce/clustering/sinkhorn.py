@@ -64,9 +64,9 @@ class Similarities:
         thread of several that have all of them; the others' are not overwritten.
         """
         size = size or self.rows.chunk_size
+        known = self._ready and self._kept is not None  # of all rows, when this began
         buffer = self._scaled.new_empty(min(size, len(self.rows)), self.num_clusters)
         for part in chunks(len(self.rows), size, within):
-            known = self._ready and self._kept is not None
             chunk = self.rows.chunk(part) if features or not known else None
             score = buffer[: part.stop - part.start]
             if self._kept is None:
@@ -79,7 +79,7 @@ class Similarities:
                     torch.mm(chunk, self._scaled, out=kept)
                 torch.add(kept, potentials, out=score)
             yield part, chunk, score
-        self._ready = True
+        self._ready = self._ready or within is None
 
     @property
     def on_cpu(self) -> bool:
