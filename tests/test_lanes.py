@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from builders import batch, demo_images, tiny_encoder, tiny_mae, tiny_moce
+from test_training import run_verb, same_losses, same_weights, stop_after
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -14,6 +16,7 @@ from torch.testing import assert_close
 from moce import lanes
 from moce.config import TrainSettings
 from moce.data.batches import Batch
+from moce.errors import Interrupted
 from moce.models.mae import MAE
 from moce.placement import tally
 from moce.training.lanes import Lanes, is_random, parts_of, twin
@@ -159,3 +162,20 @@ def test_parts_of_a_mixture_have_images_of_few_routes(tmp_path) -> None:
     routes = [tuple(route) for route in moce.routes()[cluster_of[rows[places]]].tolist()]
     assert routes == sorted(routes) and len(set(routes)) > 1
     assert stage.part == part_size(moce.mae) > 1
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "moce"])
+def test_a_run_on_several_threads_resumes_alike(
+    verb: str, threads: int, runs, tmp_path: Path
+) -> None:
+    """To the last bit; on other numbers of threads sums round otherwise."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    given = {"steps": 8, "save_every": 3, "threads": threads}
+    run_verb(verb, runs, straight, **given)
+    watcher = stop_after(stopped, 1)
+    with pytest.raises(Interrupted):
+        run_verb(verb, runs, stopped, **given)
+    watcher.join()
+    run_verb(verb, runs, stopped, resume=True, **given)
+    same_losses(straight, stopped)
+    same_weights(straight, stopped)
