@@ -16,6 +16,7 @@ from moce.clustering import balanced
 from moce.runs import read_metrics, read_tensors
 
 CLOSE = 1e-5
+EPSILON = 0.01  # of the clusterings
 # 8 clusters, a sample of 64 of 160 images: both stages. A sweep that sleeps leaves time to be stopped.
 PROGRAM = """
 import sys
@@ -70,7 +71,9 @@ def assert_same(one: Path, other: Path) -> None:
     tensors = [read_tensors(run / "model.safetensors") for run in (one, other)]
     assert tensors[0].keys() == tensors[1].keys()
     for name, values in tensors[0].items():
-        assert torch.allclose(values, tensors[1][name], atol=CLOSE, rtol=CLOSE), name
+        # Potentials are added to cosines over epsilon: rounding is as much larger there.
+        atol = CLOSE / EPSILON if name == "potentials" else CLOSE
+        assert torch.allclose(values, tensors[1][name], atol=atol, rtol=CLOSE), name
     rows = [read_metrics(run) for run in (one, other)]
     assert len(rows[0]) == len(rows[1]) > 2
     for row, again in zip(*rows, strict=True):
