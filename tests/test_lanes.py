@@ -125,7 +125,7 @@ def test_threads_are_given_back_also_after_an_error(threads: int) -> None:
 def test_few_lanes_share_many_threads(monkeypatch) -> None:
     monkeypatch.setattr(lanes, "LANES", 2)
     before, seen = torch.get_num_threads(), []
-    torch.set_num_threads(5)
+    torch.set_num_threads(5)  # two lanes of two threads
     loss = mae_loss()
 
     def noted(model: nn.Module, part: slice) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from moce.clustering.rows import Rows
 from moce.clustering.sinkhorn import Similarities, Sums, scores, sweep
 
 COUNT, WIDTH, CLUSTERS, EPSILON = 1000, 8, 12, 0.05
-CHUNKS = [1000, 256, 192, 7]
+CHUNKS = [1000, 300, 256, 192, 100, 7]
 pytestmark = pytest.mark.usefixtures("threads")
 
 

@@ -10,19 +10,29 @@ import torch
 
 T = TypeVar("T")
 
-LANES = 4  # at most: only one at a time is in Python, and each has sums of its own
+LANES = 4  # when there are threads for two each: only one at a time is in Python, and each has its own sums
 
 
 def num_lanes() -> int:
     """How many threads are worth having: torch's, or a few that have several of its own each."""
-    return min(LANES, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    return threads if threads < 2 * LANES else LANES
 
 
 def at_once(pool: ThreadPoolExecutor, work: Callable[[int], T], count: int) -> list[T]:
-    """What `work` returns for 0 .. count - 1, each in a thread of the pool, all at once."""
-    threads = torch.get_num_threads()
+    """What `work` returns for 0 .. count - 1, each in a thread of the pool, all at once.
+
+    In the caller's modes of autograd, which threads do not inherit.
+    """
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    gradients = torch.is_grad_enabled()
+
+    def own(number: int) -> T:
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return work(number)
+
     torch.set_num_threads(max(1, threads // count))
     try:
-        return list(pool.map(work, range(count)))
+        return list(pool.map(own, range(count)))
     finally:
         torch.set_num_threads(threads)

@@ -66,7 +66,7 @@ class Similarities:
         size = size or self.rows.chunk_size
         known = self._ready and self._kept is not None  # of all rows, when this began
         buffer = self._scaled.new_empty(min(size, len(self.rows)), self.num_clusters)
-        for part in chunks(len(self.rows), size, within):
+        for part in self._blocks(size, within):
             chunk = self.rows.chunk(part) if features or not known else None
             score = buffer[: part.stop - part.start]
             if self._kept is None:
@@ -80,6 +80,11 @@ class Similarities:
                 torch.add(kept, potentials, out=score)
             yield part, chunk, score
         self._ready = self._ready or within is None
+
+    def _blocks(self, size: int, within: slice | None) -> Iterator[slice]:
+        """Slices of at most `size` of each chunk in turn: none is of two chunks."""
+        for chunk in chunks(len(self.rows), self.rows.chunk_size, within):
+            yield from chunks(len(self.rows), size, chunk)
 
     @property
     def on_cpu(self) -> bool:
@@ -304,7 +309,8 @@ def _tallies(
 ) -> tuple[Tensor, Tensor]:
     """Over all processes and without copies: sizes of the clusters, and rows and sums of `values` [m, n]."""
     weights, wide = rows.weights, _wide(rows.device)
-    sizes = torch.bincount(cluster, weights, num_clusters).to(wide)
+    counted = None if weights is None else weights.to(wide)  # float32 would stop at 2^24
+    sizes = torch.bincount(cluster, counted, num_clusters).to(wide)
     sums = values.sum(dim=1, dtype=wide) if weights is None else values.to(wide) @ weights.to(wide)
     counts = torch.cat([sizes.sum()[None], sums])
     return rows.total(sizes), rows.total(counts)

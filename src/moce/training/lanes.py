@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from types import TracebackType
 from typing import Any
 
@@ -84,15 +85,23 @@ class Lanes:
         """
         parts = parts_of(count, size, self.count)
 
+        stopped = Event()  # by Ctrl-C or an error: no lane begins another part
+
         def lane(number: int) -> list[Losses]:
             found = []
             for part in parts[number :: self.count]:
+                if stopped.is_set():
+                    break
                 losses, share = loss(self._models[number], part), (part.stop - part.start) / count
                 self._backward(losses["loss"] * (share * scale))
                 found.append({name: value.detach() * share for name, value in losses.items()})
             return found
 
-        found = [losses for each in at_once(self._pool, lane, self.count) for losses in each]
+        try:
+            found = [losses for each in at_once(self._pool, lane, self.count) for losses in each]
+        except BaseException:
+            stopped.set()
+            raise
         self._collect()
         return {name: sum_of([losses[name] for losses in found]) for name in found[0]}
 
