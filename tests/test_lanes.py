@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +123,31 @@ def test_threads_are_given_back_also_after_an_error(threads: int) -> None:
     with Lanes(tiny_mae()) as several, pytest.raises(ValueError, match="no"):
         several.backward(wrong, IMAGES, 2)
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("by", ["error", "ctrl_c"])
+def test_no_lane_begins_another_part_after_an_error_or_ctrl_c(by: str) -> None:
+    loss, done = mae_loss(), []
+
+    def stopping(model: nn.Module, part: slice) -> dict[str, Tensor]:
+        if part.start == 1:  # the first part of the second lane
+            if by == "error":
+                raise ValueError("no")
+            os.kill(os.getpid(), signal.SIGINT)
+        done.append(part)
+        time.sleep(0.1)
+        return loss(model, part)
+
+    before, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    torch.set_num_threads(2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Lanes(tiny_mae()) as several, pytest.raises((ValueError, KeyboardInterrupt)):
+            several.backward(stopping, IMAGES, 1)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        torch.set_num_threads(before)
+    assert len(done) <= 5 < IMAGES
 
 
 def test_few_lanes_share_many_threads(monkeypatch) -> None:

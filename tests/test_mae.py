@@ -136,6 +136,11 @@ def test_visible_patches_do_not_enter_the_loss_and_hidden_ones_not_the_encoder()
     assert abs(one.loss.item() - other.loss.item()) > 1e-3
 
 
+def test_a_single_patch_is_refused() -> None:
+    with pytest.raises(MoceError, match="none can be hidden"):
+        tiny_mae(img_size=(4, 4))
+
+
 def test_loss_is_float32_under_autocast() -> None:
     mae = tiny_mae()
     images, noise, _ = batch(4)

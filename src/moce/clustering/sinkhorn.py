@@ -1,4 +1,4 @@
-"""Balanced assignment by Sinkhorn-Knopp, in memory bounded by one chunk or a stated number of bytes.
+"""Balanced assignment by Sinkhorn-Knopp, in memory of a chunk per thread, 40 bytes a row and a stated cache.
 
 Maximise Tr(Q^T S) + epsilon * H(Q) over Q >= 0 [n, K] whose rows sum to 1/n and columns to 1/K,
 S the similarities of images and centroids. The solution is Q_ik = softmax_k(S_ik / epsilon + v_k) / n
@@ -37,7 +37,8 @@ def scores(features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: flo
 class Similarities:
     """S / epsilon of all rows and fixed centroids, chunk by chunk.
 
-    keep: keep them for the next sweep, if they take at most CACHE_BYTES; results are the same.
+    keep: keep them once they are computed in one go (`column_masses` does), if they take at most
+    CACHE_BYTES; results are the same.
     """
 
     def __init__(self, rows: Rows, centroids: Tensor, epsilon: float, *, keep: bool) -> None:
@@ -151,7 +152,6 @@ class _Adder:
         self.stride = max(1, rows.count // (gram_rows * self.step))
         self._aside: list[Tensor] = []
         self._weights: list[Tensor] = []
-        self._num_aside = 0
         self.sums = rows.zeros(num_clusters + 2, num_clusters, dtype=_wide(rows.device))
 
     def add(self, part: slice, score: Tensor, top: Tensor) -> Tensor | None:
@@ -166,15 +166,14 @@ class _Adder:
         self._aside.append(some - top[:: self.step, None])
         if weights is not None:
             self._weights.append(weights[:: self.step])
-        self._num_aside += len(some)
-        if self._num_aside >= self.rows.chunk_size:
+        if sum(map(len, self._aside)) >= self.rows.chunk_size:
             self._sum_aside()
         return None
 
     def _sum_aside(self) -> None:
         if self._aside:
             self._sum(torch.cat(self._aside), torch.cat(self._weights) if self._weights else None)
-        self._aside, self._weights, self._num_aside = [], [], 0
+        self._aside, self._weights = [], []
 
     def _sum(self, score: Tensor, weights: Tensor | None) -> Tensor:
         """Add rows of scores, 0 at most; they are turned into exponentials."""

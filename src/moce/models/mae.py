@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from moce.errors import MoceError
 from moce.models.decoder import Decoder
 from moce.models.encoder import (
     EncoderSpec,
@@ -67,6 +68,11 @@ class MAE(nn.Module):
         norm_pix: bool = True,
     ) -> None:
         super().__init__()
+        patches = encoder.patch_embed.num_patches
+        if num_kept(patches, mask_ratio) == patches:
+            raise MoceError(
+                f"of {patches} patches none can be hidden; give larger images (--img-size)"
+            )
         self.encoder = encoder
         positions_of(encoder).requires_grad_(False)  # sine-cosine, or as a loaded encoder has them
         self.decoder = decoder

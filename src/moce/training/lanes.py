@@ -8,8 +8,9 @@ the parts at hand only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Event
 from types import TracebackType
 from typing import Any
@@ -92,16 +93,15 @@ class Lanes:
             for part in parts[number :: self.count]:
                 if stopped.is_set():
                     break
-                losses, share = loss(self._models[number], part), (part.stop - part.start) / count
-                self._backward(losses["loss"] * (share * scale))
+                with _set_by_errors(stopped):
+                    losses = loss(self._models[number], part)
+                    share = (part.stop - part.start) / count
+                    self._backward(losses["loss"] * (share * scale))
                 found.append({name: value.detach() * share for name, value in losses.items()})
             return found
 
-        try:
+        with _set_by_errors(stopped):
             found = [losses for each in at_once(self._pool, lane, self.count) for losses in each]
-        except BaseException:
-            stopped.set()
-            raise
         self._collect()
         return {name: sum_of([losses[name] for losses in found]) for name in found[0]}
 
@@ -113,6 +113,15 @@ class Lanes:
                     continue
                 own.grad = other.grad if own.grad is None else own.grad.add_(other.grad)
                 other.grad = None
+
+
+@contextmanager
+def _set_by_errors(event: Event) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:  # Ctrl-C, too
+        event.set()
+        raise
 
 
 def sum_of(values: list[Tensor]) -> Tensor:
