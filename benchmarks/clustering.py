@@ -30,8 +30,8 @@ import torch
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from benchmarks.measure import machine
-from moce.clustering.balanced import Round, Watch, balanced_kmeans
-from moce.clustering.rows import Rows, without_copies
+from moce.clustering.balanced_kmeans import Round, Watch, balanced_kmeans
+from moce.clustering.features import Rows, without_copies
 from moce.clustering.sinkhorn import Similarities, column_masses, sweep
 
 PACKAGES = ("moce", "torch", "faiss-cpu", "scikit-learn", "POT")

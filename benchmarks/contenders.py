@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from benchmarks.measure import Work
 from moce.models.encoder import EncoderSpec, choose_attention
 from moce.models.mae import MAE, MAESpec
-from moce.training.lanes import Lanes
-from moce.training.optimiser import adamw, parameter_groups, set_learning_rate
-from moce.training.stages import part_size
+from moce.training.objectives import part_size
+from moce.training.optimizer import adamw, parameter_groups, set_learning_rate
+from moce.training.thread_parallel import Lanes
 
 LossOfDraw = Callable[[nn.Module, Tensor, slice], Tensor]
 RATE, DECAY, BETAS = 1e-4, 0.05, (0.9, 0.95)

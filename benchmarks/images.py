@@ -32,13 +32,14 @@ from torchvision.transforms import v2
 import moce
 from benchmarks.measure import FOLDER, machine
 from moce.config import PretrainSettings
-from moce.data import images as moce_images
-from moce.data.batches import BatchOrder, prefetched
+from moce.data import dataset as moce_images
+from moce.data.dataset import ImageSet
 from moce.data.decode import to_pixels
-from moce.data.images import ImageSet, load_images
+from moce.data.load import load_images
+from moce.data.loader import BatchOrder, prefetched
 from moce.models.encoder import EncoderSpec
-from moce.runs import read_timings
-from moce.training.stages import augmented
+from moce.runs.model import read_timings
+from moce.training.objectives import augmented
 
 RESULTS = FOLDER / "images.json"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

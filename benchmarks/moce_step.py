@@ -28,8 +28,8 @@ from benchmarks.measure import FOLDER, Row, Work, chosen, in_turns, keep, option
 from moce.models.encoder import encode_tokens
 from moce.models.moce import MoCE
 from moce.models.token_moe import TokenMoE
-from moce.placement import tally
-from moce.training.stages import part_size
+from moce.runtime.device import tally
+from moce.training.objectives import part_size
 
 RESULTS = FOLDER / "moce_step.json"
 PACKAGES = ("moce", "torch", "timm")

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from benchmarks.contenders import SIZES
 from benchmarks.measure import FOLDER, Row, Work, chosen, in_turns, keep, options, per_second
-from moce.clustering.model import ClusterModel
 from moce.customization.bank import Bank
 from moce.customization.selection import Route
 from moce.data.augment import normalise
-from moce.data.images import ImageSet, as_image_set
+from moce.data.dataset import ImageSet
+from moce.data.from_python import as_image_set
+from moce.inference.reconstruction_error import reconstruction_error
+from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import encode_tokens, pool_tokens
 from moce.models.gates import gate_for
 from moce.models.moce import MoCE, MoCESpec
-from moce.reconstruction import reconstruction_error
 
 RESULTS = FOLDER / "selection.json"
 PACKAGES = ("moce", "torch", "timm")

@@ -20,13 +20,15 @@ from torch import Tensor
 import moce
 from moce.customization.bank import Bank
 from moce.data.augment import denormalise, normalise
-from moce.data.images import ImageSet, load_images
-from moce.data.keyed import Stream, keyed_uniform
-from moce.loading import load_mae, read_assignments
+from moce.data.dataset import ImageSet
+from moce.data.load import load_images
+from moce.data.rng import Stream, keyed_uniform
 from moce.reporting.reconstructions import hide, paste
+from moce.reporting.results_table import Results
 from moce.reporting.style import INK, SOFT, expert_colour, faded
-from moce.runs import read_config, read_info
-from moce.transfer.results import Results
+from moce.runs.assignments import read_assignments
+from moce.runs.model import read_config, read_info
+from moce.weights.from_runs import load_mae
 
 DOCS = Path(__file__).parent
 FIGURES = DOCS / "figures"

@@ -12,15 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from moce.commands.registry import VERBS
 from moce.data.augment import normalise
-from moce.data.batches import sent
-from moce.data.images import ImageSet, load_images
-from moce.data.sources import demo_table
+from moce.data.dataset import ImageSet
+from moce.data.load import load_images
+from moce.data.loader import sent
+from moce.data.readers.factory import demo_table
 from moce.models.encoder import EncoderSpec
 from moce.models.gates import gate_for
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE
-from moce.registry import VERBS
 
 TINY_NAME = "vit_tiny_patch16_224"
 TINY_ARGS = {"patch_size": 4, "img_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2}

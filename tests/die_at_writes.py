@@ -19,10 +19,10 @@ from pathlib import Path
 
 import lightning_fabric  # noqa: F401 - imported before any fork
 
-import moce.runs
+import moce.runs.folder
 from moce.cli import main
-from moce.training import log
-from moce.verbs import finetune, pretrain, train  # noqa: F401
+from moce.commands import finetune, pretrain, train  # noqa: F401
+from moce.training import metrics as log
 
 COMPARED = ("model.safetensors", "metrics.jsonl")
 

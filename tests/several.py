@@ -10,8 +10,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from moce.launch import launch
-from moce.registry import VERBS
+from moce.commands.registry import VERBS
+from moce.runtime.launch import launch
 
 for job in json.loads(Path(sys.argv[1]).read_text()):
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moce
-from moce.registry import VERBS
+from moce.commands.registry import VERBS
 
 SOURCE = Path(moce.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -61,9 +61,9 @@ def within(package: str) -> dict[str, set[str]]:
         ("moce.clustering", ["training", "customization", "transfer", "verbs", "cli", "reporting"]),
         ("moce.training", ["verbs", "cli", "customization", "transfer", "reporting"]),
         ("moce.customization", ["verbs", "cli", "transfer", "reporting"]),
-        ("moce.interop", ["data", "training", "clustering", "customization", "transfer", "loading",
+        ("moce.weights", ["data", "training", "clustering", "customization", "transfer", "loading",
                           "features", "verbs", "cli", "reporting"]),
-        ("moce.transfer", ["verbs", "cli", "reporting"]),
+        ("moce.evaluation", ["verbs", "cli", "reporting"]),
         ("moce.config", ["models", "data", "training", "verbs", "cli", "reporting"]),
     ],
 )  # fmt: skip
@@ -80,7 +80,7 @@ def test_nothing_but_main_imports_the_command_line() -> None:
 
 def test_nothing_imports_the_verbs_by_name_but_verbs_and_types() -> None:
     """The registry imports them by string, the package for type checkers only."""
-    assert importers("moce.verbs") <= {"moce"}
+    assert importers("moce.commands") <= {"moce"}
 
 
 def test_imports_have_no_cycle() -> None:
@@ -129,4 +129,4 @@ def test_nothing_is_loaded_by_pickle() -> None:
 
 
 def test_only_convert_can_load_by_pickle() -> None:
-    assert importers("moce.interop.pickled") == {"moce.verbs.convert"}
+    assert importers("moce.weights.unsafe_pickle") == {"moce.commands.convert"}

@@ -11,8 +11,8 @@ from PIL import Image
 
 import moce
 from moce.cli import main
-from moce.data.images import load_images
-from moce.runs import read_info
+from moce.data.load import load_images
+from moce.runs.model import read_info
 
 QUIET = ["--device", "cpu", "--precision", "float32", "--threads", "1"]
 TINY = [

@@ -12,12 +12,12 @@ from builders import BLOCKS, DENSE, EXPERTS, RUNTIME, TRAIN, batch, shake, tiny_
 from conftest import Runs
 
 import moce
+from moce.commands.train import clusters_of_task
 from moce.errors import MoceError
-from moce.loading import load_backbone, load_mae, load_moce
 from moce.models.experts import ExpertFFN, Routing, apply_experts
 from moce.models.token_moe import TokenExpertFFN, TokenMoE, TokenMoESpec, token_balance
-from moce.runs import read_info, read_metrics
-from moce.verbs.train import clusters_of_task
+from moce.runs.model import read_info, read_metrics
+from moce.weights.from_runs import load_backbone, load_mae, load_moce
 
 
 def token_moe(num_experts: int = EXPERTS, gate_scale: str = "straight_through") -> TokenMoE:
@@ -161,7 +161,7 @@ def test_it_is_probed_and_fine_tuned_as_any_other(runs: Runs, token_run: Path, t
 
 
 def test_fine_tuning_starts_from_its_trained_experts(token_run: Path) -> None:
-    from moce.transfer.finetune import build_classifier
+    from moce.evaluation.finetune import build_classifier
 
     backbone = load_backbone(str(token_run))
     vit = build_classifier(backbone, 3, 0.0)

@@ -11,10 +11,10 @@ from builders import batch, customize
 from torch.testing import assert_close
 
 import moce
-from moce.customization.export import clusters_of
+from moce.customization.model_card import clusters_of
 from moce.customization.selection import route_name
-from moce.loading import load_mae
 from moce.models.encoder import encode_tokens, pool_tokens
+from moce.weights.from_runs import load_mae
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 DENSE = ["timm", "transformers", "torch", pytest.param("onnx", marks=pytest.mark.slow)]

@@ -13,9 +13,9 @@ from PIL import Image
 
 import moce
 from moce.data.decode import to_bytes, to_pixels
-from moce.data.images import load_images
+from moce.data.load import load_images
 from moce.errors import MoceError
-from moce.loading import load_backbone
+from moce.weights.from_runs import load_backbone
 
 SIZE = (16, 16)
 

@@ -12,8 +12,9 @@ from builders import RUNTIME, copy_run, write_images
 from launched import moce_words, said, torchrun, wait_until
 
 import moce
-from moce.clustering import balanced
-from moce.runs import read_metrics, read_tensors
+from moce.clustering import balanced_kmeans as balanced
+from moce.runs.files import read_tensors
+from moce.runs.model import read_metrics
 
 CLOSE = 1e-5
 EPSILON = 0.01  # of the clusterings

@@ -14,13 +14,16 @@ import torch
 from builders import RUNTIME, planted_features, shake, tiny_spec, unit_rows, write_images
 
 import moce
-from moce import feature_file
-from moce.clustering import balanced, sinkhorn
-from moce.clustering.model import unit
+from moce.clustering import balanced_kmeans as balanced
+from moce.clustering import checkpoint as rounds
+from moce.clustering import feature_store as feature_file
+from moce.clustering import sinkhorn
+from moce.clustering.feature_store import FeatureFile, mean_of
+from moce.commands import cluster
 from moce.errors import Interrupted, MoceError
-from moce.feature_file import FeatureFile, mean_of
-from moce.runs import read_info, read_metrics, read_tensors, write_model
-from moce.verbs import cluster, rounds
+from moce.models.cluster_model import unit
+from moce.runs.files import read_tensors
+from moce.runs.model import read_info, read_metrics, write_model
 
 COMPARED = ("model.safetensors", "assignments.parquet", "metrics.jsonl")
 
@@ -127,7 +130,7 @@ def test_killed_run_ends_as_an_uninterrupted_one(
 
 def test_a_packed_file_is_read_on_where_it_was(inputs, tmp_path: Path, monkeypatch) -> None:
     """Its rows are read by number, so those of a part must not be counted from zero."""
-    monkeypatch.setattr("moce.data.images.MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)
     monkeypatch.setattr(feature_file, "RECORD_EVERY", 0.0)
     packed = Inputs(moce.pack(inputs.data, size=16, out=tmp_path / "images.moce").file, inputs.mae)
     run(packed, tmp_path / "straight")
@@ -203,7 +206,7 @@ def test_nobody_maps_the_features_when_their_file_goes(inputs, tmp_path: Path, m
         assert ignore_errors
         maps.append(Path("/proc/self/maps").read_text())
 
-    monkeypatch.setattr("moce.verbs.cluster.shutil.rmtree", stuck)
+    monkeypatch.setattr("moce.commands.cluster.shutil.rmtree", stuck)
     run(inputs, tmp_path / "run")
     assert len(maps) == 1 and str(tmp_path) not in maps[0]
     monkeypatch.undo()

@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import moce
-from moce.clustering import balanced
-from moce.clustering.balanced import assign, balanced_kmeans
-from moce.clustering.model import ClusterModel, unit
-from moce.clustering.sinkhorn import balance, scores
-from moce.data.images import load_images
-from moce.feature_file import mean_of
-from moce.features import extract_features
-from moce.loading import load_clusters, read_assignments
+from moce.clustering import balanced_kmeans as balanced
+from moce.clustering.balanced_kmeans import balanced_kmeans
+from moce.clustering.feature_store import mean_of
+from moce.clustering.sinkhorn import balance
+from moce.data.load import load_images
+from moce.inference.features import extract_features
+from moce.models.cluster_model import ClusterModel, assign, scores, unit
+from moce.runs.assignments import read_assignments
+from moce.weights.from_runs import load_clusters
 
 
 def q_of(features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float) -> Tensor:

@@ -12,12 +12,12 @@ from builders import planted_features
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moce.clustering import balanced
-from moce.clustering.balanced import Clustering, Rows, balanced_kmeans
-from moce.clustering.rows import without_copies
-from moce.clustering.seeding import reseed_empty
-from moce.feature_file import FeatureFile
-from moce.processes import own_share
+from moce.clustering import balanced_kmeans as balanced
+from moce.clustering.balanced_kmeans import Clustering, Rows, balanced_kmeans
+from moce.clustering.feature_store import FeatureFile
+from moce.clustering.features import without_copies
+from moce.clustering.init import reseed_empty
+from moce.runtime.distributed import own_share
 
 WORLD = 2
 CASES = [("plain", False), ("plain", True), ("copies", False), ("few", False)]

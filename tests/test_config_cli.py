@@ -16,9 +16,9 @@ from commands import QUIET, run_command
 
 import moce
 from moce import config
+from moce.commands.registry import VERBS
+from moce.config.load import parse
 from moce.errors import MoceError
-from moce.parsing import parse
-from moce.registry import VERBS
 
 TINY = [*commands.TINY, *QUIET]
 

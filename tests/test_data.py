@@ -24,10 +24,10 @@ from moce.data.augment import (
     resized_crop,
     resized_one_by_one,
 )
-from moce.data.batches import BatchOrder, fetch, in_order
 from moce.data.decode import to_pixels
-from moce.data.images import load_images
-from moce.data.keyed import Stream, keyed_generator, keyed_uniform
+from moce.data.load import load_images
+from moce.data.loader import BatchOrder, fetch, in_order
+from moce.data.rng import Stream, keyed_generator, keyed_uniform
 from moce.errors import MoceError
 
 SIZE = (16, 16)
@@ -335,7 +335,7 @@ def test_one_broken_image_does_not_pull_a_file_of_pixels_into_memory(tmp_path, m
     """Pixels that the memory has no room for stay in their file, whole or not."""
     write_images(tmp_path / "data", per_source=2)
     (tmp_path / "data" / "broken.png").write_bytes(b"")
-    monkeypatch.setattr("moce.data.images.MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)
     images = load_images(str(tmp_path / "data"), SIZE, tmp_path / "pixels")
     assert len(images) == 8
     assert not (tmp_path / "pixels").exists()  # unlinked, yet open
@@ -345,7 +345,7 @@ def test_one_broken_image_does_not_pull_a_file_of_pixels_into_memory(tmp_path, m
 def test_pixels_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch) -> None:
     write_images(tmp_path / "data", per_source=2)
     usual = load_images(str(tmp_path / "data"), SIZE)
-    monkeypatch.setattr("moce.data.images.MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)
     stored = load_images(str(tmp_path / "data"), SIZE, tmp_path / "pixels")
     assert torch.equal(usual.pixels, stored.pixels)
     with pytest.raises(MoceError, match="memory"):

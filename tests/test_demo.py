@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import moce
-from moce.runs import read_info
-from moce.verbs.demo import ENCODER
-from moce.verbs.tables import results_table
+from moce.commands.demo import ENCODER
+from moce.reporting.results_table import results_table
+from moce.runs.model import read_info
 
 RUN = {"config.yaml", "metrics.jsonl", "timings.jsonl", "model.json", "model.safetensors", "state"}
 TASKS = ("digits", "vehicles")

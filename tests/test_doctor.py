@@ -13,9 +13,9 @@ from commands import one_line, run_command
 from packaging.requirements import Requirement
 
 import moce
-from moce import machine
-from moce.verbs import doctor
-from moce.verbs.doctor import DoctorResult, _of_the_rest, _of_threads
+from moce.commands import doctor
+from moce.commands.doctor import DoctorResult, _of_the_rest, _of_threads
+from moce.runtime import system as machine
 
 
 @pytest.fixture(autouse=True)

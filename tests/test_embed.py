@@ -11,10 +11,10 @@ import torch
 from builders import RUNTIME, picture
 
 import moce
-from moce.data.images import load_images
+from moce.data.load import load_images
 from moce.errors import MoceError
-from moce.features import extract_features
-from moce.loading import load_backbone
+from moce.inference.features import extract_features
+from moce.weights.from_runs import load_backbone
 
 
 def embedded(file: Path) -> np.ndarray:

@@ -13,8 +13,9 @@ import yaml
 from builders import TINY_ARGS, TINY_NAME, write_images, write_task
 
 from moce.cli import main
-from moce.loading import read_assignments
-from moce.runs import read_metrics, read_tensors
+from moce.runs.assignments import read_assignments
+from moce.runs.files import read_tensors
+from moce.runs.model import read_metrics
 
 QUIET = ["--device", "cpu", "--precision", "float32", "--threads", "1"]
 FIT = ["--batch-size", "32", "--base-lr", "1e-2", "--log-every", "2", *QUIET]

@@ -15,18 +15,14 @@ from builders import HEADROOM, RUNTIME, copy_run, customize
 from conftest import Runs
 
 import moce
+from moce.commands import evaluate as evaluate_verb
 from moce.errors import Interrupted, MoceError
-from moce.transfer.contenders import (
-    Contender,
-    oracle_values,
-    random_routes,
-    read_contenders,
-)
-from moce.transfer.evaluation import choose_by_probe
-from moce.transfer.results import suite_table
-from moce.transfer.suite import pick_tasks, read_suite
-from moce.transfer.task import draw_labels, load_task
-from moce.verbs import evaluate as evaluate_verb
+from moce.evaluation.backbones import Contender, read_contenders
+from moce.evaluation.evaluator import choose_by_probe
+from moce.evaluation.routes import oracle_values, random_routes
+from moce.evaluation.suite import pick_tasks, read_suite
+from moce.evaluation.task import draw_labels, load_task
+from moce.reporting.results_table import suite_table
 
 FINETUNE = {"epochs": 1, "batch_size": 8, "rand_augment": "", "mixup": 0, "cutmix": 0}
 SUITES = Path(__file__).parents[1] / "recipes" / "suites"
@@ -332,7 +328,7 @@ def test_overwriting_spares_the_inputs(runs: Runs, tmp_path: Path) -> None:
 def test_an_evaluation_and_a_headroom_run_can_be_overwritten(
     runs: Runs, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moce.verbs.headroom.SMALLEST_GROUP", 8)
+    monkeypatch.setattr("moce.commands.headroom.SMALLEST_GROUP", 8)
     out = copy_run(evaluated, tmp_path / "out")
     evaluate(runs, write_suite(tmp_path), out, f"a={runs.mae}", tasks=("digits",), overwrite=True)
     assert len(rows_of(out)) == 1

@@ -27,18 +27,18 @@ from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
 import moce
-from moce.clustering.model import ClusterModel
 from moce.customization.bank import Bank
-from moce.customization.export import write_timm_folder
 from moce.customization.selection import choose, count_votes
 from moce.data.augment import normalise
-from moce.data.images import load_images
-from moce.data.sources import Entry
-from moce.loading import read_assignments
+from moce.data.load import load_images
+from moce.data.readers.factory import Entry
+from moce.evaluation.task import load_task
+from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import encode_tokens
 from moce.models.experts import ExpertFFN
 from moce.models.moce import MoCESpec, merge_experts
-from moce.transfer.task import load_task
+from moce.runs.assignments import read_assignments
+from moce.weights.formats.timm import write_timm_folder
 
 
 def bank_of(mixture) -> Bank:

@@ -8,7 +8,7 @@ from builders import BLOCKS, CLUSTERS, EXPERTS, batch, tiny_mae, tiny_moce, unit
 from torch import Tensor
 from torch.testing import assert_close
 
-from moce.clustering.model import group_clusters
+from moce.clustering.grouping import group_clusters
 from moce.models.gates import (
     ClusterGate,
     balance_loss,

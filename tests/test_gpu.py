@@ -25,12 +25,13 @@ from torch.testing import assert_close
 import moce
 from moce.config import PretrainSettings, TrainSettings
 from moce.data.augment import normalise
-from moce.data.batches import fetch
-from moce.data.keyed import Stream, keyed_normal, keyed_uniform
-from moce.features import extract_features
-from moce.runs import read_metrics, read_tensors
-from moce.training.loop import Step
-from moce.training.stages import mae_stage, moce_stage
+from moce.data.loader import fetch
+from moce.data.rng import Stream, keyed_normal, keyed_uniform
+from moce.inference.features import extract_features
+from moce.runs.files import read_tensors
+from moce.runs.model import read_metrics
+from moce.training.objectives import mae_stage, moce_stage
+from moce.training.trainer import Step
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,14 +11,14 @@ from builders import HEADROOM
 from conftest import Runs
 
 import moce
+from moce.commands.headroom import split
 from moce.errors import MoceError
-from moce.verbs.headroom import split
 
 
 def test_headroom_compares_each_group_alone_with_all(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moce.verbs.headroom.SMALLEST_GROUP", 8)
+    monkeypatch.setattr("moce.commands.headroom.SMALLEST_GROUP", 8)
     found = moce.headroom(
         runs.data, mae=runs.mae, clusters=runs.clusters, out=tmp_path / "h", **HEADROOM
     )
@@ -35,7 +35,7 @@ def test_headroom_compares_each_group_alone_with_all(
 def test_headroom_refuses_groups_too_small_to_tell(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moce.verbs.headroom.SMALLEST_GROUP", 200)
+    monkeypatch.setattr("moce.commands.headroom.SMALLEST_GROUP", 200)
     with pytest.raises(MoceError, match="--num-groups"):
         moce.headroom(
             runs.data, mae=runs.mae, clusters=runs.clusters, out=tmp_path / "h", **HEADROOM

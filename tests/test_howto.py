@@ -30,11 +30,11 @@ from conftest import Runs
 
 import moce
 from moce.cli import main
-from moce.data.sources import demo_table
-from moce.interop import facebook
+from moce.commands.registry import VERBS
+from moce.data.readers.factory import demo_table
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAESpec
-from moce.registry import VERBS
+from moce.weights.formats import mae as facebook
 
 PAGES = Path(__file__).parents[1] / "docs" / "howto"
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

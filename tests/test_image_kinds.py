@@ -14,9 +14,10 @@ from PIL import Image
 
 import moce
 from moce.config import PretrainSettings
-from moce.data.images import as_image_set, load_images
-from moce.data.kinds.shards import expand_braces
-from moce.data.sources import is_named, located, open_source, parts_of, paths_of
+from moce.data.from_python import as_image_set
+from moce.data.load import load_images
+from moce.data.readers.factory import is_named, located, open_source, parts_of, paths_of
+from moce.data.readers.tar import expand_braces
 from moce.errors import MoceError
 
 SIZE = (16, 16)

@@ -16,15 +16,16 @@ from conftest import Runs
 from rich.console import Console
 
 import moce
-from moce.data.batches import sent
-from moce.data.decoding import Decoding, decode_into
-from moce.data.images import ImageSet, as_image_set, load_images
-from moce.data.packed import open_packed
-from moce.data.sources import open_source
+from moce.data.dataset import ImageSet
+from moce.data.from_python import as_image_set
+from moce.data.load import Decoding, decode_into, load_images
+from moce.data.loader import sent
+from moce.data.readers.factory import open_source
+from moce.data.readers.packed import open_packed
 from moce.errors import MoceError
-from moce.progress import meter
-from moce.runs import read_lines
-from moce.transfer.task import load_task
+from moce.evaluation.task import load_task
+from moce.runs.files import read_lines
+from moce.runtime.progress import meter
 
 SIZE = (16, 16)
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def images(request, folder: Path, tmp_path: Path, monkeypatch) -> ImageSet:
     if "packed" in kept:
         data = moce.pack(folder, size=16, out=tmp_path / "a.moce").file
     if "memory" not in kept:
-        monkeypatch.setattr("moce.data.images.MEMORY_SHARE", 0.0)
+        monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)
     return load_images(str(data), SIZE, tmp_path / "pixels")
 
 
@@ -93,7 +94,7 @@ def test_rows_that_are_not_there_are_errors(images: ImageSet) -> None:
 def test_a_part_that_is_sent_to_a_device_is_all_that_is_there(
     images: ImageSet, expected, monkeypatch
 ) -> None:
-    monkeypatch.setattr("moce.data.batches.SENT_TOGETHER", 3 * 16 * 16 * 3)  # three at a time
+    monkeypatch.setattr("moce.data.loader.SENT_TOGETHER", 3 * 16 * 16 * 3)  # three at a time
     part = sent(images.subset(range(1, 20, 2)), CPU)
     assert torch.equal(part.pixels, expected[1::2]) and part.ids == images.ids[1::2]
     assert torch.equal(part.take(torch.tensor([4, 1])), expected[[9, 3]])
@@ -104,8 +105,8 @@ def test_a_part_that_is_sent_to_a_device_is_all_that_is_there(
 
 def test_no_more_images_are_asked_for_than_the_threads_need(folder: Path, monkeypatch) -> None:
     """A million of them waiting to be decoded would fill gigabytes."""
-    monkeypatch.setattr("moce.data.decoding.worker_threads", lambda: 2)
-    monkeypatch.setattr("moce.data.decoding.ASKED_AHEAD", 3)
+    monkeypatch.setattr("moce.data.load.worker_threads", lambda: 2)
+    monkeypatch.setattr("moce.data.load.ASKED_AHEAD", 3)
     entries = open_source(str(folder))[1:2] * 50
     given = []
 
@@ -121,7 +122,7 @@ def test_no_more_images_are_asked_for_than_the_threads_need(folder: Path, monkey
         started.set()
         assert hold.wait(20)
 
-    monkeypatch.setattr("moce.data.decoding.decode_into", decode)
+    monkeypatch.setattr("moce.data.load.decode_into", decode)
     work = Decoding(Counted(entries), (50, 3, *SIZE), 1.0, "x")
     thread = threading.Thread(target=work.into, args=(np.zeros(1),))
     thread.start()
@@ -136,8 +137,8 @@ def test_no_more_images_are_asked_for_than_the_threads_need(folder: Path, monkey
 def test_long_decoding_tells_how_it_goes(folder: Path, monkeypatch, capsys) -> None:
     load_images(str(folder), SIZE)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("moce.progress.LINE_EVERY", 0.0)
-    monkeypatch.setattr("moce.data.decoding.TOLD_EVERY", 10)
+    monkeypatch.setattr("moce.runtime.progress.LINE_EVERY", 0.0)
+    monkeypatch.setattr("moce.data.load.TOLD_EVERY", 10)
     load_images(str(folder), SIZE)
     told = capsys.readouterr().err
     assert "read images 10/23" in told and "s left, 2 unreadable" in told
@@ -146,7 +147,9 @@ def test_long_decoding_tells_how_it_goes(folder: Path, monkeypatch, capsys) -> N
 def test_a_bar_waits_until_it_is_worth_it(monkeypatch) -> None:
     for wait, shown in ((60.0, False), (0.0, True)):
         screen = io.StringIO()
-        monkeypatch.setattr("moce.progress.console", Console(file=screen, force_terminal=True))
+        monkeypatch.setattr(
+            "moce.runtime.progress.console", Console(file=screen, force_terminal=True)
+        )
         with meter("read images", 10, wait=wait) as progress:
             progress.advance(count=10)
         assert ("read images" in screen.getvalue()) == shown
@@ -156,7 +159,7 @@ def test_a_bar_waits_until_it_is_worth_it(monkeypatch) -> None:
 def test_what_memory_has_no_room_for_goes_to_a_passing_file(
     folder: Path, tmp_path: Path, monkeypatch, expected
 ) -> None:
-    monkeypatch.setattr("moce.data.images.MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     images = as_image_set(folder, SIZE)
     assert torch.equal(images.take(slice(None)), expected) and not list(tmp_path.iterdir())
@@ -193,7 +196,7 @@ def test_a_packed_task_of_the_encoders_size_is_not_decoded(
     runs: Runs, tmp_path: Path, monkeypatch
 ) -> None:
     """Larger ones are, into a file where the memory has no room."""
-    usual, share = load_task(str(runs.task), (3, *SIZE)), "moce.data.images.MEMORY_SHARE"
+    usual, share = load_task(str(runs.task), (3, *SIZE)), "moce.data.load.MEMORY_SHARE"
     monkeypatch.setattr(share, 0.0)
     for size in (16, 20):
         file = moce.pack(runs.task, size=size, out=tmp_path / f"{size}.moce").file
@@ -221,7 +224,7 @@ def test_probe_evaluate_and_customize_take_more_images_than_memory(
     suite.write_text(json.dumps({"name": "s", "tasks": [task], "probe": {"solver": "lbfgs"}}))
     found = []
     for share in (0.4, 0.0):
-        monkeypatch.setattr("moce.data.images.MEMORY_SHARE", share)
+        monkeypatch.setattr("moce.data.load.MEMORY_SHARE", share)
         out = tmp_path / f"out{share}"
         kwargs = {"kind": "knn", **RUNTIME}
         probes = [
@@ -251,7 +254,7 @@ def test_probe_evaluate_and_customize_take_more_images_than_memory(
 
 
 def test_a_stream_is_read_block_by_block_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moce.data.images.BLOCK", 4)
+    monkeypatch.setattr("moce.data.from_python.BLOCK", 4)
     drawn = []
 
     def stream():

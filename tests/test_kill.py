@@ -19,7 +19,7 @@ from builders import PRETRAIN, RUNTIME, TRAIN
 from conftest import Runs
 
 import moce
-from moce.runs import read_metrics
+from moce.runs.model import read_metrics
 
 pytestmark = pytest.mark.slow
 FLAGS = {**PRETRAIN, "epochs": 2000, "log_every": 2, "save_every": 3}

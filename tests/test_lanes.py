@@ -16,14 +16,14 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from moce import lanes
 from moce.config import TrainSettings
-from moce.data.batches import Batch
+from moce.data.loader import Batch
 from moce.errors import Interrupted
 from moce.models.mae import MAE
-from moce.placement import tally
-from moce.training.lanes import Lanes, is_random, parts_of, twin
-from moce.training.stages import moce_stage, part_size
+from moce.runtime import threads as lanes
+from moce.runtime.device import tally
+from moce.training.objectives import moce_stage, part_size
+from moce.training.thread_parallel import Lanes, is_random, parts_of, twin
 
 IMAGES = 10
 

@@ -12,9 +12,9 @@ from builders import TINY_NAME, batch, tiny_encoder, tiny_mae, tiny_spec
 from timm.models.vision_transformer import Block
 from torch.testing import assert_close
 
-from moce.data.images import ImageSet
+from moce.data.dataset import ImageSet
 from moce.errors import MoceError
-from moce.features import extract_features
+from moce.inference.features import extract_features
 from moce.models.decoder import LastBlock
 from moce.models.encoder import (
     EncoderSpec,

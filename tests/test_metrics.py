@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 
 from moce.errors import MoceError
-from moce.transfer.metrics import confusion, score
-from moce.transfer.task import draw_labels
+from moce.evaluation.metrics import confusion, score
+from moce.evaluation.task import draw_labels
 
 # --- draws ----------------------------------------------------------------------------------------
 

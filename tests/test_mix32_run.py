@@ -19,8 +19,8 @@ from experiments.mix32.parts import PICKED_BY, TASKS_OF
 from experiments.mix32.synthetic import coloured, rendered_letters
 from tools.image_sources import CIFAR10, Pool
 
-from moce.data.sources import demo_table
-from moce.transfer.suite import read_suite
+from moce.data.readers.factory import demo_table
+from moce.evaluation.suite import read_suite
 
 RECIPES = Path(run.__file__).parent
 SUITE = read_suite(run.SUITE, Path())
@@ -113,8 +113,8 @@ def test_the_recipes_name_real_settings_and_every_group_once(name: str) -> None:
     for change in recipe["ablation"]["changes"]:
         kept = {k: v for k, v in change.items() if k not in run.OF_CLUSTERS}
         folders.train(Path("run"), Path("mae"), **{**recipe["methods"]["moce"], **kept})
-    from moce.parsing import parse
-    from moce.registry import VERBS
+    from moce.commands.registry import VERBS
+    from moce.config.load import parse
 
     for verb, values in asked:
         parse(VERBS[verb].settings, {**recipe["runtime"], **values, "out": "out"})

@@ -31,10 +31,10 @@ from moce.errors import MoceError
 from moce.models.encoder import encode_tokens
 from moce.models.experts import ExpertFFN, ExpertLayer
 from moce.models.moce import MoCE, MoCESpec, check_blocks, default_blocks
-from moce.runs import read_tensors
-from moce.training.loop import Stage, fit
-from moce.training.optimiser import parameter_groups
-from moce.training.stages import augmented, gate_noise, mask_noise, moce_stage
+from moce.runs.files import read_tensors
+from moce.training.objectives import augmented, gate_noise, mask_noise, moce_stage
+from moce.training.optimizer import parameter_groups
+from moce.training.trainer import Stage, fit
 
 CPU = torch.device("cpu")
 
@@ -213,7 +213,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
 
 
 def test_logged_losses_do_not_depend_on_micro_batches(tmp_path: Path) -> None:
-    from moce.runs import read_metrics
+    from moce.runs.model import read_metrics
 
     rows = []
     for name, size in (("whole", None), ("parts", 5)):

@@ -17,7 +17,7 @@ from builders import picture
 from PIL import Image
 
 from moce.data.decode import open_encoded, to_pixels
-from moce.data.images import load_images
+from moce.data.load import load_images
 
 CACHE = Path("~/.cache/moce-tests").expanduser()
 

@@ -12,7 +12,8 @@ from commands import World, run_command, snapshot
 from PIL import Image
 from test_refused_files import CLUSTERS, parquet, png
 
-from moce.runs import read_info, read_lines
+from moce.runs.files import read_lines
+from moce.runs.model import read_info
 
 ODD_NAMES = [
     "ünïcödé/猫.png",

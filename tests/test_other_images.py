@@ -10,13 +10,13 @@ import torch
 from builders import CLUSTERS, PRETRAIN, RUNTIME, TINY_ARGS, TRAIN
 
 import moce
-from moce.data.images import load_images
-from moce.loading import load_clusters
-from moce.runs import read_metrics
-from moce.transfer.contenders import candidate_routes
-from moce.transfer.task import Task, load_task
-from moce.verbs import evaluate
-from moce.verbs.assign import assign
+from moce.commands import evaluate
+from moce.data.load import load_images
+from moce.evaluation.routes import candidate_routes
+from moce.evaluation.task import Task, load_task
+from moce.inference.assign import assign
+from moce.runs.model import read_metrics
+from moce.weights.from_runs import load_clusters
 
 LARGER = (32, 32)
 

@@ -16,15 +16,16 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 import moce
 from moce.cli import main
 from moce.data.augment import fitted
-from moce.data.batches import BatchOrder, fetch, in_order, prefetched
-from moce.data.images import ImageSet, load_images
+from moce.data.dataset import ImageSet
+from moce.data.load import load_images
+from moce.data.loader import BatchOrder, fetch, in_order, prefetched
 from moce.data.pack import Packer
-from moce.data.packed import HEADER_BYTES, open_packed
-from moce.data.sources import open_source
+from moce.data.readers.factory import open_source
+from moce.data.readers.packed import HEADER_BYTES, open_packed
 from moce.errors import Interrupted, MoceError
-from moce.loading import read_assignments
-from moce.runs import read_timings
-from moce.transfer.task import load_task
+from moce.evaluation.task import load_task
+from moce.runs.assignments import read_assignments
+from moce.runs.model import read_timings
 
 SIZE = (16, 16)
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def same(one: ImageSet, other: ImageSet) -> bool:
 @pytest.mark.parametrize("memory_share", [0.4, 0.0])
 def test_a_packed_file_gives_what_decoding_gives(folder, store, memory_share, monkeypatch) -> None:
     usual = load_images(str(folder), (20, 24))
-    monkeypatch.setattr("moce.data.images.MEMORY_SHARE", memory_share)
+    monkeypatch.setattr("moce.data.load.MEMORY_SHARE", memory_share)
     packed = load_images(str(store), (20, 24))
     assert same(packed, usual)
     assert packed.skipped == usual.skipped and len(packed.skipped) == 2
@@ -77,7 +78,7 @@ def test_splits_and_labels_of_any_kind_are_kept(tmp_path: Path, monkeypatch) -> 
     entries = open_source(str(task))
     for entry, label in zip(entries, [("cat", "dog"), (), None], strict=False):
         object.__setattr__(entry, "label", label)
-    monkeypatch.setattr("moce.verbs.pack.open_source", lambda data: entries)
+    monkeypatch.setattr("moce.commands.pack.open_source", lambda data: entries)
     moce.pack(task, size=16, out=tmp_path / "many.moce")
     assert load_images(str(tmp_path / "many.moce"), SIZE).labels[:3] == [("cat", "dog"), (), None]
 
@@ -247,7 +248,7 @@ def test_reading_in_order_fits_the_images_and_training_crops_them(store: Path) -
 
 @pytest.mark.parametrize("memory_share", [0.4, 0.0])
 def test_prefetched_batches_are_those_fetched_one_by_one(store, memory_share, monkeypatch) -> None:
-    monkeypatch.setattr("moce.data.images.MEMORY_SHARE", memory_share)
+    monkeypatch.setattr("moce.data.load.MEMORY_SHARE", memory_share)
     images = load_images(str(store), SIZE)
     order = BatchOrder(len(images), 12, seed=3)
     parts = list(order.parts(2, 9, 5))
@@ -277,7 +278,7 @@ def test_an_error_while_prefetching_reaches_the_trainer_and_leaving_early_is_cle
 
 def test_the_verbs_take_a_packed_file(folder, store, tmp_path, monkeypatch) -> None:
     """From a mapped file of larger images, and from memory; the folder's clusters fit its file."""
-    monkeypatch.setattr("moce.data.images.MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)
     mae, clusters, mixture = (tmp_path / name for name in ("mae", "clusters", "moce"))
     moce.pretrain(store, out=mae, steps=3, **PRETRAIN)
     for row in read_timings(mae):
@@ -285,7 +286,7 @@ def test_the_verbs_take_a_packed_file(folder, store, tmp_path, monkeypatch) -> N
     assert (mae / "skipped.jsonl").read_text().count("\n") == 2
     moce.cluster(store, mae=mae, out=clusters, num_clusters=4, max_rounds=3, **RUNTIME)
     settings = {"num_experts": 2, "steps": 2, "batch_size": 16, **RUNTIME}
-    monkeypatch.setattr("moce.data.images.MEMORY_SHARE", 0.4)
+    monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.4)
     moce.train(store, mae=mae, clusters=clusters, out=mixture, **settings)
     assert load_images(str(folder), SIZE).ids == list(read_assignments(clusters))
     task = moce.pack(write_task(tmp_path / "task"), size=18, out=tmp_path / "task.moce").file

@@ -16,10 +16,10 @@ from test_channels import write_arrays
 from torch.testing import assert_close
 
 import moce
-from moce.loading import load_backbone, load_mae
+from moce.evaluation.task import load_task
 from moce.models.encoder import encode_tokens, pool_tokens
-from moce.runs import read_lines
-from moce.transfer.task import load_task
+from moce.runs.files import read_lines
+from moce.weights.from_runs import load_backbone, load_mae
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 SLOW = pytest.mark.slow
@@ -76,7 +76,7 @@ def test_evaluate_takes_packed_tasks(runs: Runs, packed, tmp_path: Path) -> None
 def test_headroom_and_report_take_packed_images_and_a_file_of_weights(
     runs: Runs, packed, file: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("moce.verbs.headroom.SMALLEST_GROUP", 8)
+    monkeypatch.setattr("moce.commands.headroom.SMALLEST_GROUP", 8)
     found = [
         moce.headroom(
             data,

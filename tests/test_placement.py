@@ -9,11 +9,12 @@ from builders import CLUSTERS, demo_images, tiny_encoder, tiny_mae, tiny_moce
 
 from moce.config import TrainSettings
 from moce.data.augment import normalise
-from moce.data.batches import brought_back, fetch, in_order
+from moce.data.loader import brought_back, fetch, in_order
 from moce.models.experts import apply_experts
-from moce.placement import apart, fits_on, send, tally
-from moce.training import stages
-from moce.training.loop import Step
+from moce.runs.files import apart
+from moce.runtime.device import fits_on, send, tally
+from moce.training import objectives as stages
+from moce.training.trainer import Step
 
 CPU = torch.device("cpu")
 

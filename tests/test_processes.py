@@ -14,16 +14,17 @@ import torch
 from builders import CLUSTERS, DENSE, PRETRAIN, RUNTIME, TRAIN, copy_run, tiny_mae
 from launched import moce_words, said, torchrun, wait_until
 
-from moce import hardware
-from moce import launch as launching
-from moce.data.batches import own_parts
+from moce.commands.registry import VERBS
+from moce.data.loader import own_parts
 from moce.errors import MoceError
-from moce.launch import ALONE, Launch
 from moce.models.experts import apply_experts
-from moce.registry import VERBS
-from moce.runs import read_metrics, read_tensors
-from moce.training.log import flatten
-from moce.training.optimiser import adamw, parameter_groups
+from moce.runs.files import read_tensors
+from moce.runs.model import read_metrics
+from moce.runtime import device as hardware
+from moce.runtime import launch as launching
+from moce.runtime.launch import ALONE, Launch
+from moce.training.metrics import flatten
+from moce.training.optimizer import adamw, parameter_groups
 
 TIMES = {"images_per_s", "step_s", "data_wait_s"}
 CLOSE = 1e-5
@@ -149,8 +150,8 @@ def test_fabric_takes_the_device_of_a_process(
 def test_processes_share_out_a_batch(
     count: int, size: int | None, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import moce.data.batches as batches
-    import moce.processes as shared
+    import moce.data.loader as batches
+    import moce.runtime.distributed as shared
 
     monkeypatch.setattr(shared, "world", lambda: processes)
     monkeypatch.setattr(batches, "world", lambda: processes)

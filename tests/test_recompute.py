@@ -11,9 +11,9 @@ from builders import BLOCKS, PRETRAIN, RUNTIME, batch, tiny_mae, tiny_moce
 from torch import Tensor, nn
 
 import moce
-from moce.models.recompute import set_checkpointing
+from moce.models.activation_checkpoint import set_checkpointing
 from moce.models.token_moe import TokenMoE
-from moce.runs import read_tensors
+from moce.runs.files import read_tensors
 
 
 def gradients(module: nn.Module, loss: Tensor) -> list[Tensor]:

@@ -13,7 +13,7 @@ import pytest
 from builders import TINY_ARGS, copy_run
 from commands import Words, World, one_line, run_command, snapshot
 
-from moce.registry import VERBS
+from moce.commands.registry import VERBS
 
 Case = tuple[Callable[[World], Words], str]
 SETTINGS: dict[str, Case] = {

@@ -18,11 +18,11 @@ from conftest import Runs
 import moce
 from moce.models.encoder import patchify, take
 from moce.models.mae import patch_target, random_mask
-from moce.reporting.gather import gather
-from moce.reporting.pictures import domain_of, find_domains, montage
+from moce.reporting.images import domain_of, find_domains, montage
+from moce.reporting.load import gather
+from moce.reporting.losses import curve, first_epoch
 from moce.reporting.reconstructions import hide, paste
 from moce.reporting.results import Results
-from moce.reporting.training import curve, first_epoch
 
 EVIL = '<script>alert("x")</script>'
 EVIL_FOLDER = "<b>&'run"

@@ -14,15 +14,15 @@ from conftest import Runs
 from test_training import run_verb, same_losses, same_weights, stop_after
 
 import moce
-import moce.runs
+import moce.runs.folder
 from moce.cli import main
 from moce.config import PretrainSettings
-from moce.data.images import load_images
+from moce.data.load import load_images
 from moce.errors import Interrupted, MoceError, NotFinite, Terminated
-from moce.hardware import prepare
-from moce.runs import read_metrics, read_timings
+from moce.runs.model import read_metrics, read_timings
+from moce.runtime.device import prepare
 from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from moce.training.loop import Window
+from moce.training.metrics import Window
 
 QUICK = {**PRETRAIN, "steps": 6, "save_every": 3}
 
@@ -109,7 +109,9 @@ def test_times_of_older_runs_are_found_in_their_metrics(tmp_path: Path) -> None:
 def test_measuring_the_precision_leaves_the_seed_as_it_is(tmp_path: Path, monkeypatch) -> None:
     """It draws random numbers, and how many depends on the clock."""
     settings = PretrainSettings(data="", out=tmp_path, seed=3, device="cpu")
-    monkeypatch.setattr("moce.hardware._cpu_precision", lambda threads: f"{torch.rand(threads)}")
+    monkeypatch.setattr(
+        "moce.runtime.device._cpu_precision", lambda threads: f"{torch.rand(threads)}"
+    )
     prepare(settings)
     assert torch.initial_seed() == 3
     drawn = torch.rand(1)
@@ -290,14 +292,14 @@ def test_faults_come_out_as_one_line(
     def fail(*given: object, **more: object) -> None:
         raise error
 
-    monkeypatch.setattr("moce.verbs.start.load_images", fail)
+    monkeypatch.setattr("moce.commands.setup.load_images", fail)
     assert main(command(runs, tmp_path / "run")) == status
     assert words in last_line(capsys)
     assert not (tmp_path / "run").exists()
 
 
 def test_defects_keep_their_traceback(runs: Runs, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("moce.verbs.start.load_images", lambda *given, **more: 1 / 0)
+    monkeypatch.setattr("moce.commands.setup.load_images", lambda *given, **more: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(command(runs, tmp_path / "run"))
 
@@ -324,7 +326,7 @@ def test_a_mapped_file_that_is_cut_short_is_an_error(
     packed = tmp_path / "photos.moce"
     moce.pack(runs.data, size="16", out=packed)
     whole = load_images(str(packed), (16, 16))
-    monkeypatch.setattr("moce.data.images.MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)
     images = load_images(str(packed), (16, 16))
     rows = torch.tensor([150, 3, 3])
     assert torch.equal(images.take(rows), whole.pixels[rows])

@@ -13,14 +13,14 @@ from builders import RUNTIME, tiny_encoder
 from torch import nn
 
 import moce
+from moce.commands import finetune as finetune_verb
+from moce.commands import probe as probe_verb
 from moce.config import FinetuneSettings
-from moce.data.batches import Batch
+from moce.data.loader import Batch
 from moce.errors import MoceError
-from moce.training.loop import Step
-from moce.transfer.finetune import finetune_stage
-from moce.transfer.task import load_task
-from moce.verbs import finetune as finetune_verb
-from moce.verbs import probe as probe_verb
+from moce.evaluation.finetune import finetune_stage
+from moce.evaluation.task import load_task
+from moce.training.trainer import Step
 
 
 @pytest.fixture

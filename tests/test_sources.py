@@ -14,10 +14,10 @@ import pytest
 from builders import middle, picture
 from PIL import Image
 
-from moce.data.images import load_images
-from moce.data.sources import demo_table, demo_tasks, open_source
+from moce.data.load import load_images
+from moce.data.readers.factory import demo_table, demo_tasks, open_source
 from moce.errors import MoceError
-from moce.transfer.task import draw_labels, load_task
+from moce.evaluation.task import draw_labels, load_task
 
 SIZE = (16, 16)
 

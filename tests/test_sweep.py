@@ -10,8 +10,9 @@ from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
 from moce.clustering import sinkhorn
-from moce.clustering.rows import Rows
-from moce.clustering.sinkhorn import Similarities, Sums, scores, sweep
+from moce.clustering.features import Rows
+from moce.clustering.sinkhorn import Similarities, Sums, sweep
+from moce.models.cluster_model import scores
 
 COUNT, WIDTH, CLUSTERS, EPSILON = 1000, 8, 12, 0.05
 CHUNKS = [1000, 300, 256, 192, 100, 7]

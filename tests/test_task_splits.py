@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 from builders import write_task
 
-from moce.data.sources import demo_table
+from moce.data.readers.factory import demo_table
 from moce.errors import MoceError
-from moce.transfer.task import load_task
+from moce.evaluation.task import load_task
 
 SHAPE = (3, 16, 16)
 

@@ -17,11 +17,11 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import Flowers102
 
-from moce.data.sources import open_source
-from moce.data.torchvision_sets import CALTECH_TRAIN, SETS
+from moce.data.readers.factory import open_source
+from moce.data.readers.torchvision import CALTECH_TRAIN, SETS
 from moce.errors import MoceError
-from moce.transfer.metrics import METRICS
-from moce.transfer.task import load_task
+from moce.evaluation.metrics import METRICS
+from moce.evaluation.task import load_task
 
 SIZE = (16, 16)
 RED, GREEN, BLUE = (200, 30, 60), (10, 220, 90), (5, 6, 240)

@@ -21,8 +21,9 @@ from builders import DENSE, PRETRAIN, RUNTIME, TRAIN
 
 import moce
 from moce.errors import Interrupted, MoceError
-from moce.runs import read_metrics, read_tensors, read_timings
-from moce.training.optimiser import adamw, learning_rate, parameter_groups, set_learning_rate
+from moce.runs.files import read_tensors
+from moce.runs.model import read_metrics, read_timings
+from moce.training.optimizer import adamw, learning_rate, parameter_groups, set_learning_rate
 
 TIMES = {"images_per_s", "step_s", "data_wait_s"}
 

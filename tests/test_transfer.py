@@ -19,17 +19,17 @@ from timm.optim import Lars
 from torch import nn
 
 import moce
+from moce.commands import finetune as finetune_verb
+from moce.commands import probe as probe_verb
 from moce.config import FinetuneSettings, ProbeSettings
-from moce.data.batches import Batch
+from moce.config.load import parse, read_recipe
+from moce.data.loader import Batch
 from moce.errors import MoceError
-from moce.parsing import parse, read_recipe
-from moce.transfer.finetune import Views, by_size, hold_out
-from moce.transfer.linear import build_head, build_optimiser, steps_of
-from moce.transfer.probe import knn_scores, linear_scores
-from moce.transfer.prober import choose_pooling
-from moce.transfer.task import load_task
-from moce.verbs import finetune as finetune_verb
-from moce.verbs import probe as probe_verb
+from moce.evaluation.finetune import Views, by_size, hold_out
+from moce.evaluation.probe import choose_pooling
+from moce.evaluation.sgd_probe import build_head, build_optimiser, steps_of
+from moce.evaluation.sklearn_probe import knn_scores, linear_scores
+from moce.evaluation.task import load_task
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -79,7 +79,7 @@ def test_the_other_published_values_are_the_defaults() -> None:
 
 def test_the_chosen_values_are_in_the_config(runs, tmp_path: Path, monkeypatch) -> None:
     large = ((2, 8, {"layer_decay": 0.8, "drop_path": 0.3}),)
-    monkeypatch.setattr("moce.transfer.finetune.LARGER_SIZES", large)
+    monkeypatch.setattr("moce.evaluation.finetune.LARGER_SIZES", large)
     moce.finetune(runs.backbone, runs.task, out=tmp_path / "run", drop_path=0.2, **QUICK)
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (config["layer_decay"], config["drop_path"]) == (0.8, 0.2)

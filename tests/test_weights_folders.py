@@ -26,9 +26,9 @@ from transformers import (
 
 import moce
 from moce.errors import MoceError
-from moce.interop.build import Wishes, build_mae, read_weights
-from moce.loading import load_mae
 from moce.models.encoder import encode_tokens
+from moce.weights.build import Wishes, build_mae, read_weights
+from moce.weights.from_runs import load_mae
 
 FRESH = Wishes(decoder=(16, 1, 2))
 SAME = {"atol": 1e-5, "rtol": 1e-5}

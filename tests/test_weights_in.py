@@ -18,11 +18,11 @@ from transformers import ViTConfig, ViTMAEModel, ViTModel
 import moce
 from moce.config import ClusterSettings
 from moce.errors import MoceError
-from moce.interop import facebook
-from moce.interop.build import Wishes, build_mae, read_weights
 from moce.models.encoder import encode_tokens, take
 from moce.models.mae import MAE
-from moce.verbs.weights import start_from
+from moce.weights.build import Wishes, build_mae, read_weights
+from moce.weights.formats import mae as facebook
+from moce.weights.resolve import start_from
 
 TWO_HEADS = Wishes(model_args={"num_heads": 2}, decoder_heads=2)
 SMALL_DECODER = Wishes(model_args={"num_heads": 2}, decoder=(16, 1, 2))

@@ -16,11 +16,11 @@ from transformers import ViTImageProcessor, ViTMAEForPreTraining, ViTModel
 import moce
 from moce.customization.selection import route_name
 from moce.errors import MoceError
-from moce.interop import onnx_file
-from moce.interop.build import Wishes, build_mae, read_weights
-from moce.interop.transformers_vit import check_vit
-from moce.loading import load_mae
 from moce.models.encoder import encode_tokens, pool_tokens, take
+from moce.weights.build import Wishes, build_mae, read_weights
+from moce.weights.formats import onnx as onnx_file
+from moce.weights.formats.transformers_vit import check_vit
+from moce.weights.from_runs import load_mae
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 

@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch.testing import assert_close
 
 from moce.errors import MoceError
-from moce.interop.build import Wishes
+from moce.weights.build import Wishes
 
 NOT_SQUARE = {"patch_size": [4, 2], "img_size": [16, 8]}
 

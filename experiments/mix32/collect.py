@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moce.runs import write_text
+from moce.runs.files import write_text
 
 KEPT = ("backbone", "task", "role", "protocol", "metric", "labels", "values", "seconds")
 KEY = ("study", "variant", "seed", "backbone", "task", "protocol", "measure", "where")

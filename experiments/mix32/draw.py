@@ -15,7 +15,7 @@ from experiments.mix32.collect import read_rows
 from experiments.mix32.figures import Results
 from experiments.mix32.tables import SECTIONS
 from moce.errors import MoceError
-from moce.runs import write_text
+from moce.runs.files import write_text
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "results.md"

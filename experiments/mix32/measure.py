@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from moce.customization.bank import load
-from moce.data.images import load_images
-from moce.features import input_size
-from moce.loading import load_mae, read_assignments
-from moce.reconstruction import reconstruction_error
-from moce.runs import read_info, read_metrics, read_timings
+from moce.data.load import load_images
+from moce.inference.reconstruction_error import reconstruction_error
+from moce.models.encoder import input_size
+from moce.runs.assignments import read_assignments
+from moce.runs.model import read_info, read_metrics, read_timings
+from moce.weights.from_runs import load_mae
 
 # Tasks whose images stand for a domain: none of them was trained on.
 DOMAINS = {

@@ -20,12 +20,13 @@ from torch import Tensor
 
 import moce
 from moce.data.augment import normalise
-from moce.data.images import ImageSet, load_images
-from moce.features import input_size
-from moce.loading import Backbone, load_backbone, read_assignments
-from moce.models.encoder import encode_tokens
+from moce.data.dataset import ImageSet
+from moce.data.load import load_images
+from moce.models.encoder import encode_tokens, input_size
 from moce.models.token_moe import TokenExpertFFN
 from moce.reporting.style import INK, expert_colour
+from moce.runs.assignments import read_assignments
+from moce.weights.from_runs import Backbone, load_backbone
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 PER_EXPERT, EXAMPLES = 16, 10

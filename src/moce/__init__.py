@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from moce.commands.cluster import ClusterResult
+    from moce.commands.convert import ConvertResult
+    from moce.commands.customize import CustomizeResult
+    from moce.commands.demo import DemoResult
+    from moce.commands.doctor import DoctorResult
+    from moce.commands.embed import EmbedResult
+    from moce.commands.evaluate import EvaluateResult
+    from moce.commands.export import ExportResult
+    from moce.commands.finetune import FinetuneResult
+    from moce.commands.headroom import HeadroomResult
+    from moce.commands.pack import PackResult
+    from moce.commands.pretrain import PretrainResult
+    from moce.commands.probe import ProbeResult
+    from moce.commands.report import ReportResult
+    from moce.commands.train import TrainResult
     from moce.customization.bank import Bank
-    from moce.verbs.cluster import ClusterResult
-    from moce.verbs.convert import ConvertResult
-    from moce.verbs.customize import CustomizeResult
-    from moce.verbs.demo import DemoResult
-    from moce.verbs.doctor import DoctorResult
-    from moce.verbs.embed import EmbedResult
-    from moce.verbs.evaluate import EvaluateResult
-    from moce.verbs.export import ExportResult
-    from moce.verbs.finetune import FinetuneResult
-    from moce.verbs.headroom import HeadroomResult
-    from moce.verbs.pack import PackResult
-    from moce.verbs.pretrain import PretrainResult
-    from moce.verbs.probe import ProbeResult
-    from moce.verbs.report import ReportResult
-    from moce.verbs.train import TrainResult
 
     Data = str | Path | Sequence[str | Path]  # a DATA argument, or several sources
 
@@ -144,6 +144,6 @@ def load(run: str | Path) -> Bank:
 
 
 def _call(verb: str, **values: Any) -> Any:
-    from moce.registry import VERBS
+    from moce.commands.registry import VERBS
 
     return VERBS[verb].run(values)

@@ -16,12 +16,12 @@ from typing import Any, Literal
 from pydantic.fields import FieldInfo
 
 from moce import __version__
+from moce.commands.registry import VERBS, Verb
 from moce.config import Settings
+from moce.config.load import read_recipe, read_yaml
 from moce.errors import MoceError, signal_of
-from moce.launch import ALONE, first_to_fail, launch, leave, speaks
-from moce.parsing import read_recipe, read_yaml
-from moce.registry import VERBS, Verb
-from moce.signals import terminable
+from moce.runtime.launch import ALONE, first_to_fail, launch, leave, speaks
+from moce.runtime.signals import terminable
 
 FAILED = 1
 REPLACES = {"lr_grid": "base_lr"}  # settings, and what of a recipe has no use beside them

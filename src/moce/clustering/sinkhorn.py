@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from moce.clustering.rows import CHUNK_SIZE, Rows, chunks
-from moce.lanes import at_once, num_lanes
+from moce.clustering.features import CHUNK_SIZE, Rows, chunks
+from moce.runtime.threads import at_once, num_lanes
 
 T = TypeVar("T")
 
@@ -27,11 +27,6 @@ MASS_ROWS = 2**16  # rows, or more, whose masses stand for all while centroids s
 FIRST_DAMPING, LONGEST_STEP = 0.1, 5.0
 BLOCK = 1024  # rows whose scores are looked at while they are in the cache
 CACHE_BYTES = 2**31  # scores of all images that are kept, so that iterations need no product
-
-
-def scores(features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float) -> Tensor:
-    """S / epsilon + v, [n, K]: its softmax is the assignment, its argmax the image's cluster."""
-    return (features @ (centroids / epsilon).T).add_(potentials)
 
 
 class Similarities:

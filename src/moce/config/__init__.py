@@ -25,7 +25,8 @@ from moce.config.base import (
     TrainingSettings,
     expand,
 )
-from moce.config.stages import (
+from moce.config.evaluation import EmbedSettings, EvaluateSettings, FinetuneSettings, ProbeSettings
+from moce.config.pipeline import (
     ClusterSettings,
     CustomizeSettings,
     FileSettings,
@@ -42,12 +43,6 @@ from moce.config.tools import (
     ExportSettings,
     PackSettings,
     ReportSettings,
-)
-from moce.config.transfer import (
-    EmbedSettings,
-    EvaluateSettings,
-    FinetuneSettings,
-    ProbeSettings,
 )
 
 __all__ = [

@@ -17,7 +17,7 @@ from moce.config.base import (
     RuntimeSettings,
     Settings,
 )
-from moce.config.stages import FileSettings
+from moce.config.pipeline import FileSettings
 
 
 def _size_text(value: Any) -> Any:

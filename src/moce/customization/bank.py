@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.clustering.model import ClusterModel
-from moce.customization.export import pooled
 from moce.customization.selection import Choice, Route, choose, count_votes, on_route
-from moce.data.images import as_image_set
-from moce.features import extract_features, input_shape
-from moce.loading import load_moce
-from moce.models.encoder import EncoderSpec
+from moce.data.from_python import as_image_set
+from moce.inference.features import extract_features
+from moce.models.cluster_model import ClusterModel
+from moce.models.encoder import EncoderSpec, input_shape
 from moce.models.moce import MoCE, MoCESpec
+from moce.weights.formats.timm import pooled
+from moce.weights.from_runs import load_moce
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from moce.placement import send
+from moce.runtime.device import send
 
 TRIES = 10  # as in torchvision's RandomResizedCrop
 ONE_BY_ONE_FROM = 48 * 48  # pixels of an image from which products lose to a loop, on CPUs

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from moce.data.decoding import decode_into
-from moce.data.packed import HEADER_BYTES, Packed, header_block, open_packed
-from moce.data.sources import Entry
+from moce.data.load import decode_into
+from moce.data.readers.factory import Entry
+from moce.data.readers.packed import HEADER_BYTES, Packed, header_block, open_packed
 from moce.errors import MoceError
-from moce.machine import worker_threads
-from moce.runs import make_folder, read_lines, write_text
+from moce.runs.files import make_folder, read_lines, write_text
+from moce.runtime.system import worker_threads
 
 CHUNK_BYTES, MOST_IN_CHUNK = 2**25, 1024  # of pixels decoded, written and journaled together
 Reasons = list[str | None]

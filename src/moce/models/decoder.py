@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from moce.errors import MoceError
+from moce.models.activation_checkpoint import run_block, run_blocks
 from moce.models.encoder import initialise_linear, sincos_positions
-from moce.models.recompute import run_block, run_blocks
 
 
 class Decoder(nn.Module):

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from moce.errors import MoceError
-from moce.models.recompute import run_blocks
+from moce.models.activation_checkpoint import run_blocks
 
 RGB, OTHERWISE = 3, 0.5  # mean and deviation of images of another number of channels
 
@@ -249,3 +249,18 @@ def pool_tokens(vit: VisionTransformer, tokens: Tensor, pooling: str) -> Tensor:
             raise MoceError("this encoder has no class token; use pooling 'mean'")
         return tokens[:, 0]
     return tokens[:, vit.num_prefix_tokens :].mean(dim=1)
+
+
+def input_size(vit: VisionTransformer) -> tuple[int, int]:
+    """Height and width in pixels of the images an encoder takes."""
+    return tuple(vit.patch_embed.img_size)
+
+
+def input_channels(vit: VisionTransformer) -> int:
+    """How many channels the images of an encoder have."""
+    return vit.patch_embed.proj.in_channels
+
+
+def input_shape(vit: VisionTransformer) -> tuple[int, int, int]:
+    """Channels, height and width of the images an encoder takes."""
+    return (input_channels(vit), *input_size(vit))

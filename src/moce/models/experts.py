@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from moce.placement import tally
-from moce.processes import world
+from moce.runtime.device import tally
+from moce.runtime.distributed import world
 
 
 @dataclass

@@ -20,7 +20,7 @@ from moce.models.encoder import encode_tokens
 from moce.models.experts import ExpertBlock, ExpertFFN, ExpertLayer, routings
 from moce.models.gates import ClusterGate, balance_loss, imbalance_loss
 from moce.models.mae import MAE, MAESpec
-from moce.placement import tally
+from moce.runtime.device import tally
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moce.models.experts import apply_experts
 from moce.models.gates import squared_cv
 from moce.models.mae import MAE, MAESpec
-from moce.processes import summed
+from moce.runtime.distributed import summed
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from statistics import median
 import numpy as np
 
 from moce.errors import MoceError
-from moce.loading import read_assignments
-from moce.reporting.blocks import Block, Chart, Chip, Gallery, Item, Note, Picture, Section
-from moce.reporting.gather import Material, Run
-from moce.reporting.pictures import Source, montage, sample, tile_shape
+from moce.reporting.elements import Block, Chart, Chip, Gallery, Item, Note, Picture, Section
+from moce.reporting.images import Source, montage, sample, tile_shape
+from moce.reporting.load import Material, Run
 from moce.reporting.style import SOFT, drawing, expert_chip
+from moce.runs.assignments import read_assignments
 
 MOST_TILES = 1200  # pictures in all montages of a clustering: they must not swamp the page
 BAR = "#5b7c99"

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from moce.customization.bank import Bank
 from moce.errors import MoceError
-from moce.features import input_shape
-from moce.loading import read_assignments
-from moce.reporting.blocks import Block, Chart, Gallery, Item, Note, Picture, Section
+from moce.models.encoder import input_shape
 from moce.reporting.clusters import sampled_montage
-from moce.reporting.gather import Material, Run
-from moce.reporting.pictures import Source, sample
+from moce.reporting.elements import Block, Chart, Gallery, Item, Note, Picture, Section
+from moce.reporting.images import Source, sample
+from moce.reporting.load import Material, Run
 from moce.reporting.style import (
     SOFT,
     block_colours,
@@ -27,6 +26,7 @@ from moce.reporting.style import (
     faded,
     readable_on,
 )
+from moce.runs.assignments import read_assignments
 
 ASSIGNED_ANEW = 400  # images put through the encoder where the clusters' own run is not to be had
 MOST_NUMBERED = 64  # clusters, so that their numbers can be read under the map

@@ -7,15 +7,15 @@ import jinja2
 from moce import __version__
 from moce.customization.bank import Bank, load
 from moce.errors import MoceError
-from moce.reporting.blocks import Note, Section
 from moce.reporting.clusters import clusters_section
+from moce.reporting.elements import Note, Section
 from moce.reporting.experts import experts_section
-from moce.reporting.gather import Material
+from moce.reporting.load import Material
+from moce.reporting.losses import losses_section
 from moce.reporting.reconstructions import reconstructions_section
 from moce.reporting.results import Results, results_section
 from moce.reporting.summary import summary_section
 from moce.reporting.tasks import tasks_section
-from moce.reporting.training import losses_section
 
 TEMPLATE = "report.html.j2"
 

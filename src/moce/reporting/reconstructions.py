@@ -10,15 +10,14 @@ from torch import Tensor
 
 from moce.customization.bank import Bank
 from moce.data.augment import denormalise, normalise
-from moce.data.images import ImageSet
-from moce.data.keyed import Stream, keyed_uniform
-from moce.features import input_shape
-from moce.loading import load_mae
-from moce.models.encoder import EncoderSpec, patchify, put, take
+from moce.data.dataset import ImageSet
+from moce.data.rng import Stream, keyed_uniform
+from moce.models.encoder import EncoderSpec, input_shape, patchify, put, take
 from moce.models.mae import MAE, patch_statistics, unpatchify
-from moce.reporting.blocks import Beside, Comparison, Note, Section
-from moce.reporting.gather import Material, Run
-from moce.reporting.pictures import Source, domain_of, montage, sample
+from moce.reporting.elements import Beside, Comparison, Note, Section
+from moce.reporting.images import Source, domain_of, montage, sample
+from moce.reporting.load import Material, Run
+from moce.weights.from_runs import load_mae
 
 PER_DOMAIN = 4
 WITHOUT_DOMAINS = 8

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from moce.reporting.blocks import Block, Cell, Chart, Picture, Section, Table
-from moce.reporting.pictures import percent
+from moce.reporting.elements import Block, Cell, Chart, Picture, Section, Table
+from moce.reporting.images import percent
+from moce.reporting.results_table import PROTOCOLS, Results
 from moce.reporting.style import METHODS, SOFT, drawing, legend_above
-from moce.transfer.results import PROTOCOLS, Results
 
 SHORT = {"random_route": "random", "oracle": "oracle"}
 RIVALS = ("mae", "mae_plus", "moce")  # among which the best is set in bold

@@ -12,8 +12,8 @@ import matplotlib
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from moce.reporting.blocks import Chip, Picture
-from moce.reporting.pictures import data_uri
+from moce.reporting.elements import Chip, Picture
+from moce.reporting.images import data_uri
 
 WIDTH = 9.4  # inches of a figure over the full column
 LARGEST_SVG = 150_000  # bytes; a chart of more marks is smaller as pixels

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moce.reporting.blocks import Block, Cell, Section, Table, Tiles
-from moce.reporting.gather import TITLES, Material, Run
+from moce.reporting.elements import Block, Cell, Section, Table, Tiles
+from moce.reporting.load import TITLES, Material, Run
 from moce.reporting.results import Results
 
 NAMES = {

@@ -7,10 +7,10 @@ from typing import Any
 
 from moce.customization.selection import Route, route_name
 from moce.errors import MoceError
-from moce.reporting.blocks import Block, Chart, Chip, Facts, Gallery, Item, Picture, Section
 from moce.reporting.clusters import sampled_montage
-from moce.reporting.gather import Material, Run
-from moce.reporting.pictures import percent
+from moce.reporting.elements import Block, Chart, Chip, Facts, Gallery, Item, Picture, Section
+from moce.reporting.images import percent
+from moce.reporting.load import Material, Run
 from moce.reporting.results import PROTOCOLS, SHORT, Results, accuracy_cell
 from moce.reporting.style import METHODS, OTHER, ROUTES, SOFT, drawing, expert_chip
 

@@ -5,7 +5,6 @@ Each holds a checksum of its tensors. A damaged one is passed over for the one b
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from moce.errors import MoceError
-from moce.progress import say
-from moce.runs import STATE, read_tensor_metadata, read_tensors, write_tensors
+from moce.runs.files import CHECKSUM, checksum, read_tensor_metadata, read_tensors, write_tensors
+from moce.runs.model import STATE
+from moce.runtime.progress import say
 
 KEPT = 2
-CHECKSUM = "sha256"
 
 
 @dataclass
@@ -99,16 +98,6 @@ def _read_checked(path: Path) -> dict[str, Tensor]:
     if read_tensor_metadata(path).get(CHECKSUM) != checksum(tensors):
         raise MoceError(f"{path} is damaged: its checksum is wrong")
     return tensors
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _checkpoints(folder: Path) -> list[Path]:

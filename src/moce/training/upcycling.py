@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moce.clustering.model import ClusterModel, group_clusters
+from moce.clustering.grouping import group_clusters
 from moce.config import TrainSettings
-from moce.data.keyed import Stream, keyed_generator
+from moce.data.rng import Stream, keyed_generator
 from moce.errors import MoceError
+from moce.models.cluster_model import ClusterModel
 from moce.models.gates import gate_for, random_gate
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec, check_blocks, default_blocks

@@ -1,0 +1,230 @@
+"""moce cluster: balanced clusters of the images by an MAE's features (stage 1)."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from moce.clustering.balanced_kmeans import (
+    SAMPLE,
+    Clustering,
+    Round,
+    Watch,
+    balanced_kmeans,
+    check_count,
+    check_enough,
+)
+from moce.clustering.checkpoint import as_row, gathered, load_round, save_round
+from moce.clustering.feature_store import FeatureFile
+from moce.commands.setup import read_images, settle
+from moce.config import ClusterSettings
+from moce.data.dataset import ImageSet
+from moce.errors import Interrupted
+from moce.inference.features import feature_batches, feature_width
+from moce.models.cluster_model import ClusterModel
+from moce.models.encoder import EncoderSpec
+from moce.runs.assignments import write_assignments
+from moce.runs.model import INFO, STATE, read_model, write_model
+from moce.runs.resume import begin
+from moce.runtime.device import fits_on
+from moce.runtime.distributed import is_main, own_share, wait_for_all, world
+from moce.runtime.progress import meter, say
+from moce.runtime.signals import StopRequest, agreed, stop_request
+from moce.training.metrics import MetricLog
+from moce.weights.resolve import start_from
+
+FEW = 10  # images per cluster, below which clusters say little
+
+
+@dataclass
+class ClusterResult:
+    """run: the folder; sizes: images per cluster; similarity: mean cosine of images and centroids."""
+
+    run: Path
+    sizes: list[int]
+    similarity: float
+    rounds: int
+
+    def summary(self) -> str:
+        return (
+            f"{len(self.sizes)} clusters of {min(self.sizes)} to {max(self.sizes)} images "
+            f"after {self.rounds} rounds: {self.run}"
+        )
+
+
+def run(settings: ClusterSettings) -> ClusterResult:
+    settings, device = settle(settings)
+    if settings.resume and (settings.out / INFO).is_file():
+        return _finished(settings.out)
+    spec, mae = start_from(settings.mae, settings)
+    images = read_images(settings, settings.data, mae.encoder)
+    _check(settings, images)
+    begin(settings, images)
+    with stop_request() as stop:
+        job = _Job(settings, device, spec.encoder, mae.encoder, images, stop)
+        features, mean = job.features()
+        found = job.clusters(features)
+    del features  # their file can go only when nobody maps it
+    return job.save(found, mean)
+
+
+def _check(settings: ClusterSettings, images: ImageSet) -> None:
+    """Raise MoceError, before anything is written, if there are fewer distinct images than clusters."""
+    count = len(images)
+    check_count(count, settings.num_clusters)
+    check_enough(_count_distinct(images, settings.num_clusters), settings.num_clusters)
+    if count < FEW * settings.num_clusters:
+        say(f"{count} images are few for {settings.num_clusters} clusters; fewer may serve better")
+
+
+def _count_distinct(images: ImageSet, enough: int) -> int:
+    """How many images differ in their pixels, counted no further than `enough`."""
+    seen: set[bytes] = set()
+    for row in range(len(images)):
+        seen.add(hashlib.sha256(images.take(slice(row, row + 1)).numpy().data).digest())
+        if len(seen) == enough:
+            break
+    return len(seen)
+
+
+def _finished(folder: Path) -> ClusterResult:
+    """What a run came to that was finished before."""
+    if is_main():  # a kill may have left it
+        shutil.rmtree(folder / STATE, ignore_errors=True)
+    info, tensors = read_model(folder, "clusters")
+    sizes, similarity = tensors["sizes"].tolist(), info["clusters"]["similarity"]
+    return ClusterResult(folder, sizes, similarity, info["metrics"]["rounds"])
+
+
+@dataclass
+class _Job:
+    """A clustering under way. Of several processes each has its share of the images."""
+
+    settings: ClusterSettings
+    device: torch.device
+    spec: EncoderSpec
+    encoder: VisionTransformer
+    images: ImageSet
+    stop: StopRequest
+    rounds: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Unit features of this process's images, [n, width] in a file, and the mean of all."""
+        settings, own = self.settings, own_share(len(self.images))
+        count = own.stop - own.start
+        file = FeatureFile(settings.out, count, feature_width(self.encoder, settings.pooling))
+        if file.done:
+            say(f"resuming {settings.out}: {file.done} of {count} features are there")
+        if file.done < count:
+            batches = feature_batches(
+                self.encoder,
+                self.spec,
+                self.images,
+                device=self.device,
+                precision=settings.precision,
+                pooling=settings.pooling,
+                batch_size=settings.batch_size,
+                part=slice(own.start + file.done, own.stop),
+            )
+            file.fill(batches, lambda: self.stop.received is not None)
+        self._leave_if_asked(f"{file.done} of {count} features")
+        mean = file.centre()
+        return file.tensor(), mean
+
+    def clusters(self, features: Tensor) -> Clustering:
+        """Balanced k-means, from the last round that was kept."""
+        settings, count = self.settings, len(self.images)
+        start = load_round(settings.out, count, self.device) if settings.resume else None
+        if start is not None:
+            self.rounds = start.step
+            say(f"resuming {settings.out} after round {start.step}")
+        log = MetricLog(settings.out, tensorboard=False, resumed_step=self.rounds)
+        stages = 2 if count > SAMPLE * settings.num_clusters else 1
+        with meter("cluster", stages * settings.max_rounds, self.rounds) as progress:
+
+            def on_round(state: Round) -> None:
+                self._keep(state, log)
+                progress.advance(f"{state.moved:.1%} of the images moved")
+                self._leave_if_asked(f"round {state.step}")
+
+            return balanced_kmeans(
+                self._placed(features),
+                settings.num_clusters,
+                epsilon=settings.epsilon,
+                update=settings.update,
+                tolerance=settings.marginal_tolerance,
+                max_rounds=settings.max_rounds,
+                chunk_size=settings.chunk_size,
+                seed=settings.seed,
+                spread=True,
+                device=self.device,
+                start=start,
+                watch=Watch(on_round, self._on_sweep),
+            )
+
+    def _placed(self, features: Tensor) -> Tensor:
+        """The features on a GPU that has room for them; else as they are, to be sent chunk by chunk."""
+        fits = self.settings.resident and fits_on(self.device, features.nbytes)
+        return features.to(self.device) if fits else features
+
+    def _keep(self, state: Round, log: MetricLog) -> None:
+        """Write down a round: its row first, for one that is past the round a run resumes from goes."""
+        now = time.monotonic()
+        seconds, self.since, self.rounds = now - self.since, now, state.step
+        log.write(as_row(state), {"step": state.step, "step_s": round(seconds, 5)})
+        save_round(self.settings.out, state, len(self.images))
+
+    def _on_sweep(self) -> None:
+        """One process can stop between rounds; several do only after one, all alike."""
+        if world() == 1:
+            self._leave_if_asked(f"round {self.rounds}")
+
+    def _leave_if_asked(self, done: str) -> None:
+        """Raise Interrupted if any process was asked to stop."""
+        received = agreed(self.stop.received)
+        if received is not None:
+            raise Interrupted(received, self.settings.out, done)
+
+    def save(self, found: Clustering, mean: Tensor) -> ClusterResult:
+        """Write the finished run; what it was to be resumed from goes."""
+        settings = self.settings
+        if found.marginal_error > settings.marginal_tolerance:
+            say(
+                f"clusters are balanced to {found.marginal_error:.1%}, not to the "
+                f"{settings.marginal_tolerance:.1%} of --marginal-tolerance; a larger --epsilon may help"
+            )
+        model = ClusterModel(
+            centroids=found.centroids.cpu(),
+            potentials=found.potentials.cpu(),
+            mean=mean,
+            sizes=found.sizes.cpu(),
+            epsilon=settings.epsilon,
+            pooling=settings.pooling,
+            similarity=found.similarity,
+            spec=self.spec,
+            encoder=self.encoder.cpu(),
+        )
+        sizes = found.sizes.tolist()
+        assignment = gathered(found.assignment.cpu(), len(self.images))
+        wait_for_all()
+        if is_main():
+            write_assignments(settings.out, self.images.ids, assignment)
+            metrics = {
+                "rounds": found.rounds,
+                "smallest": min(sizes),
+                "largest": max(sizes),
+                "marginal_error": found.marginal_error,
+            }
+            info = {"clusters": model.info(), "metrics": metrics, "images": len(self.images)}
+            write_model(settings.out, "clusters", model.tensors(), info)
+            shutil.rmtree(settings.out / STATE, ignore_errors=True)
+        wait_for_all()
+        return ClusterResult(settings.out, sizes, found.similarity, found.rounds)

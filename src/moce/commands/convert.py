@@ -1,0 +1,64 @@
+"""moce convert: weights of any library that moce reads, to one safetensors file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moce.commands.setup import refuse_unused
+from moce.config import ConvertSettings
+from moce.errors import MoceError
+from moce.runs.files import make_folder
+from moce.runtime.progress import say
+from moce.weights.build import read_weights, translate
+from moce.weights.formats import moce as own
+from moce.weights.from_runs import load_mae
+from moce.weights.resolve import moce_run
+from moce.weights.types import Weights
+from moce.weights.unsafe_pickle import read_trusted
+
+SUFFIX = ".safetensors"
+
+
+@dataclass
+class ConvertResult:
+    """file: written, with the names of timm and facebookresearch/mae; tensors: how many."""
+
+    file: Path
+    tensors: int
+    decoder: bool
+
+    def summary(self) -> str:
+        parts = "encoder and decoder" if self.decoder else "encoder"
+        return f"{parts}, {self.tensors} tensors: {self.file}"
+
+
+def run(settings: ConvertSettings) -> ConvertResult:
+    out = settings.out
+    if out.suffix != SUFFIX:
+        raise MoceError(f"--out is a file that ends in {SUFFIX}, not {out.name}")
+    if out.resolve() == settings.weights.resolve():
+        raise MoceError("--out is the input itself; choose another file")
+    if out.exists() and not settings.overwrite:
+        raise MoceError(f"{out} exists; add --overwrite to replace it")
+    weights = _read(settings)
+    for note in weights.notes:
+        say(note)
+    make_folder(out.parent)
+    own.write(out, weights)
+    count = len(weights.encoder) + len(weights.decoder)
+    return ConvertResult(out, count, bool(weights.decoder))
+
+
+def _read(settings: ConvertSettings) -> Weights:
+    run = moce_run(settings.weights)
+    pickled = run is None and settings.weights.is_file() and settings.weights.suffix != SUFFIX
+    if settings.weights.exists() and not pickled:
+        reason = f"{settings.weights} is read without pickle, as all but files such as .pth are"
+        refuse_unused(settings, {"trust_pickle"}, reason)
+    if run is not None:
+        spec, mae = load_mae(run)
+        return own.of_model(spec.encoder, mae.encoder, mae)
+    if settings.trust_pickle and pickled:
+        return translate(read_trusted(settings.weights))
+    return read_weights(settings.weights)

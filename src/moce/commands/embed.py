@@ -1,0 +1,97 @@
+"""moce embed: one feature per image, to a parquet file, for search, clustering or any classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+from torch import Tensor
+
+from moce.commands.setup import check_file, pixel_store
+from moce.config import EmbedSettings
+from moce.data.dataset import ImageSet
+from moce.data.load import load_images
+from moce.errors import MoceError
+from moce.inference.features import feature_batches, feature_width
+from moce.models.encoder import input_channels, input_size
+from moce.runs.files import atomic, make_folder
+from moce.runtime.device import prepare
+from moce.runtime.progress import say
+from moce.weights.from_runs import load_backbone
+
+SUFFIX = ".parquet"
+
+
+@dataclass
+class EmbedResult:
+    """file: written, a row per image; images: how many; width: of a feature; skipped: (id, reason)."""
+
+    file: Path
+    images: int
+    width: int
+    skipped: list[tuple[str, str]]
+
+    def summary(self) -> str:
+        skipped = f", {len(self.skipped)} unreadable ones skipped" if self.skipped else ""
+        return f"{self.images} images{skipped}, {self.width} numbers each: {self.file}"
+
+
+def run(settings: EmbedSettings) -> EmbedResult:
+    if settings.out.suffix != SUFFIX:
+        raise MoceError(f"--out is a file that ends in {SUFFIX}, not {settings.out.name}")
+    check_file(settings.out, f"features{SUFFIX}", settings.data, overwrite=settings.overwrite)
+    device, precision = prepare(settings)
+    backbone = load_backbone(settings.backbone)
+    vit = backbone.vit
+    images = load_images(
+        settings.data,
+        input_size(vit),
+        pixel_store(settings),
+        channels=input_channels(vit),
+        max_skipped=settings.max_skipped,
+    )
+    for name, reason in images.skipped:
+        say(f"skipped {name}: {reason}")
+    batches = feature_batches(
+        vit,
+        backbone.spec,
+        images,
+        device=device,
+        precision=precision,
+        pooling=settings.pooling,
+        batch_size=settings.batch_size,
+    )
+    width = feature_width(vit, settings.pooling)
+    make_folder(settings.out.parent)
+    _write(settings.out, images, batches, width)
+    return EmbedResult(settings.out, len(images), width, images.skipped)
+
+
+def _write(out: Path, images: ImageSet, batches: Iterator[Tensor], width: int) -> None:
+    """A row group per batch: no more than one is in memory."""
+    several = any(isinstance(label, tuple) for label in images.labels)
+    text = pyarrow.string()
+    schema = pyarrow.schema(
+        {
+            "id": text,
+            "label": pyarrow.list_(text) if several else text,
+            "split": text,
+            "embedding": pyarrow.list_(pyarrow.float32(), width),
+        }
+    )
+    done = 0
+    with atomic(out) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+        for batch in batches:
+            rows = slice(done, done + len(batch))
+            done = rows.stop
+            numbers = pyarrow.array(batch.numpy().reshape(-1))
+            columns = [
+                images.ids[rows],
+                images.labels[rows],
+                images.splits[rows],
+                pyarrow.FixedSizeListArray.from_arrays(numbers, width),
+            ]
+            writer.write_table(pyarrow.table(columns, schema=schema))

@@ -1,0 +1,101 @@
+"""moce export: a trained model as a folder that another library loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moce.config import ExportSettings
+from moce.customization.bank import Bank, load
+from moce.customization.model_card import clusters_of
+from moce.customization.selection import Choice, Route, route_name
+from moce.errors import MoceError
+from moce.runs.files import write_json
+from moce.runs.folder import open_folder
+from moce.runs.model import provenance, read_info
+from moce.weights.export import Model, check_format, write_model_folder
+from moce.weights.from_runs import load_mae
+from moce.weights.resolve import OF_A_RUN, check_arguments, from_file, moce_run, refuse_given
+
+
+@dataclass
+class ExportResult:
+    """folder: of the library `format`; load_it: the Python that loads it."""
+
+    folder: Path
+    format: str
+    load_it: str
+
+    def summary(self) -> str:
+        return f"{self.format} folder: {self.folder}\nload it:\n{self.load_it}"
+
+
+def run(settings: ExportSettings) -> ExportResult:
+    model, facts = _model(settings)
+    check_format(settings.format, model)
+    folder = open_folder(settings.out, settings)
+    title = f"Exported by moce from {settings.run.name}"
+    load_it = write_model_folder(folder, settings.format, model, title, facts)
+    write_json(folder / "export.json", {**settings.model_dump(mode="json"), **provenance()})
+    return ExportResult(folder, settings.format, load_it)
+
+
+def _model(settings: ExportSettings) -> tuple[Model, list[str]]:
+    """What to export, and what its card says of it."""
+    run = moce_run(settings.run)
+    kind = read_info(run)["kind"] if run else "weights"
+    if run:
+        refuse_given(settings, OF_A_RUN, f"run {run}")
+    if run and kind == "moce":
+        return _of_experts(settings, run)
+    if settings.route is not None or settings.strategy != "route":
+        raise MoceError(f"{settings.run} has no experts: leave out --route and --strategy")
+    if run and kind == "mae":
+        spec, mae = load_mae(run)
+        return Model(spec.encoder, mae.encoder.eval(), mae.eval()), [f"source: {run.name}, MAE"]
+    if run and kind == "classifier":
+        raise MoceError(
+            f"{run} is fine-tuned, and a folder that timm loads as it is: local-dir:{run}"
+        )
+    if run:
+        raise MoceError(
+            f"{run} is a run of kind '{kind}', which no dense ViT equals: it cannot be exported"
+        )
+    check_arguments(settings.model_args)
+    spec, mae, whole = from_file(settings.run, settings)
+    vit, decoder = mae.encoder.eval(), mae.eval() if whole else None
+    return Model(spec.encoder, vit, decoder), [f"source: {settings.run.name}"]
+
+
+def _of_experts(settings: ExportSettings, run: Path) -> tuple[Model, list[str]]:
+    bank = load(run)
+    choice = _choice(bank, settings)
+    model = Model(bank.encoder_spec, bank.backbone(choice).eval())
+    return model, [f"source: {run.name}", *_facts(bank, choice)]
+
+
+def _facts(bank: Bank, choice: Choice) -> list[str]:
+    """What a card says of a choice that no task made."""
+    if choice.strategy == "generalist":
+        return ["strategy: generalist, all experts averaged by their training images"]
+    share = bank.routes[choice.route] / sum(bank.routes.values())
+    return [
+        f"route: {route_name(choice.route)} ({share:.0%} of the training images)",
+        f"clusters: {clusters_of(choice)}",
+    ]
+
+
+def _choice(bank: Bank, settings: ExportSettings) -> Choice:
+    if settings.strategy == "generalist":
+        if settings.route is not None:
+            raise MoceError("--strategy generalist averages all routes: leave out --route")
+        sizes = bank.model.cluster_sizes.long()
+        return bank.choose(sizes, bank.clusters.similarity, "generalist")
+    known = {route_name(route): route for route in bank.routes}
+    shown = ", ".join(known)
+    if settings.route is None:
+        raise MoceError(f"say which --route ({shown}), or --strategy generalist")
+    if settings.route not in known:
+        raise MoceError(f"no cluster takes route '{settings.route}' (there are {shown})")
+    route: Route = known[settings.route]
+    return bank.route_choice(route)

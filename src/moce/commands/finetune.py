@@ -1,0 +1,181 @@
+"""moce finetune: train a backbone end to end on a labelled task."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from moce.commands.setup import hint_few_steps, pixel_store, refuse_unused, settle
+from moce.config import FinetuneSettings
+from moce.data.dataset import ImageSet
+from moce.errors import MoceError, NotFinite
+from moce.evaluation.finetune import (
+    build_classifier,
+    by_size,
+    finetune_stage,
+    hold_out,
+    predict_scores,
+)
+from moce.evaluation.metrics import choose_metric, confusion_counts, score
+from moce.evaluation.rand_augment import read_policy
+from moce.evaluation.task import Task, draw_labels, load_task
+from moce.models.encoder import input_shape
+from moce.runs.files import write_json
+from moce.runs.model import STATE, write_model
+from moce.runs.resume import begin
+from moce.runtime.distributed import is_main, of_main
+from moce.runtime.progress import say
+from moce.training.trainer import fit, total_steps
+from moce.weights.formats.timm import write_timm_folder
+from moce.weights.from_runs import Backbone, load_backbone
+
+
+@dataclass
+class FinetuneResult:
+    """run: the folder, which timm loads as local-dir:RUN; value: the metric on the test images, 0..1."""
+
+    run: Path
+    metric: str
+    value: float
+    labels: int
+
+    def summary(self) -> str:
+        return f"{self.metric} {100 * self.value:.1f} % from {self.labels} labels: {self.run}"
+
+
+def run(settings: FinetuneSettings) -> FinetuneResult:
+    asked = settings
+    settings, device = settle(settings)
+    if settings.lr_grid:
+        refuse_unused(asked, {"base_lr"}, "lr_grid says which rates to try")
+    else:
+        refuse_unused(asked, {"val_share"}, "without --lr-grid nothing is held out")
+    backbone = load_backbone(settings.backbone)
+    settings = by_size(settings, backbone.vit)
+    shape = input_shape(backbone.vit)
+    settings = _policy_of(settings, shape[0])
+    read_policy(
+        settings.rand_augment, backbone.spec, shape[1:]
+    )  # refused before anything is written
+    task = load_task(settings.data, shape, pixel_store(settings), settings.max_skipped)
+    metric = choose_metric(settings.metric, task)
+    rows = draw_labels(task.train_labels, settings.num_labels, settings.seed, settings.draw)
+    begin(settings, task.train, task.test)
+    hint_few_steps(settings, total_steps(settings, len(rows)), "see recipes/finetune_small.yaml")
+    tuner = _Tuner(backbone, task, metric, device)
+    tried = tuner.search(settings, rows) if settings.lr_grid else []
+    if tried:
+        best = max(tried, key=lambda member: member["score"])["base_lr"]
+        if all(member["score"] == 0 for member in tried):
+            raise MoceError("no rate of lr_grid learns anything; give lower ones (--overwrite)")
+        settings = settings.model_copy(update={"base_lr": best})
+        say(f"base_lr {best:g} is the best: training on all {len(rows)} labels with it")
+    vit = tuner.train(settings, rows)
+    scores = tuner.scores(vit, task.test, settings)
+    value = score(metric, scores, task.test_labels)
+    results = {
+        "metric": metric,
+        metric: value,
+        "labels": len(rows),
+        "classes": task.classes,
+        "confusion": confusion_counts([scores], task),
+        "lr_grid": tried,
+    }
+    _write(settings.out, vit.cpu(), backbone, results)
+    return FinetuneResult(settings.out, metric, value, len(rows))
+
+
+def _policy_of(settings: FinetuneSettings, channels: int) -> FinetuneSettings:
+    """RandAugment works on colour images: for others it is left out, or refused if it was asked for."""
+    if channels == 3 or not settings.rand_augment:
+        return settings
+    if "rand_augment" in settings.model_fields_set and not settings.resume:
+        raise MoceError(
+            f"rand_augment works on images of 3 channels, not {channels}; add --rand-augment ''"
+        )
+    say(f"images of {channels} channels: without RandAugment")
+    return settings.model_copy(update={"rand_augment": ""})
+
+
+@dataclass
+class _Tuner:
+    """Fine-tunes one backbone on parts of one task."""
+
+    backbone: Backbone
+    task: Task
+    metric: str
+    device: torch.device
+
+    def train(self, settings: FinetuneSettings, rows: np.ndarray) -> VisionTransformer:
+        """A classifier trained on these training images; its run goes to `settings.out`."""
+        torch.manual_seed(settings.seed)  # the same new head, whatever was trained before
+        classes = len(self.task.classes)
+        vit = build_classifier(self.backbone, classes, settings.drop_path)
+        images, labels = self.task.train.subset(rows.tolist()), self.task.train_labels[rows]
+        stage = finetune_stage(vit, self.backbone.spec, images, labels, settings)
+        fit(stage, settings, self.device, settings.precision)
+        return vit
+
+    def scores(
+        self, vit: VisionTransformer, images: ImageSet, settings: FinetuneSettings
+    ) -> np.ndarray:
+        return predict_scores(vit, self.backbone.spec, images, self.device, settings.precision)
+
+    def search(self, settings: FinetuneSettings, rows: np.ndarray) -> list[dict[str, float]]:
+        """The score of every rate of `lr_grid` on held-out training images; test images stay unseen.
+
+        Every rate is a run in the state of this one; those that have ended are not run again.
+        """
+        labels = self.task.train_labels[rows]
+        kept, held = (rows[part] for part in hold_out(labels, settings.val_share, settings.seed))
+        tried = []
+        for rate in settings.lr_grid:
+            folder = settings.out / STATE / f"lr_{rate:g}"
+            result = folder / "results.json"
+            if not of_main(result.is_file):
+                if is_main():
+                    folder.mkdir(parents=True, exist_ok=True)
+                update = {"base_lr": rate, "out": folder, "resume": True}
+                member = settings.model_copy(update=update)
+                value = self._held_out(member, kept, held)
+                write_json(result, {"base_lr": rate, "score": value})
+                if is_main():
+                    shutil.rmtree(folder / STATE, ignore_errors=True)
+            tried.append(json.loads(of_main(partial(result.read_text, encoding="utf-8"))))
+            say(f"base_lr {rate:g}: {self.metric} {100 * tried[-1]['score']:.1f} % held out")
+        return tried
+
+    def _held_out(self, settings: FinetuneSettings, kept: np.ndarray, held: np.ndarray) -> float:
+        """The metric on the held-out images; 0, the worst, for a rate at which training overflows."""
+        try:
+            vit = self.train(settings, kept)
+        except NotFinite:
+            say(f"base_lr {settings.base_lr:g}: the loss is not finite")
+            return 0.0
+        scores = self.scores(vit, self.task.train.subset(held.tolist()), settings)
+        return score(self.metric, scores, self.task.train_labels[held])
+
+
+def _write(
+    folder: Path, vit: VisionTransformer, backbone: Backbone, results: dict[str, Any]
+) -> None:
+    """The timm folder, results.json and, last, model.json: the run has ended.
+
+    A ViT with token-routed experts is none that timm could load.
+    """
+    head = {"num_classes": vit.num_classes, "global_pool": "avg", "fc_norm": True}
+    if backbone.dense and is_main():
+        write_timm_folder(folder, vit, backbone.spec, **head)
+    write_json(folder / "results.json", results)
+    metrics = {results["metric"]: results[results["metric"]]}
+    kept = {name: results[name] for name in ("labels", "classes")}
+    info = {"spec": backbone.spec.to_dict(), "metrics": metrics, **kept}
+    write_model(folder, "classifier", vit.state_dict(), info)

@@ -1,0 +1,110 @@
+"""moce pack: images decoded and resized once, into one file that is mapped into memory."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from moce.commands.setup import check_file
+from moce.config import PackSettings
+from moce.data.pack import Packer
+from moce.data.readers.factory import open_source
+from moce.data.readers.packed import Packed, find_packed
+from moce.errors import Interrupted, MoceError
+from moce.runtime.progress import meter, say
+from moce.runtime.signals import stop_request
+
+SHOWN = 5  # skipped images that are named on the screen; the file lists them all
+
+
+@dataclass
+class PackResult:
+    """images: in the file; size: (height, width); skipped: (id, reason); verified: all pixels read."""
+
+    file: Path
+    images: int
+    size: tuple[int, int]
+    bytes: int
+    skipped: list[tuple[str, str]]
+    verified: bool
+
+    def summary(self) -> str:
+        height, width = self.size
+        verified = ", all pixels verified" if self.verified else ""
+        skipped = f", {len(self.skipped)} unreadable ones skipped" if self.skipped else ""
+        return (
+            f"{self.images} images of {height}x{width}, {self.bytes / 1e6:.1f} MB{skipped}"
+            f"{verified}: {self.file}"
+        )
+
+
+def run(settings: PackSettings) -> PackResult:
+    packed = _input(settings) if settings.out is None else _pack(settings, settings.out)
+    if settings.verify:
+        with meter("verify", len(packed.ids)) as progress:
+            packed.verify(lambda count: progress.advance(count=count))
+    return PackResult(
+        file=packed.path,
+        images=len(packed.ids),
+        size=packed.shape[2:],
+        bytes=packed.path.stat().st_size,
+        skipped=packed.skipped,
+        verified=settings.verify,
+    )
+
+
+def _input(settings: PackSettings) -> Packed:
+    """The packed file that is to be verified."""
+    if not settings.verify:
+        raise MoceError("nowhere to write to: add --out FILE (or --verify to check a packed file)")
+    packed = find_packed(settings.data)
+    if packed is None:
+        raise MoceError(f"{settings.data} is no packed file to verify; to make one, add --out FILE")
+    return packed
+
+
+def _pack(settings: PackSettings, out: Path) -> Packed:
+    if settings.size is None:
+        raise MoceError("the size is missing: add --size S, in pixels")
+    check_file(out, "images.moce", settings.data, overwrite=settings.overwrite)
+    entries = open_source(settings.data)
+    packer = Packer(out, entries, (settings.channels, *settings.shape))
+    if settings.overwrite:
+        packer.discard()
+    done = packer.resume()
+    if done:
+        say(f"going on after {done} of {len(entries)} images")
+    _decode(packer, settings.workers)
+    packed = packer.finish()
+    _tell_skipped(packed)
+    return packed
+
+
+def _decode(packer: Packer, workers: int | None) -> None:
+    """Pack all chunks. Raises Interrupted when asked to stop: the next call then goes on."""
+    start, begun, skipped = time.monotonic(), packer.done, 0
+    with (
+        meter("pack", len(packer.entries), begun) as progress,
+        stop_request() as stop,
+        closing(packer.chunks(workers)) as chunks,
+    ):
+        for chunk in chunks:
+            skipped += chunk.skipped
+            rate = (packer.done - begun) / (time.monotonic() - start)
+            progress.advance(f"{rate:.0f} images/s, {skipped} skipped", chunk.entries)
+            if stop.received is not None and packer.done < len(packer.entries):
+                raise Interrupted(
+                    stop.received,
+                    f"{packer.out}.partial",
+                    f"{packer.done} of {len(packer.entries)} images",
+                    "the same command goes on",
+                )
+
+
+def _tell_skipped(packed: Packed) -> None:
+    for name, reason in packed.skipped[:SHOWN]:
+        say(f"skipped {name}: {reason}")
+    if len(packed.skipped) > SHOWN:
+        say(f"and {len(packed.skipped) - SHOWN} more; all are in {packed.path}")

@@ -1,0 +1,45 @@
+"""moce report: run folders as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moce.config import ReportSettings
+from moce.errors import MoceError
+from moce.reporting.load import gather
+from moce.reporting.page import build_sections, render
+from moce.runs.files import make_folder, write_text
+
+
+@dataclass
+class ReportResult:
+    """page: the file; runs: how many it shows; sections: their titles; size: of the file in bytes."""
+
+    page: Path
+    runs: int
+    sections: list[str]
+    size: int
+
+    def summary(self) -> str:
+        return f"{self.runs} runs in {len(self.sections)} sections, {self.size / 1e6:.1f} MB: {self.page}"
+
+
+def run(settings: ReportSettings) -> ReportResult:
+    material = gather(settings.runs)
+    _make_room(settings.out)
+    sections = build_sections(material, settings.max_images)
+    title = " and ".join(dict.fromkeys(path.resolve().name for path in settings.runs))
+    page = render(title, sections)
+    write_text(settings.out, page)
+    titles = [section.title for section in sections]
+    return ReportResult(settings.out, len(material.runs), titles, settings.out.stat().st_size)
+
+
+def _make_room(out: Path) -> None:
+    """See that the page can be written, before the work and not after it."""
+    if out.is_dir():
+        raise MoceError(f"{out} is a folder; give a file for the page, as {out / 'report.html'}")
+    if out.exists() and out.suffix.lower() not in (".html", ".htm"):
+        raise MoceError(f"{out} is there and no HTML page; choose another name for the report")
+    make_folder(out.parent)

@@ -1,0 +1,212 @@
+"""moce train: cluster-conditional experts from an MAE (stage 2), or a baseline for as long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moce.commands.pretrain import save_mae
+from moce.commands.setup import pixel_store, read_images, refuse_unused, settle
+from moce.config import TrainSettings
+from moce.data.dataset import ImageSet
+from moce.data.load import load_images
+from moce.data.readers.factory import open_source
+from moce.errors import MoceError
+from moce.inference.assign import assign, assign_images
+from moce.models.cluster_model import ClusterModel
+from moce.models.encoder import input_channels, input_size
+from moce.models.mae import MAE, MAESpec
+from moce.models.moce import MoCE, MoCESpec
+from moce.runs.model import last_metrics, write_model
+from moce.runs.resume import begin
+from moce.runtime.progress import say
+from moce.training.objectives import mae_stage, moce_stage, token_moe_stage
+from moce.training.trainer import Stage, fit, total_steps
+from moce.training.upcycling import check_experts, upcycle, upcycle_by_token
+from moce.weights.from_runs import load_clusters
+from moce.weights.resolve import start_from
+
+NEEDS_CLUSTERS = frozenset({"moce", "sdr", "subset"})
+OF_GATES = frozenset(
+    {"gate_init", "gate_confidence", "gate_init_std", "gate_lr_scale", "gate_noise"}
+)
+OF_GATES |= {"shared_gate", "balance_weight", "imbalance_weight", "balance_scope"}
+OF_EXPERTS = OF_GATES | {"num_experts", "moe_blocks", "expert_scope", "gate_scale"}
+OF_A_TASK = frozenset({"task", "task_share"})
+OF_TOKEN_GATES = frozenset({"gate_init_std", "gate_lr_scale", "balance_weight"})
+# By method: what it has no use for, and why.
+UNUSED: dict[str, tuple[frozenset[str], str]] = {
+    "moce": (OF_A_TASK, "trains on all images"),
+    "mae": (OF_EXPERTS | OF_A_TASK | {"clusters"}, "trains on all images, without experts"),
+    "subset": (OF_EXPERTS, "trains without experts"),
+    "sdr": (OF_GATES | OF_A_TASK, "trains on all images, with gates fixed beforehand"),
+    "token_moe": (
+        (OF_GATES - OF_TOKEN_GATES) | OF_A_TASK | {"clusters", "expert_scope"},
+        "routes the tokens of all images",
+    ),
+}
+# By gate_init: the setting of the other one.
+OF_ANOTHER_START = {"centroids": "gate_init_std", "random": "gate_confidence"}
+
+
+@dataclass
+class TrainResult:
+    """run: the folder; loss: mean loss of the last logged steps; routes: distinct routes (0: no experts)."""
+
+    run: Path
+    loss: float
+    images: int
+    routes: int
+
+    def summary(self) -> str:
+        routes = f", {self.routes} routes" if self.routes else ""
+        return f"trained on {self.images} images, loss {self.loss:.4f}{routes}: {self.run}"
+
+
+def run(settings: TrainSettings) -> TrainResult:
+    asked = settings
+    settings, device = settle(settings)
+    _check(settings, asked)
+    spec, mae = start_from(settings.mae, settings)
+    images = read_images(settings, settings.data, mae.encoder)
+    return METHODS[settings.method](_Job(settings, device, spec, mae, images))
+
+
+def _check(settings: TrainSettings, asked: TrainSettings) -> None:
+    """Raise MoceError if the method lacks a setting, or was asked for one that it has no use for.
+
+    Only what is asked for now is refused, not what a resumed run has in its config.yaml.
+    """
+    method = settings.method
+    unused, reason = UNUSED[method]
+    refuse_unused(asked, unused, f"method {method} {reason}")
+    if method == "moce":
+        other = OF_ANOTHER_START[settings.gate_init]
+        refuse_unused(asked, {other}, f"gate_init {settings.gate_init} has its own start")
+    if method in NEEDS_CLUSTERS and settings.clusters is None:
+        raise MoceError(f"method {method} needs clusters: add --clusters RUN (of moce cluster)")
+    if method == "subset" and settings.task is None:
+        raise MoceError("method subset needs a task: add --task IMAGES")
+
+
+@dataclass
+class _Job:
+    settings: TrainSettings
+    device: torch.device
+    spec: MAESpec
+    mae: MAE
+    images: ImageSet
+
+    def clusters(self) -> ClusterModel:
+        assert self.settings.clusters is not None
+        return load_clusters(self.settings.clusters)
+
+    def fit(self, stage: Stage) -> nn.Module:
+        """Train; the module, back on the CPU."""
+        begin(self.settings, self.images)
+        fit(stage, self.settings, self.device, self.settings.precision)
+        return stage.module.cpu()
+
+
+def _train_experts(job: _Job) -> TrainResult:
+    """MoCE, and SDR: the same with gates that stay as they start."""
+    clusters = job.clusters()
+    check_experts(job.settings, clusters)
+    cluster_of = assign_images(job.settings, clusters, job.images, job.device)
+    sizes = cluster_of.bincount(minlength=clusters.num_clusters)
+    spec, moce = upcycle(job.settings, job.spec, job.mae, clusters, sizes)
+    job.fit(moce_stage(moce, job.spec.encoder, job.images, cluster_of, job.settings))
+    return _save_experts(job, spec, moce, clusters)
+
+
+def _continue_mae(job: _Job) -> TrainResult:
+    """MAE+: the MAE trained on, without experts."""
+    job.fit(mae_stage("mae_plus", job.mae, job.spec.encoder, job.images, job.settings))
+    saved = save_mae(job.settings.out, job.spec, job.mae, job.images)
+    return TrainResult(job.settings.out, saved.loss, len(job.images), 0)
+
+
+def _continue_on_subset(job: _Job) -> TrainResult:
+    """MAE+ on the images of the task's clusters only: what MoCE's experts are to come near to."""
+    assert job.settings.task is not None
+    clusters = job.clusters()
+    cluster_of = assign_images(job.settings, clusters, job.images, job.device)
+    entries = [e for e in open_source(job.settings.task) if e.split != "test"]
+    encoder = clusters.encoder
+    store = pixel_store(job.settings)
+    task = load_images(entries, input_size(encoder), store, channels=input_channels(encoder))
+    histogram = assign(task, clusters, job.device, job.settings.precision).bincount(
+        minlength=clusters.num_clusters
+    )
+    sizes = cluster_of.bincount(minlength=clusters.num_clusters)
+    chosen = clusters_of_task(histogram, sizes, job.settings.task_share)
+    rows = chosen[cluster_of].nonzero()[:, 0].tolist()
+    if not rows:
+        raise MoceError(f"none of the images is of a cluster of {job.settings.task}")
+    say(f"{len(rows)} of {len(job.images)} images are of the task's {int(chosen.sum())} clusters")
+    # As many steps as MAE+ makes on all images, not as few as an epoch of these takes.
+    steps = total_steps(job.settings, len(job.images))
+    job.settings = job.settings.model_copy(update={"steps": steps})
+    job.images = job.images.subset(rows)
+    return _continue_mae(job)
+
+
+def clusters_of_task(histogram: Tensor, sizes: Tensor, share: float) -> Tensor:
+    """The clusters in which a task is densest, [K] bool, as many as hold `share` of its images.
+
+    histogram: [K] the task's images per cluster; sizes: [K] the training images per cluster.
+    """
+    order = (histogram.double() / sizes.clamp(min=1)).argsort(descending=True)
+    before = histogram[order].cumsum(0) - histogram[order]
+    chosen = torch.zeros(len(histogram), dtype=torch.bool)
+    chosen[order] = (before < share * histogram.sum()) & (histogram[order] > 0)
+    return chosen
+
+
+def _train_by_token(job: _Job) -> TrainResult:
+    """TokenMoE: experts whose gate reads tokens."""
+    spec, model = upcycle_by_token(job.settings, job.spec, job.mae)
+    job.fit(token_moe_stage(model, job.spec.encoder, job.images, job.settings))
+    metrics = _metrics(job, ("loss", "reconstruction", "balance"))
+    info = {"spec": spec.to_dict(), "metrics": metrics, "images": len(job.images)}
+    write_model(job.settings.out, "token_moe", model.state_dict(), info)
+    return TrainResult(job.settings.out, metrics["loss"], len(job.images), 0)
+
+
+METHODS: dict[str, Callable[[_Job], TrainResult]] = {
+    "moce": _train_experts,
+    "sdr": _train_experts,
+    "mae": _continue_mae,
+    "subset": _continue_on_subset,
+    "token_moe": _train_by_token,
+}
+
+
+def _metrics(job: _Job, names: tuple[str, ...]) -> dict[str, Any]:
+    last = last_metrics(job.settings.out)
+    return {name: last[name] for name in names}
+
+
+def _save_experts(job: _Job, spec: MoCESpec, moce: MoCE, clusters: ClusterModel) -> TrainResult:
+    routes = moce.routes()
+    distinct = len(routes.unique(dim=0))
+    metrics = _metrics(job, ("loss", "reconstruction", "balance", "imbalance"))
+    info = {
+        "spec": spec.to_dict(),
+        "clusters": clusters.info(),
+        "experts_of_clusters": {
+            str(layer): routes[:, n].tolist() for n, layer in enumerate(spec.blocks)
+        },
+        "metrics": metrics,
+        "images": len(job.images),
+        "routes": distinct,
+    }
+    tensors = {f"model.{name}": value for name, value in moce.state_dict().items()}
+    tensors |= {f"clusters.{name}": value for name, value in clusters.tensors().items()}
+    write_model(job.settings.out, "moce", tensors, info)
+    return TrainResult(job.settings.out, metrics["loss"], len(job.images), distinct)

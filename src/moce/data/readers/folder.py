@@ -1,0 +1,62 @@
+"""Folders of image files, at any depth; folders of .npy files where there are no others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from moce.data.decode import Raster, open_encoded
+from moce.data.readers.numpy_arrays import open_array
+from moce.data.readers.sample import SUFFIXES, Entry, as_text, from_path, is_image_name
+from moce.errors import MoceError
+
+
+def read_folder(root: Path) -> list[Entry]:
+    """The images in a folder, called by their path inside it. Raises MoceError if there are none."""
+    files = _files(root)
+    images = [path for path in files if is_image_name(path.name)]
+    opener: Callable[[Path], Raster] = open_encoded
+    if not images:  # beside images, .npy files are labels or masks more often than images
+        images = [path for path in files if path.suffix == ".npy"]
+        opener = open_array
+    if not images:
+        kinds = " ".join(sorted(SUFFIXES))
+        raise MoceError(f"no images in {root} (looked at any depth for {kinds} .npy)")
+    return [
+        from_path(as_text(path.relative_to(root).as_posix()), partial(opener, path))
+        for path in images
+    ]
+
+
+def _files(root: Path) -> list[Path]:
+    """Files at any depth, sorted. Links are followed; a folder reached twice, or a loop, counts once."""
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    pending = [root]
+    while pending:
+        folder = pending.pop(0)
+        try:
+            status = folder.stat()
+            children = sorted(os.scandir(folder), key=lambda child: child.name)
+        except OSError as error:
+            if folder == root:
+                raise MoceError(f"cannot read {root}: {error.strerror}") from None
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        # Real folders first: of two ways to one, the way without links gives the names.
+        folders = [c for c in children if os.path.isdir(c.path)]  # noqa: PTH112 - as below
+        pending += [Path(child.path) for child in folders if not child.is_symlink()]
+        found += [Path(child.path) for child in children if _is_file(child)]
+        linked = [Path(child.path) for child in folders if child.is_symlink()]
+        pending += linked
+    return sorted(found)
+
+
+def _is_file(child: os.DirEntry[str]) -> bool:
+    """A file, or a link to nothing, which is worth a line; never a pipe, which would be waited for."""
+    there = os.path.exists(child.path)  # noqa: PTH110 - others raise for a link to itself
+    return os.path.isfile(child.path) or (child.is_symlink() and not there)  # noqa: PTH113

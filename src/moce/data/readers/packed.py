@@ -1,0 +1,205 @@
+"""Packed images: one file of decoded, resized pixels that is mapped into memory, not decoded.
+
+    bytes 0 to 4095     a line "MOCEPACK <CRC-32 of the header>", the header as JSON, spaces
+    then                the pixels, uint8, image by image, each [channels, height, width]
+    then                the index as JSON: ids, labels, splits, skipped, and a CRC-32 per chunk
+
+The header says where everything is. It, the file's size and the index are checked whenever a file
+is opened; the pixels only when `verify` is asked for, because that reads all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moce.config import expand
+from moce.data.readers.torchvision import Label
+from moce.errors import MoceError
+
+SUFFIX, MAGIC, VERSION = ".moce", b"MOCEPACK", 1
+HEADER_BYTES = 4096
+FIELDS = ("version", "count", "channels", "height", "width", "index_bytes", "index_crc32")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed file that was found good, as far as can be told without reading its pixels.
+
+    shape: (n, channels, height, width); chunks: (images, CRC-32 of their pixels), in their order.
+    """
+
+    path: Path
+    shape: tuple[int, int, int, int]
+    ids: list[str]
+    labels: list[Label | None]
+    splits: list[str | None]
+    skipped: list[tuple[str, str]]
+    chunks: list[tuple[int, int]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the pixels."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def mapped(self) -> np.ndarray:
+        """The pixels, [n, c, h, w] uint8, read from the file as they are looked at."""
+        return np.memmap(self.path, np.uint8, "r", HEADER_BYTES, self.shape)
+
+    def tensor(self, *, in_memory: bool) -> Tensor:
+        """The pixels, [n, c, h, w] uint8: all read now, or as `mapped` and not to be written to."""
+        if in_memory:
+            flat = np.fromfile(self.path, np.uint8, self.num_bytes, offset=HEADER_BYTES)
+            return torch.from_numpy(flat.reshape(self.shape))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(self.mapped())
+
+    def reader(self) -> PixelReader:
+        """For long work: what happens to the file meanwhile is an error that can be told."""
+        return PixelReader(self.path, self.shape)
+
+    def openers(self) -> list[Callable[[], Image.Image | np.ndarray]]:
+        """One function per image that gives it, as `Entry.open` does."""
+        pixels = self.mapped()
+        return [partial(_as_raster, image) for image in pixels]
+
+    def verify(self, advance: Callable[[int], None] = lambda count: None) -> None:
+        """Read all pixels and compare the checksums; `advance` is told how many images were read.
+
+        Raises MoceError that names the damaged images.
+        """
+        pixels, start = self.mapped(), 0
+        for count, expected in self.chunks:
+            if zlib.crc32(pixels[start : start + count].data) != expected:
+                raise _damaged(
+                    self.path, f"the pixels of images {start} to {start + count - 1} have changed"
+                )
+            start += count
+            advance(count)
+
+
+class PixelReader:
+    """Reads images of a packed file by their rows; it stays open, also if its name is taken away.
+
+    A mapping ends the whole process, without a word, when its file is cut short or its disk fails.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int, int]) -> None:
+        """shape: [n, c, h, w] of the pixels in the file."""
+        self._path, self._count, self._shape = path, shape[0], shape[1:]
+        self._file = path.open("rb", buffering=0)
+        self._lock = threading.Lock()  # one place in the file, several threads
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """The pixels of these rows, [len(rows), c, h, w] uint8.
+
+        Raises MoceError if they cannot be read, IndexError if the file never had them.
+        """
+        pixels = np.empty((len(rows), *self._shape), np.uint8)
+        size, numbers, flat = int(np.prod(self._shape)), range(self._count), pixels.reshape(-1).data
+        try:
+            with self._lock:
+                for place, row in enumerate(rows):
+                    self._file.seek(HEADER_BYTES + numbers[row] * size)
+                    image = flat[place * size : (place + 1) * size]
+                    found = self._file.readinto(image)
+                    if found != size:
+                        self._read_on(row, image[found:])
+        except OSError as error:
+            raise MoceError(f"cannot read {self._path}: {error.strerror}") from None
+        return torch.from_numpy(pixels)
+
+    def _read_on(self, row: int, missing: memoryview) -> None:
+        """Fill what a first read left of an image: not every system gives all at once."""
+        while missing:
+            found = self._file.readinto(missing)
+            if not found:
+                raise MoceError(f"cannot read {self._path}: it was cut short at image {row}")
+            missing = missing[found:]
+
+
+def _as_raster(pixels: np.ndarray) -> Image.Image | np.ndarray:
+    """A PIL image where there is such a one, else an array [h, w, c]."""
+    if len(pixels) == 1:
+        return Image.fromarray(np.array(pixels[0]))
+    last = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    return Image.fromarray(last) if len(pixels) == 3 else last
+
+
+def find_packed(data: str) -> Packed | None:
+    """The packed file of a DATA argument; None if it names something else, by suffix and content.
+
+    Raises MoceError if it is one and damaged.
+    """
+    path = expand(Path(data))
+    if not data or not os.path.isfile(path):  # noqa: PTH113 - pathlib's raises for long names
+        return None
+    with path.open("rb") as file:
+        is_packed = file.read(len(MAGIC)) == MAGIC
+    return open_packed(path) if is_packed or path.suffix == SUFFIX else None
+
+
+def open_packed(path: Path) -> Packed:
+    """Read header and index. Raises MoceError if the file is none of ours, damaged or cut short."""
+    with path.open("rb") as file:
+        header = _read_header(path, file.read(HEADER_BYTES))
+        shape = tuple(header[name] for name in ("count", "channels", "height", "width"))
+        end = HEADER_BYTES + int(np.prod(shape, dtype=np.int64))
+        expected, found = end + header["index_bytes"], path.stat().st_size
+        if found != expected:
+            raise _damaged(path, f"it has {found} bytes where {expected} are expected")
+        file.seek(end)
+        index = file.read(header["index_bytes"])
+    if zlib.crc32(index) != header["index_crc32"]:
+        raise _damaged(path, "its index does not match its checksum")
+    return _from_index(path, shape, json.loads(index))
+
+
+def _read_header(path: Path, block: bytes) -> dict[str, Any]:
+    line, _, body = block.partition(b"\n")
+    body = body.rstrip()
+    if line != MAGIC + b" %08x" % zlib.crc32(body) or len(block) != HEADER_BYTES:
+        raise _damaged(path, "its header does not match its checksum")
+    header = json.loads(body)
+    if header["version"] != VERSION:
+        raise MoceError(
+            f"{path} has format {header['version']}, this moce reads {VERSION}; pack the images again"
+        )
+    return header
+
+
+def _from_index(path: Path, shape: tuple[int, ...], index: dict[str, Any]) -> Packed:
+    return Packed(
+        path=path,
+        shape=shape,  # type: ignore[arg-type]
+        ids=index["ids"],
+        labels=[tuple(label) if isinstance(label, list) else label for label in index["labels"]],
+        splits=index["splits"],
+        skipped=[(name, reason) for name, reason in index["skipped"]],
+        chunks=[(count, crc) for count, crc in index["chunks"]],
+    )
+
+
+def header_block(shape: tuple[int, ...], index: bytes, made_by: str) -> bytes:
+    """The first HEADER_BYTES of a file with pixels of `shape` (n, c, h, w) and this index."""
+    values = [VERSION, *shape, len(index), zlib.crc32(index)]
+    body = json.dumps({**dict(zip(FIELDS, values, strict=True)), "made_by": made_by}).encode()
+    return (MAGIC + b" %08x\n" % zlib.crc32(body) + body).ljust(HEADER_BYTES - 1) + b"\n"
+
+
+def _damaged(path: Path, reason: str) -> MoceError:
+    return MoceError(f"{path} is damaged or no packed file: {reason}; pack the images again")

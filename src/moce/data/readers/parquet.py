@@ -1,0 +1,97 @@
+"""Parquet files with a column of encoded images, and the images embedded in moce, which are one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from moce.data.decode import Raster, open_encoded
+from moce.data.readers.sample import SPLITS, Entry
+from moce.data.readers.torchvision import Label
+from moce.errors import MoceError
+
+DEMO_PREFIX = "demo:"
+
+
+def read_parquet(path: Path) -> pyarrow.Table:
+    """The table of a parquet file. Raises MoceError if it cannot be read or has no image column."""
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise MoceError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    if "image" not in table.column_names:
+        raise MoceError(f"{path} has no column 'image' (columns: {', '.join(table.column_names)})")
+    return table
+
+
+def parquet_entries(table: pyarrow.Table, name: str) -> list[Entry]:
+    """Rows with encoded images in column image (bytes, or a struct with bytes); id, label, split optional.
+
+    A label that is a list is of an image with any number of classes.
+    """
+    if table.num_rows == 0:
+        raise MoceError(f"no images in {name}")
+    images = table.column("image")
+    if pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
+        images = pyarrow.compute.struct_field(images, "bytes")
+    if not pyarrow.types.is_binary(images.type) and not pyarrow.types.is_large_binary(images.type):
+        raise MoceError(f"column 'image' of {name} holds {images.type}, not encoded images")
+    ids = _strings(table, "id", name) or [str(row) for row in range(table.num_rows)]
+    labels = _labels(table, name) or [None] * table.num_rows
+    splits = _strings(table, "split", name) or [None] * table.num_rows
+
+    def entry(row: int) -> Entry:
+        split = SPLITS.get(splits[row] or "")
+        return Entry(str(ids[row]), lambda: _decode(images[row].as_py()), labels[row], split)
+
+    return [entry(row) for row in range(table.num_rows)]
+
+
+def _decode(content: bytes | None) -> Raster:
+    if content is None:
+        raise ValueError("no content")
+    return open_encoded(content)
+
+
+def _labels(table: pyarrow.Table, name: str) -> Sequence[Label | None]:
+    if "label" in table.column_names and pyarrow.types.is_list(table.column("label").type):
+        several = table.column("label").to_pylist()
+        return [None if each is None else tuple(sorted({*map(str, each)})) for each in several]
+    return _strings(table, "label", name)
+
+
+def _strings(table: pyarrow.Table, column: str, name: str) -> Sequence[str | None]:
+    if column not in table.column_names:
+        return []
+    values = table.column(column)
+    try:
+        return values.cast(pyarrow.string()).to_pylist()
+    except (pyarrow.ArrowInvalid, NotImplementedError):  # lists, structs; bytes that are no text
+        raise MoceError(f"column '{column}' of {name} holds {values.type}, not text") from None
+
+
+def demo_table() -> pyarrow.Table:
+    """The embedded images: columns id, image, source, role, task, split, label (see assets/SOURCES.md)."""
+    return read_parquet(Path(str(files("moce.data") / "assets" / "demo.parquet")))
+
+
+def demo_tasks() -> list[str]:
+    """Names of the embedded tasks; `demo:NAME` is each one's DATA argument."""
+    tasks = demo_table().column("task").cast(pyarrow.string()).drop_null()
+    return sorted(pyarrow.compute.unique(tasks).to_pylist())
+
+
+def demo_entries(name: str) -> list[Entry]:
+    """The embedded images of a role or task. Raises MoceError if there is none of this name."""
+    table = demo_table()
+    column, value = ("role", name) if name == "pretrain" else ("task", name)
+    chosen = table.filter(pyarrow.compute.equal(table[column].cast(pyarrow.string()), value))
+    if chosen.num_rows == 0:
+        valid = ", ".join(DEMO_PREFIX + task for task in ["pretrain", *demo_tasks()])
+        raise MoceError(f"no embedded images '{DEMO_PREFIX}{name}' (valid: {valid})")
+    return parquet_entries(chosen, DEMO_PREFIX + name)

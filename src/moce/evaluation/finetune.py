@@ -1,0 +1,181 @@
+"""Fine-tuning as MAE does it: mean-pooled patch tokens, a new norm and head, layer-wise decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from moce.config import FinetuneSettings
+from moce.data.augment import normalise
+from moce.data.dataset import ImageSet
+from moce.data.loader import Batch, in_order
+from moce.data.rng import Stream, keyed_generator
+from moce.evaluation.rand_augment import erase, image_keys, rand_augmented, read_policy
+from moce.models.encoder import EncoderSpec
+from moce.runtime.device import autocast
+from moce.runtime.distributed import all_sum, own_share
+from moce.training.objectives import cropped
+from moce.training.thread_parallel import Losses
+from moce.training.trainer import Stage, Step
+from moce.weights.from_runs import Backbone
+
+# What is published for encoders of at least this depth and width, largest first (MAE, appendix
+# A.1, and its authors' code): ViT-H, ViT-L. The settings' own defaults are ViT-B's.
+_LARGE: dict[str, Any] = {"epochs": 50, "base_lr": 1e-3, "warmup": 0.1, "layer_decay": 0.75}
+LARGER_SIZES: tuple[tuple[int, int, dict[str, Any]], ...] = (
+    (32, 1280, {**_LARGE, "drop_path": 0.3}),
+    (24, 1024, {**_LARGE, "drop_path": 0.2}),
+)
+
+
+def by_size(settings: FinetuneSettings, vit: VisionTransformer) -> FinetuneSettings:
+    """The settings with what is published for the encoder's size where nothing was given."""
+    for depth, width, published in LARGER_SIZES:
+        if len(vit.blocks) >= depth and vit.embed_dim >= width:
+            given = settings.model_fields_set
+            left = {name: value for name, value in published.items() if name not in given}
+            return settings.model_copy(update=left)
+    return settings
+
+
+def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows to validate on, at least one each, [n - m] and [m] int64.
+
+    labels: [n] class numbers, of which every class gives its share as far as that is possible, or
+    [n, C] several per image, which are divided at random.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    if labels.ndim == 1:
+        order = order[np.argsort(labels[order], kind="stable")]
+    count = min(max(1, round(share * len(labels))), len(labels) - 1)
+    # At equal distances along the classes: each gives its share, whatever its size.
+    held = ((np.arange(count) + 0.5) * len(labels) / count).astype(np.int64)
+    return np.sort(np.delete(order, held)), np.sort(order[held])
+
+
+def build_classifier(backbone: Backbone, num_classes: int, drop_path: float) -> VisionTransformer:
+    """A timm ViT with the backbone's weights, its final norm replaced by a fresh one after pooling."""
+    vit = backbone.build(
+        num_classes=num_classes, global_pool="avg", fc_norm=True, drop_path_rate=drop_path
+    )
+    weights = {k: v for k, v in backbone.vit.state_dict().items() if not k.startswith("norm.")}
+    missing, surplus = vit.load_state_dict(weights, strict=False)
+    unexpected = [k for k in missing if not k.startswith(("head.", "fc_norm."))] + list(surplus)
+    assert not unexpected, unexpected  # both are of one form
+    assert isinstance(vit.head, nn.Linear)
+    nn.init.trunc_normal_(vit.head.weight, std=2e-5)
+    nn.init.zeros_(vit.head.bias)
+    return vit
+
+
+def finetune_stage(
+    vit: VisionTransformer,
+    spec: EncoderSpec,
+    images: ImageSet,
+    labels: np.ndarray,
+    settings: FinetuneSettings,
+) -> Stage:
+    """Augmented and mixed images, cross-entropy, layer-wise decayed learning rates.
+
+    labels: [n] int64 class numbers, or [n, C] float32 of 0 and 1 where an image can have several:
+    every class is then a question of its own, answered by a binary cross-entropy.
+    """
+    views = Views(settings, spec, vit.patch_embed.img_size)
+    targets_on = lru_cache(maxsize=1)(torch.from_numpy(labels).to)
+    mix = _mixer(settings, vit.num_classes)
+    error: nn.Module = nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
+    if labels.ndim == 2:
+        error = nn.BCEWithLogitsLoss()
+
+    def loss(model: nn.Module, batch: Batch, step: Step) -> Losses:
+        pixels = views(batch)
+        wanted: Tensor = targets_on(batch.rows.device)[batch.rows]
+        if mix:
+            with _drawn_alike(settings.seed, step):
+                pixels, wanted = mix(pixels, wanted)
+        pixels, wanted = pixels[step.led_by :], wanted[step.led_by :]
+        return {"loss": error(model(pixels).float(), wanted)}
+
+    groups = param_groups_layer_decay(
+        vit,
+        weight_decay=settings.weight_decay,
+        layer_decay=settings.layer_decay,
+        no_weight_decay_list=vit.no_weight_decay(),
+    )
+    return Stage("finetune", vit, images, groups, loss, mixes=mix is not None)
+
+
+class Views:
+    """From a batch to what the network sees: crop, flip, RandAugment, normalisation, erasing.
+
+    Raises MoceError if timm cannot read the RandAugment policy.
+    """
+
+    def __init__(
+        self, settings: FinetuneSettings, spec: EncoderSpec, size: tuple[int, int]
+    ) -> None:
+        self._settings, self._spec, self._size = settings, spec, size
+        self._policy = read_policy(settings.rand_augment, spec, size)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Float32 [b, 3, h, w], normalised."""
+        settings = self._settings
+        to_augment, to_erase = image_keys(batch, settings)
+        pixels = cropped(batch, settings, self._size)
+        if self._policy:
+            pixels = rand_augmented(pixels, to_augment, self._policy)
+        images = normalise(pixels, self._spec.mean, self._spec.std)
+        return erase(images, to_erase, settings.random_erasing)
+
+
+@contextmanager
+def _drawn_alike(seed: int, step: Step) -> Iterator[None]:
+    """Within, torch draws what it draws in every process that works on this part of the batch."""
+    with torch.random.fork_rng(devices=[]):
+        generator = keyed_generator(seed, Stream.MIX, step.number << 20 | step.part)
+        torch.default_generator.manual_seed(generator.initial_seed())
+        yield
+
+
+def _mixer(settings: FinetuneSettings, num_classes: int) -> v2.Transform | None:
+    """Mixup or cutmix, one of them per batch with equal chance, as far as they are switched on.
+
+    Every image is mixed with the one before it in the batch, the first with the last.
+    """
+    kinds: list[v2.Transform] = []
+    if settings.mixup > 0:
+        kinds.append(v2.MixUp(alpha=settings.mixup, num_classes=num_classes))
+    if settings.cutmix > 0:
+        kinds.append(v2.CutMix(alpha=settings.cutmix, num_classes=num_classes))
+    return v2.RandomChoice(kinds) if kinds else None
+
+
+@torch.inference_mode()
+def predict_scores(
+    vit: VisionTransformer,
+    spec: EncoderSpec,
+    images: ImageSet,
+    device: torch.device,
+    precision: str,
+    batch_size: int = 256,
+) -> np.ndarray:
+    """The score of every class (a logit) for every image, [n, C] float32; the processes share the work."""
+    vit = vit.to(device).eval()
+    own = own_share(len(images))
+    scores = torch.zeros(len(images), vit.num_classes)
+    start = own.start
+    with autocast(device, precision):
+        for pixels in in_order(images, batch_size, device, vit.patch_embed.img_size, own):
+            end = start + len(pixels)
+            scores[start:end] = vit(normalise(pixels, spec.mean, spec.std)).float().cpu()
+            start = end
+    return all_sum(scores).numpy()

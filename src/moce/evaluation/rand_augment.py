@@ -1,0 +1,107 @@
+"""timm's RandAugment and random erasing, image by image and repeatable.
+
+Both draw from the generators of Python and NumPy, which here are seeded anew for every image: what
+an image becomes depends on the seed, the image and how often it was seen, so that a resumed run
+draws what it would have drawn. RandAugment works on PIL images, so on the CPU, and is not
+overlapped with the training step: at 224 pixels it costs a few milliseconds per image.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from moce.config import FinetuneSettings
+from moce.data.loader import Batch
+from moce.data.rng import Stream, keyed_uniform
+from moce.errors import MoceError
+from moce.models.encoder import EncoderSpec
+
+Policy = Callable[[Image.Image], Image.Image]
+TRANSLATION = 0.45  # largest shift, share of the shorter side (timm's)
+
+
+def read_policy(text: str, spec: EncoderSpec, size: tuple[int, int]) -> Policy | None:
+    """The RandAugment of a timm policy string, for images of `size` (h, w); None if it is empty.
+
+    Raises MoceError if timm cannot read it.
+    """
+    if not text:
+        return None
+    arguments = {
+        "translate_const": int(TRANSLATION * min(size)),
+        "img_mean": tuple(round(255 * mean) for mean in spec.mean),
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        policy = rand_augment_transform(text, arguments)
+    except (AssertionError, ValueError, KeyError):
+        raise MoceError(
+            f"rand_augment '{text}' is not a policy of timm's, such as rand-m9-mstd0.5-inc1"
+        ) from None
+    for operation in policy.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = posterize
+    return policy
+
+
+def posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
+    """Keep so many bits of every channel, at least one.
+
+    timm's own asks for none at the largest magnitude, which new versions of Pillow refuse.
+    """
+    return ImageOps.posterize(image, max(1, min(8, bits)))
+
+
+def image_keys(batch: Batch, settings: FinetuneSettings) -> list[list[int]]:
+    """Two seeds per image of a batch: for RandAugment and for erasing."""
+    uniform = keyed_uniform(settings.seed, Stream.POLICY, batch.epochs, batch.rows, 2)
+    return (uniform * 2**24).long().T.tolist()
+
+
+def rand_augmented(pixels: Tensor, keys: list[int], policy: Policy) -> Tensor:
+    """Apply the policy to every image. pixels: float 0..255 [b, 3, h, w]; returns uint8, same shape."""
+    images = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    changed = np.empty_like(images)
+    for row, key in enumerate(keys):
+        with _drawing(key):
+            changed[row] = np.asarray(policy(Image.fromarray(images[row])))
+    return torch.from_numpy(changed).permute(0, 3, 1, 2).to(pixels.device)
+
+
+def erase(images: Tensor, keys: list[int], probability: float) -> Tensor:
+    """Fill a rectangle of some images with noise, in place. images: normalised, [b, 3, h, w].
+
+    Rectangles and the noise in them are drawn by `keys`.
+    """
+    if probability == 0:
+        return images
+    # On the CPU: to set a generator back is quick there, and GPUs draw other numbers.
+    eraser = RandomErasing(probability, mode="pixel", device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        for image, key in zip(images, keys, strict=True):
+            with _drawing(key):
+                torch.default_generator.manual_seed(key)
+                eraser(image)
+    return images
+
+
+@contextmanager
+def _drawing(key: int) -> Iterator[None]:
+    """Python's and NumPy's generators start from `key` within, and go on after as if unused."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - timm draws from these
+    random.seed(key)
+    np.random.seed(key)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002

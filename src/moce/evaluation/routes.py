@@ -1,0 +1,52 @@
+"""Random and oracle routes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from moce.customization.bank import Bank
+from moce.customization.selection import Route
+from moce.errors import MoceError
+
+FEWEST_TO_HALVE = 4  # test images
+MOST_ROUTES = 8  # that the oracle tries and a random one is drawn from
+
+
+def candidate_routes(bank: Bank) -> list[Route]:
+    """The routes with the most training images, at most MOST_ROUTES."""
+    return [route for route, images in bank.routes.items() if images][:MOST_ROUTES]
+
+
+def random_routes(bank: Bank, draws: int, seed: int, task: str) -> list[Route]:
+    """A route drawn anew for every task and draw of labels."""
+    routes = candidate_routes(bank)
+    generator = np.random.default_rng([seed, *task.encode()])
+    return [routes[int(generator.integers(len(routes)))] for _ in range(draws)]
+
+
+def oracle_values(
+    scores: list[list[np.ndarray]],
+    metric: Callable[[np.ndarray, np.ndarray], float],
+    labels: np.ndarray,
+    seed: int,
+) -> list[float]:
+    """The metric of the best route, [draws]: chosen on one half of the test images, scored on the other.
+
+    Both halves take both parts, and the two values are averaged. Choosing and scoring on the same
+    images would let the luckiest route win. scores: [routes][draws] of [m, C] each; metric: from
+    scores and labels to a value; labels: of the m test images. Raises MoceError if they are too few.
+    """
+    if len(labels) < FEWEST_TO_HALVE:
+        raise MoceError(f"an oracle needs {FEWEST_TO_HALVE} test images or more, not {len(labels)}")
+    order = np.random.default_rng(seed).permutation(len(labels))
+    if labels.ndim == 1:  # both halves get their part of every class
+        order = order[np.argsort(labels[order], kind="stable")]
+    halves = order[::2], order[1::2]
+    values = np.array(
+        [[[metric(of[half], labels[half]) for of in route] for route in scores] for half in halves]
+    )  # [2, routes, draws]
+    best = values.argmax(axis=1)
+    draws = np.arange(values.shape[2])
+    return ((values[1, best[0], draws] + values[0, best[1], draws]) / 2).tolist()

@@ -1,0 +1,147 @@
+"""MAE's linear probe: a linear layer on a frozen encoder, trained by LARS on augmented images.
+
+The recipe is He et al.'s (arXiv 2111.06377, appendix A.1): a batch norm without weights before the
+layer, LARS without weight decay, a cosine with warm-up, random resized crops and flips only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import islice
+
+import numpy as np
+import torch
+from timm.optim import Lars
+from torch import Tensor, nn
+
+from moce.config import ProbeSettings
+from moce.data.dataset import ImageSet
+from moce.data.loader import Batch, BatchOrder, prefetched
+from moce.data.rng import Stream, keyed_generator
+from moce.errors import MoceError
+from moce.models.encoder import choose_attention, encode_tokens, pool_tokens
+from moce.runtime.device import autocast, send
+from moce.runtime.progress import meter
+from moce.training.objectives import augmented
+from moce.training.optimizer import learning_rate, set_learning_rate
+from moce.weights.from_runs import Backbone
+
+
+def sgd_scores(
+    backbone: Backbone,
+    images: ImageSet,
+    labels: np.ndarray,
+    test: Tensor,
+    num_classes: int,
+    settings: ProbeSettings,
+    pooling: str,
+    device: torch.device,
+    precision: str,
+) -> np.ndarray:
+    """Scores (logits) [m, C] float32 of test images by a probe trained on `images`.
+
+    labels: [n] int64 class numbers, or [n, C] float32 of 0 and 1; test: their features [m, width]
+    under the same pooling. Raises MoceError if the loss is not finite.
+    """
+    encoder = FrozenEncoder(backbone, settings, pooling, device, precision)
+    head = build_head(test.shape[1], num_classes, settings.seed).to(device)
+    train_head(head, encoder, images, labels, settings)
+    with torch.inference_mode():
+        return head.eval()(test.to(device)).cpu().numpy()
+
+
+def steps_of(settings: ProbeSettings, count: int) -> tuple[int, int]:
+    """Steps, and images in each, of a probe on `count` images."""
+    size = min(settings.batch_size, count)
+    return math.ceil(settings.epochs * count / size), size
+
+
+def build_head(width: int, num_classes: int, seed: int) -> nn.Sequential:
+    """Batch norm without weights of its own, then the layer; drawn from the seed."""
+    layer = nn.Linear(width, num_classes)
+    generator = keyed_generator(seed, Stream.STEP, 0)
+    nn.init.trunc_normal_(layer.weight, std=0.01, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), layer)
+
+
+def build_optimiser(head: nn.Module) -> Lars:
+    """LARS: the rate of the weights goes with their norm over their gradient's, that of biases does not."""
+    matrices = [p for p in head.parameters() if p.ndim > 1]
+    vectors = [p for p in head.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "always_adapt": True}, {"params": vectors}]
+    return Lars(groups, lr=0.0, momentum=0.9, weight_decay=0.0)
+
+
+def train_head(
+    head: nn.Module,
+    encoder: FrozenEncoder,
+    images: ImageSet,
+    labels: np.ndarray,
+    settings: ProbeSettings,
+) -> None:
+    """Train the head in place. Raises MoceError if the loss is not finite."""
+    total, size = steps_of(settings, len(images))
+    order = BatchOrder(len(images), size, settings.seed)
+    targets = torch.from_numpy(labels)
+    error = nn.BCEWithLogitsLoss() if labels.ndim == 2 else nn.CrossEntropyLoss()
+    optimiser, peak = build_optimiser(head), settings.base_lr * size / 256
+    head.train()
+    with (
+        meter("linear probe", total) as progress,
+        closing(encoder.batches(images, order, total)) as batches,
+    ):
+        for number in range(total):
+            set_learning_rate(
+                optimiser, learning_rate(number, total, peak, settings.warmup, final=0.0)
+            )
+            rows, _ = order(number)
+            features = encoder(batches, len(rows))
+            loss = error(head(features), send(targets[rows], features.device))
+            if not loss.isfinite():
+                raise MoceError("the probe's loss is not finite; try a lower --base-lr")
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            progress.advance(f"loss {loss.item():.4f}")
+
+
+class FrozenEncoder:
+    """Features of augmented images, whose weights stay as they are."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: ProbeSettings,
+        pooling: str,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self._vit, self._spec = backbone.vit.to(device).eval(), backbone.spec
+        self._settings, self._pooling = settings, pooling
+        self._device, self._precision = device, precision
+        choose_attention(self._vit, device, precision)
+
+    def batches(self, images: ImageSet, order: BatchOrder, total: int) -> Generator[Batch]:
+        """The images of the steps 0 .. total - 1, a micro-batch at a time, fetched ahead."""
+        size = self._settings.micro_batch_size
+        steps = (order(number) for number in range(total))
+        parts = (
+            part
+            for rows, epochs in steps
+            for part in zip(rows.split(size), epochs.split(size), strict=True)
+        )
+        return prefetched(images, parts, self._device)
+
+    @torch.no_grad()  # not inference mode: the head's backward pass keeps the features
+    def __call__(self, batches: Iterator[Batch], count: int) -> Tensor:
+        """Features [count, width] float32 of the next batches, a forward pass for each."""
+        settings, size = self._settings, tuple(self._vit.patch_embed.img_size)
+        parts = []
+        with autocast(self._device, self._precision):
+            for batch in islice(batches, math.ceil(count / settings.micro_batch_size)):
+                tokens = encode_tokens(self._vit, augmented(batch, settings, self._spec, size))
+                parts.append(pool_tokens(self._vit, tokens.float(), self._pooling))
+        return torch.cat(parts)

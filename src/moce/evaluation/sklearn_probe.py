@@ -1,0 +1,131 @@
+"""Classifiers on features computed once: logistic regression and nearest neighbours (scikit-learn).
+
+Labels are class numbers, [n] int64, or, where an image can have several, [n, C] float32 of 0 and 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import KFold, StratifiedKFold
+from sklearn.neighbors import KNeighborsRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler, normalize
+from threadpoolctl import threadpool_limits
+
+from moce.evaluation.metrics import score
+
+STRENGTHS = (1e-2, 1e-1, 1.0)  # inverse regularisation C, on standardised features
+FOLDS = 3
+
+
+def linear_scores(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, num_classes: int
+) -> np.ndarray:
+    """Scores [m, num_classes] float32 of a logistic regression on features [n, d] for test [m, d].
+
+    Features are standardised; the regularisation is chosen by cross-validation on the training
+    part. Several labels per image: one regression per class. A class without examples (or, with
+    several labels, without counter-examples) gets the lowest score of all.
+    """
+    with threadpool_limits(1):  # so small a problem only loses time to threads
+        strength = _choose_strength(train, labels, num_classes)
+        return _scores(strength, train, labels, test, num_classes)
+
+
+def _choose_strength(features: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
+    found = cross_validated(features, labels, num_classes)
+    return max(found, key=lambda strength: found[strength]) if found else STRENGTHS[1]
+
+
+def cross_validated(
+    features: np.ndarray, labels: np.ndarray, num_classes: int
+) -> dict[float, float]:
+    """The mean score, 0..1, of every strength on held-out folds; empty if a class is too small for it."""
+    parts = list(_folds(features, labels))
+    metric = "map11" if labels.ndim == 2 else "accuracy"
+
+    def mean_score(strength: float) -> float:
+        values = [
+            score(
+                metric,
+                _scores(strength, features[a], labels[a], features[b], num_classes),
+                labels[b],
+            )
+            for a, b in parts
+        ]
+        return float(np.mean(values))
+
+    return {strength: mean_score(strength) for strength in STRENGTHS} if parts else {}
+
+
+def _folds(features: np.ndarray, labels: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Cross-validation's training and test rows; none if a class is too small to be divided."""
+    if labels.ndim == 2:
+        split = KFold(min(FOLDS, len(labels)), shuffle=True, random_state=0).split(features)
+        return [(a, b) for a, b in split if labels[b].any()]  # there is no precision of no labels
+    folds = min(FOLDS, int(np.bincount(labels)[np.unique(labels)].min()))
+    if folds < 2:
+        return []
+    return StratifiedKFold(folds, shuffle=True, random_state=0).split(features, labels)
+
+
+def _scores(
+    strength: float, train: np.ndarray, labels: np.ndarray, test: np.ndarray, num_classes: int
+) -> np.ndarray:
+    """Scores [m, num_classes] float32 of a regression of one strength."""
+    known: dict[int, np.ndarray] = {}
+    if labels.ndim == 1:
+        decided = _decide(strength, train, labels, test)
+        if decided.ndim == 1:  # two classes have one score: for the second
+            decided = np.stack([-decided, decided], axis=1)
+        known = dict(zip(np.unique(labels).tolist(), decided.T, strict=True))
+    else:
+        for number, answers in enumerate(labels.T):
+            if len(np.unique(answers)) == 2:
+                known[number] = _decide(strength, train, answers, test)
+    lowest = min((float(values.min()) for values in known.values()), default=0.0) - 1
+    scores = np.full((len(test), num_classes), lowest, np.float32)
+    for number, values in known.items():
+        scores[:, number] = values
+    return scores
+
+
+def _decide(strength: float, train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+    regression = LogisticRegression(C=strength, max_iter=200, tol=1e-3)
+    pipeline = make_pipeline(StandardScaler(), regression)
+    return pipeline.fit(train, labels).decision_function(test)
+
+
+def knn_scores(
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    num_classes: int,
+    neighbours: int = 20,
+) -> np.ndarray:
+    """Scores [m, num_classes] float32: votes of the k nearest in cosine similarity, by closeness."""
+    mean = KNeighborsRegressor(min(neighbours, len(train)), weights="distance")
+    mean.fit(normalize(train), labels)
+    if labels.ndim == 2:
+        return mean.predict(normalize(test)).astype(np.float32)
+    # As if every label were a row of 0 and 1, which for many images and classes fill the memory.
+    distance, nearest = mean.kneighbors(normalize(test))
+    closeness, voted = _closeness(distance), labels[nearest]
+    scores = np.zeros((len(test), num_classes), np.float32)
+    for number in np.unique(labels):
+        votes = (voted == number).astype(np.float64) * closeness
+        scores[:, number] = votes.sum(axis=1) / closeness.sum(axis=1)
+    return scores
+
+
+def _closeness(distance: np.ndarray) -> np.ndarray:
+    """The weight of every neighbour's vote, [m, k]: 1 / distance; where some are at 0, only these count."""
+    with np.errstate(divide="ignore"):
+        weights = 1.0 / distance
+    same = np.isinf(weights)
+    some = same.any(axis=1)
+    weights[some] = same[some]
+    return weights

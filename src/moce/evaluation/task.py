@@ -1,0 +1,167 @@
+"""A labelled task: training and test images with class numbers, one or several per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from moce.data.dataset import ImageSet
+from moce.data.load import load_images
+from moce.data.readers.factory import Entry, open_source
+from moce.data.readers.packed import find_packed
+from moce.data.readers.torchvision import Label
+from moce.errors import MoceError
+
+TEST_SHARE = 0.2  # of images whose source names no split
+PARTS = ("train", "test")
+
+
+@dataclass
+class Task:
+    """train, test: images; train_labels, test_labels: [n] int64 numbers into `classes`.
+
+    multi_label: an image has any number of classes, and the labels are [n, C] float32, 0 or 1.
+    """
+
+    name: str
+    classes: list[str]
+    train: ImageSet
+    test: ImageSet
+    train_labels: np.ndarray
+    test_labels: np.ndarray
+    multi_label: bool = False
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        return self.train.skipped + self.test.skipped
+
+
+def load_task(
+    data: str,
+    shape: tuple[int, int, int],
+    store: Path | None = None,
+    max_skipped: float = 1.0,
+) -> Task:
+    """The labelled images of a DATA argument. shape: (channels, h, w).
+
+    Without a train/test split in the source, a fifth of each class is the test set, or of all images
+    if they have several classes. Validation images train, or are the test set if there is no other.
+    Raises MoceError if labels or one of the splits are missing.
+    """
+    everything = open_source(data)
+    labelled = [row for row, entry in enumerate(everything) if entry.label is not None]
+    if not labelled:
+        raise MoceError(f"{data} has no labels; put every class in a folder of its own")
+    entries = [everything[row] for row in labelled]
+    splits = _splits(entries)
+    packed = _packed_as_needed(data, shape)
+
+    def read(part: str) -> ImageSet:
+        rows = [row for row, split in zip(labelled, splits, strict=True) if split == part]
+        if packed is not None:
+            return packed.subset(rows)
+        chosen, (channels, *size) = [everything[row] for row in rows], shape
+        return load_images(
+            chosen, (size[0], size[1]), store, channels=channels, max_skipped=max_skipped
+        )
+
+    train, test = read("train"), read("test")
+    classes = sorted(_names(train.labels))
+    if len(classes) < 2:
+        raise MoceError(
+            f"{data} has one class only ({', '.join(classes)}); a task needs two or more"
+        )
+    unknown = sorted(_names(test.labels) - set(classes))
+    if unknown:
+        raise MoceError(f"classes of the test images without training images: {', '.join(unknown)}")
+    multi_label = any(isinstance(entry.label, tuple) for entry in entries)
+    encode = _zeros_and_ones if multi_label else _class_numbers
+    labels = [encode(part.labels, classes) for part in (train, test)]
+    return Task(data, classes, train, test, labels[0], labels[1], multi_label)
+
+
+def _packed_as_needed(data: str, shape: tuple[int, int, int]) -> ImageSet | None:
+    """All images of a packed file of just this shape, not decoded again; None for other sources."""
+    packed = find_packed(data)
+    if packed is None or packed.shape[1:] != shape:
+        return None
+    return replace(load_images(data, shape[1:], channels=shape[0]), skipped=[])
+
+
+def _names_of(label: Label | None) -> tuple[str, ...]:
+    return label if isinstance(label, tuple) else (str(label),)
+
+
+def _names(labels: Sequence[Label | None]) -> set[str]:
+    return {name for label in labels for name in _names_of(label)}
+
+
+def _class_numbers(labels: Sequence[Label | None], classes: list[str]) -> np.ndarray:
+    """[n] int64."""
+    number = {name: index for index, name in enumerate(classes)}
+    return np.array([number[str(label)] for label in labels], np.int64)
+
+
+def _zeros_and_ones(labels: Sequence[Label | None], classes: list[str]) -> np.ndarray:
+    """[n, C] float32: 1 where the image shows the class. Rows may be all zero."""
+    return np.array(
+        [[name in _names_of(label) for name in classes] for label in labels], np.float32
+    )
+
+
+def _splits(entries: list[Entry]) -> list[str]:
+    named = {entry.split for entry in entries}
+    if named == {None}:
+        return _split_by_class(entries)
+    becomes = {None: "train", "train": "train", "test": "test"}
+    becomes["val"] = "train" if "test" in named else "test"
+    splits = [becomes[entry.split] for entry in entries]
+    missing = [part for part in PARTS if part not in splits]
+    if missing:
+        raise MoceError(f"no {missing[0]} images: the folders train/ and test/ must both be there")
+    return splits
+
+
+def _split_by_class(entries: list[Entry]) -> list[str]:
+    """The last fifth of each class, in a fixed shuffled order, is the test set.
+
+    Images of several classes are divided without regard to them.
+    """
+    several = any(isinstance(entry.label, tuple) for entry in entries)
+    splits = ["train"] * len(entries)
+    order = np.random.default_rng(0).permutation(len(entries)).tolist()
+    rows_of: dict[Label | None, list[int]] = {}
+    for row in order:
+        rows_of.setdefault(None if several else entries[row].label, []).append(row)
+    for label, rows in rows_of.items():
+        if len(rows) < 2:
+            kind = f"class '{label}'" if label is not None else "the task"
+            raise MoceError(f"{kind} has one image; give two or more, or a test/ folder")
+        for row in rows[-max(1, round(TEST_SHARE * len(rows))) :]:
+            splits[row] = "test"
+    return splits
+
+
+def draw_labels(labels: np.ndarray, count: int | None, seed: int, number: int = 0) -> np.ndarray:
+    """Rows of random draw `number` of `count` labels, [count]; no two seeds share a draw.
+
+    labels: [n] class numbers, drawn as even over the classes as they allow, or [n, C] of 0 and 1,
+    drawn without regard to classes: images of several cannot be dealt out class by class.
+    """
+    if count == 1:
+        raise MoceError("num_labels 1 leaves one class only; give 2 or more")
+    if count is None or count >= len(labels):
+        return np.arange(len(labels))
+    order = np.random.default_rng([seed, number]).permutation(len(labels))
+    if labels.ndim == 2:
+        return np.sort(order[:count])
+    shuffled = labels[order]
+    # How many of its class come before each image: taking the lowest ranks goes round the classes.
+    rank = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(shuffled == label)
+        rank[members] = np.arange(len(members))
+    return np.sort(order[np.argsort(rank, kind="stable")[:count]])

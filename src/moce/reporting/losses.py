@@ -1,0 +1,120 @@
+"""Section 3: the losses of all training runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moce.reporting.elements import Block, Chart, Note, Picture, Section
+from moce.reporting.load import Material, Run
+from moce.reporting.style import METHODS, drawing
+
+DASHES = ("-", "--", ":", "-.")  # for runs of the same method
+
+
+def losses_section(material: Material) -> Section | None:
+    """The section, or None if no run trains anything."""
+    trained = [run for run in material.runs if run.kind != "clusters"]
+    if not trained:
+        return None
+    blocks: list[Block] = []
+    logged = [run for run in trained if run.metrics]
+    unlabelled = [run for run in logged if run.kind != "classifier"]
+    labelled = [run for run in logged if run.kind == "classifier"]
+    if unlabelled:
+        blocks.append(Chart(_reconstruction_figure(unlabelled), _caption(unlabelled)))
+    if labelled:
+        blocks.append(Chart(_figure(labelled, "cross-entropy"), title="Fine-tuning"))
+    silent = ", ".join(run.name for run in trained if not run.metrics)
+    if silent:
+        blocks.append(Note(f"Nothing was logged by: {silent}."))
+    lead = (
+        "Lower is better; each point is the mean over the steps since the one before, on images as "
+        "augmented for training."
+    )
+    return Section("losses", "Losses", lead, blocks)
+
+
+def _caption(runs: list[Run]) -> str:
+    if any(run.kind == "moce" for run in runs):
+        return (
+            "Reconstruction error of the removed patches. Of MoCE only its reconstruction term is "
+            "drawn, without the gates' losses, so that it stands beside MAE+ on the same scale."
+        )
+    return "Reconstruction error of the removed patches."
+
+
+def curve(run: Run) -> tuple[list[float], list[float]]:
+    """(epochs, losses) as logged; of MoCE the reconstruction term."""
+    name = "reconstruction" if any("reconstruction" in row for row in run.metrics) else "loss"
+    rows = [row for row in run.metrics if name in row and "epoch" in row]
+    return [row["epoch"] for row in rows], [row[name] for row in rows]
+
+
+def first_epoch(run: Run, runs: list[Run], seen: frozenset[Path] = frozenset()) -> float:
+    """Epochs that the weights a run started from had behind them, as far as that run is here."""
+    parent = _parent(run, runs)
+    if parent is None or parent.path in seen or not curve(parent)[0]:
+        return 0.0
+    return first_epoch(parent, runs, seen | {parent.path}) + curve(parent)[0][-1]
+
+
+def _parent(run: Run, runs: list[Run]) -> Run | None:
+    """The run whose weights this one started from: that folder or, if moved, one of its name."""
+    origin = run.config.get("mae") or run.config.get("init")
+    if origin is None:
+        return None
+    path = Path(str(origin)).resolve()
+    others = [other for other in runs if other is not run and other.is_mae]
+    exact = [other for other in others if other.path.resolve() == path]
+    return next(iter(exact + [other for other in others if other.name == path.name]), None)
+
+
+def _reconstruction_figure(runs: list[Run]) -> Picture:
+    """All runs one after the other and, if some continue others, those close up."""
+    later = [run for run in runs if first_epoch(run, runs) > 0]
+    if not later or len(later) == len(runs):
+        return _figure(runs, "loss")
+    with drawing(3.5, _alt(runs)) as canvas:
+        whole, close = canvas.figure.subplots(1, 2, width_ratios=[1.25, 1])
+        _lines(whole, runs, runs, "reconstruction loss")
+        whole.set_title("From the first step")
+        _lines(close, later, runs, "")
+        close.set_title("The continuation, close up")
+        whole.legend(loc="upper right")
+        close.legend(loc="upper right")
+    return canvas.picture
+
+
+def _figure(runs: list[Run], unit: str) -> Picture:
+    with drawing(3.5, _alt(runs)) as canvas:
+        axes = canvas.figure.subplots()
+        _lines(axes, runs, runs, unit)
+        axes.legend(loc="upper right")
+    return canvas.picture
+
+
+def _lines(axes: Any, runs: list[Run], all_runs: list[Run], unit: str) -> None:
+    for number, run in enumerate(runs):
+        before = [other for other in runs[:number] if other.kind == run.kind]
+        epochs, losses = curve(run)
+        start = first_epoch(run, all_runs)
+        look = METHODS.get(run.kind, METHODS["unfinished"])
+        axes.plot(
+            [start + epoch for epoch in epochs],
+            losses,
+            DASHES[len(before) % len(DASHES)],
+            color=look.colour,
+            marker=look.marker if len(epochs) < 25 else "",
+            markersize=4.5,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            label=run.label,
+        )
+    axes.set_xlabel("epochs")
+    axes.set_ylabel(unit)
+
+
+def _alt(runs: list[Run]) -> str:
+    ends = [f"{run.label} ends at {curve(run)[1][-1]:.4f}" for run in runs if curve(run)[1]]
+    return f"Losses over epochs. {'; '.join(ends)}."

@@ -1,0 +1,155 @@
+"""Where to compute and in what precision, decided once per run and recorded in its config."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from moce.config import RuntimeSettings
+from moce.errors import MoceError
+from moce.runtime.distributed import leave_group, of_main
+from moce.runtime.launch import ALONE, launch
+
+if TYPE_CHECKING:
+    pass
+from torch import Tensor
+
+from moce.runtime.fabric import open_fabric
+
+MATMUL_SIZE = 1024
+LONG = 0.5  # seconds of one product, after which it is not repeated
+BF16_GAIN = 1.3  # bf16 is taken if its matrix products are this much faster than float32's
+
+
+def resolve_device(wanted: str) -> torch.device:
+    """The device of a setting (auto: the first accelerator, else the CPU). Raises MoceError if absent."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": _has_mps()}
+    if wanted == "auto":
+        wanted = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[wanted]:
+        raise MoceError(f"device '{wanted}' is not available here; use --device auto")
+    return torch.device(wanted) if launch() is ALONE else _own_device(wanted)
+
+
+def _own_device(kind: str) -> torch.device:
+    """The device of this process, one of several: each process of a node has one of its GPUs."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    local, devices = launch().local, torch.cuda.device_count() if kind == "cuda" else 1
+    if kind == "cuda" and devices == 1 and _bound(local):
+        return torch.device(kind, 0)
+    if local > devices:
+        slurm = ", give the node more (--gpus-per-node), let all see them (--gpu-bind=none)"
+        raise MoceError(
+            f"{local} processes on a node with {devices} {kind} devices; start as many processes as "
+            f"there are devices{slurm if launch().by == 'srun' else ''}, or add --device cpu"
+        )
+    return torch.device(kind, launch().local_rank)
+
+
+def _bound(local: int) -> bool:
+    """Whether Slurm has left each process a GPU of its own, all it sees (--gpus-per-task=1)."""
+    if launch().by != "srun":
+        return False
+    return int(os.environ.get("SLURM_GPUS_ON_NODE", local)) >= local
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """float32 or bf16; auto measures on CPUs and asks CUDA devices."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type == "mps":
+        return "float32"
+    return _cpu_precision(torch.get_num_threads())
+
+
+@lru_cache
+def _cpu_precision(threads: int) -> str:
+    """Measured once per number of threads: at most some tenths of a second, also without bf16 units."""
+    for size in (128, MATMUL_SIZE):  # bf16 in software would take seconds at full size
+        bf16, float32 = (
+            matmul_rate(torch.device("cpu"), dtype, size)
+            for dtype in (torch.bfloat16, torch.float32)
+        )
+        if bf16 < float32 / 2:
+            return "float32"
+    return "bf16" if bf16 >= BF16_GAIN * float32 else "float32"
+
+
+def matmul_rate(
+    device: torch.device, dtype: torch.dtype, size: int = MATMUL_SIZE, repeats: int = 5
+) -> float:
+    """Best of a few square matrix products, in FLOP/s."""
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+        if best > LONG:
+            break
+    return 2 * size**3 / best
+
+
+def prepare(settings: RuntimeSettings) -> tuple[torch.device, str]:
+    """Set threads and seed, and meet the other processes; (device, precision), resolved alike in all."""
+    if settings.threads is not None:  # else torch's choice: OMP_NUM_THREADS, or all cores
+        torch.set_num_threads(settings.threads)
+    elif launch() is not ALONE and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // launch().local))
+    device = resolve_device(settings.device)
+    if launch() is not ALONE:
+        open_fabric(device, "float32")
+        atexit.register(leave_group)
+    precision = of_main(lambda: resolve_precision(settings.precision, device))
+    # Last: measuring draws random numbers, how many depends on the clock.
+    torch.manual_seed(settings.seed)
+    return device, precision
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which networks run outside training."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# Of a GPU's free memory, up to which data are kept there. Little, for it is looked at before there
+# are gradients, AdamW's averages and, the most, what a forward pass keeps for the backward pass.
+RESIDENT_SHARE = 0.25
+
+
+def fits_on(device: torch.device, num_bytes: int) -> bool:
+    """Whether so much data may stay on a device: on a CUDA device with room to spare."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return num_bytes <= RESIDENT_SHARE * free
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`. What is computed on a CUDA device meanwhile is not waited for."""
+    if device.type == "cuda" and not values.is_cuda:
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+def tally(numbers: Tensor, count: int) -> Tensor:
+    """How often 0 .. count - 1 are among `numbers` [m] int64: [count] int64.
+
+    As `bincount`, which on a CUDA device would wait for it, to look for the largest.
+    """
+    if numbers.device.type == "cpu":
+        return numbers.bincount(minlength=count)
+    return (numbers[:, None] == torch.arange(count, device=numbers.device)).sum(dim=0)

@@ -1,0 +1,100 @@
+"""Several processes of one run: which one this is, and sums over all. One process: all of it is free.
+
+torchrun (or Slurm) starts the processes; Lightning Fabric opens the group (hardware.py). What is
+on the CPU goes by gloo, what is on accelerators by nccl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moce.runtime.launch import launch, speaks
+
+T = TypeVar("T")
+
+
+def world() -> int:
+    """How many processes share this run."""
+    return dist.get_world_size() if _grouped() else 1
+
+
+def rank() -> int:
+    """Which of them this is, 0 .. world() - 1."""
+    return dist.get_rank() if _grouped() else 0
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and talks; known before the group is open."""
+    return speaks()
+
+
+def is_local_main() -> bool:
+    """Whether this process is the one of its node that does what is to be done once a node."""
+    return launch().local_rank == 0
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """`values` summed over all processes, in place; any shape and type, the same everywhere."""
+    if _grouped():
+        dist.all_reduce(values)
+    return values
+
+
+def summed(values: Tensor) -> Tensor:
+    """`values` summed over all processes, as a new tensor that gradients pass through."""
+    return _Summed.apply(values) if _grouped() else values
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return all_sum(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return all_sum(gradients[0].clone())
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    all_sum(torch.zeros(()))
+
+
+def of_main(make: Callable[[], T]) -> T:
+    """What `make` returns in the main process, which alone calls it; for small plain values."""
+    if not _grouped():
+        return make()
+    held: list[Any] = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(held)
+    return held[0]
+
+
+def of_local_main(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process of each node, which alone calls it."""
+    if not _grouped():
+        return make()
+    mine = (launch().node, is_local_main(), make() if is_local_main() else None)
+    everyones: list[Any] = [None] * world()
+    dist.all_gather_object(everyones, mine)
+    return next(value for node, first, value in everyones if first and node == mine[0])
+
+
+def own_share(count: int) -> slice:
+    """This process's part of `count` things in their order; the parts differ by at most one."""
+    here, of = rank(), world()
+    return slice(count * here // of, count * (here + 1) // of)
+
+
+def leave_group() -> None:
+    """Take leave of the other processes, at the end of the program."""
+    if _grouped():
+        dist.destroy_process_group()
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()

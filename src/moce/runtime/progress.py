@@ -1,0 +1,68 @@
+"""What a waiting user sees: a bar on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moce.runtime.distributed import is_main
+
+console = Console(stderr=True, highlight=False)
+LINE_EVERY = 15.0  # seconds between lines where there is no terminal
+
+
+def say(message: str) -> None:
+    """Tell the user something in one line, on standard error; of several processes, the main one does."""
+    if is_main():
+        console.print(message, markup=False, soft_wrap=True)
+
+
+class Meter:
+    """Progress of one job: `advance` after every step, with a few words on how it goes.
+
+    The bar comes after `wait` seconds: a job that has ended by then leaves no trace.
+    """
+
+    def __init__(self, title: str, total: int, done: int, wait: float) -> None:
+        self._title, self._total, self._done, self._first = title, total, done, done
+        self._note, self._wait = "", wait
+        self._start = self._last_line = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal or not is_main(),
+        )
+        self._task = self._bar.add_task(title, total=total, completed=done, note="")
+
+    def advance(self, note: str | None = None, count: int = 1) -> None:
+        self._done += count
+        self._note = self._note if note is None else note
+        self._bar.update(self._task, completed=self._done, note=self._note)
+        now = time.monotonic()
+        if now - self._start >= self._wait:
+            self._bar.start()
+        if not console.is_terminal and now - self._last_line >= LINE_EVERY:
+            self._last_line = now
+            rate = (self._done - self._first) / (now - self._start)
+            left = (self._total - self._done) / rate
+            say(f"{self._title} {self._done}/{self._total}, {left:.0f} s left, {self._note}")
+
+
+@contextmanager
+def meter(title: str, total: int, done: int = 0, wait: float = 0.0) -> Iterator[Meter]:
+    """A Meter on show within the context, its bar after `wait` seconds."""
+    shown = Meter(title, total, done, wait)
+    try:
+        if not wait:
+            shown._bar.start()
+        yield shown
+    finally:
+        shown._bar.stop()

@@ -1,0 +1,82 @@
+"""What signals do while moce works. Light: the command line needs it before anything is imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import torch
+
+from moce.errors import Terminated
+from moce.runtime.distributed import all_sum, world
+from moce.runtime.launch import speaks
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+@contextmanager
+def handled_by(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
+    """Within the context these signals go to `handler` (on the main thread; elsewhere: nothing)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within the context SIGTERM raises Terminated, as Ctrl-C raises KeyboardInterrupt."""
+    with handled_by(_terminate, signal.SIGTERM):
+        yield
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+class StopRequest:
+    """`received`: the signal that asked to stop, if any. Ctrl-C after it stops at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+            _tell("stopping and saving; Ctrl-C again stops at once, without saving")
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+
+def _tell(message: str) -> None:
+    """A line on standard error, past the buffers that the signal may have come into."""
+    if not speaks():
+        return
+    with suppress(OSError, ValueError, AttributeError):
+        os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
+
+
+def agreed(received: signal.Signals | None) -> signal.Signals | None:
+    """A signal if any process has received one, so that all stop after the same step."""
+    if world() == 1:
+        return received
+    anyone = int(all_sum(torch.tensor(int(received is not None)))) > 0
+    return received or (signal.SIGTERM if anyone else None)
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Within the context the signals only set `received` (on the main thread; elsewhere: nothing)."""
+    request = StopRequest()
+    with handled_by(request._handle, signal.SIGINT, signal.SIGTERM):
+        yield request

@@ -1,0 +1,147 @@
+"""metrics.jsonl, timings.jsonl and, behind a flag, TensorBoard events: a row per logged step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moce.errors import MoceError, NotFinite
+from moce.runs.files import append_line, read_lines, write_text
+from moce.runs.model import METRICS, TIMINGS
+from moce.runtime.distributed import all_sum, is_main
+from moce.training.thread_parallel import Losses
+from moce.training.trainer import remedy
+
+STEPS = "steps"  # beside the sums in the state of a window
+
+Row = dict[str, Any]
+
+
+class MetricLog:
+    """Appends rows to the logs of a run; rows past the step a run resumes from are dropped.
+
+    Two files: metrics.jsonl is the same for the same settings, timings.jsonl is of the clock. The main
+    process writes, the others write nothing.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool, resumed_step: int) -> None:
+        self._folder = folder
+        for name in (METRICS, TIMINGS):
+            rows = read_lines(folder / name, "step")
+            lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= resumed_step]
+            write_text(folder / name, "".join(lines))
+        self._board = open_board(folder, resumed_step) if tensorboard and is_main() else None
+
+    def write(self, row: Row, times: Row) -> None:
+        if not is_main():
+            return
+        append_line(self._folder / METRICS, row)
+        append_line(self._folder / TIMINGS, times)
+        if self._board is not None:
+            for name, value in flatten(row | times).items():
+                self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def open_board(folder: Path, resumed_step: int) -> Any:
+    """A TensorBoard writer; events past `resumed_step` are hidden. Raises MoceError without it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MoceError(
+            "TensorBoard is not installed: pip install 'moce[tensorboard]', or leave --tensorboard out"
+        ) from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+
+
+def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a nested row, named by their path: {"gates": {"9": ...}} gives gates/9/..."""
+    flat: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            flat[prefix + name] = value
+    return flat
+
+
+class Window:
+    """Sums since the last logged row; they stay on the device until a row is asked for.
+
+    steps: how many are summed. After a resume they began in the process before, the times in this.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums: Losses = {}
+        self._start, self._waited, self.steps, self._untimed = time.perf_counter(), 0.0, 0, 0
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums and how many steps they are of."""
+        return {**{f"sum.{k}": v for k, v in self._sums.items()}, STEPS: torch.tensor(self.steps)}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from the `state` of another window; of an older version it may be empty.
+
+        It holds the sums of all processes: the main one goes on with them, the others from zero.
+        """
+        sums = {k.removeprefix("sum."): v for k, v in state.items() if k.startswith("sum.")}
+        own = 1 if is_main() else 0
+        self._sums = {name: value.to(self._device) * own for name, value in sums.items()}
+        self.steps = self._untimed = int(state.get(STEPS, 0))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time within as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def add(self, losses: Losses, share: float) -> None:
+        self._sums = {  # in the order of the losses, which a loaded state does not keep
+            name: self._sums.get(name, 0) + value.detach().float() * share
+            for name, value in losses.items()
+        }
+        self._finite &= losses["loss"].detach().isfinite()
+
+    def collect(self) -> None:
+        """Bring the sums of all processes into the main one; before they are read or saved."""
+        for value in self._sums.values():
+            all_sum(value)
+            if not is_main():
+                value.zero_()
+
+    def row(self, step: int, count: int, batch_size: int, rate: float) -> dict[str, Any]:
+        """Means since the last row: the same in every run of these settings."""
+        means = {name: value.item() / self.steps for name, value in self._sums.items()}
+        epoch = round(step * batch_size / count, 4)
+        return {"step": step, "epoch": epoch, **means, "lr": rate}
+
+    def times(self, step: int, batch_size: int) -> dict[str, Any]:
+        """How fast this process went since the last row."""
+        seconds, steps = time.perf_counter() - self._start, self.steps - self._untimed
+        return {
+            "step": step,
+            "images_per_s": round(steps * batch_size / seconds, 1),
+            "step_s": round(seconds / steps, 5),
+            "data_wait_s": round(self._waited / steps, 5),
+        }
+
+    def check_finite(self, folder: Path) -> None:
+        """Raise NotFinite if any loss since the start was not finite; called before anything is written."""
+        if int(all_sum((~self._finite).long())):
+            raise NotFinite(f"the loss is not finite; {remedy(folder)}")

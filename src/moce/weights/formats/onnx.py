@@ -1,0 +1,60 @@
+"""ONNX: an encoder as a file that ONNX Runtime and other engines run. Needs the extra [onnx]."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from moce.errors import MoceError
+from moce.models.encoder import EncoderSpec, encode_tokens, pool_tokens
+from moce.runs.files import atomic, write_json
+
+MODEL, PREPROCESSING = "model.onnx", "preprocessing.json"
+
+
+class _Features(nn.Module):
+    """images [b, c, h, w], normalised, to features [b, d] and tokens [b, prefix + patches, d]."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = encode_tokens(self.vit, images)
+        return pool_tokens(self.vit, tokens, "mean"), tokens
+
+
+def check_installed() -> None:
+    """Raise MoceError if the packages that torch's exporter needs are not installed."""
+    try:
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError:
+        raise MoceError("the onnx format needs more packages: pip install 'moce[onnx]'") from None
+
+
+def write(folder: Path, vit: VisionTransformer, spec: EncoderSpec) -> None:
+    """Write model.onnx (any batch size, float32) and preprocessing.json."""
+    check_installed()
+    height, width = vit.patch_embed.img_size
+    images = torch.zeros(2, vit.in_chans, height, width)
+    module = _Features(copy.deepcopy(vit).cpu().float()).eval()
+    with atomic(folder / MODEL) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            (images,),
+            str(temporary),
+            input_names=["images"],
+            output_names=["features", "tokens"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    said = {"input_size": [vit.in_chans, height, width], "mean": spec.mean, "std": spec.std}
+    write_json(folder / PREPROCESSING, said)
