@@ -9,7 +9,7 @@ TESTS := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       pre-train, cluster, train experts, customise for six tasks (about 8 minutes)"
+	@echo "make demo       pre-train, cluster, train experts, customize for six tasks (about 8 minutes)"
 	@echo "make test       the fast tests"
 	@echo "make test-slow  the slow tests (end-to-end runs)"
 	@echo "make check      what continuous integration runs: tests, lint, types"

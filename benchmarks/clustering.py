@@ -30,9 +30,9 @@ import torch
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from benchmarks.measure import machine
-from moce.clustering.balanced_kmeans import Round, Watch, balanced_kmeans
+from moce.clustering.balanced_kmeans import Callbacks, Iteration, balanced_kmeans
 from moce.clustering.features import Rows, without_copies
-from moce.clustering.sinkhorn import Similarities, column_masses, sweep
+from moce.clustering.sinkhorn import Similarities, column_masses, score_pass
 
 PACKAGES = ("moce", "torch", "faiss-cpu", "scikit-learn", "POT")
 RESULTS = Path(__file__).parent / "results" / "clustering.json"
@@ -60,26 +60,26 @@ SINKHORN_COUNT = 20_000  # POT holds several n x K matrices in float64
 
 
 def write_features(path: Path, case: Case) -> None:
-    """Unit features, centred; beside them the planted cluster of each.
+    """Unit features, centered; beside them the planted cluster of each.
 
-    Centres come in families of eight; sizes are lognormal; the noise is partly along 64 directions
+    Centers come in families of eight; sizes are lognormal; the noise is partly along 64 directions
     that all share.
     """
     random = np.random.default_rng(0)
     family = random.standard_normal((max(1, case.planted // 8), case.width))
-    centres = (
+    centers = (
         random.standard_normal((case.planted, case.width)) + np.tile(family, (8, 1))[: case.planted]
     )
-    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    centers /= np.linalg.norm(centers, axis=1, keepdims=True)
     shares = np.exp(0.5 * random.standard_normal(case.planted))
     planted = random.choice(case.planted, case.count, p=shares / shares.sum())
     common = random.standard_normal((64, case.width)) / np.sqrt(64 * case.width)
-    mean = (shares / shares.sum()) @ centres
+    mean = (shares / shares.sum()) @ centers
     features = np.memmap(path, np.float32, "w+", shape=(case.count, case.width))
     for start in range(0, case.count, CHUNK):
         label = planted[start : start + CHUNK]
         rough = random.standard_normal((len(label), case.width), np.float32) / np.sqrt(case.width)
-        found = centres[label] - mean + 0.8 * rough
+        found = centers[label] - mean + 0.8 * rough
         found += 0.8 * random.standard_normal((len(label), 64)) @ common
         features[start : start + CHUNK] = found / np.linalg.norm(found, axis=1, keepdims=True)
     features.flush()
@@ -138,12 +138,12 @@ class Found:
 def run_moce(features: np.ndarray, case: Case) -> Found:
     """The whole clustering, as `moce cluster` does it."""
     tensor = torch.from_numpy(features)
-    rounds: list[Round] = []
+    iterations: list[Iteration] = []
     ends: list[float] = []
     sweeps = [0]
 
-    def on_round(state: Round) -> None:
-        rounds.append(state)
+    def on_round(state: Iteration) -> None:
+        iterations.append(state)
         ends.append(time.perf_counter())
 
     def on_sweep() -> None:
@@ -151,12 +151,12 @@ def run_moce(features: np.ndarray, case: Case) -> Found:
 
     with Memory() as memory:
         start = time.perf_counter()
-        found = balanced_kmeans(tensor, case.clusters, watch=Watch(on_round, on_sweep))
+        found = balanced_kmeans(tensor, case.clusters, watch=Callbacks(on_round, on_sweep))
         total = time.perf_counter() - start
-    whole = [i for i, state in enumerate(rounds) if state.stage == 1]
+    whole = [i for i, state in enumerate(iterations) if state.stage == 1]
     between = [ends[i] - ends[i - 1] for i in whole if i - 1 in whole]
     passes = {
-        "rounds on the sample": len(rounds) - len(whole),
+        "rounds on the sample": len(iterations) - len(whole),
         "rounds on all": len(whole),
         "sweeps of every kind": sweeps[0],
     }
@@ -207,7 +207,7 @@ def run_pot(features: np.ndarray, case: Case) -> Found:
 
     part = np.array(features[:SINKHORN_COUNT])
     centroids = balanced_kmeans(
-        torch.from_numpy(part), case.clusters, max_rounds=3
+        torch.from_numpy(part), case.clusters, max_iterations=3
     ).centroids.numpy()
     iterations = 20
     with Memory() as memory:
@@ -286,7 +286,7 @@ def time_passes(path: Path, case: Case, repeats: int) -> list[dict[str, Any]]:
 
     def fused() -> None:
         similarities = Similarities(rows, centroids, EPSILON, keep=False)
-        sweep(similarities, potentials, assignment, exact=False)
+        score_pass(similarities, potentials, assignment, exact=False)
 
     runs: dict[str, Callable[[], Any]] = {
         "bare product": lambda: bare_product(features, centroids),
@@ -317,10 +317,10 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def keep(out: Path, case: Case, part: str, content: Any) -> None:
     """Put a part of the result into the file, in the place of what was there of it."""
     result = json.loads(out.read_text()) if out.is_file() else {}
-    entry = result.setdefault(case.name, {})
-    entry["case"] = asdict(case)
-    entry.setdefault("machine", {})[part] = machine(PACKAGES)
-    entry[part] = content
+    sample = result.setdefault(case.name, {})
+    sample["case"] = asdict(case)
+    sample.setdefault("machine", {})[part] = machine(PACKAGES)
+    sample[part] = content
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -334,22 +334,22 @@ def tables(found: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def case_tables(entry: dict[str, Any]) -> list[str]:
-    case, machines = entry["case"], entry["machine"]
+def case_tables(sample: dict[str, Any]) -> list[str]:
+    case, machines = sample["case"], sample["machine"]
     last = list(machines.values())[-1]
     names = ", ".join(f"{package} {number}" for package, number in last["versions"].items())
     lines = [
         f"### {case['count']:,} features of width {case['width']}, {case['clusters']} clusters",
         f"{last['cpu']}, {last['cores']} cores, {last['torch_threads']} torch threads. {names}.",
     ]
-    if "passes" in entry:
+    if "passes" in sample:
         lines.append(f"Passes, revision {machines['passes']['revision']}:")
-        lines.append("\n".join(pass_table(entry["passes"])))
-    found = [name for name in CONTENDERS if name in entry]
+        lines.append("\n".join(pass_table(sample["passes"])))
+    found = [name for name in CONTENDERS if name in sample]
     if not found:
         return lines
     revisions = ", ".join(f"{name} {machines[name]['revision']}" for name in found)
-    return [*lines, f"Revisions: {revisions}.", "\n".join(whole_table([entry[n] for n in found]))]
+    return [*lines, f"Revisions: {revisions}.", "\n".join(whole_table([sample[n] for n in found]))]
 
 
 def pass_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ from moce.models.encoder import EncoderSpec, choose_attention
 from moce.models.mae import MAE, MAESpec
 from moce.training.objectives import part_size
 from moce.training.optimizer import adamw, parameter_groups, set_learning_rate
-from moce.training.thread_parallel import Lanes
+from moce.training.thread_parallel import ThreadParallel
 
 LossOfDraw = Callable[[nn.Module, Tensor, slice], Tensor]
 RATE, DECAY, BETAS = 1e-4, 0.05, (0.9, 0.95)
@@ -77,16 +77,16 @@ class Case:
         return torch.rand(self.batch, SIZES[self.size].patches, device=self.device)
 
 
-def training_step(case: Case, loss: Callable[[], Tensor], optimiser: torch.optim.Optimizer) -> Work:
-    """Forward, backward and optimiser, as in the training loop."""
+def training_step(case: Case, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Work:
+    """Forward, backward and optimizer, as in the training loop."""
     autocast = torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16")
 
     def step() -> None:
         with autocast:
             value = loss()
         value.backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -106,23 +106,23 @@ def our_step(case: Case, model: nn.Module, size: int | None, loss: LossOfDraw) -
 
     loss: of a model, the noise of the batch and a part of it.
     """
-    optimiser = adamw(parameter_groups(model.parameters(), DECAY), BETAS[1])
-    set_learning_rate(optimiser, RATE)
+    optimizer = adamw(parameter_groups(model.parameters(), DECAY), BETAS[1])
+    set_learning_rate(optimizer, RATE)
     if case.device != "cpu" or size is None:
-        return training_step(case, lambda: loss(model, case.noise(), slice(None)), optimiser)
+        return training_step(case, lambda: loss(model, case.noise(), slice(None)), optimizer)
     autocast = torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16")
-    lanes = Lanes(model)
+    thread_parallel = ThreadParallel(model)
 
     def step() -> None:
         noise = case.noise()
 
-        def of_part(twin: nn.Module, part: slice) -> dict[str, Tensor]:
+        def of_part(replica: nn.Module, part: slice) -> dict[str, Tensor]:
             with autocast:
-                return {"loss": loss(twin, noise, part)}
+                return {"loss": loss(replica, noise, part)}
 
-        lanes.backward(of_part, case.batch, size)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        thread_parallel.backward(of_part, case.batch, size)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -167,11 +167,11 @@ def transformers_mae(case: Case, attention: str | None) -> nn.Module:
 def transformers_step(case: Case, attention: str | None, fused: bool, compiled: bool) -> Work:
     model, images = transformers_mae(case, attention), case.images()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         trained, lr=RATE, betas=BETAS, weight_decay=DECAY, fused=fused or None
     )
     call = torch.compile(model) if compiled else model
-    return training_step(case, lambda: call(images, noise=case.noise()).loss, optimiser)
+    return training_step(case, lambda: call(images, noise=case.noise()).loss, optimizer)
 
 
 # --- lightly ------------------------------------------------------------------------------------------
@@ -214,10 +214,10 @@ class LightlyMAE(nn.Module):
 
 def lightly_step(case: Case) -> Work:
     model, images = LightlyMAE(SIZES[case.size]).to(case.device).train(), case.images()
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         model.parameters(), lr=RATE, betas=BETAS, weight_decay=DECAY, fused=True
     )
-    return training_step(case, lambda: model(images), optimiser)
+    return training_step(case, lambda: model(images), optimizer)
 
 
 # --- all ----------------------------------------------------------------------------------------------

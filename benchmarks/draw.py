@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import clustering
-from benchmarks.contenders import AS_IT_COMES, SIZES
+from benchmarks.candidates import AS_IT_COMES, SIZES
 from benchmarks.images import RESULTS as IMAGES
 from benchmarks.mae_step import LIMIT
 from benchmarks.mae_step import RESULTS as MAE_STEP
@@ -57,7 +57,7 @@ def images(result: dict) -> str:
             f"({suffix[1:]})",
             f"Decoded and resized to {case['packed']} × {case['packed']}:",
             "\n".join(loaders(found["rows"]["decode"], "torchvision, 2 workers")),
-            f"Batches of {case['batch']}, cropped, flipped and normalised:",
+            f"Batches of {case['batch']}, cropped, flipped and normalized:",
             "\n".join(loaders(found["rows"]["loader"], "torchvision, 2 workers")),
             f"A small ViT that trains on the packed file waits {100 * wait['share']:.1f} % of a step "
             f"of {wait['step_s']:.2f} s for its batch.",
@@ -122,7 +122,7 @@ def mae_memory(part: dict) -> list[str]:
 
 
 def moce_step(result: dict) -> str:
-    """Training of every size, then encoding by a customised expert."""
+    """Training of every size, then encoding by a customized expert."""
     parts = dict(result["parts"])
     encoding = parts.pop("encoding", None)
     lines = [piece for name, part in parts.items() for piece in over_dense(title(name), part)]

@@ -6,7 +6,7 @@
 
 Files are random crops of scikit-learn's two sample photographs: 500 x 400 JPEGs for training at
 224, 32 x 32 PNGs for training at 32. Every contender gives float32 batches after a random resized
-crop (bicubic, antialiased, scale 0.2 to 1), a flip and normalisation. All run in one process tree,
+crop (bicubic, antialiased, scale 0.2 to 1), a flip and normalization. All run in one process tree,
 in turns; each row of results/images.json is one pass of one contender. Needs: pip install 'moce[hf]'.
 """
 
@@ -33,7 +33,7 @@ import moce
 from benchmarks.measure import FOLDER, machine
 from moce.config import PretrainSettings
 from moce.data import dataset as moce_images
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.data.decode import to_pixels
 from moce.data.load import load_images
 from moce.data.loader import BatchOrder, prefetched
@@ -160,7 +160,7 @@ def huggingface_batches(folder: Path, case: Case, workers: int) -> Pass:
     return lambda: sum(len(batch["image"]) for batch in batches)
 
 
-def packed_images(folder: Path, case: Case, *, mapped: bool) -> ImageSet:
+def packed_images(folder: Path, case: Case, *, mapped: bool) -> ImageDataset:
     file = folder.parent / f"{case.name}.moce"
     kept = moce_images.MEMORY_SHARE
     try:
@@ -217,7 +217,7 @@ def training_wait(folder: Path, case: Case, steps: int) -> dict[str, float]:
 # --- the whole -----------------------------------------------------------------------------------------
 
 
-def contenders(
+def candidates(
     folder: Path, case: Case, pool: multiprocessing.pool.Pool
 ) -> dict[str, dict[str, Pass]]:
     """By what is measured and by name. Packing comes first: the loaders read its file."""
@@ -272,7 +272,7 @@ def main() -> None:
         for full in CASES:
             case = Case(**{**vars(full), "images": full.images // share})
             folder = write_files(Path(root) / case.name, case)
-            runs = contenders(folder, case, pool)
+            runs = candidates(folder, case, pool)
             rows = {what: measure(group, repeats) for what, group in runs.items()}
             wait = training_wait(folder, case, steps)
             result["cases"][case.name] = {"case": vars(case), "rows": rows, "training": wait}

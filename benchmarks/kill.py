@@ -23,7 +23,7 @@ from pathlib import Path
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["lightning_fabric", *(f"moce.verbs.{verb}" for verb in ("train", "finetune", "cluster"))]
+    ["lightning_fabric", *(f"moce.verbs.{command}" for command in ("train", "finetune", "cluster"))]
 )
 RUNTIME = ["--device", "cpu", "--precision", "float32", "--threads", "1"]
 SMALL = [
@@ -156,7 +156,7 @@ def main() -> int:
     options = parser.parse_args()
     random.seed(options.seed)
     with tempfile.TemporaryDirectory() as folder:
-        story = kill_runs(Path(folder), options.verbs.split(","), options.kills, options.steps)
+        story = kill_runs(Path(folder), options.commands.split(","), options.kills, options.steps)
     outcome = f"DIFFERENT: {', '.join(story.different)}" if story.different else "all the same"
     print(f"{story.kills} kills in {story.runs} runs: {outcome}")
     return int(bool(story.different))

@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contenders import CONTENDERS, ON_CUDA, SIZES, Case, Size, our_mae
+from benchmarks.candidates import CONTENDERS, ON_CUDA, SIZES, Case, Size, our_mae
 from benchmarks.measure import (
     FOLDER,
     MEGABYTE,
@@ -119,8 +119,8 @@ def speed(case: Case, repeats: int) -> list[Row]:
     torch.set_num_threads(case.threads)
     device = torch.device(case.device)
     flops, share = step_flops(case), step_flops(case) / product_flops(case)
-    contenders = ON_CUDA if device.type == "cuda" else CONTENDERS
-    steps = {LIMIT: products(case)} | {name: build(case) for name, build in contenders.items()}
+    candidates = ON_CUDA if device.type == "cuda" else CONTENDERS
+    steps = {LIMIT: products(case)} | {name: build(case) for name, build in candidates.items()}
     rows = in_turns(steps, repeats, warmups=2 if case.size == "tiny32" else 1, device=device)
     for row in rows:
         row |= vars(case)
@@ -140,8 +140,8 @@ def peak(case: Case, name: str) -> int:
 def memory(case: Case) -> list[Row]:
     """Peak memory of two steps of every contender, each in a process of its own."""
     rows = []
-    contenders = list(ON_CUDA if case.device == "cuda" else CONTENDERS)
-    for name in contenders[:2] if case.size == "vit_b" else contenders:  # minutes of CPU each
+    candidates = list(ON_CUDA if case.device == "cuda" else CONTENDERS)
+    for name in candidates[:2] if case.size == "vit_b" else candidates:  # minutes of CPU each
         megabytes = round(in_child(peak, case, name) / MEGABYTE)
         rows.append({**vars(case), "contender": name, "peak_mb": megabytes})
         print(case, f"{name:36} {megabytes:6} MB", flush=True)

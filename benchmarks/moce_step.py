@@ -6,7 +6,7 @@
 
 Every ratio is of steps in the same turn. Balanced: as many images for every expert; skewed: half of
 the batch goes to one expert, a quarter to the next, and so on. Idle experts cost nothing: they have
-no gradient, and the optimiser leaves them out.
+no gradient, and the optimizer leaves them out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contenders import (
+from benchmarks.candidates import (
     SIZES,
     Case,
     LossOfDraw,
@@ -28,7 +28,7 @@ from benchmarks.measure import FOLDER, Row, Work, chosen, in_turns, keep, option
 from moce.models.encoder import encode_tokens
 from moce.models.moce import MoCE
 from moce.models.token_moe import TokenMoE
-from moce.runtime.device import tally
+from moce.runtime.device import bincount
 from moce.training.objectives import part_size
 
 RESULTS = FOLDER / "moce_step.json"
@@ -99,7 +99,7 @@ def mixture_of(case: Case, mixture: Mixture) -> MoCE | TokenMoE:
 
 
 def loss_of(case: Case, mixture: Mixture) -> LossOfDraw:
-    """What a step of training minimises: reconstruction and the gates' losses.
+    """What a step of training minimizes: reconstruction and the gates' losses.
 
     Images are in the order of their routes, as the training loop puts them.
     """
@@ -112,7 +112,7 @@ def loss_of(case: Case, mixture: Mixture) -> LossOfDraw:
 
         return token_loss
     clusters = clusters_of(mixture, case.batch).to(case.device)
-    counts = tally(clusters, mixture.experts)
+    counts = bincount(clusters, mixture.experts)
 
     def loss(model: nn.Module, noise: Tensor, part: slice) -> Tensor:
         output = model(images[part], noise[part], clusters[part], None, counts)
@@ -135,13 +135,13 @@ def encoding(case: Case) -> dict[str, Work]:
     assert isinstance(mixture, MoCE)
     blocks = len(mixture.blocks)
     shares = torch.nn.functional.one_hot(torch.zeros(blocks, dtype=torch.int64), 8).double()
-    customised = mixture.dense_encoder(shares, torch.ones_like(shares)).eval()
+    customized = mixture.dense_encoder(shares, torch.ones_like(shares)).eval()
     images = case.images()
 
     def forward(vit) -> Work:
         return torch.inference_mode()(lambda: encode_tokens(vit, images))
 
-    return {DENSE: forward(dense), "customised expert": forward(customised)}
+    return {DENSE: forward(dense), "customized expert": forward(customized)}
 
 
 def speed(case: Case, mixtures: tuple[Mixture, ...], repeats: int) -> list[Row]:

@@ -15,13 +15,13 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from benchmarks.contenders import SIZES
+from benchmarks.candidates import SIZES
 from benchmarks.measure import FOLDER, Row, Work, chosen, in_turns, keep, options, per_second
 from moce.customization.bank import Bank
 from moce.customization.selection import Route
-from moce.data.augment import normalise
-from moce.data.dataset import ImageSet
-from moce.data.from_python import as_image_set
+from moce.data.augment import normalize
+from moce.data.dataset import ImageDataset
+from moce.data.from_python import as_image_dataset
 from moce.inference.reconstruction_error import reconstruction_error
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import encode_tokens, pool_tokens
@@ -83,13 +83,13 @@ def bare(vit: VisionTransformer, bank: Bank, pixels: Tensor) -> Tensor:
     spec = bank.encoder_spec
     return torch.cat(
         [
-            pool_tokens(vit, encode_tokens(vit, normalise(part, spec.mean, spec.std)), "mean")
+            pool_tokens(vit, encode_tokens(vit, normalize(part, spec.mean, spec.std)), "mean")
             for part in pixels.split(BATCH)
         ]
     )
 
 
-def brute_force(bank: Bank, images: ImageSet) -> Route:
+def brute_force(bank: Bank, images: ImageDataset) -> Route:
     """The route that reconstructs the images best, by the loss of each."""
     losses: dict[Route, float] = {}
     routes = bank.model.routes().tolist()
@@ -107,7 +107,7 @@ def speed(case: Case, repeats: int) -> list[Row]:
     bank = bank_of(case)
     side = SIZES[case.size].image
     pixels = torch.randint(0, 256, (case.images, 3, side, side), dtype=torch.uint8)
-    images = as_image_set(pixels, (side, side))
+    images = as_image_dataset(pixels, (side, side))
     quick: dict[str, Work] = {
         BARE: lambda: bare(bank.clusters.encoder, bank, pixels),
         SELECT: lambda: bank.select(pixels),

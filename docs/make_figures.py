@@ -19,13 +19,13 @@ from torch import Tensor
 
 import moce
 from moce.customization.bank import Bank
-from moce.data.augment import denormalise, normalise
-from moce.data.dataset import ImageSet
+from moce.data.augment import denormalize, normalize
+from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
 from moce.data.rng import Stream, keyed_uniform
 from moce.reporting.reconstructions import hide, paste
 from moce.reporting.results_table import Results
-from moce.reporting.style import INK, SOFT, expert_colour, faded
+from moce.reporting.style import INK, SOFT, expert_color, faded
 from moce.runs.assignments import read_assignments
 from moce.runs.model import read_config, read_info
 from moce.weights.from_runs import load_mae
@@ -94,7 +94,7 @@ def show_values(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {100 * np.std(values):.1f}"
 
 
-def cluster_members(images: ImageSet, demo: Path) -> list[list[int]]:
+def cluster_members(images: ImageDataset, demo: Path) -> list[list[int]]:
     """Rows of the images of every cluster."""
     cluster_of = read_assignments(demo / "clusters")
     members: list[list[int]] = [[] for _ in range(max(cluster_of.values()) + 1)]
@@ -128,13 +128,13 @@ def spread_clusters(bank: Bank, members: list[list[int]], count: int) -> list[in
     return [order[place] for place in places]
 
 
-def draw_overview(bank: Bank, images: ImageSet, members: list[list[int]], demo: Path) -> Figure:
-    """From unlabelled images to clusters, experts and a backbone per task."""
+def draw_overview(bank: Bank, images: ImageDataset, members: list[list[int]], demo: Path) -> Figure:
+    """From unlabeled images to clusters, experts and a backbone per task."""
     figure = Figure(figsize=(12.5, 3.1))
     first = figure.add_gridspec(1, 2, left=0, right=0.49, wspace=0.05)
     rest = figure.add_gridspec(1, 2, left=0.52, right=1, wspace=0.36, width_ratios=[0.8, 1.2])
     grid = [first[0], first[1], rest[0], rest[1]]
-    show(figure.add_subplot(grid[0]), mosaic(images.pixels[:81], 9), "1  unlabelled images")
+    show(figure.add_subplot(grid[0]), mosaic(images.pixels[:81], 9), "1  unlabeled images")
     rows = [members[k][:9] for k in spread_clusters(bank, members, 9)]
     picture = mosaic(images.pixels[[row for strip in rows for row in strip]], 9)
     show(figure.add_subplot(grid[1]), picture, "2  balanced clusters (rows)")
@@ -149,8 +149,8 @@ def draw_map(axes: Axes, bank: Bank, index: int) -> None:
         table = bank.model.tables()[index].numpy()
     count = bank.model.num_experts
     order = np.lexsort((-table.max(axis=1), table.argmax(axis=1)))
-    colours = [[faded(expert_colour(e, count), table[k, e]) for e in range(count)] for k in order]
-    axes.imshow(np.array(colours), aspect="auto", interpolation="none")
+    colors = [[faded(expert_color(e, count), table[k, e]) for e in range(count)] for k in order]
+    axes.imshow(np.array(colors), aspect="auto", interpolation="none")
     axes.set_title("3  an expert per cluster", fontsize=9, color=INK, loc="left")
     axes.set_xticks(range(count), [str(e) for e in range(count)], fontsize=7, color=SOFT)
     axes.set_xlabel(f"experts of block {bank.model.blocks[index]}", fontsize=8, color=SOFT)
@@ -168,8 +168,8 @@ def draw_tasks(axes: Axes, results: dict[str, Any]) -> None:
         votes = results["selection"][task]["votes"]
         left, total = 0.0, sum(votes.values())
         for number, (route, count) in enumerate(votes.items()):
-            colour = expert_colour(routes.index(route) % 9, 9)
-            axes.barh(place, count / total, left=left, color=colour, height=0.62, edgecolor="white")
+            color = expert_color(routes.index(route) % 9, 9)
+            axes.barh(place, count / total, left=left, color=color, height=0.62, edgecolor="white")
             if number == 0 and count / total > 0.2:
                 axes.text(0.02, place, route, color="white", fontsize=7.5, va="center")
             left += count / total
@@ -182,7 +182,7 @@ def draw_tasks(axes: Axes, results: dict[str, Any]) -> None:
     axes.tick_params(length=0)
 
 
-def draw_clusters(bank: Bank, images: ImageSet, members: list[list[int]]) -> Figure:
+def draw_clusters(bank: Bank, images: ImageDataset, members: list[list[int]]) -> Figure:
     """Twelve clusters, sixteen images each."""
     figure = Figure(figsize=(9, 4.4))
     chosen = spread_clusters(bank, members, 12)
@@ -207,7 +207,7 @@ def draw_experts(bank: Bank) -> Figure:
 
 @torch.no_grad()
 def draw_reconstructions(
-    bank: Bank, images: ImageSet, members: list[list[int]], demo: Path
+    bank: Bank, images: ImageDataset, members: list[list[int]], demo: Path
 ) -> Figure:
     """Input, masked input, and what MAE, MAE+ and the routed experts make of it.
 
@@ -216,7 +216,7 @@ def draw_reconstructions(
     clusters = spread_clusters(bank, members, 14)
     rows = torch.tensor([members[k][0] for k in clusters])
     mean, std = bank.encoder_spec.mean, bank.encoder_spec.std
-    shown = normalise(images.pixels[rows], mean, std)
+    shown = normalize(images.pixels[rows], mean, std)
     patches = bank.model.mae.encoder.patch_embed.num_patches
     noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(rows), rows, patches)
     mae, patch = bank.model.mae, bank.model.mae.patch_size
@@ -232,7 +232,7 @@ def draw_reconstructions(
     }
     for title, output in outputs.items():
         painted = paste(output.prediction, output.removed, shown, patch, mae.norm_pix)
-        rows_shown[title] = (denormalise(painted, mean, std) * 255).round().byte()
+        rows_shown[title] = (denormalize(painted, mean, std) * 255).round().byte()
     figure = Figure(figsize=(9, 3.6))
     for place, (title, pixels) in enumerate(rows_shown.items()):
         axes = figure.add_subplot(len(rows_shown), 1, place + 1)

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from moce.commands.registry import VERBS
-from moce.data.augment import normalise
-from moce.data.dataset import ImageSet
+from moce.commands.registry import COMMANDS
+from moce.data.augment import normalize
+from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
-from moce.data.loader import sent
+from moce.data.loader import all_on_device
 from moce.data.readers.factory import demo_table
 from moce.models.encoder import EncoderSpec
 from moce.models.gates import gate_for
@@ -115,22 +115,22 @@ def tiny_moce(
 
 
 @lru_cache
-def demo_images(size: tuple[int, int] = (16, 16), count: int = 64) -> ImageSet:
+def demo_images(size: tuple[int, int] = (16, 16), count: int = 64) -> ImageDataset:
     """Some embedded images of every source."""
     images = load_images("demo:pretrain", size)
     step = len(images) // count
-    return sent(images.subset(range(0, step * count, step)), torch.device("cpu"))
+    return all_on_device(images.subset(range(0, step * count, step)), torch.device("cpu"))
 
 
 def batch(count: int, size: tuple[int, int] = (16, 16), patch: int = 4, seed: int = 0):
-    """Normalised real images [count, 3, h, w], mask noise [count, n] and clusters [count]."""
+    """Normalized real images [count, 3, h, w], mask noise [count, n] and clusters [count]."""
     spec = EncoderSpec("")
     pixels = demo_images(size).pixels[:count]
     generator = torch.Generator().manual_seed(seed)
     patches = (size[0] // patch) * (size[1] // patch)
     noise = torch.rand(count, patches, generator=generator)
     clusters = torch.randint(CLUSTERS, (count,), generator=generator)
-    return normalise(pixels, spec.mean, spec.std), noise, clusters
+    return normalize(pixels, spec.mean, spec.std), noise, clusters
 
 
 def planted_features(modes: int, per_mode: int, width: int, spread: float, seed: int = 0):
@@ -157,7 +157,7 @@ def write_images(folder: Path, per_source: int = 40, offset: int = 0) -> Path:
 
 
 def write_task(folder: Path, task: str = "digits", per_class: int = 8, classes: int = 3) -> Path:
-    """A labelled task as train/CLASS/*.png and test/CLASS/*.png."""
+    """A labeled task as train/CLASS/*.png and test/CLASS/*.png."""
     counts: dict[tuple[str, str], int] = {}
     kept: list[str] = []
     for row in demo_table().to_pylist():
@@ -180,11 +180,11 @@ def copy_run(run: Path, to: Path) -> Path:
 def customize(run: Path, images: object, out: Path, **settings: Any) -> Any:
     """`moce customize`, as the command line calls it."""
     values = {"run": run, "images": str(images), "out": out, **RUNTIME, **settings}
-    return VERBS["customize"].run(values)
+    return COMMANDS["customize"].run(values)
 
 
-def picture(colour=(200, 30, 60), size=(20, 20), mode="RGB") -> Image.Image:
-    return Image.new("RGB", size, colour).convert(mode)
+def picture(color=(200, 30, 60), size=(20, 20), mode="RGB") -> Image.Image:
+    return Image.new("RGB", size, color).convert(mode)
 
 
 def middle(pixels) -> list[int]:

@@ -113,7 +113,7 @@ class World:
         return path
 
     def images(self, *names: str) -> Path:
-        """A folder of small images, each of its own colour."""
+        """A folder of small images, each of its own color."""
         for number, name in enumerate(names):
             path = self.folder / "images" / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 @dataclass
 class Runs:
-    """data: a folder of images; task: a labelled one; the others: run folders. Only to be read."""
+    """data: a folder of images; task: a labeled one; the others: run folders. Only to be read."""
 
     data: Path
     task: Path

@@ -23,12 +23,12 @@ def torchrun(*words: object, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
-def moce_words(verb: str, settings: dict[str, Any]) -> list[object]:
+def moce_words(command: str, settings: dict[str, Any]) -> list[object]:
     """A command of moce, its settings in a recipe beside the output folder."""
     recipe = Path(f"{settings['out']}.yaml")
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     recipe.write_text(yaml.safe_dump(plain))
-    return ["-m", "moce", verb, "--config", recipe]
+    return ["-m", "moce", command, "--config", recipe]
 
 
 def said(text: str) -> list[str]:

@@ -10,12 +10,12 @@ import sys
 import traceback
 from pathlib import Path
 
-from moce.commands.registry import VERBS
+from moce.commands.registry import COMMANDS
 from moce.runtime.launch import launch
 
 for job in json.loads(Path(sys.argv[1]).read_text()):
     try:
-        VERBS[job["verb"]].run(job["settings"])
+        COMMANDS[job["verb"]].run(job["settings"])
     except Exception:
         note = Path(f"{job['settings']['out']}.error.{launch().rank}")
         note.write_text(traceback.format_exc())

@@ -25,7 +25,7 @@ def token_moe(num_experts: int = EXPERTS, gate_scale: str = "straight_through") 
     return TokenMoE(tiny_mae(), BLOCKS, num_experts, gate_scale)
 
 
-def apart(model: TokenMoE) -> TokenMoE:
+def clone_shared_tensors(model: TokenMoE) -> TokenMoE:
     torch.manual_seed(5)
     for layer in model.experts:
         shake(layer, 0.2)
@@ -49,7 +49,7 @@ def test_with_prob_scale_the_experts_start_scaled_down() -> None:
 
 
 def test_every_token_is_worked_on_by_the_expert_its_own_gate_picks() -> None:
-    layer = apart(token_moe()).experts[0].eval()
+    layer = clone_shared_tensors(token_moe()).experts[0].eval()
     tokens = torch.randn(3, 5, 32)
     chosen = (tokens @ layer.gate.T).argmax(dim=2)
     assert len(chosen.unique()) > 1
@@ -63,14 +63,14 @@ def test_every_token_is_worked_on_by_the_expert_its_own_gate_picks() -> None:
 
 
 def test_tokens_of_one_image_go_to_several_experts_as_cluster_routing_never_does() -> None:
-    layer = apart(token_moe()).experts[0].eval()
+    layer = clone_shared_tensors(token_moe()).experts[0].eval()
     tokens = torch.randn(1, 40, 32)
     assert len((tokens @ layer.gate.T).argmax(dim=2).unique()) == EXPERTS
 
 
 def test_noise_is_drawn_in_training_only() -> None:
     images, noise, _ = batch(4)
-    model = apart(token_moe())
+    model = clone_shared_tensors(token_moe())
     model.eval()
     torch.manual_seed(0)
     first, second = (model(images, noise).reconstruction for _ in range(2))
@@ -103,7 +103,7 @@ def test_the_load_counts_the_chance_of_being_chosen_if_noise_were_drawn_again() 
 
 def test_balance_reaches_the_gate_and_no_graph_is_kept() -> None:
     images, noise, _ = batch(4)
-    model = apart(token_moe()).train()
+    model = clone_shared_tensors(token_moe()).train()
     output = model(images, noise)
     output.balance.backward()
     assert all(layer.gate.grad.abs().sum() > 0 for layer in model.experts)
@@ -112,7 +112,7 @@ def test_balance_reaches_the_gate_and_no_graph_is_kept() -> None:
 
 def test_its_spec_builds_it_again() -> None:
     spec = TokenMoESpec(tiny_spec(), BLOCKS, EXPERTS)
-    model = apart(token_moe())
+    model = clone_shared_tensors(token_moe())
     again = TokenMoESpec.from_dict(spec.to_dict()).build()
     again.load_state_dict(model.state_dict())
     images, noise, _ = batch(2)
@@ -195,7 +195,7 @@ def test_fixed_routing_still_trains_its_experts_apart(sdr_run: Path) -> None:
     assert last[str(BLOCKS[0])]["images_per_expert"]
 
 
-def test_fixed_routing_is_customised_as_moce_is(runs: Runs, sdr_run: Path) -> None:
+def test_fixed_routing_is_customized_as_moce_is(runs: Runs, sdr_run: Path) -> None:
     vit = moce.load(sdr_run).customize(runs.task)
     assert isinstance(vit, timm.models.VisionTransformer)
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 from benchmarks import draw, mae_step, measure, moce_step, selection, startup
-from benchmarks.contenders import CONTENDERS, Case
+from benchmarks.candidates import CONTENDERS, Case
 
 TIMED = {"contender", "repeat", "seconds"}
 CASE = {"size", "batch", "threads", "precision", "device"}

@@ -23,7 +23,7 @@ SIZE = (16, 16)
 # --- decoding -------------------------------------------------------------------------------------
 
 
-def test_grey_and_colour_become_one_another() -> None:
+def test_gray_and_color_become_one_another() -> None:
     assert middle(to_pixels(picture((90, 90, 90), mode="L"), SIZE, 1)) == [90]
     assert middle(to_pixels(picture((255, 0, 0)), SIZE, 1)) == [76]  # ITU-R 601 luma
     assert middle(to_pixels(np.full((20, 20), 90, np.uint8), SIZE, 3)) == [90] * 3
@@ -49,7 +49,7 @@ def test_other_channels_are_the_arrays_own() -> None:
             to_pixels(pixels, SIZE, channels)
 
 
-def test_many_channels_are_resized_as_colours_are() -> None:
+def test_many_channels_are_resized_as_colors_are() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 31, 3), np.uint8)
     assert np.array_equal(to_pixels(pixels, SIZE), to_pixels(Image.fromarray(pixels), SIZE))
     assert np.array_equal(

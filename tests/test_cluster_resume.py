@@ -15,7 +15,7 @@ from builders import RUNTIME, planted_features, shake, tiny_spec, unit_rows, wri
 
 import moce
 from moce.clustering import balanced_kmeans as balanced
-from moce.clustering import checkpoint as rounds
+from moce.clustering import checkpoint as iterations
 from moce.clustering import feature_store as feature_file
 from moce.clustering import sinkhorn
 from moce.clustering.feature_store import FeatureFile, mean_of
@@ -94,8 +94,8 @@ MOMENTS = [
     (feature_file, "save_file", 1),
     (feature_file, "save_file", 2),
     (feature_file, "unit", 3),
-    (rounds, "write_tensors", 1),
-    (rounds, "write_tensors", 4),
+    (iterations, "write_tensors", 1),
+    (iterations, "write_tensors", 4),
     (cluster, "save_round", 9),
     (balanced, "sweep", 12),
     (cluster, "write_assignments", 1),
@@ -117,7 +117,7 @@ def test_killed_run_ends_as_an_uninterrupted_one(
     inputs, straight: Path, tmp_path: Path, monkeypatch, place, name: str, number: int
 ) -> None:
     monkeypatch.setattr(feature_file, "RECORD_EVERY", 0.0)
-    monkeypatch.setattr(feature_file, "CENTRED_AT_ONCE", 48)
+    monkeypatch.setattr(feature_file, "CENTERED_AT_ONCE", 48)
     with monkeypatch.context() as patch:
         patch.setattr(place, name, counted(getattr(place, name), number, kill))
         with pytest.raises(Killed):
@@ -144,7 +144,7 @@ def test_a_packed_file_is_read_on_where_it_was(inputs, tmp_path: Path, monkeypat
 
 def test_features_are_not_extracted_twice(inputs, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cluster, "save_round", counted(rounds.save_round, 1, kill))
+        patch.setattr(cluster, "save_round", counted(iterations.save_iteration, 1, kill))
         with pytest.raises(Killed):
             run(inputs, tmp_path / "run")
     monkeypatch.setattr(cluster, "feature_batches", lambda *a, **k: pytest.fail("extracted again"))
@@ -172,10 +172,10 @@ def test_signal_saves_and_says_how_to_go_on(
 
 def test_damaged_round_is_passed_over(inputs, straight: Path, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cluster, "save_round", counted(rounds.save_round, 3, kill))
+        patch.setattr(cluster, "save_round", counted(iterations.save_iteration, 3, kill))
         with pytest.raises(Killed):
             run(inputs, tmp_path / "run")
-    kept = tmp_path / "run" / "state" / rounds.FILE
+    kept = tmp_path / "run" / "state" / iterations.FILE
     content = bytearray(kept.read_bytes())
     content[-5] ^= 1
     kept.write_bytes(bytes(content))
@@ -186,7 +186,7 @@ def test_damaged_round_is_passed_over(inputs, straight: Path, tmp_path: Path, mo
 def test_resuming_a_finished_run_gives_its_result(inputs, straight: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
     result = run(inputs, straight, resume=True)
-    assert sum(result.sizes) == 160 and result.rounds == len(read_metrics(straight))
+    assert sum(result.sizes) == 160 and result.iterations == len(read_metrics(straight))
     assert before == {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
 
 
@@ -241,15 +241,15 @@ def test_small_chunks_give_the_same_clusters() -> None:
 
 
 def test_features_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(feature_file, "CENTRED_AT_ONCE", 7)
+    monkeypatch.setattr(feature_file, "CENTERED_AT_ONCE", 7)
     raw = unit_rows(50, 8) * 3 + 2
     file = FeatureFile(tmp_path, 50, 8)
     assert file.fill(raw.split(16), lambda: False)
-    mean = file.centre()
+    mean = file.center()
     assert torch.equal(mean, mean_of(raw))
     assert torch.equal(file.tensor(), unit(raw, mean))
     again = FeatureFile(tmp_path, 50, 8)
-    assert again.done == 50 and torch.equal(again.centre(), mean)
+    assert again.done == 50 and torch.equal(again.center(), mean)
     assert torch.equal(again.tensor(), unit(raw, mean))
 
 

@@ -66,7 +66,7 @@ def test_balance_is_sinkhorn_knopp(epsilon: float) -> None:
 
 
 def test_balanced_assignment_beats_other_balanced_ones() -> None:
-    """It maximises Tr(Q^T S) + epsilon H(Q): moving mass round any 2 x 2 square makes it worse."""
+    """It maximizes Tr(Q^T S) + epsilon H(Q): moving mass round any 2 x 2 square makes it worse."""
     features, centroids = unit_rows(40, 8).double(), unit_rows(4, 8, seed=1).double()
     similarity, epsilon = features @ centroids.T, 0.1
     potentials = balance(features, centroids, epsilon, tolerance=1e-10, max_iterations=20000)
@@ -212,7 +212,7 @@ def test_distinct_images_are_counted_over_all_images_not_a_sample() -> None:
     """Twenty distinct images among very many copies of one are enough for eight clusters."""
     rare = unit_rows(20, 8, seed=1)
     features = torch.cat([unit_rows(1, 8).expand(60000, 8), rare])
-    found = balanced_kmeans(features, 8, max_rounds=3)
+    found = balanced_kmeans(features, 8, max_iterations=3)
     assert found.sizes.min() >= 1
 
 
@@ -265,7 +265,7 @@ def test_model_survives_tensors_and_info() -> None:
     assert again.tensors().keys() == model.tensors().keys()
 
 
-def test_features_are_centred_and_of_unit_norm() -> None:
+def test_features_are_centered_and_of_unit_norm() -> None:
     raw = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * 3 + 5
     mean = mean_of(raw)
     assert torch.allclose(mean, raw.mean(dim=0))
@@ -277,7 +277,7 @@ def test_run_holds_what_was_clustered(runs, tmp_path) -> None:
     model, known = load_clusters(runs.clusters), read_assignments(runs.clusters)
     images = load_images(str(runs.data), (16, 16))
     raw = extract_features(model.encoder, model.spec, images, device=torch.device("cpu"))
-    cluster, similarity = model.assign(model.normalise(raw))
+    cluster, similarity = model.assign(model.normalize(raw))
     assert [known[name] for name in images.ids] == cluster.tolist()
     assert model.sizes.tolist() == cluster.bincount(minlength=model.num_clusters).tolist()
     assert similarity.mean().item() == pytest.approx(model.similarity, abs=1e-5)

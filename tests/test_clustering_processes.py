@@ -17,7 +17,7 @@ from moce.clustering.balanced_kmeans import Clustering, Rows, balanced_kmeans
 from moce.clustering.feature_store import FeatureFile
 from moce.clustering.features import without_copies
 from moce.clustering.init import reseed_empty
-from moce.runtime.distributed import own_share
+from moce.runtime.distributed import shard_range
 
 WORLD = 2
 CASES = [("plain", False), ("plain", True), ("copies", False), ("few", False)]
@@ -50,10 +50,10 @@ def _work(rank: int, folder: str) -> None:
 
 def _find(folder: Path, rank: int, name: str, sampled: bool) -> None:
     features, num_clusters = case(name)
-    own = own_share(len(features))
+    own = shard_range(len(features))
     file = FeatureFile(folder, own.stop - own.start, features.shape[1])
     file.fill(features[own].split(50), lambda: False)
-    mean = file.centre()
+    mean = file.center()
     found = cluster(file.tensor(), num_clusters, sampled=sampled)
     rows, _ = without_copies(Rows(features[own], spread=True))
     moved = reseed(rows, features)
@@ -88,7 +88,7 @@ def test_two_processes_find_what_one_finds(
     features, num_clusters = case(name)
     file = FeatureFile(tmp_path, len(features), features.shape[1])
     file.fill(features.split(50), lambda: False)
-    assert torch.allclose(file.centre(), one["mean"])
+    assert torch.allclose(file.center(), one["mean"])
     kept = balanced.SAMPLE
     try:
         alone = cluster(file.tensor(), num_clusters, sampled=sampled)

@@ -16,7 +16,7 @@ from commands import QUIET, run_command
 
 import moce
 from moce import config
-from moce.commands.registry import VERBS
+from moce.commands.registry import COMMANDS
 from moce.config.load import parse
 from moce.errors import MoceError
 
@@ -35,9 +35,9 @@ def test_unknown_setting_suggests_the_nearest() -> None:
 
 def test_all_mistakes_come_in_one_message() -> None:
     with pytest.raises(MoceError) as refusal:
-        moce.pretrain("x", epochs="many", mask_ratio=1.5, batch_size=0, colour=3)
+        moce.pretrain("x", epochs="many", mask_ratio=1.5, batch_size=0, color=3)
     message = str(refusal.value)
-    for name in ("epochs", "mask_ratio", "batch_size", "colour", "out"):
+    for name in ("epochs", "mask_ratio", "batch_size", "color", "out"):
         assert f"'{name}'" in message
     assert "\n" not in message
 
@@ -79,9 +79,9 @@ def test_settings_cannot_be_changed_and_survive_yaml() -> None:
 
 
 def test_every_setting_has_a_description() -> None:
-    for verb in VERBS.values():
-        for name, field in verb.settings.model_fields.items():
-            assert field.description, f"{verb.name} {name}"
+    for command in COMMANDS.values():
+        for name, field in command.settings.model_fields.items():
+            assert field.description, f"{command.name} {name}"
 
 
 # --- help and import --------------------------------------------------------------------------------
@@ -92,31 +92,35 @@ def flat(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_describes_every_setting_and_gives_an_example(verb: str, capsys) -> None:
-    assert run_command([verb, "--help"]) == 0
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_help_describes_every_setting_and_gives_an_example(command: str, capsys) -> None:
+    assert run_command([command, "--help"]) == 0
     shown = flat(capsys.readouterr().out)
-    for name, field in VERBS[verb].settings.model_fields.items():
+    for name, field in COMMANDS[command].settings.model_fields.items():
         assert flat(field.description) in shown, name
-        option = name if name in VERBS[verb].positional else (field.alias or name).replace("_", "-")
+        option = (
+            name
+            if name in COMMANDS[command].positional
+            else (field.alias or name).replace("_", "-")
+        )
         assert option in shown or option.upper() in shown
-    assert flat("example: " + VERBS[verb].example) in shown
+    assert flat("example: " + COMMANDS[command].example) in shown
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_examples_are_valid_commands(verb: str) -> None:
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_examples_are_valid_commands(command: str) -> None:
     from moce.cli import _values, build_parser
 
-    options = vars(build_parser().parse_args(VERBS[verb].example.split()[1:]))
+    options = vars(build_parser().parse_args(COMMANDS[command].example.split()[1:]))
     options.pop("verb")
-    settings = VERBS[verb].settings
+    settings = COMMANDS[command].settings
     parse(settings, _values(settings, options))
 
 
 def test_help_of_all_names_every_verb(capsys) -> None:
     assert run_command(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(verb in shown for verb in VERBS)
+    assert all(command in shown for command in COMMANDS)
     assert run_command([]) == 2
 
 
@@ -134,8 +138,8 @@ def test_importing_is_light(statement: str) -> None:
 
 
 def test_package_offers_every_verb() -> None:
-    for verb in VERBS:
-        assert verb in moce.__all__
+    for command in COMMANDS:
+        assert command in moce.__all__
 
 
 # --- recipes ----------------------------------------------------------------------------------------
@@ -216,13 +220,13 @@ def test_full_output_folder_names_the_two_ways_on(runs, tmp_path: Path, capsys) 
 
 def test_advice_names_only_flags_that_the_verb_has(runs, capsys) -> None:
     """cluster can resume, customize cannot."""
-    for verb, words in (
+    for command, words in (
         ("cluster", [runs.data, "--mae", runs.mae, "--num-clusters", 4]),
         ("customize", [runs.moce, runs.task]),
     ):
-        assert run_command([verb, *words, "--out", runs.data, *QUIET]) == 2
+        assert run_command([command, *words, "--out", runs.data, *QUIET]) == 2
         message = one_line(capsys)
-        assert "--overwrite" in message and ("--resume" in message) == (verb == "cluster")
+        assert "--overwrite" in message and ("--resume" in message) == (command == "cluster")
 
 
 def test_overwrite_never_empties_a_folder_of_other_things(runs, tmp_path: Path, capsys) -> None:

@@ -17,8 +17,8 @@ from torchvision.transforms.v2 import functional as reference
 from moce.data.augment import (
     TRIES,
     augment,
-    denormalise,
-    normalise,
+    denormalize,
+    normalize,
     random_crops,
     resized_by_products,
     resized_crop,
@@ -62,7 +62,7 @@ def test_resized_crop_is_torchvisions(target: tuple[int, int]) -> None:
     ("source", "target"),
     [((32, 48), (16, 24)), ((40, 24), (20, 28)), ((18, 18), (16, 16)), ((64, 72), (60, 50))],
 )
-def test_crop_flip_and_normalisation_are_torchvisions(
+def test_crop_flip_and_normalization_are_torchvisions(
     channels: int, source: tuple[int, int], target: tuple[int, int]
 ) -> None:
     """The whole way from pixels to what the network sees, image by image."""
@@ -71,7 +71,7 @@ def test_crop_flip_and_normalisation_are_torchvisions(
     numbers = uniform(24, 4 * TRIES + 1)
     mean = tuple(0.3 + 0.02 * c for c in range(channels))
     std = tuple(0.2 + 0.01 * c for c in range(channels))
-    ours = normalise(augment(pixels, numbers, target, 0.2, True), mean, std)
+    ours = normalize(augment(pixels, numbers, target, 0.2, True), mean, std)
     boxes = random_crops(numbers[:, 1:], source, 0.2).tolist()
     assert 0 < (numbers[:, 0] < 0.5).sum() < 24
     for image, box, number, result in zip(pixels, boxes, numbers, ours, strict=True):
@@ -143,12 +143,12 @@ def test_augmentation_of_an_image_does_not_depend_on_its_batch() -> None:
     assert torch.allclose(together, alone, atol=1e-3)
 
 
-def test_normalise_and_denormalise() -> None:
+def test_normalize_and_denormalize() -> None:
     mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
     pixels = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
-    images = normalise(pixels, mean, std)
+    images = normalize(pixels, mean, std)
     assert images[0, :, 0, 0].tolist() == pytest.approx([-2.0, -1.5, -4 / 3], abs=1e-5)
-    assert torch.allclose(denormalise(images, mean, std), pixels / 255)
+    assert torch.allclose(denormalize(images, mean, std), pixels / 255)
 
 
 # --- keyed randomness -----------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_numbers_are_uniform() -> None:
     assert np.abs(numbers.mean(axis=0) - 0.5).max() < 0.04
 
 
-def test_streams_epochs_and_neighbours_are_uncorrelated() -> None:
+def test_streams_epochs_and_neighbors_are_uncorrelated() -> None:
     rows = torch.arange(3000)
     zero = torch.zeros_like(rows)
     columns = [
@@ -252,7 +252,7 @@ def test_batches_hold_the_pixels_of_their_rows() -> None:
 # --- decoding -------------------------------------------------------------------------------------
 
 
-def test_grey_cmyk_palette_and_rgb_images_keep_their_colour() -> None:
+def test_gray_cmyk_palette_and_rgb_images_keep_their_color() -> None:
     assert middle(to_pixels(picture(), SIZE)) == [200, 30, 60]
     assert middle(to_pixels(picture((90, 90, 90), mode="L"), SIZE)) == [90, 90, 90]
     assert middle(to_pixels(picture((255, 0, 0), mode="P"), SIZE)) == [255, 0, 0]
@@ -260,7 +260,7 @@ def test_grey_cmyk_palette_and_rgb_images_keep_their_colour() -> None:
     assert np.abs(np.array(cmyk) - [200, 30, 60]).max() <= 3
 
 
-def test_16_bit_grey_keeps_its_brightness(tmp_path: Path) -> None:
+def test_16_bit_gray_keeps_its_brightness(tmp_path: Path) -> None:
     """A ramp over all 65,536 values becomes a ramp from black to white, not white nearly all over."""
     ramp = np.linspace(0, 65535, 32).astype(np.uint16)
     Image.fromarray(np.tile(ramp, (32, 1))).save(tmp_path / "ramp.png")

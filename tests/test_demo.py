@@ -71,7 +71,7 @@ def test_results_have_the_promised_form(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_its_runs_customise_any_task(demo: Path) -> None:
+def test_its_runs_customize_any_task(demo: Path) -> None:
     bank = moce.load(demo / "moce")
     choice = bank.select("demo:emoji")
     assert sum(choice.votes.values()) == sum(choice.cluster_histogram) == 707

@@ -17,7 +17,7 @@ from conftest import Runs
 import moce
 from moce.commands import evaluate as evaluate_verb
 from moce.errors import Interrupted, MoceError
-from moce.evaluation.backbones import Contender, read_contenders
+from moce.evaluation.backbones import Candidate, read_candidates
 from moce.evaluation.evaluator import choose_by_probe
 from moce.evaluation.routes import oracle_values, random_routes
 from moce.evaluation.suite import pick_tasks, read_suite
@@ -112,8 +112,8 @@ def test_an_unknown_task_names_the_valid_ones(tmp_path: Path) -> None:
 
 
 def test_contenders_are_read() -> None:
-    found = read_contenders(("a=runs/a", "b=runs/b@oracle"))
-    assert found == [Contender("a", "runs/a"), Contender("b", "runs/b", "oracle")]
+    found = read_candidates(("a=runs/a", "b=runs/b@oracle"))
+    assert found == [Candidate("a", "runs/a"), Candidate("b", "runs/b", "oracle")]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_contenders_are_read() -> None:
 )
 def test_wrong_contenders_are_refused(texts, message: str) -> None:
     with pytest.raises(MoceError, match=message):
-        read_contenders(texts)
+        read_candidates(texts)
 
 
 def test_a_dense_backbone_has_no_experts_to_choose_from(runs: Runs, tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_customize_by_probe_writes_a_backbone(runs: Runs, tmp_path: Path) -> Non
 def test_choosing_by_labels_needs_two_images_of_a_class(runs: Runs) -> None:
     bank, task = moce.load(runs.moce), load_task(str(runs.task), (3, 16, 16))
     one_each = [int(np.flatnonzero(task.train_labels == n)[0]) for n in range(3)]
-    with pytest.raises(MoceError, match="two labelled images"):
+    with pytest.raises(MoceError, match="two labeled images"):
         choose_by_probe(bank, task.train.subset(one_each), np.arange(3), 3)
 
 

@@ -29,9 +29,9 @@ from torch.testing import assert_close
 import moce
 from moce.customization.bank import Bank
 from moce.customization.selection import choose, count_votes
-from moce.data.augment import normalise
+from moce.data.augment import normalize
 from moce.data.load import load_images
-from moce.data.readers.factory import Entry
+from moce.data.readers.factory import Sample
 from moce.evaluation.task import load_task
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import encode_tokens
@@ -288,7 +288,7 @@ def test_a_fine_tuned_folder_predicts_as_it_was_scored(runs, tmp_path: Path) -> 
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
     task, spec = load_task(str(runs.task), (3, 16, 16)), tiny_encoder()
     with torch.no_grad():
-        predicted = model(normalise(task.test.pixels, spec.mean, spec.std)).argmax(dim=1)
+        predicted = model(normalize(task.test.pixels, spec.mean, spec.std)).argmax(dim=1)
     right = (predicted.numpy() == task.test_labels).mean()
     assert model.num_classes == len(task.classes)
     assert right == pytest.approx(result.value)
@@ -304,14 +304,14 @@ def test_bank_gives_the_same_choice_for_images_in_any_form(runs) -> None:
     assert bank.select(paths).cluster_histogram == expected.cluster_histogram
     opened = [Image.open(path) for path in paths]
     assert bank.select(opened).cluster_histogram == expected.cluster_histogram
-    pixels = load_images([_entry(path) for path in paths], (16, 16)).pixels
+    pixels = load_images([_sample(path) for path in paths], (16, 16)).pixels
     assert bank.select(pixels).cluster_histogram == expected.cluster_histogram
     assert bank.select(pixels.numpy()).cluster_histogram == expected.cluster_histogram
     assert sum(expected.cluster_histogram) == len(paths)
 
 
-def _entry(path: Path):
-    return Entry(str(path), lambda: Image.open(path))
+def _sample(path: Path):
+    return Sample(str(path), lambda: Image.open(path))
 
 
 def test_bank_assigns_training_images_as_they_were_trained(runs) -> None:
@@ -322,7 +322,7 @@ def test_bank_assigns_training_images_as_they_were_trained(runs) -> None:
     assert similarity.mean().item() == pytest.approx(bank.clusters.similarity, abs=1e-5)
 
 
-def test_customised_vit_is_trainable_and_equals_the_folder(runs) -> None:
+def test_customized_vit_is_trainable_and_equals_the_folder(runs) -> None:
     bank, (images, _, _) = moce.load(runs.moce), batch(4)
     vit = bank.customize(str(runs.task))
     folder = timm.create_model(f"local-dir:{runs.backbone}", pretrained=True).eval()

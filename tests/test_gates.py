@@ -129,7 +129,7 @@ def test_gate_for_groups_of_more_clusters_than_dimensions() -> None:
 
 
 def test_weights_are_laid_out_row_by_row() -> None:
-    """Fused optimisers read weights and restored moments as flat memory, in whatever layout."""
+    """Fused optimizers read weights and restored moments as flat memory, in whatever layout."""
     gate = ClusterGate(gate_for(unit_rows(8, 32), torch.arange(8) % 3, 3, 0.8))
     assert gate.weight.is_contiguous()
 
@@ -204,14 +204,14 @@ def test_the_losses_make_gates_confident_and_share_the_work() -> None:
     torch.manual_seed(0)
     gate, clusters = ClusterGate(torch.randn(4, 32) * 0.5), unit_rows(24, 32)
     sizes = torch.arange(24) % 5 + 5.0
-    optimiser = torch.optim.AdamW(gate.parameters(), lr=0.05)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=0.05)
     before = gate.table(clusters).amax(dim=1).mean().item()
     for _ in range(150):
         table = gate.table(clusters)
         loss = balance_loss(table, sizes) + imbalance_loss(table, sizes)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     table = gate.table(clusters)
     assert before < 0.5 and table.amax(dim=1).mean().item() > 0.95
     assert balance_loss(table, sizes).item() < 0.05  # of at most 3

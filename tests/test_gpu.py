@@ -24,13 +24,13 @@ from torch.testing import assert_close
 
 import moce
 from moce.config import PretrainSettings, TrainSettings
-from moce.data.augment import normalise
+from moce.data.augment import normalize
 from moce.data.loader import fetch
 from moce.data.rng import Stream, keyed_normal, keyed_uniform
 from moce.inference.features import extract_features
 from moce.runs.files import read_tensors
 from moce.runs.model import read_metrics
-from moce.training.objectives import mae_stage, moce_stage
+from moce.training.objectives import mae_objective, moce_objective
 from moce.training.trainer import Step
 
 pytestmark = [
@@ -92,11 +92,11 @@ def test_micro_batches_do_not_wait_for_the_gpu(method: str, most: int) -> None:
     device, images, mae = torch.device("cuda"), demo_images(), tiny_mae()
     if method == "mae":
         settings = PretrainSettings(data="-", out="-")
-        stage = mae_stage("mae", mae, tiny_encoder(), images, settings)
+        stage = mae_objective("mae", mae, tiny_encoder(), images, settings)
     else:
         settings = TrainSettings(data="-", mae="-", out="-")
         clusters = torch.arange(len(images)) % CLUSTERS
-        stage = moce_stage(tiny_moce(mae), tiny_encoder(), images, clusters, settings)
+        stage = moce_objective(tiny_moce(mae), tiny_encoder(), images, clusters, settings)
     module, rows = stage.module.to(device).train(), torch.arange(8)
     for number in range(2):  # the first sends what is kept
         step = Step(number, rows)
@@ -112,8 +112,8 @@ def test_numbers_are_the_same_on_the_gpu() -> None:
     for draw in (keyed_uniform, keyed_normal):
         assert_close(draw(3, Stream.MASK, *there, 9).cpu(), draw(3, Stream.MASK, rows, epochs, 9))
     pixels = demo_images().pixels[:4]
-    images = normalise(pixels.cuda(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)).cpu()
-    assert_close(images, normalise(pixels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+    images = normalize(pixels.cuda(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)).cpu()
+    assert_close(images, normalize(pixels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
 
 
 def test_features_come_back_in_order() -> None:

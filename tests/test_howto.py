@@ -30,7 +30,7 @@ from conftest import Runs
 
 import moce
 from moce.cli import main
-from moce.commands.registry import VERBS
+from moce.commands.registry import COMMANDS
 from moce.data.readers.factory import demo_table
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAESpec
@@ -110,7 +110,7 @@ def run_command(line: str) -> None:
     words = [FEWER.get(before, word) for before, word in pairwise(words)]
     if words[0] == "pretrain" and "--init" not in words:
         words += ["--model-args", json.dumps(SMALL | model_args(words))]
-    known = VERBS[words[0]].settings.model_fields
+    known = COMMANDS[words[0]].settings.model_fields
     small = DECODER if words[0] == "pretrain" else {}  # other verbs read it from the MAE
     for name, value in (QUICK | small).items():
         flag = f"--{name.replace('_', '-')}"

@@ -14,30 +14,30 @@ from PIL import Image
 
 import moce
 from moce.config import PretrainSettings
-from moce.data.from_python import as_image_set
+from moce.data.from_python import as_image_dataset
 from moce.data.load import load_images
 from moce.data.readers.factory import is_named, located, open_source, parts_of, paths_of
 from moce.data.readers.tar import expand_braces
 from moce.errors import MoceError
 
 SIZE = (16, 16)
-COLOURS = [(200, 30, 60), (10, 220, 90), (5, 6, 240)]
+COLORS = [(200, 30, 60), (10, 220, 90), (5, 6, 240)]
 
 
-def png(colour) -> bytes:
+def png(color) -> bytes:
     buffer = io.BytesIO()
-    picture(colour).save(buffer, "PNG")
+    picture(color).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def put(path: Path, colour=COLOURS[0]) -> Path:
+def put(path: Path, color=COLORS[0]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(colour))
+    path.write_bytes(png(color))
     return path
 
 
 def ids(data: object) -> list[str]:
-    return [entry.id for entry in open_source(str(data))]
+    return [sample.id for sample in open_source(str(data))]
 
 
 def tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -53,11 +53,11 @@ def tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def test_several_sources_put_their_names_before_identities(tmp_path: Path) -> None:
-    put(tmp_path / "cats" / "a.png"), put(tmp_path / "dogs" / "a.png", COLOURS[1])
+    put(tmp_path / "cats" / "a.png"), put(tmp_path / "dogs" / "a.png", COLORS[1])
     both = f"{tmp_path}/cats,{tmp_path}/dogs/"
     assert ids(both) == ["cats/a.png", "dogs/a.png"]
     images = load_images(both, SIZE)
-    assert [tuple(middle(pixels)) for pixels in images.pixels] == COLOURS[:2]
+    assert [tuple(middle(pixels)) for pixels in images.pixels] == COLORS[:2]
     assert ids(f"{tmp_path}/cats") == ["a.png"]
 
 
@@ -67,7 +67,7 @@ def test_sources_of_one_name_are_told_apart_by_more_of_their_paths(tmp_path: Pat
 
 
 def test_a_list_names_sources_from_its_own_folder(tmp_path: Path, monkeypatch) -> None:
-    put(tmp_path / "in" / "cats" / "a.png"), put(tmp_path / "in" / "one.png", COLOURS[1])
+    put(tmp_path / "in" / "cats" / "a.png"), put(tmp_path / "in" / "one.png", COLORS[1])
     (tmp_path / "in" / "all.txt").write_text("# mine\ncats\n\none.png\n")
     assert ids(f"@{tmp_path}/in/all.txt") == ["cats/a.png", "one.png"]
     monkeypatch.chdir(tmp_path / "in")
@@ -105,9 +105,9 @@ def test_python_lists_become_one_argument(tmp_path: Path) -> None:
 
 def test_lists_of_sources_and_images_in_python(tmp_path: Path) -> None:
     put(tmp_path / "cats" / "a.png"), put(tmp_path / "dogs" / "a.png")
-    found = as_image_set([tmp_path / "cats", tmp_path / "dogs"], SIZE)
+    found = as_image_dataset([tmp_path / "cats", tmp_path / "dogs"], SIZE)
     assert found.ids == ["cats/a.png", "dogs/a.png"]
-    assert len(as_image_set([np.zeros((9, 9, 3), np.uint8), picture()], SIZE)) == 2
+    assert len(as_image_dataset([np.zeros((9, 9, 3), np.uint8), picture()], SIZE)) == 2
 
 
 def test_relative_sources_of_a_suite_start_from_its_root(tmp_path: Path) -> None:
@@ -196,13 +196,13 @@ def test_brace_patterns() -> None:
 
 
 def test_shards_are_read_where_they_lie(tmp_path: Path) -> None:
-    for number, colour in enumerate(COLOURS):
-        members = {"x/1.png": png(colour), "x/1.cls": b"7\n", "x/1.json": b"{}", "2.png": b"junk"}
+    for number, color in enumerate(COLORS):
+        members = {"x/1.png": png(color), "x/1.cls": b"7\n", "x/1.json": b"{}", "2.png": b"junk"}
         tar(tmp_path / f"s-{number:03d}.tar", members)
     images = load_images(f"{tmp_path}/s-{{000..002}}.tar", SIZE)
     assert images.ids == ["s-000/x/1.png", "s-001/x/1.png", "s-002/x/1.png"]
     assert images.labels == ["7"] * 3
-    assert [tuple(middle(pixels)) for pixels in images.take(slice(None))] == COLOURS
+    assert [tuple(middle(pixels)) for pixels in images.take(slice(None))] == COLORS
     assert [name for name, _ in images.skipped] == ["s-000/2.png", "s-001/2.png", "s-002/2.png"]
     assert ids(f"{tmp_path}/s-*.tar") == ids(f"{tmp_path}/s-{{000..002}}.tar")
     assert ids(f"{tmp_path}/s-001.tar") == ["s-001/x/1.png", "s-001/2.png"]
@@ -221,9 +221,9 @@ def test_names_that_lead_out_of_an_archive_are_listed_and_nothing_is_written(
 ) -> None:
     (tmp_path / "in").mkdir()
     members = {
-        "../evil.png": png(COLOURS[0]),
-        "/evil.png": png(COLOURS[0]),
-        "ok.png": png(COLOURS[1]),
+        "../evil.png": png(COLORS[0]),
+        "/evil.png": png(COLORS[0]),
+        "ok.png": png(COLORS[1]),
     }
     path = tar(tmp_path / "in" / "a.tar", members)
     with tarfile.open(path, "a") as archive:
@@ -237,7 +237,7 @@ def test_names_that_lead_out_of_an_archive_are_listed_and_nothing_is_written(
 
 
 def test_what_is_whole_of_a_broken_archive_is_read(tmp_path: Path) -> None:
-    path = tar(tmp_path / "a.tar", {f"{n}.png": png(COLOURS[0]) * 9 for n in range(3)})
+    path = tar(tmp_path / "a.tar", {f"{n}.png": png(COLORS[0]) * 9 for n in range(3)})
     path.write_bytes(path.read_bytes()[:2500])
     images = load_images(str(path), SIZE)
     assert images.ids[0] == "a/0.png" and images.skipped
@@ -252,7 +252,7 @@ def test_what_is_whole_of_a_broken_archive_is_read(tmp_path: Path) -> None:
 
 def test_images_behind_a_damaged_header_of_an_archive_are_told(tmp_path: Path) -> None:
     """tarfile takes it for the end."""
-    path = tar(tmp_path / "a.tar", {f"{n}.png": png(COLOURS[0]) for n in range(3)})
+    path = tar(tmp_path / "a.tar", {f"{n}.png": png(COLORS[0]) for n in range(3)})
     whole = path.read_bytes()
     for content in (whole[:1024] + b"x" * 100 + whole[1124:], whole[:1124], whole[:1024]):
         path.write_bytes(content)
@@ -268,18 +268,18 @@ def test_saved_hugging_face_data_sets(tmp_path: Path) -> None:
     features = datasets.Features(
         {"picture": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
     )
-    rows = {"picture": [png(colour) for colour in COLOURS], "label": [1, 0, 1]}
+    rows = {"picture": [png(color) for color in COLORS], "label": [1, 0, 1]}
     train = datasets.Dataset.from_dict(rows, features=features)
     train.save_to_disk(str(tmp_path / "one"))
     images = load_images(str(tmp_path / "one"), SIZE)
     assert (images.ids, images.labels) == (["0", "1", "2"], ["dog", "cat", "dog"])
-    assert [tuple(middle(pixels)) for pixels in images.pixels] == COLOURS
+    assert [tuple(middle(pixels)) for pixels in images.pixels] == COLORS
     both = datasets.DatasetDict({"train": train, "test": train.select([2, 0])})
     both.save_to_disk(str(tmp_path / "both"))
     images = load_images(str(tmp_path / "both"), SIZE)
     assert images.ids == ["train/0", "train/1", "train/2", "test/0", "test/1"]
     assert images.splits == ["train"] * 3 + ["test"] * 2
-    assert tuple(middle(images.pixels[3])) == COLOURS[2]
+    assert tuple(middle(images.pixels[3])) == COLORS[2]
 
 
 def test_hugging_face_without_the_library_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
@@ -314,9 +314,9 @@ def test_images_of_too_many_pixels_are_skipped(tmp_path: Path, monkeypatch) -> N
 
 def test_a_tar_pattern_and_a_hugging_face_folder_are_pretrained_on(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    for number, colour in enumerate(COLOURS):
-        tar(tmp_path / f"s-{number}.tar", {f"{n}.png": png(colour) for n in range(12)})
-    rows = datasets.Dataset.from_dict({"image": [png(COLOURS[0])] * 12})
+    for number, color in enumerate(COLORS):
+        tar(tmp_path / f"s-{number}.tar", {f"{n}.png": png(color) for n in range(12)})
+    rows = datasets.Dataset.from_dict({"image": [png(COLORS[0])] * 12})
     rows.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
     both = [f"{tmp_path}/s-{{0..2}}.tar", tmp_path / "saved"]
     run = moce.pretrain(both, out=tmp_path / "mae", epochs=1, **PRETRAIN)

@@ -16,10 +16,10 @@ from conftest import Runs
 from rich.console import Console
 
 import moce
-from moce.data.dataset import ImageSet
-from moce.data.from_python import as_image_set
+from moce.data.dataset import ImageDataset
+from moce.data.from_python import as_image_dataset
 from moce.data.load import Decoding, decode_into, load_images
-from moce.data.loader import sent
+from moce.data.loader import all_on_device
 from moce.data.readers.factory import open_source
 from moce.data.readers.packed import open_packed
 from moce.errors import MoceError
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["memory", "file", "packed in memory", "packed"])
-def images(request, folder: Path, tmp_path: Path, monkeypatch) -> ImageSet:
+def images(request, folder: Path, tmp_path: Path, monkeypatch) -> ImageDataset:
     """The same images, wherever they are kept."""
     kept, data = request.param, folder
     if "packed" in kept:
@@ -54,13 +54,13 @@ def images(request, folder: Path, tmp_path: Path, monkeypatch) -> ImageSet:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> torch.Tensor:
     """[20, 3, 16, 16], decoded one by one."""
-    entries = open_source(str(folder))
-    pixels = np.zeros((len(entries), 3, *SIZE), np.uint8)
-    good = [row for row, e in enumerate(entries) if decode_into(pixels, row, e) is None]
+    samples = open_source(str(folder))
+    pixels = np.zeros((len(samples), 3, *SIZE), np.uint8)
+    good = [row for row, e in enumerate(samples) if decode_into(pixels, row, e) is None]
     return torch.from_numpy(pixels[good])
 
 
-def test_a_set_and_its_parts_give_the_pixels_of_their_rows(images: ImageSet, expected) -> None:
+def test_a_set_and_its_parts_give_the_pixels_of_their_rows(images: ImageDataset, expected) -> None:
     assert images.shape == (20, 3, 16, 16) and len(images.skipped) == 3
     assert torch.equal(images.take(slice(None)), expected)
     assert torch.equal(images.take(slice(18, 25)), expected[18:])
@@ -77,14 +77,14 @@ def test_a_set_and_its_parts_give_the_pixels_of_their_rows(images: ImageSet, exp
     assert len(images.subset([]).take(slice(None))) == 0
 
 
-def test_parts_are_not_copied(images: ImageSet) -> None:
+def test_parts_are_not_copied(images: ImageDataset) -> None:
     part = images.subset([1, 2, 5]).subset([0, 1])
     assert part.stored.data_ptr() == images.stored.data_ptr()
     with pytest.raises(ValueError, match="take"):
         part.pixels  # noqa: B018
 
 
-def test_rows_that_are_not_there_are_errors(images: ImageSet) -> None:
+def test_rows_that_are_not_there_are_errors(images: ImageDataset) -> None:
     """Behind the pixels of a packed file there is its index, which is none."""
     for part, row in ((images, 20), (images.subset([3, 4]), 2)):
         with pytest.raises(IndexError):
@@ -92,10 +92,10 @@ def test_rows_that_are_not_there_are_errors(images: ImageSet) -> None:
 
 
 def test_a_part_that_is_sent_to_a_device_is_all_that_is_there(
-    images: ImageSet, expected, monkeypatch
+    images: ImageDataset, expected, monkeypatch
 ) -> None:
     monkeypatch.setattr("moce.data.loader.SENT_TOGETHER", 3 * 16 * 16 * 3)  # three at a time
-    part = sent(images.subset(range(1, 20, 2)), CPU)
+    part = all_on_device(images.subset(range(1, 20, 2)), CPU)
     assert torch.equal(part.pixels, expected[1::2]) and part.ids == images.ids[1::2]
     assert torch.equal(part.take(torch.tensor([4, 1])), expected[[9, 3]])
 
@@ -107,23 +107,23 @@ def test_no_more_images_are_asked_for_than_the_threads_need(folder: Path, monkey
     """A million of them waiting to be decoded would fill gigabytes."""
     monkeypatch.setattr("moce.data.load.worker_threads", lambda: 2)
     monkeypatch.setattr("moce.data.load.ASKED_AHEAD", 3)
-    entries = open_source(str(folder))[1:2] * 50
+    samples = open_source(str(folder))[1:2] * 50
     given = []
 
     class Counted(list):
         def __iter__(self):
-            for entry in entries:
-                given.append(entry)
-                yield entry
+            for sample in samples:
+                given.append(sample)
+                yield sample
 
     hold, started = threading.Event(), threading.Event()
 
-    def decode(pixels, row, entry) -> None:
+    def decode(pixels, row, sample) -> None:
         started.set()
         assert hold.wait(20)
 
     monkeypatch.setattr("moce.data.load.decode_into", decode)
-    work = Decoding(Counted(entries), (50, 3, *SIZE), 1.0, "x")
+    work = Decoding(Counted(samples), (50, 3, *SIZE), 1.0, "x")
     thread = threading.Thread(target=work.into, args=(np.zeros(1),))
     thread.start()
     assert started.wait(20)
@@ -161,7 +161,7 @@ def test_what_memory_has_no_room_for_goes_to_a_passing_file(
 ) -> None:
     monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    images = as_image_set(folder, SIZE)
+    images = as_image_dataset(folder, SIZE)
     assert torch.equal(images.take(slice(None)), expected) and not list(tmp_path.iterdir())
     with pytest.raises(MoceError, match="moce pack"):
         load_images(str(folder), SIZE)
@@ -262,7 +262,7 @@ def test_a_stream_is_read_block_by_block_to_its_end(monkeypatch: pytest.MonkeyPa
             drawn.append(number)
             yield picture((number * 20, 0, 0)) if number != 4 else np.zeros((3, 3, 7), np.uint8)
 
-    images = as_image_set(stream(), SIZE)
+    images = as_image_dataset(stream(), SIZE)
     assert drawn == list(range(9))
     assert images.ids == ["0", "1", "2", "3", "5", "6", "7", "8"]
     assert [name for name, _ in images.skipped] == ["4"]
@@ -271,7 +271,7 @@ def test_a_stream_is_read_block_by_block_to_its_end(monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_a_stream_customises_as_a_list_does(runs) -> None:
+def test_a_stream_customizes_as_a_list_does(runs) -> None:
     bank, listed = moce.load(runs.moce), sorted((runs.task / "train").rglob("*.png"))
     one, other = bank.select(listed), bank.select(path for path in listed)
     assert one.cluster_histogram == other.cluster_histogram
@@ -284,4 +284,4 @@ def test_a_stream_customises_as_a_list_does(runs) -> None:
 )  # fmt: skip
 def test_a_stream_without_images_is_refused(items, message: str) -> None:
     with pytest.raises(MoceError, match=message):
-        as_image_set(iter(items), SIZE)
+        as_image_dataset(iter(items), SIZE)

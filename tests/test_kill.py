@@ -60,7 +60,7 @@ def wait_for(process: subprocess.Popen[str], ready: Callable[[], object]) -> Non
         time.sleep(0.01)
 
 
-def words_of(verb: str, runs: Runs, out: Path) -> list[object]:
+def words_of(command: str, runs: Runs, out: Path) -> list[object]:
     common = {"log_every": 2, "save_every": 3, "epochs": 2000}
     tuned = {"device": "cpu", "precision": "float32", "threads": 1, "batch_size": 8}
     return {
@@ -68,7 +68,7 @@ def words_of(verb: str, runs: Runs, out: Path) -> list[object]:
         "train": ["train", runs.data, "--mae", runs.mae, "--clusters", runs.clusters, "--out", out,
                   *flags(**TRAIN | common)],
         "finetune": ["finetune", runs.backbone, runs.task, "--out", out, *flags(**tuned | common)],
-    }[verb]  # fmt: skip
+    }[command]  # fmt: skip
 
 
 # --- kills ----------------------------------------------------------------------------------------
@@ -82,11 +82,11 @@ def test_runs_killed_at_random_end_as_if_nothing_had_happened(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("verb", "stride"), [("pretrain", 1), ("moce", 4), ("finetune", 4)])
 def test_a_run_that_dies_at_any_dealing_with_a_file_goes_on(
-    verb: str, stride: int, runs: Runs, tmp_path: Path
+    command: str, stride: int, runs: Runs, tmp_path: Path
 ) -> None:
-    words = words_of("train" if verb == "moce" else verb, runs, tmp_path)
+    words = words_of("train" if command == "moce" else command, runs, tmp_path)
     words = [word for word in words if word not in ("--out", tmp_path)]
-    short = ["--steps", "5", "--save-every", "3", *(["--lr-grid", "0.1"] * (verb == "finetune"))]
+    short = ["--steps", "5", "--save-every", "3", *(["--lr-grid", "0.1"] * (command == "finetune"))]
     program = [sys.executable, str(Path(__file__).parent / "die_at_writes.py")]
     places = [str(stride), str(tmp_path / "killed"), str(tmp_path / "straight")]
     done = subprocess.run(
@@ -102,10 +102,10 @@ def test_a_run_that_dies_at_any_dealing_with_a_file_goes_on(
 @pytest.mark.parametrize("verb", ["pretrain", "train", "finetune"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(
-    verb: str, number: signal.Signals, runs: Runs, tmp_path: Path
+    command: str, number: signal.Signals, runs: Runs, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    process = start(*words_of(verb, runs, out))
+    process = start(*words_of(command, runs, out))
     wait_for(process, lambda: len(read_metrics(out)) > 2)
     process.send_signal(number)
     line = told(process, 128 + number)

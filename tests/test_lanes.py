@@ -20,10 +20,10 @@ from moce.config import TrainSettings
 from moce.data.loader import Batch
 from moce.errors import Interrupted
 from moce.models.mae import MAE
-from moce.runtime import threads as lanes
-from moce.runtime.device import tally
-from moce.training.objectives import moce_stage, part_size
-from moce.training.thread_parallel import Lanes, is_random, parts_of, twin
+from moce.runtime import threads as thread_parallel
+from moce.runtime.device import bincount
+from moce.training.objectives import moce_objective, part_size
+from moce.training.thread_parallel import ThreadParallel, chunks_of, has_dropout, replica
 
 IMAGES = 10
 
@@ -35,7 +35,7 @@ def mae_loss() -> Callable[[nn.Module, slice], dict[str, Tensor]]:
 
 def moce_loss(moce) -> Callable[[nn.Module, slice], dict[str, Tensor]]:
     images, noise, clusters = batch(IMAGES)
-    counts = tally(clusters, len(moce.clusters))
+    counts = bincount(clusters, len(moce.clusters))
 
     def loss(model, part: slice) -> dict[str, Tensor]:
         output = model(images[part], noise[part], clusters[part], None, counts)
@@ -55,7 +55,7 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("size", [1, 3, 100])
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_parts_cover_the_batch_evenly(count: int, size: int, number: int) -> None:
-    parts = parts_of(count, size, number)
+    parts = chunks_of(count, size, number)
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
     lengths = {part.stop - part.start for part in parts}
     assert max(lengths) - min(lengths) <= 1 and max(lengths) <= size and min(lengths) > 0
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_whole_batch(threads: int, size: int) -> None
     whole = loss(mae, slice(None))["loss"]
     (whole * 0.5).backward()
     expected = gradients(mae)
-    with Lanes(mae) as several:
+    with ThreadParallel(mae) as several:
         found = several.backward(loss, IMAGES, size, scale=0.5)
     assert_close(found["loss"], whole.detach())
     assert_close(gradients(mae), expected, atol=1e-6, rtol=1e-4)
@@ -80,7 +80,7 @@ def test_gates_and_experts_get_their_gradients_once(threads: int) -> None:
     whole = loss(moce, slice(None))
     whole["loss"].backward()
     expected = gradients(moce)
-    with Lanes(moce) as several:
+    with ThreadParallel(moce) as several:
         found = several.backward(loss, IMAGES, 2)
     assert_close(found, {name: value.detach() for name, value in whole.items()})
     ours = gradients(moce)
@@ -91,7 +91,7 @@ def test_gates_and_experts_get_their_gradients_once(threads: int) -> None:
 
 def test_gradients_are_the_same_each_time_and_are_added(threads: int) -> None:
     mae, loss = tiny_mae().train(), mae_loss()
-    with Lanes(mae) as several:
+    with ThreadParallel(mae) as several:
         several.backward(loss, IMAGES, 1)
         first = gradients(mae)
         several.backward(loss, IMAGES, 1)
@@ -104,7 +104,7 @@ def test_gradients_are_the_same_each_time_and_are_added(threads: int) -> None:
 
 def test_a_twin_has_the_same_weights_and_gradients_of_its_own() -> None:
     mae = tiny_mae()
-    other = twin(mae)
+    other = replica(mae)
     mae_loss()(other, slice(None))["loss"].backward()
     assert all(parameter.grad is None for parameter in mae.parameters())
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_threads_are_given_back_also_after_an_error(threads: int) -> None:
     def wrong(model: nn.Module, part: slice) -> dict[str, Tensor]:
         raise ValueError("no")
 
-    with Lanes(tiny_mae()) as several, pytest.raises(ValueError, match="no"):
+    with ThreadParallel(tiny_mae()) as several, pytest.raises(ValueError, match="no"):
         several.backward(wrong, IMAGES, 2)
     assert torch.get_num_threads() == threads
 
@@ -142,7 +142,7 @@ def test_no_lane_begins_another_part_after_an_error_or_ctrl_c(by: str) -> None:
     torch.set_num_threads(2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with Lanes(tiny_mae()) as several, pytest.raises((ValueError, KeyboardInterrupt)):
+        with ThreadParallel(tiny_mae()) as several, pytest.raises((ValueError, KeyboardInterrupt)):
             several.backward(stopping, IMAGES, 1)
     finally:
         signal.signal(signal.SIGINT, handler)
@@ -151,7 +151,7 @@ def test_no_lane_begins_another_part_after_an_error_or_ctrl_c(by: str) -> None:
 
 
 def test_few_lanes_share_many_threads(monkeypatch) -> None:
-    monkeypatch.setattr(lanes, "LANES", 2)
+    monkeypatch.setattr(thread_parallel, "LANES", 2)
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(5)  # two lanes of two threads
     loss = mae_loss()
@@ -161,7 +161,7 @@ def test_few_lanes_share_many_threads(monkeypatch) -> None:
         return loss(model, part)
 
     try:
-        with Lanes(tiny_mae()) as several:
+        with ThreadParallel(tiny_mae()) as several:
             several.backward(noted, IMAGES, 5)
     finally:
         torch.set_num_threads(before)
@@ -170,10 +170,10 @@ def test_few_lanes_share_many_threads(monkeypatch) -> None:
 
 def test_layers_that_draw_numbers_are_noticed() -> None:
     mae: MAE = tiny_mae().train()
-    assert not is_random(mae)
-    assert is_random(nn.Sequential(mae, nn.Dropout(0.1)).train())
-    assert is_random(nn.Sequential(mae, DropPath(0.1)).train())
-    assert not is_random(nn.Sequential(mae, nn.Dropout(0.1)).eval())
+    assert not has_dropout(mae)
+    assert has_dropout(nn.Sequential(mae, nn.Dropout(0.1)).train())
+    assert has_dropout(nn.Sequential(mae, DropPath(0.1)).train())
+    assert not has_dropout(nn.Sequential(mae, nn.Dropout(0.1)).eval())
 
 
 def test_parts_of_a_mixture_have_images_of_few_routes(tmp_path) -> None:
@@ -183,7 +183,7 @@ def test_parts_of_a_mixture_have_images_of_few_routes(tmp_path) -> None:
         len(moce.clusters), (len(images),), generator=torch.Generator().manual_seed(0)
     )
     settings = TrainSettings(mae=tmp_path, clusters=tmp_path, data=tmp_path, out=tmp_path)
-    stage = moce_stage(moce, tiny_encoder(), images, cluster_of, settings)
+    stage = moce_objective(moce, tiny_encoder(), images, cluster_of, settings)
     rows = torch.randperm(len(images))
     places = stage.order(Batch(rows, torch.zeros_like(rows), images.take(rows)))
     assert sorted(places.tolist()) == list(range(len(images)))
@@ -194,16 +194,16 @@ def test_parts_of_a_mixture_have_images_of_few_routes(tmp_path) -> None:
 
 @pytest.mark.parametrize("verb", ["pretrain", "moce"])
 def test_a_run_on_several_threads_resumes_alike(
-    verb: str, threads: int, runs, tmp_path: Path
+    command: str, threads: int, runs, tmp_path: Path
 ) -> None:
     """To the last bit; on other numbers of threads sums round otherwise."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     given = {"steps": 8, "save_every": 3, "threads": threads}
-    run_verb(verb, runs, straight, **given)
+    run_verb(command, runs, straight, **given)
     watcher = stop_after(stopped, 1)
     with pytest.raises(Interrupted):
-        run_verb(verb, runs, stopped, **given)
+        run_verb(command, runs, stopped, **given)
     watcher.join()
-    run_verb(verb, runs, stopped, resume=True, **given)
+    run_verb(command, runs, stopped, resume=True, **given)
     same_losses(straight, stopped)
     same_weights(straight, stopped)

@@ -12,7 +12,7 @@ from builders import TINY_NAME, batch, tiny_encoder, tiny_mae, tiny_spec
 from timm.models.vision_transformer import Block
 from torch.testing import assert_close
 
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.errors import MoceError
 from moce.inference.features import extract_features
 from moce.models.decoder import LastBlock
@@ -79,7 +79,7 @@ def test_patches_go_row_by_row_with_channels_last() -> None:
     assert patches[0, 2, 0:3].tolist() == images[0, :, 2, 0].tolist()
 
 
-def test_target_is_normalised_by_the_unbiased_variance() -> None:
+def test_target_is_normalized_by_the_unbiased_variance() -> None:
     patches = torch.tensor([[[1.0, 2.0, 3.0, 6.0]]])
     deviation = math.sqrt((4 + 1 + 0 + 9) / 3 + 1e-6)
     expected = torch.tensor([[[-2.0, -1.0, 0.0, 3.0]]]) / deviation
@@ -232,7 +232,7 @@ def test_registers_are_no_class_token() -> None:
     """Pooling by the class token is refused where the first token is a register."""
     spec = tiny_encoder(class_token=False, reg_tokens=2)
     pixels = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-    images = ImageSet(pixels, ["0", "1"], [None] * 2, [None] * 2)
+    images = ImageDataset(pixels, ["0", "1"], [None] * 2, [None] * 2)
     with pytest.raises(MoceError, match="class token"):
         extract_features(spec.build(), spec, images, device=torch.device("cpu"), pooling="cls")
 
@@ -271,7 +271,7 @@ def test_models_from_scratch_have_fixed_sine_cosine_positions() -> None:
         assert_close(vit.pos_embed.data, sincos_positions((4, 4), 32, prefix))
 
 
-def test_initialisation_is_that_of_mae() -> None:
+def test_initialization_is_that_of_mae() -> None:
     vit = tiny_spec(embed_dim=192).build().encoder
     for weight, fans in (
         (vit.blocks[0].mlp.fc1.weight, (192, 768)),
@@ -303,7 +303,7 @@ def test_spec_survives_a_dictionary() -> None:
         (TINY_NAME, {"img_size": 30, "patch_size": 4}, "multiple|30"),
         (TINY_NAME, {"img_size": 30, "patch_size": 4, "dynamic_img_pad": True}, "multiple|30"),
         (TINY_NAME, {"embed_dim": 30, "num_heads": 4}, "cannot build"),
-        (TINY_NAME, {"colour": "red"}, "colour"),
+        (TINY_NAME, {"color": "red"}, "color"),
     ],
 )
 def test_unsuitable_encoders_are_refused_with_the_reason(

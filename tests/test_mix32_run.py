@@ -16,7 +16,7 @@ from experiments.mix32 import run
 from experiments.mix32.build import DEVELOPMENT, HELD_OUT, TaskPlan, pool_rows, subsets, task_rows
 from experiments.mix32.collect import merge, read_rows
 from experiments.mix32.parts import PICKED_BY, TASKS_OF
-from experiments.mix32.synthetic import coloured, rendered_letters
+from experiments.mix32.synthetic import colored, rendered_letters
 from tools.image_sources import CIFAR10, Pool
 
 from moce.data.readers.factory import demo_table
@@ -27,7 +27,7 @@ SUITE = read_suite(run.SUITE, Path())
 # Which embedded task stands for a task of Mix-32 here.
 STAND_INS = {
     "digits": "digits",
-    "coloured_digits": "optdigits",
+    "colored_digits": "optdigits",
     "cifar10": "animals",
     "fashion": "clothes",
     "twemoji": "emoji",
@@ -69,11 +69,11 @@ def test_parts_of_the_pool_are_what_they_say() -> None:
     }  # fmt: skip
 
 
-def test_coloured_digits_keep_their_shape_and_have_contrast() -> None:
-    grey = np.zeros((5, 32, 32), np.uint8)
-    grey[:, 8:24, 12:20] = 255
-    digits = Pool("mnist", [str(n) for n in range(5)], grey, ["1"] * 5, ["test"] * 5)
-    images = coloured(digits, 0).images.astype(int)
+def test_colored_digits_keep_their_shape_and_have_contrast() -> None:
+    gray = np.zeros((5, 32, 32), np.uint8)
+    gray[:, 8:24, 12:20] = 255
+    digits = Pool("mnist", [str(n) for n in range(5)], gray, ["1"] * 5, ["test"] * 5)
+    images = colored(digits, 0).images.astype(int)
     assert images.shape == (5, 32, 32, 3)
     assert (np.abs(images[:, 16, 16] - images[:, 0, 0]) >= 89).all()
     assert len({tuple(image[0, 0]) for image in images}) == 5
@@ -105,7 +105,9 @@ def test_the_recipes_name_real_settings_and_every_group_once(name: str) -> None:
     assert len(recipe["seeds"]) >= 3
     folders = run.Folders(recipe, Path("out"), groups[0])
     asked: list[tuple[str, dict[str, Any]]] = []
-    folders._run = lambda verb, folder, values, done="": asked.append((verb, values)) or folder  # type: ignore[method-assign]
+    folders._run = lambda command, folder, values, done="": (
+        asked.append((command, values)) or folder
+    )  # type: ignore[method-assign]
     folders.pretrain(Path("mae"))
     folders.cluster(Path("clusters"), Path("mae"))
     for settings in recipe["methods"].values():
@@ -113,11 +115,11 @@ def test_the_recipes_name_real_settings_and_every_group_once(name: str) -> None:
     for change in recipe["ablation"]["changes"]:
         kept = {k: v for k, v in change.items() if k not in run.OF_CLUSTERS}
         folders.train(Path("run"), Path("mae"), **{**recipe["methods"]["moce"], **kept})
-    from moce.commands.registry import VERBS
+    from moce.commands.registry import COMMANDS
     from moce.config.load import parse
 
-    for verb, values in asked:
-        parse(VERBS[verb].settings, {**recipe["runtime"], **values, "out": "out"})
+    for command, values in asked:
+        parse(COMMANDS[command].settings, {**recipe["runtime"], **values, "out": "out"})
 
 
 def test_measuring_again_replaces_and_adds(tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_a_group_leaves_rows_and_is_not_run_again(
     run.main()
     rows = read_rows(results)
     probed = {(r["backbone"], r["task"]) for r in rows if "protocol" in r}
-    names, tasks = ("mae", "mae_plus", "only_mnist"), ("coloured_digits", "digits")
+    names, tasks = ("mae", "mae_plus", "only_mnist"), ("colored_digits", "digits")
     assert probed == {(name, task) for name in names for task in tasks}
     measured = {(r["backbone"], r["measure"], r["where"]) for r in rows if "measure" in r}
     assert ("only_mnist", "reconstruction", "mnist") in measured

@@ -32,9 +32,9 @@ from moce.models.encoder import encode_tokens
 from moce.models.experts import ExpertFFN, ExpertLayer
 from moce.models.moce import MoCE, MoCESpec, check_blocks, default_blocks
 from moce.runs.files import read_tensors
-from moce.training.objectives import augmented, gate_noise, mask_noise, moce_stage
+from moce.training.objectives import augmented, gate_noise, mask_noise, moce_objective
 from moce.training.optimizer import parameter_groups
-from moce.training.trainer import Stage, fit
+from moce.training.trainer import Objective, fit
 
 CPU = torch.device("cpu")
 
@@ -181,20 +181,20 @@ def test_very_confident_gates_give_finite_gradients() -> None:
 
 
 def gradients_of_steps(out: Path, steps: int, **changes: object) -> list[list[Tensor]]:
-    """The gradients each optimiser step of the real training loop is given."""
+    """The gradients each optimizer step of the real training loop is given."""
     mixture = tiny_moce(tiny_mae(), different=True, balance_scope="batch")
     images = demo_images()
     cluster_of = torch.arange(len(images)) % CLUSTERS
     settings = settings_for(out, steps, **changes)
     seen: list[list[Tensor]] = []
 
-    def record(optimiser: torch.optim.Optimizer, *_: object) -> None:
-        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    def record(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         seen.append([p.grad.clone() for p in parameters if p.grad is not None])
 
     handle = register_optimizer_step_pre_hook(record)
     try:
-        fit(moce_stage(mixture, tiny_encoder(), images, cluster_of, settings), settings, CPU,
+        fit(moce_objective(mixture, tiny_encoder(), images, cluster_of, settings), settings, CPU,
             "float32")  # fmt: skip
     finally:
         handle.remove()
@@ -206,7 +206,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
     whole = gradients_of_steps(tmp_path / "a", 1, **losses)
     for size in (8, 5):  # 5 leaves a smaller last part
         parts = gradients_of_steps(tmp_path / str(size), 1, micro_batch_size=size, **losses)
-        assert len(parts) == len(whole) == 1  # one optimiser step, so gate losses count once
+        assert len(parts) == len(whole) == 1  # one optimizer step, so gate losses count once
         assert len(parts[0]) == len(whole[0])
         for one, other in zip(parts[0], whole[0], strict=True):
             assert_close(one, other, atol=1e-5, rtol=1e-4)
@@ -272,7 +272,7 @@ def test_an_idle_expert_stays_where_it_is(tmp_path: Path) -> None:
 
     idle = mixture.experts[0].experts[0]
     groups = parameter_groups(mixture.parameters(), settings.weight_decay)
-    fit(Stage("test", mixture, images, groups, loss), settings, CPU, "float32")
+    fit(Objective("test", mixture, images, groups, loss), settings, CPU, "float32")
     after = [p.detach() for p in idle.parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(before[0], before[3], strict=True))
     for step in (4, 5):
@@ -285,7 +285,7 @@ def test_gates_are_not_decayed_and_have_their_own_rate(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1, weight_decay=0.3, gate_lr_scale=7.0)
     images = demo_images()
     cluster_of = torch.zeros(len(images), dtype=torch.int64)
-    stage = moce_stage(mixture, tiny_encoder(), images, cluster_of, settings)
+    stage = moce_objective(mixture, tiny_encoder(), images, cluster_of, settings)
     gates = {id(p) for p in mixture.gates.parameters()}
     seen = 0
     for group in stage.groups:

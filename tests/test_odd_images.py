@@ -90,7 +90,7 @@ def test_odd_bmps_look_as_their_references() -> None:
         if same.is_file():
             size = Image.open(path).size[::-1]
             ours, theirs = (to_pixels(open_encoded(p), size).astype(int) for p in (same, path))
-            assert np.abs(ours - theirs).max() <= 8, path.stem  # rounding of 5-bit colours
+            assert np.abs(ours - theirs).max() <= 8, path.stem  # rounding of 5-bit colors
             compared += 1
     assert compared >= 8
 
@@ -108,14 +108,14 @@ def test_programs_called_images_are_not_run(tmp_path: Path) -> None:
     assert images.skipped == [("a.png", "ValueError: not an image, or of a kind that is not read")]
 
 
-def raw_png(depth: int, colour_type: int, row: bytes, transparent: bytes) -> bytes:
-    """A PNG of 16 equal rows, 16 pixels wide, with a transparent colour."""
+def raw_png(depth: int, color_type: int, row: bytes, transparent: bytes) -> bytes:
+    """A PNG of 16 equal rows, 16 pixels wide, with a transparent color."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         check = zlib.crc32(kind + content).to_bytes(4, "big")
         return len(content).to_bytes(4, "big") + kind + content + check
 
-    header = struct.pack(">IIBBBBB", 16, 16, depth, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", 16, 16, depth, color_type, 0, 0, 0)
     pixels = zlib.compress((b"\0" + row) * 16)
     chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", pixels), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
@@ -131,7 +131,7 @@ def raw_png(depth: int, colour_type: int, row: bytes, transparent: bytes) -> byt
         (raw_png(16, 2, b"\x77\x01" * 24 + b"\x33\x02" * 24, b"\x77\x01" * 3), 0x33),
     ],
 )
-def test_a_transparent_colour_is_white_at_any_depth(content: bytes, dark: int | None) -> None:
+def test_a_transparent_color_is_white_at_any_depth(content: bytes, dark: int | None) -> None:
     pixels = to_pixels(open_encoded(content), (16, 16))
     assert (pixels[:, :, :8] == 255).all()
     assert (pixels[:, :, 8:] == (255 if dark is None else dark)).all()

@@ -54,8 +54,8 @@ def test_names_of_all_sorts_go_through_every_verb(runs, tmp_path: Path, capsys) 
         "customize": world.customize(images=folder),
         "report": world.report(out),
     }
-    for verb, command in words.items():
-        assert run_command(command) == 0, (verb, capsys.readouterr().err)
+    for command, command in words.items():
+        assert run_command(command) == 0, (command, capsys.readouterr().err)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page and "<u>" not in page
     table = pyarrow.parquet.read_table(out / CLUSTERS)

@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 import moce
 from moce.cli import main
 from moce.data.augment import fitted
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
 from moce.data.loader import BatchOrder, fetch, in_order, prefetched
 from moce.data.pack import Packer
@@ -51,7 +51,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moce.data.pack.MOST_IN_CHUNK", 4)
 
 
-def same(one: ImageSet, other: ImageSet) -> bool:
+def same(one: ImageDataset, other: ImageDataset) -> bool:
     described = [(images.ids, images.labels, images.splits) for images in (one, other)]
     pixels = [images.take(slice(None)) for images in (one, other)]
     return torch.equal(*pixels) and described[0] == described[1]
@@ -75,10 +75,10 @@ def test_splits_and_labels_of_any_kind_are_kept(tmp_path: Path, monkeypatch) -> 
     usual, packed = (load_task(str(tmp_path / name), (3, *SIZE)) for name in ("task", "task.moce"))
     assert packed.classes == usual.classes
     assert same(packed.train, usual.train) and same(packed.test, usual.test)
-    entries = open_source(str(task))
-    for entry, label in zip(entries, [("cat", "dog"), (), None], strict=False):
-        object.__setattr__(entry, "label", label)
-    monkeypatch.setattr("moce.commands.pack.open_source", lambda data: entries)
+    samples = open_source(str(task))
+    for sample, label in zip(samples, [("cat", "dog"), (), None], strict=False):
+        object.__setattr__(sample, "label", label)
+    monkeypatch.setattr("moce.commands.pack.open_source", lambda data: samples)
     moce.pack(task, size=16, out=tmp_path / "many.moce")
     assert load_images(str(tmp_path / "many.moce"), SIZE).labels[:3] == [("cat", "dog"), (), None]
 
@@ -125,7 +125,7 @@ def test_resumed_is_uninterrupted_to_the_byte(folder, tmp_path, small_chunks, ch
     decoded = []
     again = packer(folder, tmp_path / "killed")
     assert again.resume() == 4 * chunks
-    decoded = [chunk.entries for chunk in again.chunks()]
+    decoded = [chunk.samples for chunk in again.chunks()]
     again.finish()
     assert sum(decoded) == 42 - 4 * chunks
     assert (tmp_path / "killed").read_bytes() == whole.read_bytes()
@@ -284,7 +284,7 @@ def test_the_verbs_take_a_packed_file(folder, store, tmp_path, monkeypatch) -> N
     for row in read_timings(mae):
         assert 0 <= row["data_wait_s"] <= row["step_s"]
     assert (mae / "skipped.jsonl").read_text().count("\n") == 2
-    moce.cluster(store, mae=mae, out=clusters, num_clusters=4, max_rounds=3, **RUNTIME)
+    moce.cluster(store, mae=mae, out=clusters, num_clusters=4, max_iterations=3, **RUNTIME)
     settings = {"num_experts": 2, "steps": 2, "batch_size": 16, **RUNTIME}
     monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.4)
     moce.train(store, mae=mae, clusters=clusters, out=mixture, **settings)

@@ -27,7 +27,7 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def packed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The images and the labelled task of `runs`, packed as large as the model takes them."""
+    """The images and the labeled task of `runs`, packed as large as the model takes them."""
     folder = tmp_path_factory.mktemp("packed")
     return tuple(
         moce.pack(data, size=16, out=folder / f"{name}.moce").file

@@ -8,11 +8,11 @@ import torch
 from builders import CLUSTERS, demo_images, tiny_encoder, tiny_mae, tiny_moce
 
 from moce.config import TrainSettings
-from moce.data.augment import normalise
+from moce.data.augment import normalize
 from moce.data.loader import brought_back, fetch, in_order
 from moce.models.experts import apply_experts
-from moce.runs.files import apart
-from moce.runtime.device import fits_on, send, tally
+from moce.runs.files import clone_shared_tensors
+from moce.runtime.device import bincount, fits_on, to_device
 from moce.training import objectives as stages
 from moce.training.trainer import Step
 
@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 
 def test_a_tally_is_a_bincount() -> None:
     numbers = torch.randint(7, (100,))
-    assert torch.equal(tally(numbers, 9), numbers.bincount(minlength=9))
-    assert tally(torch.zeros(0, dtype=torch.int64), 3).tolist() == [0, 0, 0]
-    on_device = tally(numbers.to("meta"), 9)  # as on accelerators: the shape is known beforehand
+    assert torch.equal(bincount(numbers, 9), numbers.bincount(minlength=9))
+    assert bincount(torch.zeros(0, dtype=torch.int64), 3).tolist() == [0, 0, 0]
+    on_device = bincount(numbers.to("meta"), 9)  # as on accelerators: the shape is known beforehand
     assert on_device.shape == (9,) and on_device.dtype == torch.int64
 
 
@@ -34,7 +34,7 @@ def test_what_gates_are_given_is_made_once_a_step(monkeypatch) -> None:
     moce, images = tiny_moce(tiny_mae()).train(), demo_images()
     cluster_of = torch.arange(len(images)) % CLUSTERS
     settings = TrainSettings(data="-", mae="-", out="-")
-    stage = stages.moce_stage(moce, tiny_encoder(), images, cluster_of, settings)
+    stage = stages.moce_objective(moce, tiny_encoder(), images, cluster_of, settings)
     rows = torch.arange(16)
     for number in (0, 1):
         step = Step(number, rows)
@@ -55,15 +55,15 @@ def test_a_scale_first_asked_for_under_inference_mode_can_be_trained_with() -> N
     mean, std = (0.125, 0.25, 0.5), (0.5, 0.25, 0.75)
     pixels = torch.ones(1, 3, 2, 2)
     with torch.inference_mode():
-        expected = normalise(pixels, mean, std)
-    images = normalise(pixels.requires_grad_(), mean, std)
+        expected = normalize(pixels, mean, std)
+    images = normalize(pixels.requires_grad_(), mean, std)
     images.sum().backward()
     assert torch.equal(images, expected.clone())
 
 
 def test_what_is_there_is_not_sent() -> None:
     values = torch.ones(3)
-    assert send(values, CPU) is values
+    assert to_device(values, CPU) is values
 
 
 def test_images_in_order_are_read_ahead_and_leaving_early_is_clean() -> None:
@@ -100,7 +100,9 @@ def test_data_stay_on_a_gpu_with_room_to_spare(monkeypatch) -> None:
 
 def test_a_file_gets_copies_of_shared_memory_only() -> None:
     one, two = torch.randn(4, 4), torch.randn(3)
-    ready = apart({"one": one, "again": one, "row": one[1], "column": one[:, 1], "two": two})
+    ready = clone_shared_tensors(
+        {"one": one, "again": one, "row": one[1], "column": one[:, 1], "two": two}
+    )
     assert ready["one"].data_ptr() == one.data_ptr() and ready["two"].data_ptr() == two.data_ptr()
     assert len({value.untyped_storage().data_ptr() for value in ready.values()}) == 5
     assert torch.equal(ready["column"], one[:, 1]) and torch.equal(ready["again"], one)

@@ -14,8 +14,8 @@ import torch
 from builders import CLUSTERS, DENSE, PRETRAIN, RUNTIME, TRAIN, copy_run, tiny_mae
 from launched import moce_words, said, torchrun, wait_until
 
-from moce.commands.registry import VERBS
-from moce.data.loader import own_parts
+from moce.commands.registry import COMMANDS
+from moce.data.loader import shard_micro_batches
 from moce.errors import MoceError
 from moce.models.experts import apply_experts
 from moce.runs.files import read_tensors
@@ -96,7 +96,7 @@ def test_a_slurm_script_is_several_processes_under_srun_only(
     assert as_started(monkeypatch, script | step) == Launch(8, 5, 4, 1, 1, "srun")
 
 
-def test_shares_are_trained_by_a_fused_optimiser() -> None:
+def test_shares_are_trained_by_a_fused_optimizer() -> None:
     """Which counts its steps on the device: only so may `share_of` put the counts there."""
     plain = adamw(parameter_groups(tiny_mae().parameters(), 0.05), 0.95)
     shared = torch.optim.AdamW([dict(group) for group in plain.param_groups])
@@ -159,7 +159,7 @@ def test_processes_share_out_a_batch(
     passes = set()
     for here in range(processes):
         monkeypatch.setattr(shared, "rank", lambda here=here: here)
-        parts = own_parts(count, size)
+        parts = shard_micro_batches(count, size)
         passes.add(len(parts))
         assert all(size is None or part.stop - part.start <= size for part in parts)
         rows += [row for part in parts for row in range(count)[part]]
@@ -211,7 +211,7 @@ class Made:
     def by_one(self, name: str, **update: Any) -> Path:
         out = self.folder / f"one_{name}"
         if not out.exists():
-            VERBS[verb_of(name)].run({**self.settings[name], **update, "out": out})
+            COMMANDS[verb_of(name)].run({**self.settings[name], **update, "out": out})
         return out
 
 
@@ -268,7 +268,7 @@ def test_two_processes_make_what_one_makes(name: str, strategy: str, made: Made)
 @pytest.mark.parametrize(("name", "strategy"), UNEVEN)
 def test_micro_batches_and_uneven_batches(name: str, strategy: str, made: Made, tmp_path) -> None:
     update = {"batch_size": 13, "micro_batch_size": 8}
-    VERBS[verb_of(name)].run({**made.settings[name], **update, "out": tmp_path / "one"})
+    COMMANDS[verb_of(name)].run({**made.settings[name], **update, "out": tmp_path / "one"})
     assert_same(tmp_path / "one", made.by_two(f"uneven_{name}_{strategy}"))
 
 
@@ -277,7 +277,7 @@ def test_micro_batches_and_uneven_batches(name: str, strategy: str, made: Made, 
 def test_finetuning_by_two_processes(size: int | None, made: Made, tmp_path: Path) -> None:
     """With mixup and cutmix, which mix images of one process with those of the other."""
     update = {"micro_batch_size": size and 2 * size, "out": tmp_path / "one"}
-    VERBS["finetune"].run({**made.settings["finetune"], **update})
+    COMMANDS["finetune"].run({**made.settings["finetune"], **update})
     two = made.by_two(f"finetune_{size}")
     assert_same(tmp_path / "one", two)
     results = [json.loads((out / "results.json").read_text()) for out in (tmp_path / "one", two)]
@@ -301,7 +301,7 @@ def test_a_run_stopped_by_sigterm_is_resumed(strategy: str, made: Made, tmp_path
     copied = copy_run(out, tmp_path / "copied")
     torchrun(*moce_words("train", {**settings, "out": out, "resume": True})).communicate()
     for folder, more in ((copied, {"resume": True}), (tmp_path / "whole", {})):
-        VERBS["train"].run({**settings, "out": folder, **more})
+        COMMANDS["train"].run({**settings, "out": folder, **more})
     assert_same(tmp_path / "whole", out)
     assert_same(tmp_path / "whole", copied)
 
@@ -315,10 +315,12 @@ def test_a_run_stopped_by_sigterm_is_resumed(strategy: str, made: Made, tmp_path
         ("probe", {}, "this is work for one process, and torchrun has started 2"),
     ],
 )
-def test_a_mistake_is_told_once(verb: str, update: dict, line: str, runs, tmp_path: Path) -> None:
-    settings = {**PRETRAIN, "data": str(runs.data)} if verb == "pretrain" else {}
+def test_a_mistake_is_told_once(
+    command: str, update: dict, line: str, runs, tmp_path: Path
+) -> None:
+    settings = {**PRETRAIN, "data": str(runs.data)} if command == "pretrain" else {}
     settings = settings or {"backbone": str(runs.mae), "data": str(runs.task)}
-    going = torchrun(*moce_words(verb, {**settings, **update, "out": tmp_path / "run"}))
+    going = torchrun(*moce_words(command, {**settings, **update, "out": tmp_path / "run"}))
     _, told = going.communicate(timeout=200)
     assert going.returncode != 0
     assert len(said(told)) == 1, told

@@ -69,12 +69,12 @@ def test_checkpointing_gives_the_same_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "finetune"])
-def test_runs_with_checkpointing_are_the_same(verb: str, runs, tmp_path: Path) -> None:
+def test_runs_with_checkpointing_are_the_same(command: str, runs, tmp_path: Path) -> None:
     """Drop path, too, drops the same the second time."""
     made = []
     for again in (False, True):
-        update = {"out": tmp_path / f"{verb}_{again}", "grad_checkpointing": again, "steps": 2}
-        if verb == "pretrain":
+        update = {"out": tmp_path / f"{command}_{again}", "grad_checkpointing": again, "steps": 2}
+        if command == "pretrain":
             moce.pretrain(runs.data, **{**PRETRAIN, **update})
         else:
             update |= {"drop_path": 0.5, "batch_size": 12, "rand_augment": "", **RUNTIME}

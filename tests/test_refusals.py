@@ -13,7 +13,7 @@ import pytest
 from builders import TINY_ARGS, copy_run
 from commands import Words, World, one_line, run_command, snapshot
 
-from moce.commands.registry import VERBS
+from moce.commands.registry import COMMANDS
 
 Case = tuple[Callable[[World], Words], str]
 SETTINGS: dict[str, Case] = {
@@ -60,7 +60,7 @@ SETTINGS: dict[str, Case] = {
     "model without patches": (
         lambda w: w.pretrain(None, "--model-args", "{patch_size: 0}"), "timm cannot build"),
     "wrong model arguments": (
-        lambda w: w.pretrain(None, "--model-args", "{colour: red}"), "colour"),
+        lambda w: w.pretrain(None, "--model-args", "{color: red}"), "color"),
     "model arguments no mapping": (
         lambda w: w.pretrain(None, "--model-args", "depth"), "model_args"),
     "model arguments no YAML": (lambda w: w.pretrain(None, "--model-args", "{a: ["), "model-args"),
@@ -130,8 +130,8 @@ SETTINGS: dict[str, Case] = {
         lambda w: w.customize("--strategy", "probe", "--threshold", 0.9), "--threshold"),
     "threshold of a route": (
         lambda w: w.customize("--strategy", "route", "--threshold", 0.9), "--threshold"),
-    "solver of neighbours": (lambda w: w.probe("--kind", "knn", "--solver", "lbfgs"), "--solver"),
-    "neighbours of a linear probe": (lambda w: w.probe("--neighbours", 3), "--neighbours"),
+    "solver of neighbors": (lambda w: w.probe("--kind", "knn", "--solver", "lbfgs"), "--solver"),
+    "neighbors of a linear probe": (lambda w: w.probe("--neighbors", 3), "--neighbors"),
     "rate without steps": (lambda w: w.probe("--solver", "lbfgs", "--base-lr", 1), "--base-lr"),
     "strategy of an MAE": (lambda w: w.export("--strategy", "generalist"), "--strategy"),
     "weights' model of a run": (
@@ -195,7 +195,7 @@ KINDS: dict[str, Case] = {
     "probe nothing": (lambda w: w.probe(backbone="no/where"), "no backbone at no/where"),
     "probe a model like no other": (
         lambda w: w.probe(backbone="vit_tiny_patch16_22"), "did you mean 'vit_tiny_patch16_224'"),
-    "probe unlabelled": (
+    "probe unlabeled": (
         lambda w: w.probe(data=w.runs.task / "test" / "0" / "0.png"), "no labels"),
     "finetune a mixture": (lambda w: w.finetune(backbone=w.runs.moce), "moce customize"),
     "finetune clusters": (lambda w: w.finetune(backbone=w.runs.clusters), "kind 'clusters'"),
@@ -336,21 +336,25 @@ def test_a_wrong_suite_is_refused(name: str, runs, tmp_path: Path, capsys) -> No
     refuse((lambda w: w.evaluate(suite=w.suite(**changes)), expected), runs, tmp_path, capsys)
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("demo", "doctor")])
+@pytest.mark.parametrize(
+    "verb", [command for command in COMMANDS if command not in ("demo", "doctor")]
+)
 def test_a_verb_without_arguments_says_what_it_needs(
-    verb: str, tmp_path, capsys, monkeypatch
+    command: str, tmp_path, capsys, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_command([verb]) == 2
+    assert run_command([command]) == 2
     line = one_line(capsys.readouterr().err)
-    needed = [n for n, field in VERBS[verb].settings.model_fields.items() if field.is_required()]
+    needed = [
+        n for n, field in COMMANDS[command].settings.model_fields.items() if field.is_required()
+    ]
     assert all(f"setting '{name}' is missing" in line for name in needed)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "words",
-    [["pretain"], ["pretrain"], ["pretrain", "/no/images", "--out", "o"], ["cluster", "--colour"]],
+    [["pretain"], ["pretrain"], ["pretrain", "/no/images", "--out", "o"], ["cluster", "--color"]],
 )
 def test_a_process_of_its_own_ends_as_the_table_says(words: Words, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moce", *map(str, words)]

@@ -302,7 +302,7 @@ IMAGES: dict[str, Case] = {
     "a class without training images": (
         lambda w: w.probe(data=w.images("train/cat/a.png", "train/dog/b.png", "test/cow/c.png")),
         "without training images: cow"),
-    "unlabelled images to customize for by labels": (
+    "unlabeled images to customize for by labels": (
         lambda w: w.customize("--strategy", "probe", images=w.images("a.png", "b.png")), "no labels"),
     "an empty task to customize for": (lambda w: w.customize(images=empty(w)), "no images in"),
     "a task to customize for that is gone": (

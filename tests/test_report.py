@@ -213,7 +213,7 @@ def test_visible_patches_are_pasted_in_untouched() -> None:
     assert not torch.allclose(pasted[~visible], patchify(images, (4, 4))[~visible], atol=0.1)
 
 
-def test_hidden_patches_are_grey_and_the_others_as_they_were() -> None:
+def test_hidden_patches_are_gray_and_the_others_as_they_were() -> None:
     images, noise, _ = batch(2)
     pixels = (images - images.min()) / (images.max() - images.min())
     keep, removed = random_mask(noise, 0.75)

@@ -31,32 +31,32 @@ QUICK = {**PRETRAIN, "steps": 6, "save_every": 3}
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "mae", "moce", "sdr", "token_moe", "finetune"])
-def test_sums_between_rows_survive_a_stop(verb: str, runs: Runs, tmp_path: Path) -> None:
+def test_sums_between_rows_survive_a_stop(command: str, runs: Runs, tmp_path: Path) -> None:
     """Stopped between rows, with a checkpoint that falls on none of them."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     given = {"log_every": 3, "save_every": 4, "steps": 14}
-    run_verb(verb, runs, straight, **given)
+    run_verb(command, runs, straight, **given)
     watcher = stop_after(stopped, 1)
     with pytest.raises(Interrupted) as stop:
-        run_verb(verb, runs, stopped, **given)
+        run_verb(command, runs, stopped, **given)
     watcher.join()
     assert stop.value.exit_status == 130
     assert not (stopped / "model.json").exists()
     assert all(row["step"] % 3 == 0 for row in read_metrics(stopped))
-    run_verb(verb, runs, stopped, resume=True, **given)
+    run_verb(command, runs, stopped, resume=True, **given)
     same_losses(straight, stopped)
     same_weights(straight, stopped)
 
 
 def test_a_subset_and_a_rate_chosen_from_a_grid_resume_alike(runs: Runs, tmp_path: Path) -> None:
-    for verb, more in (("subset", {"task": runs.task}), ("finetune", {"lr_grid": (0.01, 0.1)})):
-        straight, stopped = tmp_path / f"{verb}_straight", tmp_path / f"{verb}_stopped"
+    for command, more in (("subset", {"task": runs.task}), ("finetune", {"lr_grid": (0.01, 0.1)})):
+        straight, stopped = tmp_path / f"{command}_straight", tmp_path / f"{command}_stopped"
         given = {"log_every": 3, "steps": 12, **more}
-        run_verb(verb, runs, straight, **given)
+        run_verb(command, runs, straight, **given)
         stop_after(stopped, 1)
         with pytest.raises(Interrupted):
-            run_verb(verb, runs, stopped, **given)
-        run_verb(verb, runs, stopped, resume=True, **given)
+            run_verb(command, runs, stopped, **given)
+        run_verb(command, runs, stopped, resume=True, **given)
         same_losses(straight, stopped)
         same_weights(straight, stopped)
 
@@ -77,12 +77,12 @@ def test_a_window_that_is_saved_goes_on_in_the_order_of_its_losses() -> None:
 
 def test_a_checkpoint_gives_back_all_it_was_given(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
-    optimiser = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
-    optimiser.step()
+    optimizer.step()
     given = Checkpoint(7, {"sum.loss": torch.tensor(0.5)}, {"routes": torch.arange(4)})
-    save_checkpoint(tmp_path, given, model, optimiser)
-    found = load_checkpoint(tmp_path, model, optimiser)
+    save_checkpoint(tmp_path, given, model, optimizer)
+    found = load_checkpoint(tmp_path, model, optimizer)
     assert found is not None and found.step == 7
     assert found.window == given.window and found.memory["routes"].tolist() == [0, 1, 2, 3]
 
@@ -280,7 +280,7 @@ def test_what_the_system_refuses_leaves_nothing_half_written(tmp_path: Path, mon
         (OSError(errno.EIO, "Input/output error", "/disk/photo.png"), 1, "/disk/photo.png: Input"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "/x: Permission denied"),
         (MemoryError(), 1, "out of memory; try a smaller --micro-batch-size"),
-        (torch.OutOfMemoryError("CUDA out of memory"), 1, "micro-batch-size, or --no-resident"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "micro-batch-size, or --no-cache-on-gpu"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
         (KeyboardInterrupt(), 130, "interrupted; go on with --resume"),
         (Terminated(), 143, "interrupted; go on with --resume"),

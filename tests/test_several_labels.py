@@ -18,7 +18,7 @@ from moce.commands import probe as probe_verb
 from moce.config import FinetuneSettings
 from moce.data.loader import Batch
 from moce.errors import MoceError
-from moce.evaluation.finetune import finetune_stage
+from moce.evaluation.finetune import finetune_objective
 from moce.evaluation.task import load_task
 from moce.training.trainer import Step
 
@@ -32,8 +32,8 @@ def several(runs, monkeypatch):
         one = np.eye(4, dtype=np.float32)[getattr(task, name)]
         one[:, 3] = one[:, 0] + one[:, 1]
         setattr(task, name, one)
-    for verb in (finetune_verb, probe_verb):
-        monkeypatch.setattr(verb, "load_task", lambda *_, **__: task)
+    for command in (finetune_verb, probe_verb):
+        monkeypatch.setattr(command, "load_task", lambda *_, **__: task)
     return task
 
 
@@ -42,7 +42,7 @@ def test_several_labels_are_fine_tuned_by_binary_cross_entropy(several, runs) ->
     nn.init.zeros_(vit.head.weight)
     values = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
     settings = FinetuneSettings(backbone="b", data="d", out=Path("o"), **values)
-    stage = finetune_stage(vit, tiny_encoder(), several.train, several.train_labels, settings)
+    stage = finetune_objective(vit, tiny_encoder(), several.train, several.train_labels, settings)
     rows = torch.arange(8)
     batch = Batch(rows, torch.zeros(8, dtype=torch.int64), several.train.pixels[rows])
     loss = stage.loss(vit, batch, Step(0, rows))["loss"]

@@ -1,4 +1,4 @@
-"""Sources of images: parquet files, labelled tasks, the embedded set."""
+"""Sources of images: parquet files, labeled tasks, the embedded set."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ SIZE = (16, 16)
 # --- parquet --------------------------------------------------------------------------------------
 
 
-def encoded(colour) -> bytes:
+def encoded(color) -> bytes:
     buffer = io.BytesIO()
-    picture(colour).save(buffer, "PNG")
+    picture(color).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-COLOURS = [(200, 30, 60), (10, 220, 90), (5, 6, 240)]
+COLORS = [(200, 30, 60), (10, 220, 90), (5, 6, 240)]
 
 
 @pytest.mark.parametrize("struct", [True, False])
 def test_parquet_with_bytes_or_structs(tmp_path: Path, struct: bool) -> None:
-    content = [encoded(colour) for colour in COLOURS]
+    content = [encoded(color) for color in COLORS]
     column = [{"bytes": data, "path": "x"} for data in content] if struct else content
     columns = {
         "image": column,
@@ -46,13 +46,13 @@ def test_parquet_with_bytes_or_structs(tmp_path: Path, struct: bool) -> None:
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     images = load_images(str(tmp_path / "a.parquet"), SIZE)
-    assert [tuple(middle(pixels)) for pixels in images.pixels] == COLOURS
+    assert [tuple(middle(pixels)) for pixels in images.pixels] == COLORS
     assert (images.ids, images.labels) == (["7", "8", "9"], ["1", "0", "1"])
     assert images.splits == ["train", "train", "val"]
 
 
 def test_parquet_rows_without_bytes_are_skipped(tmp_path: Path) -> None:
-    columns = {"image": [encoded(COLOURS[0]), None, b"junk"]}
+    columns = {"image": [encoded(COLORS[0]), None, b"junk"]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     images = load_images(str(tmp_path / "a.parquet"), SIZE)
     assert images.ids == ["0"] and [name for name, _ in images.skipped] == ["1", "2"]
@@ -68,7 +68,7 @@ def test_parquet_without_encoded_images_is_refused(tmp_path: Path, columns: dict
         load_images(str(tmp_path / "a.parquet"), SIZE)
 
 
-# --- labelled tasks -------------------------------------------------------------------------------
+# --- labeled tasks -------------------------------------------------------------------------------
 
 
 def test_task_without_splits_holds_out_a_fifth_of_each_class(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_embedded_training_and_test_images_differ() -> None:
 
 @pytest.mark.parametrize("task", demo_tasks())
 def test_embedded_tasks_have_labels_and_both_splits(task: str) -> None:
-    entries = open_source(f"demo:{task}")
-    assert all(entry.label for entry in entries)
-    classes = {split: {e.label for e in entries if e.split == split} for split in ("train", "test")}
+    samples = open_source(f"demo:{task}")
+    assert all(sample.label for sample in samples)
+    classes = {split: {e.label for e in samples if e.split == split} for split in ("train", "test")}
     assert classes["train"] == classes["test"] and len(classes["train"]) >= 2

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from moce.clustering import sinkhorn
 from moce.clustering.features import Rows
-from moce.clustering.sinkhorn import Similarities, Sums, sweep
+from moce.clustering.sinkhorn import Similarities, Sums, score_pass
 from moce.models.cluster_model import scores
 
 COUNT, WIDTH, CLUSTERS, EPSILON = 1000, 8, 12, 0.05
@@ -26,7 +26,7 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(sinkhorn, "BLOCK", 64)
 
 
-def given() -> tuple[Tensor, Tensor, Tensor]:
+def explicitly_set() -> tuple[Tensor, Tensor, Tensor]:
     potentials = torch.randn(CLUSTERS, generator=torch.Generator().manual_seed(2))
     return unit_rows(COUNT, WIDTH), unit_rows(CLUSTERS, WIDTH, seed=1), potentials
 
@@ -34,11 +34,11 @@ def given() -> tuple[Tensor, Tensor, Tensor]:
 def swept(
     chunk: int, weights: Tensor | None = None, keep: bool = False, **how: bool
 ) -> tuple[Sums, Tensor]:
-    features, centroids, potentials = given()
+    features, centroids, potentials = explicitly_set()
     rows = Rows(features, weights, chunk_size=chunk)
     assignment = torch.zeros(COUNT, dtype=torch.int32)
     similarities = Similarities(rows, centroids, EPSILON, keep=keep)
-    return sweep(similarities, potentials, assignment, **how), assignment
+    return score_pass(similarities, potentials, assignment, **how), assignment
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -47,7 +47,7 @@ def swept(
 def test_sums_of_the_clusters_are_those_of_all_rows(
     chunk: int, exact: bool, copies: bool, small
 ) -> None:
-    features, centroids, potentials = given()
+    features, centroids, potentials = explicitly_set()
     weights = (torch.arange(COUNT) % 3 > 0).float()
     sums, assignment = swept(chunk, weights if copies else None, exact=exact)
     counted = weights if copies else torch.ones(COUNT)
@@ -65,7 +65,7 @@ def test_sums_of_the_clusters_are_those_of_all_rows(
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("exact", [True, False])
 def test_masses_are_those_of_all_rows_or_of_a_part(chunk: int, exact: bool, small) -> None:
-    features, centroids, potentials = given()
+    features, centroids, potentials = explicitly_set()
     soft = scores(features, centroids, potentials, EPSILON).double().softmax(dim=1)
     sums, _ = swept(chunk, exact=exact)
     if exact:
@@ -80,7 +80,7 @@ def test_masses_are_those_of_all_rows_or_of_a_part(chunk: int, exact: bool, smal
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_soft_sums_are_weighted_by_the_assignment(chunk: int, small) -> None:
-    features, centroids, potentials = given()
+    features, centroids, potentials = explicitly_set()
     soft = scores(features, centroids, potentials, EPSILON).softmax(dim=1)
     sums, _ = swept(chunk, soft=True, exact=False)
     assert_close(sums.features, (soft.T @ features).double(), atol=1e-4, rtol=1e-5)
@@ -89,21 +89,21 @@ def test_soft_sums_are_weighted_by_the_assignment(chunk: int, small) -> None:
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_kept_scores_are_not_read_before_all_are_there(chunk: int) -> None:
     """Threads that are done do not tell the others that scores are known."""
-    features, centroids, potentials = given()
+    features, centroids, potentials = explicitly_set()
     similarities = Similarities(Rows(features, chunk_size=chunk), centroids, EPSILON, keep=True)
     assert similarities._kept is not None
     similarities._kept.fill_(torch.nan)
     expected, assignment = swept(chunk)
     for _ in range(3):
         found = torch.zeros(COUNT, dtype=torch.int32)
-        sums = sweep(similarities, potentials, found)
+        sums = score_pass(similarities, potentials, found)
         assert torch.equal(found, assignment)
         assert_close(sums.masses.columns, expected.masses.columns)
 
 
 def test_no_rows_give_no_sums() -> None:
     """A process may have none."""
-    _, centroids, potentials = given()
+    _, centroids, potentials = explicitly_set()
     similarities = Similarities(Rows(torch.zeros(0, WIDTH)), centroids, EPSILON, keep=False)
-    sums = sweep(similarities, potentials, torch.zeros(0, dtype=torch.int32))
+    sums = score_pass(similarities, potentials, torch.zeros(0, dtype=torch.int32))
     assert sums.sizes.sum() == 0 and sums.features.abs().sum() == 0

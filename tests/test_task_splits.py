@@ -1,4 +1,4 @@
-"""Which images of a labelled source train and which test."""
+"""Which images of a labeled source train and which test."""
 
 from __future__ import annotations
 

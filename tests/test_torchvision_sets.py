@@ -39,9 +39,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
-def write_picture(path: Path, colour: tuple[int, int, int] = RED) -> None:
+def write_picture(path: Path, color: tuple[int, int, int] = RED) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(colour).save(path, quality=95)
+    picture(color).save(path, quality=95)
 
 
 def write_text(path: Path, *lines: str) -> None:
@@ -57,16 +57,16 @@ def write_aircraft(root: Path) -> None:
     write_text(data / "variants.txt", "707-320", "F/A-18")
     write_text(data / "images_variant_trainval.txt", "0000001 707-320", "0000002 F/A-18")
     write_text(data / "images_variant_test.txt", "0000003 F/A-18")
-    for number, colour in enumerate((RED, GREEN, BLUE), 1):
-        write_picture(data / "images" / f"000000{number}.jpg", colour)
+    for number, color in enumerate((RED, GREEN, BLUE), 1):
+        write_picture(data / "images" / f"000000{number}.jpg", color)
 
 
 def write_caltech101(root: Path) -> None:
     classes = root / "caltech101" / "101_ObjectCategories"
     write_picture(classes / "BACKGROUND_Google" / "image_0001.jpg")
-    for name, count, colour in (("accordion", 33, RED), ("zebra", 31, BLUE)):
+    for name, count, color in (("accordion", 33, RED), ("zebra", 31, BLUE)):
         for number in range(1, count + 1):
-            write_picture(classes / name / f"image_{number:04d}.jpg", colour)
+            write_picture(classes / name / f"image_{number:04d}.jpg", color)
 
 
 def write_cars(root: Path) -> None:
@@ -79,16 +79,15 @@ def write_cars(root: Path) -> None:
     savemat(cars / "devkit" / "cars_meta.mat", {"class_names": names})
     savemat(cars / "devkit" / "cars_train_annos.mat", {"annotations": train})
     savemat(cars / "cars_test_annos_withlabels.mat", {"annotations": test})
-    for folder, colours in (("cars_train", (RED, GREEN)), ("cars_test", (BLUE, RED))):
-        for number, colour in enumerate(colours, 1):
-            write_picture(cars / folder / f"0000{number}.jpg", colour)
+    for folder, colors in (("cars_train", (RED, GREEN)), ("cars_test", (BLUE, RED))):
+        for number, color in enumerate(colors, 1):
+            write_picture(cars / folder / f"0000{number}.jpg", color)
 
 
 def cifar_rows(*rows: tuple[tuple[int, ...], tuple[int, int, int]]) -> bytes:
     """Label bytes, then a plane of 1024 bytes each of red, green and blue."""
     return b"".join(
-        bytes(labels) + b"".join(bytes([value]) * 1024 for value in colour)
-        for labels, colour in rows
+        bytes(labels) + b"".join(bytes([value]) * 1024 for value in color) for labels, color in rows
     )
 
 
@@ -116,16 +115,16 @@ def write_dtd(root: Path) -> None:
         "test": (("banded", 3, BLUE),),
     }
     for split, images in splits.items():
-        files = [(f"{name}/{name}_000{number}.jpg", colour) for name, number, colour in images]
+        files = [(f"{name}/{name}_000{number}.jpg", color) for name, number, color in images]
         write_text(data / "labels" / f"{split}1.txt", *(file for file, _ in files))
-        for file, colour in files:
-            write_picture(data / "images" / file, colour)
+        for file, color in files:
+            write_picture(data / "images" / file, color)
 
 
 def write_flowers(root: Path) -> None:
     folder = root / "flowers-102"
-    for number, colour in enumerate((RED, GREEN, BLUE, GREEN), 1):
-        write_picture(folder / "jpg" / f"image_0000{number}.jpg", colour)
+    for number, color in enumerate((RED, GREEN, BLUE, GREEN), 1):
+        write_picture(folder / "jpg" / f"image_0000{number}.jpg", color)
     savemat(folder / "imagelabels.mat", {"labels": np.array([[1, 77, 77, 1]], np.uint8)})
     # Two each: scipy squeezes a list of one to a bare number, which torchvision does not expect.
     splits = {"trnid": [[1, 2]], "valid": [[4, 4]], "tstid": [[3, 3]]}
@@ -165,8 +164,8 @@ def write_sun397(root: Path) -> None:
     write_text(folder / "Training_01.txt", *train)
     write_text(folder / "Testing_01.txt", *test)
     unused = f"{classes[0]}/sun_unused.jpg"  # the partitions do not cover every image
-    for file, colour in zip([*train, *test, unused], (RED, GREEN, BLUE, RED), strict=True):
-        write_picture(folder / file.lstrip("/"), colour)
+    for file, color in zip([*train, *test, unused], (RED, GREEN, BLUE, RED), strict=True):
+        write_picture(folder / file.lstrip("/"), color)
 
 
 def voc_xml(*objects: tuple[str, int]) -> str:
@@ -190,8 +189,8 @@ def write_voc2007(root: Path) -> None:
     }
     write_text(folder / "ImageSets" / "Main" / "trainval.txt", "000001", "000002", "000003")
     write_text(folder / "ImageSets" / "Main" / "test.txt", "000004")
-    for name, (colour, xml) in images.items():
-        write_picture(folder / "JPEGImages" / f"{name}.jpg", colour)
+    for name, (color, xml) in images.items():
+        write_picture(folder / "JPEGImages" / f"{name}.jpg", color)
         write_text(folder / "Annotations" / f"{name}.xml", xml)
 
 
@@ -204,7 +203,7 @@ def unchecked_flowers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 Writer = Callable[[Path], None]
-# name: (writer, training labels, test labels, id of the last image, colour of the first test image)
+# name: (writer, training labels, test labels, id of the last image, color of the first test image)
 SMALL: dict[str, tuple[Writer, list, list, str, tuple[int, int, int]]] = {
     "aircraft": (
         write_aircraft,
@@ -287,16 +286,16 @@ def test_every_task_of_the_paper_is_tested() -> None:
 @pytest.mark.usefixtures("unchecked_flowers")
 @pytest.mark.parametrize("name", SMALL)
 def test_small_copy_of_the_real_format(name: str, root: Path) -> None:
-    write, train_labels, test_labels, last, colour = SMALL[name]
+    write, train_labels, test_labels, last, color = SMALL[name]
     write(root)
-    entries = open_source(f"torchvision:{name}")
-    by_split = {s: [e.label for e in entries if e.split == s] for s in ("train", "test")}
+    samples = open_source(f"torchvision:{name}")
+    by_split = {s: [e.label for e in samples if e.split == s] for s in ("train", "test")}
     assert by_split == {"train": train_labels, "test": test_labels}
-    assert entries[-1].id == last
+    assert samples[-1].id == last
     task = load_task(f"torchvision:{name}", (3, *SIZE))
     assert task.skipped == [] and task.multi_label == isinstance(train_labels[0], tuple)
     assert task.train.labels == train_labels and task.test.labels == test_labels
-    assert np.abs(task.test.pixels[0].float().mean((1, 2)).numpy() - colour).max() < 3  # JPEG
+    assert np.abs(task.test.pixels[0].float().mean((1, 2)).numpy() - color).max() < 3  # JPEG
 
 
 @pytest.mark.parametrize("name", sorted(SETS.keys() - {"cifar10", "cifar100"}))
@@ -339,7 +338,7 @@ def test_caltech_split_is_random_and_the_same_every_time(root: Path) -> None:
     write_caltech101(root)
     first, second = (open_source("torchvision:caltech101") for _ in range(2))
     assert [(e.id, e.split) for e in first] == [(e.id, e.split) for e in second]
-    accordion = [entry.split for entry in first if entry.label == "accordion"]
+    accordion = [sample.split for sample in first if sample.label == "accordion"]
     assert accordion.count("train") == CALTECH_TRAIN == 30
     assert accordion[CALTECH_TRAIN:] != ["test"] * 3  # not simply the first thirty
 

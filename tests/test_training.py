@@ -1,4 +1,4 @@
-"""The training loop: schedule, optimiser groups, resuming bit for bit, refusals, logs."""
+"""The training loop: schedule, optimizer groups, resuming bit for bit, refusals, logs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from moce.training.optimizer import adamw, learning_rate, parameter_groups, set_
 
 TIMES = {"images_per_s", "step_s", "data_wait_s"}
 
-# --- schedule and optimiser -----------------------------------------------------------------------
+# --- schedule and optimizer -----------------------------------------------------------------------
 
 
 def rates(total: int, warmup: float, final: float = 0.0) -> list[float]:
@@ -57,10 +57,10 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     layer[0].bias.requires_grad_(False)
     groups = parameter_groups(layer.parameters(), 0.1, lr_scale=0.5)
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.1), (2, 0.0)]
-    optimiser = adamw(groups, 0.9)
-    set_learning_rate(optimiser, 4.0)
-    assert [group["lr"] for group in optimiser.param_groups] == [2.0, 2.0]
-    assert optimiser.param_groups[0]["betas"] == (0.9, 0.9)
+    optimizer = adamw(groups, 0.9)
+    set_learning_rate(optimizer, 4.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [2.0, 2.0]
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.9)
 
 
 def test_rate_is_per_256_images(runs, tmp_path: Path) -> None:
@@ -100,18 +100,22 @@ def stop_after(out: Path, steps: int) -> threading.Thread:
     return thread
 
 
-def run_verb(verb: str, runs, out: Path, **changes: object) -> None:
-    if verb == "pretrain":
+def run_verb(command: str, runs, out: Path, **changes: object) -> None:
+    if command == "pretrain":
         moce.pretrain(runs.data, out=out, **{**PRETRAIN, "epochs": 4, **changes})
-    elif verb == "finetune":
+    elif command == "finetune":
         settings = {**RUNTIME, "batch_size": 8, "log_every": 1, "drop_path": 0.5}
         settings |= {} if "lr_grid" in changes else {"base_lr": 1e-2}
         moce.finetune(runs.backbone, runs.task, out=out, **{**settings, "epochs": 8, **changes})
     else:
-        settings = {**(DENSE if verb in ("mae", "subset") else TRAIN), "mae": runs.mae, "epochs": 4}
-        settings |= {} if verb in ("mae", "token_moe") else {"clusters": runs.clusters}
+        settings = {
+            **(DENSE if command in ("mae", "subset") else TRAIN),
+            "mae": runs.mae,
+            "epochs": 4,
+        }
+        settings |= {} if command in ("mae", "token_moe") else {"clusters": runs.clusters}
         settings |= changes
-        moce.train(runs.data, out=out, method=verb, **settings)
+        moce.train(runs.data, out=out, method=command, **settings)
 
 
 def same_losses(one: Path, other: Path) -> None:

@@ -27,7 +27,7 @@ from moce.data.loader import Batch
 from moce.errors import MoceError
 from moce.evaluation.finetune import Views, by_size, hold_out
 from moce.evaluation.probe import choose_pooling
-from moce.evaluation.sgd_probe import build_head, build_optimiser, steps_of
+from moce.evaluation.sgd_probe import build_head, build_optimizer, steps_of
 from moce.evaluation.sklearn_probe import knn_scores, linear_scores
 from moce.evaluation.task import load_task
 
@@ -173,15 +173,15 @@ def test_probe_head_is_a_norm_without_weights_and_a_layer() -> None:
 
 def test_lars_moves_weights_by_a_share_of_their_norm() -> None:
     head = build_head(6, 3, seed=0)
-    optimiser = build_optimiser(head)
-    assert isinstance(optimiser, Lars)
-    for group in optimiser.param_groups:
+    optimizer = build_optimizer(head)
+    assert isinstance(optimizer, Lars)
+    for group in optimizer.param_groups:
         assert (group["momentum"], group["weight_decay"]) == (0.9, 0)
         group["lr"] = 2.0
     before = head[1].weight.detach().clone()
     head[1].weight.grad = torch.full_like(before, 7.0)
     head[1].bias.grad = torch.full((3,), 7.0)
-    optimiser.step()
+    optimizer.step()
     moved = (head[1].weight.detach() - before).norm()
     assert moved.item() == pytest.approx(2.0 * 0.001 * before.norm().item(), rel=1e-4)
     assert head[1].bias.tolist() == pytest.approx([-14.0] * 3)
@@ -226,17 +226,17 @@ def clouds(classes: list[int], per_class: int = 9) -> tuple[np.ndarray, np.ndarr
     return 4 * np.eye(8)[labels] + noise, labels
 
 
-@pytest.mark.parametrize("neighbours", [1, 7])
-def test_votes_of_neighbours_are_those_of_rows_of_0_and_1(neighbours: int) -> None:
+@pytest.mark.parametrize("neighbors", [1, 7])
+def test_votes_of_neighbors_are_those_of_rows_of_0_and_1(neighbors: int) -> None:
     """Which scikit-learn would count; here they are never made. To the last bit, copies too."""
     numbers = np.random.default_rng(0)
     train = numbers.normal(size=(90, 8)).astype(np.float32)
     train[50:55] = train[0]
     labels = numbers.choice([0, 1, 3], 90)
     test = np.concatenate([numbers.normal(size=(30, 8)).astype(np.float32), train[:4]])
-    mean = KNeighborsRegressor(neighbours, weights="distance")
+    mean = KNeighborsRegressor(neighbors, weights="distance")
     expected = mean.fit(normalize(train), np.eye(5)[labels]).predict(normalize(test))
-    ours = knn_scores(train, labels, test, 5, neighbours)
+    ours = knn_scores(train, labels, test, 5, neighbors)
     assert np.array_equal(ours, expected.astype(np.float32))
 
 

@@ -27,10 +27,10 @@ from transformers import (
 import moce
 from moce.errors import MoceError
 from moce.models.encoder import encode_tokens
-from moce.weights.build import Wishes, build_mae, read_weights
+from moce.weights.build import ModelOverrides, build_mae, read_weights
 from moce.weights.from_runs import load_mae
 
-FRESH = Wishes(decoder=(16, 1, 2))
+FRESH = ModelOverrides(decoder=(16, 1, 2))
 SAME = {"atol": 1e-5, "rtol": 1e-5}
 TINY = {
     "hidden_size": 32,
@@ -97,8 +97,8 @@ def test_an_oblong_vit_of_transformers_is_resampled_from_its_own_grid(
     found, _ = read(tmp_path, FRESH)
     tokens = model(images).last_hidden_state
     assert_close(encode_tokens(found.encoder, images), tokens, **SAME)
-    wishes = Wishes(model_args={"img_size": [32, 16]}, decoder=(16, 1, 2))
-    _, notes = read(tmp_path, wishes)
+    overrides = ModelOverrides(model_args={"img_size": [32, 16]}, decoder=(16, 1, 2))
+    _, notes = read(tmp_path, overrides)
     assert any(f"from {size[0] // 4}x{size[1] // 4} to 8x4 patches" in note for note in notes)
 
 
@@ -127,7 +127,7 @@ def test_a_model_in_several_files(form: str, tmp_path: Path) -> None:
         content["weight_map"] = {as_four(k): v.replace(".safetensors", ".bin") for k, v in places}
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(content))
         index.unlink()
-    found, _ = read(index if form == "index" else tmp_path, Wishes())
+    found, _ = read(index if form == "index" else tmp_path, ModelOverrides())
     same_loss(found, tiny_mae())
 
 
@@ -164,14 +164,14 @@ def test_a_shard_that_lacks_what_the_index_names_is_refused(tmp_path: Path) -> N
 # --- preprocessing --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("normalises", [True, False])
-def test_pixels_are_normalised_as_the_folder_says(normalises: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_pixels_are_normalized_as_the_folder_says(normalizes: bool, tmp_path: Path) -> None:
     ViTModel(ViTConfig(**TINY)).save_pretrained(tmp_path)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-    processor = ViTImageProcessor(do_normalize=normalises, image_mean=mean, image_std=std)
+    processor = ViTImageProcessor(do_normalize=normalizes, image_mean=mean, image_std=std)
     processor.save_pretrained(tmp_path)
     spec, _, _ = build_mae(read_weights(tmp_path), FRESH)
-    expected = (mean, std) if normalises else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    expected = (mean, std) if normalizes else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert (list(spec.encoder.mean), list(spec.encoder.std)) == expected
 
 
@@ -223,7 +223,7 @@ def test_dinov2_with_registers_goes_in_is_trained_on_and_goes_out(runs, tmp_path
         if kind == "timm":
             found = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         else:
-            found = build_mae(read_weights(folder), Wishes())[1].eval().encoder
+            found = build_mae(read_weights(folder), ModelOverrides())[1].eval().encoder
         assert torch.equal(found.forward_features(images), expected)
         assert found.reg_token.shape[1] == 4 and "ls1.gamma" in dict(
             found.blocks[0].named_parameters()

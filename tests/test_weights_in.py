@@ -20,12 +20,12 @@ from moce.config import ClusterSettings
 from moce.errors import MoceError
 from moce.models.encoder import encode_tokens, take
 from moce.models.mae import MAE
-from moce.weights.build import Wishes, build_mae, read_weights
+from moce.weights.build import ModelOverrides, build_mae, read_weights
 from moce.weights.formats import mae as facebook
 from moce.weights.resolve import start_from
 
-TWO_HEADS = Wishes(model_args={"num_heads": 2}, decoder_heads=2)
-SMALL_DECODER = Wishes(model_args={"num_heads": 2}, decoder=(16, 1, 2))
+TWO_HEADS = ModelOverrides(model_args={"num_heads": 2}, decoder_heads=2)
+SMALL_DECODER = ModelOverrides(model_args={"num_heads": 2}, decoder=(16, 1, 2))
 SAME = {"atol": 1e-6, "rtol": 1e-5}
 
 
@@ -41,8 +41,8 @@ def save_pth(path: Path, content: object) -> Path:
     return path
 
 
-def read(path: Path, wishes: Wishes = TWO_HEADS) -> tuple[MAE, list[str]]:
-    _, mae, notes = build_mae(read_weights(path), wishes)
+def read(path: Path, overrides: ModelOverrides = TWO_HEADS) -> tuple[MAE, list[str]]:
+    _, mae, notes = build_mae(read_weights(path), overrides)
     return mae.eval(), notes
 
 
@@ -82,7 +82,7 @@ def test_an_encoder_alone_gets_a_fresh_decoder_and_it_is_said(tmp_path: Path) ->
 def test_sizes_and_heads_are_read_off_the_tensors_of_vit_base(tmp_path: Path) -> None:
     vit = timm.create_model("vit_base_patch16_224", num_classes=0, depth=1)
     path = save_pth(tmp_path / "base.pth", {"model": vit.state_dict()})
-    spec, _, _ = build_mae(read_weights(path), Wishes(decoder=(16, 1, 2)))
+    spec, _, _ = build_mae(read_weights(path), ModelOverrides(decoder=(16, 1, 2)))
     arguments = spec.encoder.model_args
     assert (arguments["embed_dim"], arguments["num_heads"], arguments["depth"]) == (768, 12, 1)
     assert (arguments["patch_size"], arguments["img_size"]) == (16, [224, 224])
@@ -91,8 +91,8 @@ def test_sizes_and_heads_are_read_off_the_tensors_of_vit_base(tmp_path: Path) ->
 def test_positions_are_resampled_to_another_image_size(tmp_path: Path) -> None:
     mae = tiny_mae()
     path = save_pth(tmp_path / "mae.pth", facebook_tensors(mae))
-    wishes = Wishes(model_args={"num_heads": 2, "img_size": [24, 16]}, decoder_heads=2)
-    found, notes = read(path, wishes)
+    overrides = ModelOverrides(model_args={"num_heads": 2, "img_size": [24, 16]}, decoder_heads=2)
+    found, notes = read(path, overrides)
     assert found.encoder.patch_embed.grid_size == (6, 4)
     assert found.encoder.pos_embed.shape[1] == 25
     assert sum("resampled from 4x4 to 6x4" in note for note in notes) == 2
@@ -152,8 +152,8 @@ def test_missing_weights_are_listed_and_refused_unless_allowed(tmp_path: Path) -
     path = broken(tmp_path, without=("norm.weight", "decoder_norm.bias"))
     with pytest.raises(MoceError, match=r"missing: decoder\.norm\.bias, norm\.weight"):
         read(path)
-    wishes = Wishes({}, {"num_heads": 2}, decoder_heads=2, allow_missing=("*norm.*",))
-    _, notes = read(path, wishes)
+    overrides = ModelOverrides({}, {"num_heads": 2}, decoder_heads=2, allow_missing=("*norm.*",))
+    _, notes = read(path, overrides)
     assert "start fresh: decoder.norm.bias, norm.weight" in notes[-1]
 
 
@@ -161,8 +161,10 @@ def test_surplus_weights_are_listed_and_refused_unless_allowed(tmp_path: Path) -
     path = broken(tmp_path, extra={"dist_token": torch.zeros(1, 1, 32)})
     with pytest.raises(MoceError, match="left over: dist_token"):
         read(path)
-    wishes = Wishes(None, {"num_heads": 2}, decoder_heads=2, allow_surplus=("dist_*",))
-    assert "not used: dist_token" in read(path, wishes)[1][-1]
+    overrides = ModelOverrides(
+        None, {"num_heads": 2}, decoder_heads=2, allow_unexpected=("dist_*",)
+    )
+    assert "not used: dist_token" in read(path, overrides)[1][-1]
 
 
 def test_shapes_that_differ_are_named(tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_shapes_that_differ_are_named(tmp_path: Path) -> None:
 
 def test_heads_that_cannot_be_guessed_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(MoceError, match="num_heads"):
-        read(broken(tmp_path), Wishes())
+        read(broken(tmp_path), ModelOverrides())
 
 
 @pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, [1, 2], {"model": {"lr": 1.0}}])
@@ -206,7 +208,7 @@ def test_vitmae_folders_of_transformers(version: str, tmp_path: Path) -> None:
         save_file({as_four(k): v for k, v in load_file(weights).items()}, weights)
     if version == "5_in_memory":
         save_file({k: v.contiguous() for k, v in reference.state_dict().items()}, weights)
-    found, _ = read(tmp_path, Wishes())
+    found, _ = read(tmp_path, ModelOverrides())
     images, noise, _ = batch(4)
     with torch.no_grad():
         theirs, ours = reference(images, noise=noise), found(images, noise)
@@ -223,7 +225,7 @@ def test_vit_folders_of_transformers_with_what_is_left_out_said(tmp_path: Path) 
     reference = ViTModel(config).eval()
     shake(reference, 0.05)
     reference.save_pretrained(tmp_path)
-    found, notes = read(tmp_path, Wishes(decoder=(16, 1, 2)))
+    found, notes = read(tmp_path, ModelOverrides(decoder=(16, 1, 2)))
     images, _, _ = batch(4)
     tokens = encode_tokens(found.encoder, images)
     assert_close(tokens, reference(images).last_hidden_state, atol=1e-5, rtol=1e-5)
@@ -236,7 +238,7 @@ def test_an_encoder_of_vitmae_alone(tmp_path: Path) -> None:
     model = ViTMAEModel(reference.config)
     model.load_state_dict(reference.vit.state_dict())
     model.save_pretrained(tmp_path)
-    found, _ = read(tmp_path, Wishes(decoder=(16, 1, 2)))
+    found, _ = read(tmp_path, ModelOverrides(decoder=(16, 1, 2)))
     images, _, _ = batch(2)
     assert_close(encode_tokens(found.encoder, images), encode_tokens(mae.encoder, images), **SAME)
 
@@ -305,7 +307,7 @@ def test_dinov2_with_swiglu_and_layerscale(registers: bool, tmp_path: Path) -> N
 
 
 def test_a_timm_folder_says_what_it_is(runs) -> None:
-    found, notes = read(runs.backbone, Wishes(decoder=(16, 1, 2)))
+    found, notes = read(runs.backbone, ModelOverrides(decoder=(16, 1, 2)))
     loaded = timm.create_model(f"local-dir:{runs.backbone}", pretrained=True).eval()
     images, _, _ = batch(2)
     tokens = encode_tokens(found.encoder, images)

@@ -17,7 +17,7 @@ import moce
 from moce.customization.selection import route_name
 from moce.errors import MoceError
 from moce.models.encoder import encode_tokens, pool_tokens, take
-from moce.weights.build import Wishes, build_mae, read_weights
+from moce.weights.build import ModelOverrides, build_mae, read_weights
 from moce.weights.formats import onnx as onnx_file
 from moce.weights.formats.transformers_vit import check_vit
 from moce.weights.from_runs import load_mae
@@ -99,7 +99,7 @@ def test_onnx_runtime_gets_the_features(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["torch", "transformers"])
 def test_an_mae_that_goes_out_comes_back_the_same(kind: str, runs, tmp_path: Path) -> None:
     folder = moce.export(runs.mae, format=kind, out=tmp_path / "out").folder
-    spec, mae, _ = build_mae(read_weights(folder), Wishes())
+    spec, mae, _ = build_mae(read_weights(folder), ModelOverrides())
     first_spec, first = load_mae(runs.mae)
     own = first.state_dict()
     assert mae.state_dict().keys() == own.keys()

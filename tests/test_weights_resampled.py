@@ -12,13 +12,13 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch.testing import assert_close
 
 from moce.errors import MoceError
-from moce.weights.build import Wishes
+from moce.weights.build import ModelOverrides
 
 NOT_SQUARE = {"patch_size": [4, 2], "img_size": [16, 8]}
 
 
-def wishes(decoder_heads: int | None = 2, **arguments: object) -> Wishes:
-    return Wishes(
+def overrides(decoder_heads: int | None = 2, **arguments: object) -> ModelOverrides:
+    return ModelOverrides(
         model_args={"num_heads": 2, **arguments}, decoder_heads=decoder_heads, decoder=(16, 1, 2)
     )
 
@@ -31,7 +31,7 @@ def test_another_patch_size_resamples_patches_and_positions(
     """The images keep their size, so the grid of patches changes with the patch."""
     mae = tiny_mae()
     path = save_pth(tmp_path / "mae.pth", facebook_tensors(mae, decoder=decoder))
-    found, notes = read(path, wishes(patch_size=patch))
+    found, notes = read(path, overrides(patch_size=patch))
     height, width = (patch, patch) if isinstance(patch, int) else patch
     vit = found.encoder
     assert vit.patch_embed.patch_size == (height, width)
@@ -55,11 +55,11 @@ def test_patches_twice_as_large_see_what_the_small_ones_saw(tmp_path: Path) -> N
     """On images without detail, which is what resampling can keep."""
     mae = tiny_mae()
     path = save_pth(tmp_path / "mae.pth", facebook_tensors(mae, decoder=False))
-    found, _ = read(path, wishes(patch_size=8, img_size=32))
-    colours = torch.randn(4, 3, 1, 1)
+    found, _ = read(path, overrides(patch_size=8, img_size=32))
+    colors = torch.randn(4, 3, 1, 1)
     with torch.no_grad():
-        ours = found.encoder.patch_embed(colours.expand(-1, -1, 32, 32))
-        theirs = mae.encoder.patch_embed(colours.expand(-1, -1, 16, 16))
+        ours = found.encoder.patch_embed(colors.expand(-1, -1, 32, 32))
+        theirs = mae.encoder.patch_embed(colors.expand(-1, -1, 16, 16))
     assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -67,7 +67,7 @@ def test_patches_twice_as_large_see_what_the_small_ones_saw(tmp_path: Path) -> N
 def test_other_shapes_of_images(size: list[int], tmp_path: Path) -> None:
     mae = tiny_mae()
     path = save_pth(tmp_path / "mae.pth", facebook_tensors(mae))
-    found, notes = read(path, wishes(img_size=size))
+    found, notes = read(path, overrides(img_size=size))
     expected = resample_abs_pos_embed(
         mae.encoder.pos_embed, [size[0] // 4, size[1] // 4], [4, 4], 1
     )
@@ -80,8 +80,8 @@ def test_weights_of_oblong_images_need_to_be_told(tmp_path: Path) -> None:
     mae = tiny_mae(img_size=[16, 8])
     path = save_pth(tmp_path / "mae.pth", facebook_tensors(mae))
     with pytest.raises(MoceError, match="img_size"):
-        read(path, wishes())
-    found, _ = read(path, wishes(img_size=[16, 8]))
+        read(path, overrides())
+    found, _ = read(path, overrides(img_size=[16, 8]))
     assert torch.equal(found.encoder.pos_embed, mae.encoder.pos_embed)
 
 
@@ -89,8 +89,8 @@ def test_oblong_patches_of_oblong_images(tmp_path: Path) -> None:
     assert tiny_encoder(**NOT_SQUARE).build().patch_embed.grid_size == (4, 4)
     mae = tiny_mae(**NOT_SQUARE)
     path = save_pth(tmp_path / "mae.pth", facebook_tensors(mae))
-    found, _ = read(path, wishes())
+    found, _ = read(path, overrides())
     assert found.encoder.patch_embed.img_size == (16, 8)
-    found, notes = read(path, wishes(patch_size=[2, 2]))
+    found, notes = read(path, overrides(patch_size=[2, 2]))
     assert found.encoder.patch_embed.grid_size == (8, 4)
     assert "patch embedding resampled from 4x2 to 2x2 pixels" in notes

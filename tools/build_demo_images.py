@@ -6,7 +6,7 @@ scikit-learn), checked, brought to 32x32 pixels and sampled with a fixed seed:
     python -m tools.build_demo_images --out src/moce/data/assets/demo.parquet --cache DIR
 
 ``--cache`` keeps the downloaded archives (about 320 MB), so that a second run downloads nothing.
-``SOURCES.md`` beside the result names every collection, its licence and how many images it gave.
+``SOURCES.md`` beside the result names every collection, its license and how many images it gave.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Pool:
 
     source: str
     ids: Sequence[str]
-    images: Pixels  # N x 32 x 32 (grey) or N x 32 x 32 x 3 (RGB)
+    images: Pixels  # N x 32 x 32 (gray) or N x 32 x 32 x 3 (RGB)
     labels: Sequence[str]
     splits: Sequence[str]
 
@@ -239,7 +239,7 @@ def fashion_mnist_class(content: bytes) -> Pixels:
 
 
 def pad(images: Pixels) -> Pixels:
-    """Pad 28x28 grey images to 32x32 with black."""
+    """Pad 28x28 gray images to 32x32 with black."""
     return np.pad(images, ((0, 0), (2, 2), (2, 2)))
 
 
@@ -298,19 +298,19 @@ def optdigits(cache: Path) -> Pool:
     """Optical recognition of handwritten digits: the 8x8 images that scikit-learn carries."""
     digits = load_digits()
     require(digits.images.shape == (1_797, 8, 8), f"optdigits: {digits.images.shape}")
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    rows = range(len(grey))
+    gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    rows = range(len(gray))
     return Pool(
         source="optdigits",
         ids=[f"optdigits/{row:05d}" for row in rows],
-        images=np.stack([enlarge(image) for image in grey]),
+        images=np.stack([enlarge(image) for image in gray]),
         labels=[DIGITS[label] for label in digits.target],
         splits=["train" if row < OPTDIGITS_TRAIN_ROWS else "test" for row in rows],
     )
 
 
 def enlarge(image: Pixels) -> Pixels:
-    """Enlarge a small grey image to 32x32."""
+    """Enlarge a small gray image to 32x32."""
     return np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 

@@ -1,4 +1,4 @@
-"""Build the images of Mix-32: an unlabelled pool of unlike domains, and labelled tasks apart from it.
+"""Build the images of Mix-32: an unlabeled pool of unlike domains, and labeled tasks apart from it.
 
     python -m experiments.mix32.build --recipe cpu --out runs/mix32/data --cache DIR
 
@@ -37,7 +37,7 @@ from tools.image_sources import (
     require,
 )
 
-from experiments.mix32.synthetic import coloured, rendered_letters
+from experiments.mix32.synthetic import colored, rendered_letters
 
 SEED = 32
 MOST_TRAIN, MOST_TEST = 1000, 2000  # images of a task
@@ -53,7 +53,7 @@ TOPS = ("t-shirt", "pullover", "dress", "coat", "shirt")
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """A labelled task: images of `labels` in a part (0 or 1) of the source's test images."""
+    """A labeled task: images of `labels` in a part (0 or 1) of the source's test images."""
 
     source: str
     labels: tuple[str, ...]
@@ -73,7 +73,7 @@ HELD_OUT = {
     "vehicles": TaskPlan("cifar10", VEHICLES, 1),
     "shoes": TaskPlan("fashion_mnist", SHOES, 1),
     "tops": TaskPlan("fashion_mnist", TOPS, 1),
-    "coloured_digits": TaskPlan("coloured_mnist", DIGITS, 1),
+    "colored_digits": TaskPlan("colored_mnist", DIGITS, 1),
     "letters": TaskPlan("letters", tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")),
     "apple_emoji": TaskPlan("apple_emoji", EMOJI),
     "facebook_emoji": TaskPlan("facebook_emoji", EMOJI),
@@ -84,7 +84,7 @@ def load_sources(cache: Path) -> dict[str, Pool]:
     """All images of every source, and those made here."""
     readers = {**SOURCES, "apple_emoji": apple_emoji, "facebook_emoji": facebook_emoji}
     sources = {name: read(cache) for name, read in readers.items()}
-    sources["coloured_mnist"] = coloured(sources["mnist"], SEED)
+    sources["colored_mnist"] = colored(sources["mnist"], SEED)
     sources["letters"] = rendered_letters(SEED)
     return sources
 
@@ -156,7 +156,7 @@ def encode(image: Pixels) -> bytes:
 
 
 def fingerprint(image: Pixels) -> bytes:
-    """A hash of the pixels, the same for grey images and their RGB form."""
+    """A hash of the pixels, the same for gray images and their RGB form."""
     return hashlib.sha256(np.asarray(Image.fromarray(image).convert("RGB")).tobytes()).digest()
 
 
@@ -189,8 +189,8 @@ def build(recipe: str, out: Path, cache: Path) -> None:
         for name, count in counts.items()
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    for name, entry in manifest.items():
-        print(f"{entry['images']:7,}  {name}  {entry['sha256'][:16]}")
+    for name, sample in manifest.items():
+        print(f"{sample['images']:7,}  {name}  {sample['sha256'][:16]}")
 
 
 def main() -> None:

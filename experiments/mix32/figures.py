@@ -21,7 +21,7 @@ from experiments.mix32.parts import TASKS_OF
 from experiments.mix32.stats import Gain, Row
 from moce.reporting.style import INK, METHODS, SOFT, Look, drawing, readable_on
 
-PROTOCOLS = {"linear": "linear probe", "knn": "nearest neighbours", "finetune": "fine-tuned"}
+PROTOCOLS = {"linear": "linear probe", "knn": "nearest neighbors", "finetune": "fine-tuned"}
 # Backbones in the order of tables; those not here follow by their own names.
 LOOKS = {
     "mae": METHODS["mae"],
@@ -175,7 +175,7 @@ def draw_gains(
                     heights,
                     xerr=np.maximum(points[:, 1:].T, 0),  # skewed draws may leave the mean outside
                     fmt=look(method).marker,
-                    color=look(method).colour,
+                    color=look(method).color,
                     label=look(method).title,
                     linewidth=1.4,
                     markersize=5,
@@ -228,7 +228,7 @@ def draw_cost(
         for axes, (name, values) in zip(plots, panels.items(), strict=True):
             widths = [float(np.mean(values[b])) if b in values else 0 for b in backbones]
             places = range(len(backbones))
-            axes.barh(places, widths, height=0.6, color=[look(b).colour for b in backbones])
+            axes.barh(places, widths, height=0.6, color=[look(b).color for b in backbones])
             axes.axvline(1, color=INK, linewidth=1)
             axes.set_yticks(places, [title(b) for b in backbones])
             axes.set_title(f"{name}, MAE+ = 1")
@@ -241,13 +241,13 @@ def heat(
     values: np.ndarray,
     rows: list[str],
     columns: list[str],
-    colours: str,
+    colors: str,
     limits: tuple[float, float],
     form: str,
 ) -> Axes:
     """A heat map with its numbers, [rows, columns]; NaN stays blank."""
     axes = figure.add_subplot()
-    palette, scale = matplotlib.colormaps[colours], Normalize(*limits)
+    palette, scale = matplotlib.colormaps[colors], Normalize(*limits)
     axes.imshow(values, cmap=palette, norm=scale, aspect="auto")
     axes.grid(False)
     axes.set_yticks(range(len(rows)), rows)

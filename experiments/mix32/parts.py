@@ -5,7 +5,7 @@ from __future__ import annotations
 TASKS_OF = {
     "cifar10": ("cifar10", "animals", "vehicles"),
     "fashion_mnist": ("fashion", "shoes", "tops"),
-    "mnist": ("digits", "coloured_digits"),
+    "mnist": ("digits", "colored_digits"),
     "noto_emoji": ("twemoji", "apple_emoji", "facebook_emoji"),
     "animate": ("animals",),
     "inanimate": ("vehicles",),

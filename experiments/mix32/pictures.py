@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import moce
-from moce.data.augment import normalise
-from moce.data.dataset import ImageSet
+from moce.data.augment import normalize
+from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
 from moce.models.encoder import encode_tokens, input_size
 from moce.models.token_moe import TokenExpertFFN
-from moce.reporting.style import INK, expert_colour
+from moce.reporting.style import INK, expert_color
 from moce.runs.assignments import read_assignments
 from moce.weights.from_runs import Backbone, load_backbone
 
@@ -56,7 +56,7 @@ def save(figure: Figure, name: str) -> None:
     print(FIGURES / name)
 
 
-def draw_experts(images: ImageSet, expert: Tensor, num_experts: int) -> Figure:
+def draw_experts(images: ImageDataset, expert: Tensor, num_experts: int) -> Figure:
     """A row of images per expert, drawn at random from those that its clusters hold."""
     figure = Figure(figsize=(9.4, 0.72 * num_experts))
     for number in range(num_experts):
@@ -65,17 +65,17 @@ def draw_experts(images: ImageSet, expert: Tensor, num_experts: int) -> Figure:
         axes = figure.add_subplot(num_experts, 1, number + 1)
         strip = images.take(rows[order[:PER_EXPERT]]).permute(2, 0, 3, 1).reshape(32, -1, 3)
         title = f"expert {number}, {len(rows):,} images"
-        show(axes, strip.numpy(), title, expert_colour(number, num_experts))
+        show(axes, strip.numpy(), title, expert_color(number, num_experts))
     return figure
 
 
-def show(axes: Axes, picture: np.ndarray, title: str, colour: str = INK) -> None:
+def show(axes: Axes, picture: np.ndarray, title: str, color: str = INK) -> None:
     axes.imshow(picture, interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title(title, fontsize=8, loc="left", pad=2, color=colour)
+    axes.set_title(title, fontsize=8, loc="left", pad=2, color=color)
 
 
-def examples(images: ImageSet) -> list[int]:
+def examples(images: ImageDataset) -> list[int]:
     """Rows of images of every source in turn."""
     by_source: dict[str, list[int]] = {}
     for row, name in enumerate(images.ids):
@@ -85,7 +85,7 @@ def examples(images: ImageSet) -> list[int]:
 
 
 def draw_routing(
-    images: ImageSet, image_expert: Tensor, tokens: Backbone, num_experts: int
+    images: ImageDataset, image_expert: Tensor, tokens: Backbone, num_experts: int
 ) -> Figure:
     """Images, MoCE's expert of each, and TokenMoE's expert of every patch in its last MoE block."""
     patch_expert = token_experts(images, tokens)
@@ -94,8 +94,8 @@ def draw_routing(
     for column in range(len(images)):
         panels = {
             "image": pixels[column].permute(1, 2, 0).numpy(),
-            "MoCE": coloured(image_expert[column].expand(1, 1), num_experts),
-            "token MoE": coloured(patch_expert[column], num_experts),
+            "MoCE": colored(image_expert[column].expand(1, 1), num_experts),
+            "token MoE": colored(patch_expert[column], num_experts),
         }
         for row, (title, picture) in enumerate(panels.items()):
             axes = figure.add_subplot(3, len(images), row * len(images) + column + 1)
@@ -103,14 +103,14 @@ def draw_routing(
     return figure
 
 
-def coloured(expert: Tensor, num_experts: int) -> np.ndarray:
-    """Experts [rows, columns] as colours [rows, columns, 3]."""
-    palette = np.array([to_rgb(expert_colour(n, num_experts)) for n in range(num_experts)])
+def colored(expert: Tensor, num_experts: int) -> np.ndarray:
+    """Experts [rows, columns] as colors [rows, columns, 3]."""
+    palette = np.array([to_rgb(expert_color(n, num_experts)) for n in range(num_experts)])
     return palette[expert.numpy()]
 
 
 @torch.inference_mode()
-def token_experts(images: ImageSet, backbone: Backbone) -> Tensor:
+def token_experts(images: ImageDataset, backbone: Backbone) -> Tensor:
     """The expert of every patch of whole images in the last MoE block, [n, rows, columns]."""
     layers = [m for m in backbone.vit.modules() if isinstance(m, TokenExpertFFN)]
     seen: list[Tensor] = []
@@ -120,7 +120,7 @@ def token_experts(images: ImageSet, backbone: Backbone) -> Tensor:
 
     handle = layers[-1].register_forward_pre_hook(remember)
     vit = backbone.vit.eval()
-    encode_tokens(vit, normalise(images.take(slice(None)), backbone.spec.mean, backbone.spec.std))
+    encode_tokens(vit, normalize(images.take(slice(None)), backbone.spec.mean, backbone.spec.std))
     handle.remove()
     height, width = vit.patch_embed.grid_size
     assert input_size(vit) == images.shape[2:]

@@ -79,12 +79,12 @@ class Folders:
         return self._run("evaluate", folder, settings, done="results.md")
 
     def _run(
-        self, verb: str, folder: Path, values: dict[str, Any], done: str = "model.json"
+        self, command: str, folder: Path, values: dict[str, Any], done: str = "model.json"
     ) -> Path:
         if not (folder / done).is_file():
             started = (folder / "config.yaml").is_file()
             given = {**self.recipe["runtime"], "seed": self.group.seed, **values, "out": folder}
-            getattr(moce, verb)(**given, **({"resume": True} if started else {}))
+            getattr(moce, command)(**given, **({"resume": True} if started else {}))
         return folder
 
 

@@ -1,4 +1,4 @@
-"""Task images that are made here: coloured digits and rendered letters."""
+"""Task images that are made here: colored digits and rendered letters."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ FACES = {"DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral", "STIXGene
 }
 
 
-def coloured(digits: Pool, seed: int) -> Pool:
-    """Grey digits in a random ink on a random ground, as unlike each other as the colours allow."""
+def colored(digits: Pool, seed: int) -> Pool:
+    """Gray digits in a random ink on a random ground, as unlike each other as the colors allow."""
     rng = np.random.default_rng(seed)
-    grey = digits.images[..., None].astype(np.float32) / 255
-    ground = rng.integers(0, 256, (len(grey), 1, 1, 3)).astype(np.float32)
+    gray = digits.images[..., None].astype(np.float32) / 255
+    ground = rng.integers(0, 256, (len(gray), 1, 1, 3)).astype(np.float32)
     ink = (ground + rng.integers(90, 167, ground.shape)) % 256  # at least a third of the way round
-    images = np.rint(ground + (ink - ground) * grey).astype(np.uint8)
-    ids = [f"coloured_{name}" for name in digits.ids]
-    return replace(digits, source="coloured_mnist", ids=ids, images=images)
+    images = np.rint(ground + (ink - ground) * gray).astype(np.uint8)
+    ids = [f"colored_{name}" for name in digits.ids]
+    return replace(digits, source="colored_mnist", ids=ids, images=images)
 
 
 def rendered_letters(seed: int) -> Pool:
@@ -48,7 +48,7 @@ def rendered_letters(seed: int) -> Pool:
 
 
 def letter_image(letter: str, fonts: list[Path], rng: np.random.Generator) -> Pixels:
-    """One letter, grey [32, 32], drawn four times as large and reduced."""
+    """One letter, gray [32, 32], drawn four times as large and reduced."""
     side = 4 * SIZE
     font = ImageFont.truetype(fonts[rng.integers(len(fonts))], int(rng.integers(64, 109)))
     ground, ink = rng.permutation([rng.integers(0, 90), rng.integers(166, 256)]).tolist()

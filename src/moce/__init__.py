@@ -107,12 +107,12 @@ def embed(backbone: str | Path, data: Data, **settings: Any) -> EmbedResult:
 
 
 def finetune(backbone: str | Path, data: Data, **settings: Any) -> FinetuneResult:
-    """Fine-tune a backbone on a labelled task; settings: moce.config.FinetuneSettings."""
+    """Fine-tune a backbone on a labeled task; settings: moce.config.FinetuneSettings."""
     return _call("finetune", backbone=str(backbone), data=data, **settings)
 
 
 def probe(backbone: str | Path, data: Data, **settings: Any) -> ProbeResult:
-    """Score frozen features on a labelled task; settings: moce.config.ProbeSettings."""
+    """Score frozen features on a labeled task; settings: moce.config.ProbeSettings."""
     return _call("probe", backbone=str(backbone), data=data, **settings)
 
 
@@ -143,7 +143,7 @@ def load(run: str | Path) -> Bank:
     return load_bank(run)
 
 
-def _call(verb: str, **values: Any) -> Any:
-    from moce.commands.registry import VERBS
+def _call(command: str, **values: Any) -> Any:
+    from moce.commands.registry import COMMANDS
 
-    return VERBS[verb].run(values)
+    return COMMANDS[command].run(values)

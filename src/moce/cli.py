@@ -10,17 +10,17 @@ import sys
 import traceback
 import typing
 from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from moce import __version__
-from moce.commands.registry import VERBS, Verb
+from moce.commands.registry import COMMANDS, Command
 from moce.config import Settings
 from moce.config.load import read_recipe, read_yaml
 from moce.errors import MoceError, signal_of
-from moce.runtime.launch import ALONE, first_to_fail, launch, leave, speaks
+from moce.runtime.launch import ALONE, first_to_fail, launch, launched_as_rank0, leave
 from moce.runtime.signals import terminable
 
 FAILED = 1
@@ -40,15 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         with terminable():
-            result = VERBS[name].run(_values(VERBS[name].settings, options))
-        if speaks():
+            result = COMMANDS[name].run(_values(COMMANDS[name].settings, options))
+        if launched_as_rank0():
             _print_result(result, as_json=options.get("json", False))
     except (Exception, KeyboardInterrupt) as error:
-        return _fail(VERBS[name], error)
+        return _fail(COMMANDS[name], error)
     return getattr(result, "exit_status", 0)
 
 
-def _fail(verb: Verb, error: BaseException) -> int:
+def _fail(command: Command, error: BaseException) -> int:
     """Say why a command has failed; its exit status. Of several processes, the first to fail does.
 
     A defect of moce keeps its traceback.
@@ -61,7 +61,7 @@ def _fail(verb: Verb, error: BaseException) -> int:
             traceback.print_exception(error)
         else:
             label = "error: " if status < INTERRUPTED else ""
-            print(f"moce {verb.name}: {label}{_told(error, verb)}", file=sys.stderr)
+            print(f"moce {command.name}: {label}{_told(error, command)}", file=sys.stderr)
     status = FAILED if status is None else status
     if launch() is not ALONE:
         leave(status)
@@ -77,19 +77,19 @@ def _exit_status(error: BaseException) -> int | None:
     return FAILED if isinstance(error, OSError) or _is_out_of_memory(error) else None
 
 
-def _told(error: BaseException, verb: Verb) -> str:
+def _told(error: BaseException, command: Command) -> str:
     """The one line on an error that has an exit status, whatever names are in it."""
     if isinstance(error, KeyboardInterrupt):
-        go_on = "; go on with --resume" if "resume" in verb.settings.model_fields else ""
+        go_on = "; go on with --resume" if "resume" in command.settings.model_fields else ""
         return f"interrupted{go_on}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if _is_out_of_memory(error):
-        fields = verb.settings.model_fields.keys()
+        fields = command.settings.model_fields.keys()
         sizes = {"micro_batch_size", "batch_size"} & fields
         smaller = f"; try a smaller --{max(sizes).replace('_', '-')}" if sizes else ""
-        on_gpu = "CUDA" in str(error) and "resident" in fields
-        return f"out of memory{smaller}{', or --no-resident' if on_gpu else ''}"
+        on_gpu = "CUDA" in str(error) and "cache_on_gpu" in fields
+        return f"out of memory{smaller}{', or --no-cache-on-gpu' if on_gpu else ''}"
     return " ".join(str(error).split())
 
 
@@ -106,10 +106,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Order of work: pretrain, cluster, train, customize, then probe or finetune. "
         "See it all at once: moce demo",
     )
-    parser.add_argument("--version", action="version", version=f"moce {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
-    for verb in VERBS.values():
-        _add_verb(verbs, verb)
+    parser.add_argument("--version", action="version", version=f"moce {version('moce')}")
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    for command in COMMANDS.values():
+        _add_command(commands, command)
     return parser
 
 
@@ -118,7 +118,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         told = f"{self.prog}: error: {_nearer(message)} (see {self.prog} --help)\n"
-        self.exit(2, told if speaks() else None)
+        self.exit(2, told if launched_as_rank0() else None)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
@@ -126,8 +126,8 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"{words[0]} is no verb; flags come after it")
         options, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            self.prog = f"{self.prog} {options.verb}" if options.verb else self.prog
-            self.error(_unknown_flags(unknown, options.verb))
+            self.prog = f"{self.prog} {options.command}" if options.command else self.prog
+            self.error(_unknown_flags(unknown, options.command))
         return options
 
 
@@ -136,13 +136,15 @@ def _nearer(message: str) -> str:
     found = re.match(r"argument VERB: invalid choice: '(.*?)' \(", message, re.DOTALL)
     if found is None:
         return message
-    near = difflib.get_close_matches(found[1], VERBS, n=1)
+    near = difflib.get_close_matches(found[1], COMMANDS, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"unknown verb '{found[1]}'; {hint}verbs: {', '.join(VERBS)}"
+    return f"unknown verb '{found[1]}'; {hint}verbs: {', '.join(COMMANDS)}"
 
 
-def _unknown_flags(unknown: list[str], verb: str | None) -> str:
-    flags = [_flag(name)[2:] for name, field in _fields(VERBS[verb].settings)] if verb else []
+def _unknown_flags(unknown: list[str], command: str | None) -> str:
+    flags = (
+        [_flag(name)[2:] for name, field in _fields(COMMANDS[command].settings)] if command else []
+    )
     flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
     near = difflib.get_close_matches(flag.lstrip("-"), [*flags, "config", "help"], n=1)
     return f"unknown argument {flag}" + (f"; did you mean --{near[0]}?" if near else "")
@@ -156,19 +158,19 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _add_verb(verbs: Any, verb: Verb) -> None:
-    summary = (verb.settings.__doc__ or "").strip()
-    parser = verbs.add_parser(
-        verb.name,
+def _add_command(commands: Any, command: Command) -> None:
+    summary = (command.settings.__doc__ or "").strip()
+    parser = commands.add_parser(
+        command.name,
         help=summary,
         description=summary,
-        epilog=f"example: {verb.example}",
+        epilog=f"example: {command.example}",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     common = {name for name, _ in _fields(Settings)}
-    for name, field in sorted(_fields(verb.settings), key=lambda pair: pair[0] in common):
-        if name in verb.positional:
+    for name, field in sorted(_fields(command.settings), key=lambda pair: pair[0] in common):
+        if name in command.positional:
             many = "*" if typing.get_origin(field.annotation) is tuple else None
             # Optional here, because a recipe may give it; the settings class insists on it.
             parser.add_argument(name, metavar=name.upper(), nargs=many or "?", help=_help(field))

@@ -38,7 +38,7 @@ class Interrupted(MoceError):
 
 
 @contextmanager
-def intact(path: Path) -> Iterator[None]:
+def raise_if_corrupt(path: Path) -> Iterator[None]:
     """While what a file says is made use of: whatever goes wrong then, MoceError says that it is damaged.
 
     Files can be edited, so that anything may stand in the place of anything.

@@ -19,7 +19,13 @@ from torch.nn.functional import normalize
 
 from moce.clustering.features import CHUNK_SIZE, Rows, without_copies
 from moce.clustering.init import draw, fill_empty, plus_plus, reseed_empty
-from moce.clustering.sinkhorn import Similarities, Sums, balanced_potentials, column_masses, sweep
+from moce.clustering.sinkhorn import (
+    Similarities,
+    Sums,
+    balanced_potentials,
+    column_masses,
+    score_pass,
+)
 from moce.errors import MoceError
 
 SAMPLE = 256  # images per cluster of the first stage
@@ -42,13 +48,13 @@ class Clustering:
     potentials: Tensor
     assignment: Tensor
     sizes: Tensor
-    rounds: int
+    iterations: int
     similarity: float
     marginal_error: float
 
 
 @dataclass
-class Round:
+class Iteration:
     """Where a fit stands after a round: all that is needed to go on, and how the round went.
 
     step: rounds done in all; number: in this stage, 0 (a sample) or 1 (all images); settled: whether
@@ -63,17 +69,17 @@ class Round:
     centroids: Tensor
     potentials: Tensor
     assignment: Tensor
-    guide: Tensor
+    sample_potentials: Tensor
     moved: float = 1.0
     marginal_error: float = 0.0
     similarity: float = 0.0
 
 
 @dataclass
-class Watch:
+class Callbacks:
     """Who is told of a fit: of every round, and of every sweep over the images."""
 
-    on_round: Callable[[Round], None] = lambda state: None
+    on_round: Callable[[Iteration], None] = lambda state: None
     on_sweep: Callable[[], None] = lambda: None
 
 
@@ -84,19 +90,19 @@ def balanced_kmeans(
     epsilon: float = 0.01,
     update: str = "hard",
     tolerance: float = 1e-2,
-    max_rounds: int = 50,
+    max_iterations: int = 50,
     settled: float = 5e-3,
     chunk_size: int = CHUNK_SIZE,
     seed: int = 0,
     spread: bool = False,
     device: torch.device | None = None,
-    start: Round | None = None,
-    watch: Watch | None = None,
+    start: Iteration | None = None,
+    watch: Callbacks | None = None,
 ) -> Clustering:
     """Group unit features [n, D] into clusters of similar size.
 
     Rounds go on until at most the share `settled` of the images changes cluster, at most
-    `max_rounds` in each stage. Copies of an image share its cluster, and count once in the fit: no
+    `max_iterations` in each stage. Copies of an image share its cluster, and count once in the fit: no
     split of them could be kept apart. Every cluster has an image and no two centroids are alike.
 
     spread: every process of the run gives other features, and all get the same clusters. device:
@@ -107,12 +113,14 @@ def balanced_kmeans(
     check_count(rows.count, num_clusters)
     rows, distinct = without_copies(rows)
     check_enough(distinct, num_clusters)
-    fit = _Fit(num_clusters, epsilon, update, tolerance, max_rounds, settled, watch or Watch())
+    fit = _Fit(
+        num_clusters, epsilon, update, tolerance, max_iterations, settled, watch or Callbacks()
+    )
     sample = _sample(rows, distinct, num_clusters, seed)
     state = start or fit.seeded(sample or rows, seed, stage=0 if sample else 1)
     if sample is not None and state.stage == 0:
-        state = fit.onto_all(rows, sample, fit.rounds(sample, state))
-    state = fit.rounds(rows, state, sample)
+        state = fit.onto_all(rows, sample, fit.iterations(sample, state))
+    state = fit.iterations(rows, state, sample)
     return fit.finish(rows, state)
 
 
@@ -159,55 +167,63 @@ class _Fit:
     epsilon: float
     update: str
     tolerance: float
-    max_rounds: int
+    max_iterations: int
     settled: float
-    watch: Watch
+    watch: Callbacks
 
-    def seeded(self, rows: Rows, seed: int, stage: int) -> Round:
+    def seeded(self, rows: Rows, seed: int, stage: int) -> Iteration:
         """The state before the first round."""
         distinct = rows.count if rows.weights is None else int(rows.total(rows.weights.sum()))
         points = rows.pick(draw(rows, distinct, SEEDED * self.num_clusters, seed))
         centroids = _from_first(rows, plus_plus(points, self.num_clusters, seed))
         potentials = rows.zeros(self.num_clusters)
-        return Round(stage, 0, 0, False, centroids, potentials, _nowhere(rows), potentials)
+        return Iteration(stage, 0, 0, False, centroids, potentials, _nowhere(rows), potentials)
 
-    def onto_all(self, rows: Rows, sample: Rows, state: Round) -> Round:
+    def onto_all(self, rows: Rows, sample: Rows, state: Iteration) -> Iteration:
         """Where the rounds on all rows start: where those on the sample ended."""
         centroids = _from_first(rows, state.centroids)
-        guide = _from_first(rows, self._guide(sample, centroids, state.potentials))
-        return Round(1, 0, state.step, False, centroids, guide, _nowhere(rows), guide)
+        sample_potentials = _from_first(rows, self._guide(sample, centroids, state.potentials))
+        return Iteration(
+            1, 0, state.step, False, centroids, sample_potentials, _nowhere(rows), sample_potentials
+        )
 
-    def rounds(self, rows: Rows, state: Round, sample: Rows | None = None) -> Round:
+    def iterations(self, rows: Rows, state: Iteration, sample: Rows | None = None) -> Iteration:
         """Rounds until they settle."""
         while not state.settled:
             state = self._round(rows, state, sample)
             self.watch.on_round(state)
         return state
 
-    def _round(self, rows: Rows, state: Round, sample: Rows | None) -> Round:
+    def _round(self, rows: Rows, state: Iteration, sample: Rows | None) -> Iteration:
         """Assign all rows; then, unless nearly all stayed, move the centroids.
 
         Without a sample the potentials are balanced beforehand, for the scores are kept. With one
         they are moved with the centroids, so that a round is one sweep: by Newton's method on the
         sums of all rows, and by as much as the potentials that balance the sample have moved.
         """
-        centroids, potentials, guide = state.centroids, state.potentials, state.guide
+        centroids, potentials, sample_potentials = (
+            state.centroids,
+            state.potentials,
+            state.sample_potentials,
+        )
         similarities = self._similarities(rows, centroids, keep=sample is None)
         if sample is None:
             potentials = self._balanced(similarities, potentials, ROUND_ITERATIONS)
         soft, exact = self.update == "soft", sample is None
-        sums = sweep(similarities, potentials, state.assignment, soft=soft, exact=exact)
+        sums = score_pass(similarities, potentials, state.assignment, soft=soft, exact=exact)
         self.watch.on_sweep()
         empty = sums.sizes == 0
         settled = sums.moved <= self.settled and not bool(empty.any())
-        settled = settled or state.number + 1 == self.max_rounds
+        settled = settled or state.number + 1 == self.max_iterations
         if not settled:
             centroids = moved_centroids(sums, centroids)
             centroids = reseed_empty(rows, centroids, state.assignment, sums.sizes)
             if sample is not None:
-                guide = _from_first(rows, self._guide(sample, centroids, state.guide))
+                sample_potentials = _from_first(
+                    rows, self._guide(sample, centroids, state.sample_potentials)
+                )
                 potentials = potentials + sums.masses.newton_step(LAGGING).to(potentials)
-                potentials = potentials + guide - state.guide
+                potentials = potentials + sample_potentials - state.sample_potentials
             potentials = torch.where(empty, potentials.mean(), potentials)
         return replace(
             state,
@@ -216,7 +232,7 @@ class _Fit:
             settled=settled,
             centroids=centroids,
             potentials=potentials,
-            guide=guide,
+            sample_potentials=sample_potentials,
             moved=sums.moved,
             marginal_error=sums.masses.error,
             similarity=sums.similarity,
@@ -227,7 +243,7 @@ class _Fit:
         similarities = self._similarities(sample, centroids, keep=True)
         return self._balanced(similarities, potentials, ROUND_ITERATIONS, lambda: None)
 
-    def finish(self, rows: Rows, state: Round) -> Clustering:
+    def finish(self, rows: Rows, state: Iteration) -> Clustering:
         """Balanced potentials under which no cluster is empty, and the assignment by them.
 
         Centroids that have merged cannot be told apart by potentials: the empty ones move away
@@ -237,15 +253,15 @@ class _Fit:
         for _ in range(RESCUES):
             similarities = self._similarities(rows, centroids, keep=True)
             potentials = self._balanced(similarities, potentials, FINAL_ITERATIONS)
-            sums = sweep(similarities.of_all(), potentials, state.assignment)
+            sums = score_pass(similarities.of_all(), potentials, state.assignment)
             if bool((sums.sizes == 0).any()):
                 filled = fill_empty(similarities, potentials)
                 if filled is None:
-                    sums = sweep(similarities, potentials, state.assignment)
+                    sums = score_pass(similarities, potentials, state.assignment)
                     centroids = reseed_empty(rows, centroids, state.assignment, sums.sizes)
                     continue
                 potentials = filled
-                sums = sweep(similarities.of_all(), potentials, state.assignment)
+                sums = score_pass(similarities.of_all(), potentials, state.assignment)
             assignment, sizes = state.assignment.long().to(rows.device), sums.sizes.long()
             masses = sums.masses
             if rows.weights is not None:  # those of the sweep count copies

@@ -1,11 +1,11 @@
 """Features of all images in a file of the run's state: larger than memory, kept over a kill.
 
-A process holds its share of them (`own_share`). They are extracted batch by batch, then centred and
+A process holds its share of them (`own_share`). They are extracted batch by batch, then centered and
 scaled to unit norm where they are. What has been done is on record beside them:
 
 state/features-0-of-1            float32 [n, width], as they come
-state/features-0-of-1.json       how many are extracted, their mean once it is known, whether centred
-state/features-0-of-1.chunk      the chunk that is being centred, in case of a kill in the middle
+state/features-0-of-1.json       how many are extracted, their mean once it is known, whether centered
+state/features-0-of-1.chunk      the chunk that is being centered, in case of a kill in the middle
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from moce.errors import MoceError
 from moce.models.cluster_model import unit
 from moce.runs.files import atomic, read_tensors
 from moce.runs.model import STATE
-from moce.runtime.distributed import all_sum, rank, wait_for_all, world
+from moce.runtime.distributed import all_reduce, barrier, rank, world_size
 
 RECORD_EVERY = 10.0  # seconds of extraction that a kill may cost
-CENTRED_AT_ONCE = 16384  # features
+CENTERED_AT_ONCE = 16384  # features
 
 
 @dataclass
 class Record:
-    """done: rows extracted; mean: of the features of all processes; centred: whether all are unit."""
+    """done: rows extracted; mean: of the features of all processes; centered: whether all are unit."""
 
     done: int = 0
     mean: list[float] | None = None
-    centred: bool = False
+    centered: bool = False
 
 
 class FeatureFile:
@@ -50,7 +50,7 @@ class FeatureFile:
         """Open the file or begin it. Raises MoceError if the disk has no room for it."""
         state = folder / STATE
         state.mkdir(parents=True, exist_ok=True)
-        self.path = state / f"features-{rank()}-of-{world()}"
+        self.path = state / f"features-{rank()}-of-{world_size()}"
         self.count, self.width = count, width
         self.record = self._read()
         self._chunk = self.path.with_suffix(".chunk")
@@ -89,38 +89,38 @@ class FeatureFile:
         mapped = np.memmap(self.path, np.float32, "r+", shape=(self.count, self.width))
         return torch.from_numpy(mapped)
 
-    def centre(self) -> Tensor:
-        """Centre the features of all processes on their mean and scale to unit norm; the mean [width].
+    def center(self) -> Tensor:
+        """Center the features of all processes on their mean and scale to unit norm; the mean [width].
 
         In place, and only once: after a kill it goes on where it was.
         """
         features = self.tensor()
-        everywhere = all_sum(torch.tensor(self.record.mean is not None, dtype=torch.int64))
-        if everywhere < world():
+        everywhere = all_reduce(torch.tensor(self.record.mean is not None, dtype=torch.int64))
+        if everywhere < world_size():
             self.record.mean = mean_of(features).tolist()
             self._write()
-            wait_for_all()  # nobody changes features while somebody may still need the mean
+            barrier()  # nobody changes features while somebody may still need the mean
         assert self.record.mean is not None
         mean = torch.tensor(self.record.mean)
-        if not self.record.centred:
-            self._centre(features, mean)
-            self.record.centred = True
+        if not self.record.centered:
+            self._center(features, mean)
+            self.record.centered = True
             self._write()
             self._chunk.unlink(missing_ok=True)
         return mean
 
-    def _centre(self, features: Tensor, mean: Tensor) -> None:
+    def _center(self, features: Tensor, mean: Tensor) -> None:
         done = 0
         if self._chunk.is_file():
             found = read_tensors(self._chunk)
             done = int(found["end"])
             features[done - len(found["features"]) : done] = found["features"]
-        for part in chunks(self.count - done, CENTRED_AT_ONCE):
+        for part in chunks(self.count - done, CENTERED_AT_ONCE):
             own = slice(done + part.start, done + part.stop)
-            centred = unit(features[own], mean)
+            centered = unit(features[own], mean)
             with atomic(self._chunk) as temporary:
-                save_file({"features": centred, "end": torch.tensor(own.stop)}, temporary)
-            features[own] = centred
+                save_file({"features": centered, "end": torch.tensor(own.stop)}, temporary)
+            features[own] = centered
 
     def _read(self) -> Record:
         record = self.path.with_suffix(".json")
@@ -149,8 +149,8 @@ class FeatureFile:
 def mean_of(features: Tensor) -> Tensor:
     """The mean of the features of all processes, [width] float32, summed in float64."""
     sums = torch.zeros(features.shape[1] + 1, dtype=torch.float64)
-    for part in chunks(len(features), CENTRED_AT_ONCE):
+    for part in chunks(len(features), CENTERED_AT_ONCE):
         sums[:-1] += features[part].sum(dim=0, dtype=torch.float64)
     sums[-1] = len(features)
-    all_sum(sums)
+    all_reduce(sums)
     return (sums[:-1] / sums[-1]).float()

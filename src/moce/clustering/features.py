@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moce.errors import MoceError
-from moce.runtime.distributed import all_sum, rank, world
+from moce.runtime.distributed import all_reduce, rank, world_size
 
 CHUNK_SIZE = 4096  # scores of a chunk stay in the cache of the processor
 PRECISION = 1e-6  # features whose projections are nearer than this are copies of one image
@@ -41,7 +41,7 @@ class Rows:
 
     def __post_init__(self) -> None:
         self.device = self.device or self.features.device
-        counts = torch.zeros(world() if self.spread else 1, dtype=torch.int64)
+        counts = torch.zeros(world_size() if self.spread else 1, dtype=torch.int64)
         here = rank() if self.spread else 0
         counts[here] = len(self.features)
         counts = self.total(counts)
@@ -62,7 +62,7 @@ class Rows:
 
     def total(self, values: Tensor) -> Tensor:
         """`values` summed over the processes that share the rows, in place."""
-        return all_sum(values) if self.spread else values
+        return all_reduce(values) if self.spread else values
 
     def from_all(self, own: Tensor) -> Tensor:
         """A value of each row, [n] here, of the rows of all processes, [count]."""
@@ -89,7 +89,7 @@ class Rows:
 
         The first of equals. Rows are numbered over all processes.
         """
-        found = torch.zeros(world() if self.spread else 1, 2, dtype=torch.float64)
+        found = torch.zeros(world_size() if self.spread else 1, 2, dtype=torch.float64)
         here = rank() if self.spread else 0
         found[here, 0] = torch.inf
         if len(values):

@@ -1,6 +1,6 @@
 """Balanced assignment by Sinkhorn-Knopp, in memory of a chunk per thread, 40 bytes a row and a stated cache.
 
-Maximise Tr(Q^T S) + epsilon * H(Q) over Q >= 0 [n, K] whose rows sum to 1/n and columns to 1/K,
+Maximize Tr(Q^T S) + epsilon * H(Q) over Q >= 0 [n, K] whose rows sum to 1/n and columns to 1/K,
 S the similarities of images and centroids. The solution is Q_ik = softmax_k(S_ik / epsilon + v_k) / n
 for column potentials v, so v [K] is all that has to be kept of it.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from moce.clustering.features import CHUNK_SIZE, Rows, chunks
-from moce.runtime.threads import at_once, num_lanes
+from moce.runtime.threads import num_worker_threads, run_in_threads
 
 T = TypeVar("T")
 
@@ -220,7 +220,7 @@ def column_masses(similarities: Similarities, potentials: Tensor) -> Masses:
     return adder.total()
 
 
-def sweep(
+def score_pass(
     similarities: Similarities,
     potentials: Tensor,
     assignment: Tensor,
@@ -235,10 +235,10 @@ def sweep(
     rows, num_clusters = similarities.rows, similarities.num_clusters
     top, cluster = rows.zeros(len(rows)), rows.zeros(len(rows), dtype=torch.int64)
 
-    def lane(own: slice) -> tuple[_Adder, Tensor]:
+    def worker(own: slice) -> tuple[_Adder, Tensor]:
         return _swept(similarities, potentials, own, top, cluster, soft=soft, exact=exact)
 
-    (adder, features), *others = _in_lanes(similarities, lane)
+    (adder, features), *others = _in_threads(similarities, worker)
     for other, its_features in others:
         adder.join(other)
         features += its_features
@@ -251,16 +251,16 @@ def sweep(
     return Sums(adder.total(), features, sizes, share_moved, similarity)
 
 
-def _in_lanes(similarities: Similarities, lane: Callable[[slice], T]) -> list[T]:
+def _in_threads(similarities: Similarities, worker: Callable[[slice], T]) -> list[T]:
     """What `lane` returns for each of the slices that threads of the CPU take; elsewhere for all rows."""
     rows = similarities.rows
-    count = num_lanes() if similarities.on_cpu else 1
+    count = num_worker_threads() if similarities.on_cpu else 1
     each = -(-len(rows) // (rows.chunk_size * count)) * rows.chunk_size
     parts = list(chunks(len(rows), each)) if count > 1 and len(rows) else [slice(0, len(rows))]
     if len(parts) == 1:
-        return [lane(parts[0])]
+        return [worker(parts[0])]
     with ThreadPoolExecutor(len(parts), "lane") as pool:
-        return at_once(pool, lambda number: lane(parts[number]), len(parts))
+        return run_in_threads(pool, lambda number: worker(parts[number]), len(parts))
 
 
 def _swept(

@@ -14,28 +14,28 @@ from torch import Tensor
 
 from moce.clustering.balanced_kmeans import (
     SAMPLE,
+    Callbacks,
     Clustering,
-    Round,
-    Watch,
+    Iteration,
     balanced_kmeans,
     check_count,
     check_enough,
 )
-from moce.clustering.checkpoint import as_row, gathered, load_round, save_round
+from moce.clustering.checkpoint import as_row, gathered, load_iteration, save_iteration
 from moce.clustering.feature_store import FeatureFile
-from moce.commands.setup import read_images, settle
+from moce.commands.setup import read_images, resolve
 from moce.config import ClusterSettings
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.errors import Interrupted
 from moce.inference.features import feature_batches, feature_width
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec
 from moce.runs.assignments import write_assignments
 from moce.runs.model import INFO, STATE, read_model, write_model
-from moce.runs.resume import begin
+from moce.runs.resume import start_run
 from moce.runtime.device import fits_on
-from moce.runtime.distributed import is_main, own_share, wait_for_all, world
-from moce.runtime.progress import meter, say
+from moce.runtime.distributed import barrier, is_rank0, shard_range, world_size
+from moce.runtime.progress import log, meter
 from moce.runtime.signals import StopRequest, agreed, stop_request
 from moce.training.metrics import MetricLog
 from moce.weights.resolve import start_from
@@ -50,23 +50,23 @@ class ClusterResult:
     run: Path
     sizes: list[int]
     similarity: float
-    rounds: int
+    iterations: int
 
     def summary(self) -> str:
         return (
             f"{len(self.sizes)} clusters of {min(self.sizes)} to {max(self.sizes)} images "
-            f"after {self.rounds} rounds: {self.run}"
+            f"after {self.iterations} rounds: {self.run}"
         )
 
 
 def run(settings: ClusterSettings) -> ClusterResult:
-    settings, device = settle(settings)
+    settings, device = resolve(settings)
     if settings.resume and (settings.out / INFO).is_file():
         return _finished(settings.out)
     spec, mae = start_from(settings.mae, settings)
     images = read_images(settings, settings.data, mae.encoder)
     _check(settings, images)
-    begin(settings, images)
+    start_run(settings, images)
     with stop_request() as stop:
         job = _Job(settings, device, spec.encoder, mae.encoder, images, stop)
         features, mean = job.features()
@@ -75,16 +75,16 @@ def run(settings: ClusterSettings) -> ClusterResult:
     return job.save(found, mean)
 
 
-def _check(settings: ClusterSettings, images: ImageSet) -> None:
+def _check(settings: ClusterSettings, images: ImageDataset) -> None:
     """Raise MoceError, before anything is written, if there are fewer distinct images than clusters."""
     count = len(images)
     check_count(count, settings.num_clusters)
     check_enough(_count_distinct(images, settings.num_clusters), settings.num_clusters)
     if count < FEW * settings.num_clusters:
-        say(f"{count} images are few for {settings.num_clusters} clusters; fewer may serve better")
+        log(f"{count} images are few for {settings.num_clusters} clusters; fewer may serve better")
 
 
-def _count_distinct(images: ImageSet, enough: int) -> int:
+def _count_distinct(images: ImageDataset, enough: int) -> int:
     """How many images differ in their pixels, counted no further than `enough`."""
     seen: set[bytes] = set()
     for row in range(len(images)):
@@ -96,7 +96,7 @@ def _count_distinct(images: ImageSet, enough: int) -> int:
 
 def _finished(folder: Path) -> ClusterResult:
     """What a run came to that was finished before."""
-    if is_main():  # a kill may have left it
+    if is_rank0():  # a kill may have left it
         shutil.rmtree(folder / STATE, ignore_errors=True)
     info, tensors = read_model(folder, "clusters")
     sizes, similarity = tensors["sizes"].tolist(), info["clusters"]["similarity"]
@@ -111,18 +111,18 @@ class _Job:
     device: torch.device
     spec: EncoderSpec
     encoder: VisionTransformer
-    images: ImageSet
+    images: ImageDataset
     stop: StopRequest
-    rounds: int = 0
+    iterations: int = 0
     since: float = field(default_factory=time.monotonic)
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Unit features of this process's images, [n, width] in a file, and the mean of all."""
-        settings, own = self.settings, own_share(len(self.images))
+        settings, own = self.settings, shard_range(len(self.images))
         count = own.stop - own.start
         file = FeatureFile(settings.out, count, feature_width(self.encoder, settings.pooling))
         if file.done:
-            say(f"resuming {settings.out}: {file.done} of {count} features are there")
+            log(f"resuming {settings.out}: {file.done} of {count} features are there")
         if file.done < count:
             batches = feature_batches(
                 self.encoder,
@@ -136,22 +136,22 @@ class _Job:
             )
             file.fill(batches, lambda: self.stop.received is not None)
         self._leave_if_asked(f"{file.done} of {count} features")
-        mean = file.centre()
+        mean = file.center()
         return file.tensor(), mean
 
     def clusters(self, features: Tensor) -> Clustering:
         """Balanced k-means, from the last round that was kept."""
         settings, count = self.settings, len(self.images)
-        start = load_round(settings.out, count, self.device) if settings.resume else None
+        start = load_iteration(settings.out, count, self.device) if settings.resume else None
         if start is not None:
-            self.rounds = start.step
-            say(f"resuming {settings.out} after round {start.step}")
-        log = MetricLog(settings.out, tensorboard=False, resumed_step=self.rounds)
+            self.iterations = start.step
+            log(f"resuming {settings.out} after round {start.step}")
+        metric_log = MetricLog(settings.out, tensorboard=False, resumed_step=self.iterations)
         stages = 2 if count > SAMPLE * settings.num_clusters else 1
-        with meter("cluster", stages * settings.max_rounds, self.rounds) as progress:
+        with meter("cluster", stages * settings.max_iterations, self.iterations) as progress:
 
-            def on_round(state: Round) -> None:
-                self._keep(state, log)
+            def on_round(state: Iteration) -> None:
+                self._keep(state, metric_log)
                 progress.advance(f"{state.moved:.1%} of the images moved")
                 self._leave_if_asked(f"round {state.step}")
 
@@ -161,31 +161,31 @@ class _Job:
                 epsilon=settings.epsilon,
                 update=settings.update,
                 tolerance=settings.marginal_tolerance,
-                max_rounds=settings.max_rounds,
+                max_iterations=settings.max_iterations,
                 chunk_size=settings.chunk_size,
                 seed=settings.seed,
                 spread=True,
                 device=self.device,
                 start=start,
-                watch=Watch(on_round, self._on_sweep),
+                watch=Callbacks(on_round, self._on_sweep),
             )
 
     def _placed(self, features: Tensor) -> Tensor:
         """The features on a GPU that has room for them; else as they are, to be sent chunk by chunk."""
-        fits = self.settings.resident and fits_on(self.device, features.nbytes)
+        fits = self.settings.cache_on_gpu and fits_on(self.device, features.nbytes)
         return features.to(self.device) if fits else features
 
-    def _keep(self, state: Round, log: MetricLog) -> None:
+    def _keep(self, state: Iteration, metric_log: MetricLog) -> None:
         """Write down a round: its row first, for one that is past the round a run resumes from goes."""
         now = time.monotonic()
-        seconds, self.since, self.rounds = now - self.since, now, state.step
-        log.write(as_row(state), {"step": state.step, "step_s": round(seconds, 5)})
-        save_round(self.settings.out, state, len(self.images))
+        seconds, self.since, self.iterations = now - self.since, now, state.step
+        metric_log.write(as_row(state), {"step": state.step, "step_s": round(seconds, 5)})
+        save_iteration(self.settings.out, state, len(self.images))
 
     def _on_sweep(self) -> None:
         """One process can stop between rounds; several do only after one, all alike."""
-        if world() == 1:
-            self._leave_if_asked(f"round {self.rounds}")
+        if world_size() == 1:
+            self._leave_if_asked(f"round {self.iterations}")
 
     def _leave_if_asked(self, done: str) -> None:
         """Raise Interrupted if any process was asked to stop."""
@@ -197,7 +197,7 @@ class _Job:
         """Write the finished run; what it was to be resumed from goes."""
         settings = self.settings
         if found.marginal_error > settings.marginal_tolerance:
-            say(
+            log(
                 f"clusters are balanced to {found.marginal_error:.1%}, not to the "
                 f"{settings.marginal_tolerance:.1%} of --marginal-tolerance; a larger --epsilon may help"
             )
@@ -214,11 +214,11 @@ class _Job:
         )
         sizes = found.sizes.tolist()
         assignment = gathered(found.assignment.cpu(), len(self.images))
-        wait_for_all()
-        if is_main():
+        barrier()
+        if is_rank0():
             write_assignments(settings.out, self.images.ids, assignment)
             metrics = {
-                "rounds": found.rounds,
+                "rounds": found.iterations,
                 "smallest": min(sizes),
                 "largest": max(sizes),
                 "marginal_error": found.marginal_error,
@@ -226,5 +226,5 @@ class _Job:
             info = {"clusters": model.info(), "metrics": metrics, "images": len(self.images)}
             write_model(settings.out, "clusters", model.tensors(), info)
             shutil.rmtree(settings.out / STATE, ignore_errors=True)
-        wait_for_all()
-        return ClusterResult(settings.out, sizes, found.similarity, found.rounds)
+        barrier()
+        return ClusterResult(settings.out, sizes, found.similarity, found.iterations)

@@ -9,7 +9,7 @@ from moce.commands.setup import refuse_unused
 from moce.config import ConvertSettings
 from moce.errors import MoceError
 from moce.runs.files import make_folder
-from moce.runtime.progress import say
+from moce.runtime.progress import log
 from moce.weights.build import read_weights, translate
 from moce.weights.formats import moce as own
 from moce.weights.from_runs import load_mae
@@ -43,7 +43,7 @@ def run(settings: ConvertSettings) -> ConvertResult:
         raise MoceError(f"{out} exists; add --overwrite to replace it")
     weights = _read(settings)
     for note in weights.notes:
-        say(note)
+        log(note)
     make_folder(out.parent)
     own.write(out, weights)
     count = len(weights.encoder) + len(weights.decoder)

@@ -17,7 +17,7 @@ from moce.evaluation.task import load_task
 from moce.runs.folder import open_folder
 from moce.runs.model import write_skipped
 from moce.runtime.device import prepare
-from moce.runtime.progress import say
+from moce.runtime.progress import log
 from moce.weights.export import Model, check_format
 
 
@@ -61,7 +61,7 @@ def run(settings: CustomizeSettings) -> CustomizeResult:
     model = Model(bank.encoder_spec, bank.backbone(choice))
     check_format(settings.format, model)
     folder = open_folder(settings.out, settings)
-    write_skipped(folder, skipped, say)
+    write_skipped(folder, skipped, log)
     load_it = write_choice(folder, settings.format, model, choice, settings.run)
     return CustomizeResult(folder, choice, load_it)
 

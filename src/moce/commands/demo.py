@@ -24,7 +24,7 @@ from moce.config import (
 from moce.customization.bank import Bank, load
 from moce.customization.model_card import write_choice
 from moce.data.readers.factory import demo_tasks
-from moce.errors import MoceError, intact
+from moce.errors import MoceError, raise_if_corrupt
 from moce.evaluation.evaluator import Comparison, compare_probes
 from moce.evaluation.task import load_task
 from moce.reporting.results_table import results_table
@@ -32,7 +32,7 @@ from moce.runs.files import write_json
 from moce.runs.folder import open_folder
 from moce.runs.model import provenance
 from moce.runtime.device import prepare
-from moce.runtime.progress import say
+from moce.runtime.progress import log
 from moce.weights.export import Model
 from moce.weights.from_runs import load_backbone
 
@@ -40,8 +40,8 @@ IMAGES = "demo:pretrain"
 DONE = "demo.json"  # written last: what made the folder
 # A ViT small enough to learn something in two minutes on two cores.
 ENCODER: dict[str, Any] = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
-# The same for all channels: grey images, half of the pool, then stay grey.
-GREY: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+# The same for all channels: gray images, half of the pool, then stay gray.
+GRAY: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 DECODER: dict[str, Any] = {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 4}
 TRAINING: dict[str, Any] = {"batch_size": 64, "save_every": 1000}
 
@@ -67,7 +67,7 @@ def run(settings: DemoSettings) -> DemoResult:
     tasks = _tasks(settings.tasks)
     if settings.reuse:
         if _is_done(settings):
-            with intact(settings.out / "results.json"):
+            with raise_if_corrupt(settings.out / "results.json"):
                 results = json.loads((settings.out / "results.json").read_text(encoding="utf-8"))
             return DemoResult(settings.out, results, settings.out / "report.html")
         settings = settings.model_copy(update={"overwrite": True})
@@ -94,7 +94,7 @@ def run(settings: DemoSettings) -> DemoResult:
 def _is_done(settings: DemoSettings) -> bool:
     """Whether the folder holds a whole demo of these settings and this version."""
     path = settings.out / DONE
-    with intact(path):
+    with raise_if_corrupt(path):
         return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == _origin(settings)
 
 
@@ -119,12 +119,12 @@ class _Demo:
     comparisons: list[Comparison] = field(default_factory=list)
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def timed(self, objective: str) -> Iterator[None]:
         """Announce a stage, and add its time to `seconds`."""
-        say(f"— {stage}")
+        log(f"— {objective}")
         start = time.perf_counter()
         yield
-        self.seconds[stage] = round(time.perf_counter() - start, 1)
+        self.seconds[objective] = round(time.perf_counter() - start, 1)
 
     def train(self) -> None:
         """MAE, clusters, then MoCE and MAE+ with equal steps and data."""
@@ -140,7 +140,7 @@ class _Demo:
                     epochs=settings.pretrain_epochs,
                     base_lr=6e-3,
                     **DECODER,
-                    **GREY,
+                    **GRAY,
                     **TRAINING,
                     **self.runtime,
                 )

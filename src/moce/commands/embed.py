@@ -12,14 +12,14 @@ from torch import Tensor
 
 from moce.commands.setup import check_file, pixel_store
 from moce.config import EmbedSettings
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
 from moce.errors import MoceError
 from moce.inference.features import feature_batches, feature_width
 from moce.models.encoder import input_channels, input_size
 from moce.runs.files import atomic, make_folder
 from moce.runtime.device import prepare
-from moce.runtime.progress import say
+from moce.runtime.progress import log
 from moce.weights.from_runs import load_backbone
 
 SUFFIX = ".parquet"
@@ -54,7 +54,7 @@ def run(settings: EmbedSettings) -> EmbedResult:
         max_skipped=settings.max_skipped,
     )
     for name, reason in images.skipped:
-        say(f"skipped {name}: {reason}")
+        log(f"skipped {name}: {reason}")
     batches = feature_batches(
         vit,
         backbone.spec,
@@ -70,7 +70,7 @@ def run(settings: EmbedSettings) -> EmbedResult:
     return EmbedResult(settings.out, len(images), width, images.skipped)
 
 
-def _write(out: Path, images: ImageSet, batches: Iterator[Tensor], width: int) -> None:
+def _write(out: Path, images: ImageDataset, batches: Iterator[Tensor], width: int) -> None:
     """A row group per batch: no more than one is in memory."""
     several = any(isinstance(label, tuple) for label in images.labels)
     text = pyarrow.string()

@@ -1,4 +1,4 @@
-"""moce evaluate: backbones side by side on a suite of labelled tasks, resumable result by result."""
+"""moce evaluate: backbones side by side on a suite of labeled tasks, resumable result by result."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from moce.commands import finetune
-from moce.commands.setup import pixel_store, settle
+from moce.commands.setup import pixel_store, resolve
 from moce.config import EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.load import parse
 from moce.customization.bank import Bank
 from moce.customization.model_card import write_choice
 from moce.data.readers.factory import paths_of
-from moce.errors import Interrupted, MoceError, intact, signal_of
-from moce.evaluation.backbones import Contender, open_contender, read_contenders
-from moce.evaluation.evaluator import Bench, Outcome
+from moce.errors import Interrupted, MoceError, raise_if_corrupt, signal_of
+from moce.evaluation.backbones import Candidate, open_candidate, read_candidates
+from moce.evaluation.evaluator import Evaluator, Outcome
 from moce.evaluation.metrics import choose_metric
 from moce.evaluation.suite import Suite, SuiteTask, pick_tasks, read_suite
 from moce.evaluation.task import Task, load_task
@@ -30,7 +30,7 @@ from moce.runs.folder import check_apart, open_folder
 from moce.runs.model import CONFIG, provenance, write_config
 from moce.runs.resume import describe_weights, refuse_changes
 from moce.runtime.device import prepare
-from moce.runtime.progress import say
+from moce.runtime.progress import log
 from moce.weights.export import Model
 from moce.weights.from_runs import Backbone
 
@@ -52,13 +52,13 @@ class EvaluateResult:
 
 
 def run(settings: EvaluateSettings) -> EvaluateResult:
-    settings, _ = settle(settings)
+    settings, _ = resolve(settings)
     suite = read_suite(settings.suite, settings.root)
     tasks = pick_tasks(suite, settings.tasks, settings.role)
-    contenders = read_contenders(settings.backbones)
-    opened = {contender: open_contender(contender) for contender in contenders}
-    weights = describe_weights({c.reference: c.reference for c in contenders})
-    _check(settings, suite, contenders)
+    candidates = read_candidates(settings.backbones)
+    opened = {candidate: open_candidate(candidate) for candidate in candidates}
+    weights = describe_weights({c.reference: c.reference for c in candidates})
+    _check(settings, suite, candidates)
     before = _check_unchanged(settings, suite, weights)
     open_folder(settings.out, settings)
     write_config(settings.out, settings)
@@ -74,17 +74,17 @@ def run(settings: EvaluateSettings) -> EvaluateResult:
     return EvaluateResult(settings.out, work.rows)
 
 
-def _check(settings: EvaluateSettings, suite: Suite, contenders: list[Contender]) -> None:
+def _check(settings: EvaluateSettings, suite: Suite, candidates: list[Candidate]) -> None:
     """Raise MoceError if inputs lie in the output or a row could not be made."""
-    for contender in contenders:
-        check_apart(settings.out, contender.name, contender.reference)
+    for candidate in candidates:
+        check_apart(settings.out, candidate.name, candidate.reference)
     for task in pick_tasks(suite, settings.tasks, settings.role):
         for place in paths_of(task.data):
             check_apart(settings.out, task.name, place)
             if not place.exists():
                 raise MoceError(f"task {task.name}: no images at {place}; see --root")
-    wrong = [c.name for c in contenders if c.how in NOT_TUNED]
-    if "finetune" in settings.protocols and wrong and len(wrong) == len(contenders):
+    wrong = [c.name for c in candidates if c.how in NOT_TUNED]
+    if "finetune" in settings.protocols and wrong and len(wrong) == len(candidates):
         raise MoceError(f"{wrong[0]} can be probed only: it has no one backbone to fine-tune")
 
 
@@ -98,7 +98,7 @@ def _check_unchanged(
     about = settings.out / ABOUT
     if not settings.resume or not about.is_file():
         return {}
-    with intact(about):
+    with raise_if_corrupt(about):
         began = json.loads(about.read_text(encoding="utf-8"))
         then, before = began["suite"], dict(began.get("weights", {}))
     if then != suite.model_dump(mode="json"):
@@ -111,7 +111,7 @@ class _Work:
     """The rows there are, and the making of those that are missing."""
 
     def __init__(
-        self, settings: EvaluateSettings, suite: Suite, opened: dict[Contender, Backbone | Bank]
+        self, settings: EvaluateSettings, suite: Suite, opened: dict[Candidate, Backbone | Bank]
     ) -> None:
         self.settings, self.suite, self.opened = settings, suite, opened
         self.device, self.precision = prepare(settings)
@@ -126,30 +126,30 @@ class _Work:
     def evaluate(self, plan: SuiteTask) -> None:
         """All missing rows of one task; its images are read only if there are any."""
         task: Task | None = None
-        benches: dict[str, Bench] = {}
-        for contender, protocol in self._missing(plan):
-            opened = self.opened[contender]
+        benches: dict[str, Evaluator] = {}
+        for candidate, protocol in self._missing(plan):
+            opened = self.opened[candidate]
             shape = opened.task_shape if isinstance(opened, Bank) else input_shape(opened.vit)
             if task is None or shape != task.train.shape[1:]:
                 store, most = pixel_store(self.settings), self.settings.max_skipped
                 task = load_task(plan.data, shape, store, most)
                 benches = {}
                 if task.skipped:
-                    say(f"{plan.name}: skipped {len(task.skipped)} unreadable images")
+                    log(f"{plan.name}: skipped {len(task.skipped)} unreadable images")
             start = time.perf_counter()
             if protocol == "finetune":
-                outcome = self._finetune(plan, task, contender)
+                outcome = self._finetune(plan, task, candidate)
             else:
                 if protocol not in benches:
                     benches[protocol] = self._bench(plan, task, protocol)
-                outcome = benches[protocol].probe(opened, contender.how, contender.reference)
+                outcome = benches[protocol].probe(opened, candidate.how, candidate.reference)
             row = {
                 "suite": self.suite.name,
                 "task": plan.name,
                 "role": plan.role,
-                "backbone": contender.name,
-                "reference": contender.reference,
-                "how": contender.how,
+                "backbone": candidate.name,
+                "reference": candidate.reference,
+                "how": candidate.how,
                 "protocol": protocol,
                 "metric": choose_metric(plan.metric, task),
                 "labels": min(self._labels(plan) or len(task.train), len(task.train)),
@@ -160,16 +160,16 @@ class _Work:
             }
             self._keep(row)
             shown = " ".join(f"{100 * value:.1f}" for value in outcome.values)
-            say(f"{plan.name}, {contender.name}, {protocol}: {shown}")
+            log(f"{plan.name}, {candidate.name}, {protocol}: {shown}")
 
-    def _missing(self, plan: SuiteTask) -> Iterator[tuple[Contender, str]]:
+    def _missing(self, plan: SuiteTask) -> Iterator[tuple[Candidate, str]]:
         done = {tuple(row[name] for name in KEY) for row in self.rows}
         for protocol in dict.fromkeys(self.settings.protocols):
-            for contender in self.opened:
-                key = (plan.name, contender.name, contender.reference, contender.how, protocol)
-                tuned = protocol == "finetune" and contender.how in NOT_TUNED
+            for candidate in self.opened:
+                key = (plan.name, candidate.name, candidate.reference, candidate.how, protocol)
+                tuned = protocol == "finetune" and candidate.how in NOT_TUNED
                 if not tuned and key not in done:
-                    yield contender, protocol
+                    yield candidate, protocol
 
     def _keep(self, row: dict[str, Any]) -> None:
         """Written whole each time: an interruption loses no more than the row being made."""
@@ -184,7 +184,7 @@ class _Work:
         names = ("seed", "device", "precision", "threads", "max_skipped")
         return {name: getattr(self.settings, name) for name in names}
 
-    def _bench(self, plan: SuiteTask, task: Task, protocol: str) -> Bench:
+    def _bench(self, plan: SuiteTask, task: Task, protocol: str) -> Evaluator:
         values = {
             **self.suite.probe,
             **self._runtime(),
@@ -196,13 +196,13 @@ class _Work:
         }
         settings = parse(ProbeSettings, values)
         metric = choose_metric(plan.metric, task)
-        return Bench(task, metric, settings, self.device, self.precision)
+        return Evaluator(task, metric, settings, self.device, self.precision)
 
-    def _finetune(self, plan: SuiteTask, task: Task, contender: Contender) -> Outcome:
-        reference, choice = self._dense_reference(plan, task, contender)
+    def _finetune(self, plan: SuiteTask, task: Task, candidate: Candidate) -> Outcome:
+        reference, choice = self._dense_reference(plan, task, candidate)
         values = []
         for draw in range(min(self.draws, self.settings.finetune_draws)):
-            out = self.settings.out / "finetune" / contender.name / plan.name / str(draw)
+            out = self.settings.out / "finetune" / candidate.name / plan.name / str(draw)
             resume = (out / CONFIG).is_file()
             if out.is_dir() and not resume:  # stopped before it began
                 shutil.rmtree(out)
@@ -221,15 +221,15 @@ class _Work:
         return Outcome(values, choice=choice)
 
     def _dense_reference(
-        self, plan: SuiteTask, task: Task, contender: Contender
+        self, plan: SuiteTask, task: Task, candidate: Candidate
     ) -> tuple[str, dict[str, Any] | None]:
         """What `moce finetune` takes: a MoCE run's choice is written to a folder first."""
-        bank = self.opened[contender]
+        bank = self.opened[candidate]
         if not isinstance(bank, Bank):
-            return contender.reference, None
-        choice = bank.select(task.train, contender.how or "auto")
-        folder = self.settings.out / "backbones" / contender.name / plan.name
+            return candidate.reference, None
+        choice = bank.select(task.train, candidate.how or "auto")
+        folder = self.settings.out / "backbones" / candidate.name / plan.name
         folder.mkdir(parents=True, exist_ok=True)
         model = Model(bank.encoder_spec, bank.backbone(choice))
-        write_choice(folder, "timm", model, choice, Path(contender.reference))
+        write_choice(folder, "timm", model, choice, Path(candidate.reference))
         return str(folder), choice.to_json()

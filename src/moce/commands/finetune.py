@@ -1,4 +1,4 @@
-"""moce finetune: train a backbone end to end on a labelled task."""
+"""moce finetune: train a backbone end to end on a labeled task."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.commands.setup import hint_few_steps, pixel_store, refuse_unused, settle
+from moce.commands.setup import hint_few_steps, pixel_store, refuse_unused, resolve
 from moce.config import FinetuneSettings
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.errors import MoceError, NotFinite
 from moce.evaluation.finetune import (
     build_classifier,
     by_size,
-    finetune_stage,
+    finetune_objective,
     hold_out,
     predict_scores,
 )
@@ -30,9 +30,9 @@ from moce.evaluation.task import Task, draw_labels, load_task
 from moce.models.encoder import input_shape
 from moce.runs.files import write_json
 from moce.runs.model import STATE, write_model
-from moce.runs.resume import begin
-from moce.runtime.distributed import is_main, of_main
-from moce.runtime.progress import say
+from moce.runs.resume import start_run
+from moce.runtime.distributed import is_rank0, run_on_rank0
+from moce.runtime.progress import log
 from moce.training.trainer import fit, total_steps
 from moce.weights.formats.timm import write_timm_folder
 from moce.weights.from_runs import Backbone, load_backbone
@@ -53,7 +53,7 @@ class FinetuneResult:
 
 def run(settings: FinetuneSettings) -> FinetuneResult:
     asked = settings
-    settings, device = settle(settings)
+    settings, device = resolve(settings)
     if settings.lr_grid:
         refuse_unused(asked, {"base_lr"}, "lr_grid says which rates to try")
     else:
@@ -68,7 +68,7 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     task = load_task(settings.data, shape, pixel_store(settings), settings.max_skipped)
     metric = choose_metric(settings.metric, task)
     rows = draw_labels(task.train_labels, settings.num_labels, settings.seed, settings.draw)
-    begin(settings, task.train, task.test)
+    start_run(settings, task.train, task.test)
     hint_few_steps(settings, total_steps(settings, len(rows)), "see recipes/finetune_small.yaml")
     tuner = _Tuner(backbone, task, metric, device)
     tried = tuner.search(settings, rows) if settings.lr_grid else []
@@ -77,7 +77,7 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
         if all(member["score"] == 0 for member in tried):
             raise MoceError("no rate of lr_grid learns anything; give lower ones (--overwrite)")
         settings = settings.model_copy(update={"base_lr": best})
-        say(f"base_lr {best:g} is the best: training on all {len(rows)} labels with it")
+        log(f"base_lr {best:g} is the best: training on all {len(rows)} labels with it")
     vit = tuner.train(settings, rows)
     scores = tuner.scores(vit, task.test, settings)
     value = score(metric, scores, task.test_labels)
@@ -94,14 +94,14 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
 
 
 def _policy_of(settings: FinetuneSettings, channels: int) -> FinetuneSettings:
-    """RandAugment works on colour images: for others it is left out, or refused if it was asked for."""
+    """RandAugment works on color images: for others it is left out, or refused if it was asked for."""
     if channels == 3 or not settings.rand_augment:
         return settings
     if "rand_augment" in settings.model_fields_set and not settings.resume:
         raise MoceError(
             f"rand_augment works on images of 3 channels, not {channels}; add --rand-augment ''"
         )
-    say(f"images of {channels} channels: without RandAugment")
+    log(f"images of {channels} channels: without RandAugment")
     return settings.model_copy(update={"rand_augment": ""})
 
 
@@ -120,12 +120,12 @@ class _Tuner:
         classes = len(self.task.classes)
         vit = build_classifier(self.backbone, classes, settings.drop_path)
         images, labels = self.task.train.subset(rows.tolist()), self.task.train_labels[rows]
-        stage = finetune_stage(vit, self.backbone.spec, images, labels, settings)
-        fit(stage, settings, self.device, settings.precision)
+        objective = finetune_objective(vit, self.backbone.spec, images, labels, settings)
+        fit(objective, settings, self.device, settings.precision)
         return vit
 
     def scores(
-        self, vit: VisionTransformer, images: ImageSet, settings: FinetuneSettings
+        self, vit: VisionTransformer, images: ImageDataset, settings: FinetuneSettings
     ) -> np.ndarray:
         return predict_scores(vit, self.backbone.spec, images, self.device, settings.precision)
 
@@ -140,17 +140,17 @@ class _Tuner:
         for rate in settings.lr_grid:
             folder = settings.out / STATE / f"lr_{rate:g}"
             result = folder / "results.json"
-            if not of_main(result.is_file):
-                if is_main():
+            if not run_on_rank0(result.is_file):
+                if is_rank0():
                     folder.mkdir(parents=True, exist_ok=True)
                 update = {"base_lr": rate, "out": folder, "resume": True}
                 member = settings.model_copy(update=update)
                 value = self._held_out(member, kept, held)
                 write_json(result, {"base_lr": rate, "score": value})
-                if is_main():
+                if is_rank0():
                     shutil.rmtree(folder / STATE, ignore_errors=True)
-            tried.append(json.loads(of_main(partial(result.read_text, encoding="utf-8"))))
-            say(f"base_lr {rate:g}: {self.metric} {100 * tried[-1]['score']:.1f} % held out")
+            tried.append(json.loads(run_on_rank0(partial(result.read_text, encoding="utf-8"))))
+            log(f"base_lr {rate:g}: {self.metric} {100 * tried[-1]['score']:.1f} % held out")
         return tried
 
     def _held_out(self, settings: FinetuneSettings, kept: np.ndarray, held: np.ndarray) -> float:
@@ -158,7 +158,7 @@ class _Tuner:
         try:
             vit = self.train(settings, kept)
         except NotFinite:
-            say(f"base_lr {settings.base_lr:g}: the loss is not finite")
+            log(f"base_lr {settings.base_lr:g}: the loss is not finite")
             return 0.0
         scores = self.scores(vit, self.task.train.subset(held.tolist()), settings)
         return score(self.metric, scores, self.task.train_labels[held])
@@ -172,7 +172,7 @@ def _write(
     A ViT with token-routed experts is none that timm could load.
     """
     head = {"num_classes": vit.num_classes, "global_pool": "avg", "fc_norm": True}
-    if backbone.dense and is_main():
+    if backbone.dense and is_rank0():
         write_timm_folder(folder, vit, backbone.spec, **head)
     write_json(folder / "results.json", results)
     metrics = {results["metric"]: results[results["metric"]]}

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from moce.clustering.grouping import group_clusters
-from moce.commands.setup import read_images, refuse_unused, settle
+from moce.commands.setup import read_images, refuse_unused, resolve
 from moce.config import HeadroomSettings
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.errors import MoceError
 from moce.inference.assign import assign_images
 from moce.inference.reconstruction_error import reconstruction_error
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE
 from moce.runs.files import write_json
-from moce.runs.resume import begin
-from moce.training.objectives import mae_stage
+from moce.runs.resume import start_run
+from moce.training.objectives import mae_objective
 from moce.training.trainer import fit, total_steps
 from moce.weights.from_runs import load_clusters
 from moce.weights.resolve import start_from
@@ -100,7 +100,7 @@ class HeadroomResult:
 
 def run(settings: HeadroomSettings) -> HeadroomResult:
     refuse_unused(settings, {"epochs"}, "headroom is counted in --steps")
-    settings, device = settle(settings)
+    settings, device = resolve(settings)
     spec, mae = start_from(settings.mae, settings)
     clusters = load_clusters(settings.clusters)
     if settings.num_groups > clusters.num_clusters:
@@ -108,7 +108,13 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
             f"{settings.num_groups} groups need as many clusters; there are {clusters.num_clusters}"
         )
     images = read_images(settings, settings.data, mae.encoder)
-    cluster_of = assign_images(settings, clusters, images, device)
+    cluster_of = assign_images(
+        settings,
+        clusters,
+        images,
+        device,
+        lambda: read_images(settings, settings.data, clusters.encoder),
+    )
     group_of = group_clusters(
         clusters.centroids, settings.num_groups, settings.seed, projected=False
     )[cluster_of]
@@ -116,7 +122,7 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
     check_groups(group_of[seen], settings.num_groups)
     if int(group_of[held].bincount(minlength=settings.num_groups).min()) == 0:
         raise MoceError("a group has no held-out image; lower --num-groups")
-    begin(settings, images)
+    start_run(settings, images)
     steps = total_steps(settings, len(seen))
     work = _Work(settings, device, spec.encoder, mae, images)
     everyone = work.train("all", seen, steps)
@@ -155,7 +161,7 @@ class _Work:
     device: torch.device
     spec: EncoderSpec
     mae: MAE
-    images: ImageSet
+    images: ImageDataset
 
     def train(self, name: str, rows: Tensor, steps: int) -> MAE:
         """A copy of the MAE trained on for some steps on these images."""
@@ -165,7 +171,7 @@ class _Work:
         folder.mkdir(exist_ok=True)
         part = self.images.subset(rows.tolist())
         fit(
-            mae_stage(name, mae, self.spec, part, settings),
+            mae_objective(name, mae, self.spec, part, settings),
             settings,
             self.device,
             settings.precision,

@@ -13,7 +13,7 @@ from moce.data.pack import Packer
 from moce.data.readers.factory import open_source
 from moce.data.readers.packed import Packed, find_packed
 from moce.errors import Interrupted, MoceError
-from moce.runtime.progress import meter, say
+from moce.runtime.progress import log, meter
 from moce.runtime.signals import stop_request
 
 SHOWN = 5  # skipped images that are named on the screen; the file lists them all
@@ -69,13 +69,13 @@ def _pack(settings: PackSettings, out: Path) -> Packed:
     if settings.size is None:
         raise MoceError("the size is missing: add --size S, in pixels")
     check_file(out, "images.moce", settings.data, overwrite=settings.overwrite)
-    entries = open_source(settings.data)
-    packer = Packer(out, entries, (settings.channels, *settings.shape))
+    samples = open_source(settings.data)
+    packer = Packer(out, samples, (settings.channels, *settings.shape))
     if settings.overwrite:
         packer.discard()
     done = packer.resume()
     if done:
-        say(f"going on after {done} of {len(entries)} images")
+        log(f"going on after {done} of {len(samples)} images")
     _decode(packer, settings.workers)
     packed = packer.finish()
     _tell_skipped(packed)
@@ -86,25 +86,25 @@ def _decode(packer: Packer, workers: int | None) -> None:
     """Pack all chunks. Raises Interrupted when asked to stop: the next call then goes on."""
     start, begun, skipped = time.monotonic(), packer.done, 0
     with (
-        meter("pack", len(packer.entries), begun) as progress,
+        meter("pack", len(packer.samples), begun) as progress,
         stop_request() as stop,
         closing(packer.chunks(workers)) as chunks,
     ):
         for chunk in chunks:
             skipped += chunk.skipped
             rate = (packer.done - begun) / (time.monotonic() - start)
-            progress.advance(f"{rate:.0f} images/s, {skipped} skipped", chunk.entries)
-            if stop.received is not None and packer.done < len(packer.entries):
+            progress.advance(f"{rate:.0f} images/s, {skipped} skipped", chunk.samples)
+            if stop.received is not None and packer.done < len(packer.samples):
                 raise Interrupted(
                     stop.received,
                     f"{packer.out}.partial",
-                    f"{packer.done} of {len(packer.entries)} images",
+                    f"{packer.done} of {len(packer.samples)} images",
                     "the same command goes on",
                 )
 
 
 def _tell_skipped(packed: Packed) -> None:
     for name, reason in packed.skipped[:SHOWN]:
-        say(f"skipped {name}: {reason}")
+        log(f"skipped {name}: {reason}")
     if len(packed.skipped) > SHOWN:
-        say(f"and {len(packed.skipped) - SHOWN} more; all are in {packed.path}")
+        log(f"and {len(packed.skipped) - SHOWN} more; all are in {packed.path}")

@@ -1,20 +1,20 @@
-"""moce pretrain: a masked autoencoder from unlabelled images (stage 0)."""
+"""moce pretrain: a masked autoencoder from unlabeled images (stage 0)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from moce.commands.setup import read_images, settle
+from moce.commands.setup import read_images, resolve
 from moce.config import PretrainSettings
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import last_metrics, write_model
-from moce.runs.resume import begin
-from moce.training.objectives import mae_stage
+from moce.runs.resume import start_run
+from moce.training.objectives import mae_objective
 from moce.training.trainer import fit
-from moce.weights.resolve import check_arguments, from_timm, start_from, wishes_of
+from moce.weights.resolve import check_arguments, from_timm, overrides_of, start_from
 
 PRETRAINED = "pretrained"
 
@@ -32,16 +32,16 @@ class PretrainResult:
 
 
 def run(settings: PretrainSettings) -> PretrainResult:
-    settings, device = settle(settings)
+    settings, device = resolve(settings)
     spec, mae = _build(settings)
     images = read_images(settings, settings.data, mae.encoder)
-    begin(settings, images)
-    stage = mae_stage("pretrain", mae, spec.encoder, images, settings)
-    fit(stage, settings, device, settings.precision)
+    start_run(settings, images)
+    objective = mae_objective("pretrain", mae, spec.encoder, images, settings)
+    fit(objective, settings, device, settings.precision)
     return save_mae(settings.out, spec, mae, images)
 
 
-def save_mae(folder: Path, spec: MAESpec, mae: MAE, images: ImageSet) -> PretrainResult:
+def save_mae(folder: Path, spec: MAESpec, mae: MAE, images: ImageDataset) -> PretrainResult:
     """Write the finished run of a masked autoencoder."""
     loss = last_metrics(folder)["loss"]
     info = {"spec": spec.to_dict(), "metrics": {"loss": loss}, "images": len(images)}
@@ -55,10 +55,10 @@ def _build(settings: PretrainSettings) -> tuple[MAESpec, MAE]:
     check_arguments(settings.model_args)
     if settings.init == PRETRAINED:
         return from_timm(settings.model, settings)
-    wishes = wishes_of(settings)
-    channels = int(wishes.model_args.get("in_chans", RGB))
-    mean = per_channel("mean", wishes.mean, settings.mean, channels)
-    std = per_channel("std", wishes.std, settings.std, channels)
-    encoder = EncoderSpec(settings.model, wishes.model_args, mean, std)
-    spec = MAESpec(encoder, *wishes.decoder, settings.mask_ratio, settings.norm_pix)
+    overrides = overrides_of(settings)
+    channels = int(overrides.model_args.get("in_chans", RGB))
+    mean = per_channel("mean", overrides.mean, settings.mean, channels)
+    std = per_channel("std", overrides.std, settings.std, channels)
+    encoder = EncoderSpec(settings.model, overrides.model_args, mean, std)
+    spec = MAESpec(encoder, *overrides.decoder, settings.mask_ratio, settings.norm_pix)
     return spec, spec.build()

@@ -1,4 +1,4 @@
-"""moce probe: what frozen features are worth on a labelled task."""
+"""moce probe: what frozen features are worth on a labeled task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from moce.commands.setup import hint_few_steps, pixel_store, refuse_unused
 from moce.config import ProbeSettings
 from moce.evaluation.metrics import choose_metric, confusion_counts, score
-from moce.evaluation.probe import Prober, is_sgd
+from moce.evaluation.probe import Probe, is_sgd
 from moce.evaluation.sgd_probe import steps_of
 from moce.evaluation.task import draw_labels, load_task
 from moce.models.encoder import input_shape
@@ -17,7 +17,7 @@ from moce.runs.files import write_json
 from moce.runs.folder import open_folder
 from moce.runs.model import write_skipped
 from moce.runtime.device import prepare
-from moce.runtime.progress import say
+from moce.runtime.progress import log
 from moce.weights.from_runs import load_backbone
 
 ADVICE = "see recipes/probe_small.yaml, or use --solver lbfgs"
@@ -62,7 +62,7 @@ def _check(settings: ProbeSettings) -> None:
     if settings.kind == "knn":
         refuse_unused(settings, ("solver", *OF_SGD), "kind knn trains nothing")
     else:
-        refuse_unused(settings, ("neighbours",), "kind linear has no neighbours")
+        refuse_unused(settings, ("neighbors",), "kind linear has no neighbors")
     if settings.solver == "lbfgs":
         refuse_unused(settings, OF_SGD, "solver lbfgs takes no steps")
     if settings.out is None:
@@ -82,8 +82,8 @@ def run(settings: ProbeSettings) -> ProbeResult:
     ]
     if is_sgd(settings):
         hint_few_steps(settings, steps_of(settings, len(draws[0]))[0], ADVICE)
-    prober = Prober(backbone, task, settings, device, precision)
-    classify = prober.classifier()
+    probe = Probe(backbone, task, settings, device, precision)
+    classify = probe.classifier()
     all_scores = [classify(rows, number) for number, rows in enumerate(draws)]
     values = [score(metric, scores, task.test_labels) for scores in all_scores]
     result = ProbeResult(
@@ -91,7 +91,7 @@ def run(settings: ProbeSettings) -> ProbeResult:
         task=settings.data,
         protocol=settings.kind,
         solver=settings.solver if settings.kind == "linear" else None,
-        pooling=prober.pooling,
+        pooling=probe.pooling,
         metric=metric,
         labels=len(draws[0]),
         values=values,
@@ -101,6 +101,6 @@ def run(settings: ProbeSettings) -> ProbeResult:
     )
     if settings.out is not None:
         folder = open_folder(settings.out, settings)
-        write_skipped(folder, task.skipped, say)
+        write_skipped(folder, task.skipped, log)
         write_json(folder / "results.json", asdict(result))
     return result

@@ -9,12 +9,12 @@ from typing import Any
 from moce import config
 from moce.config.load import parse
 from moce.errors import MoceError
-from moce.runs.lock import claims
+from moce.runs.lock import locks_released
 from moce.runtime.launch import launch
 
 
 @dataclass(frozen=True)
-class Verb:
+class Command:
     """A verb's work is `run(settings)` in moce/verbs/NAME.py.
 
     shared: whether several processes can do it together.
@@ -29,39 +29,39 @@ class Verb:
     def run(self, values: dict[str, Any]) -> Any:
         """Validate the values, then import the verb and do its work."""
         settings = parse(self.settings, values)
-        if launch().world > 1 and not self.shared:
+        if launch().world_size > 1 and not self.shared:
             raise MoceError(
-                f"this is work for one process, and {launch().by} has started {launch().world}; "
+                f"this is work for one process, and {launch().by} has started {launch().world_size}; "
                 f"run it without {launch().by}"
             )
-        with claims():
+        with locks_released():
             return import_module(f"moce.verbs.{self.name}").run(settings)
 
 
-VERBS = {
-    verb.name: verb
-    for verb in (
-        Verb(
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command(
             "pack",
             config.PackSettings,
             ("data",),
             "moce pack photos/ --size 256 --out photos.moce",
         ),
-        Verb(
+        Command(
             "pretrain",
             config.PretrainSettings,
             ("data",),
             "moce pretrain photos/ --out runs/mae --model vit_base_patch16_224 --epochs 400",
             shared=True,
         ),
-        Verb(
+        Command(
             "cluster",
             config.ClusterSettings,
             ("data",),
             "moce cluster photos/ --mae runs/mae --num-clusters 64 --out runs/clusters",
             shared=True,
         ),
-        Verb(
+        Command(
             "train",
             config.TrainSettings,
             ("data",),
@@ -69,63 +69,63 @@ VERBS = {
             "--out runs/moce",
             shared=True,
         ),
-        Verb(
+        Command(
             "headroom",
             config.HeadroomSettings,
             ("data",),
             "moce headroom photos/ --mae runs/mae --clusters runs/clusters --out runs/headroom",
         ),
-        Verb(
+        Command(
             "customize",
             config.CustomizeSettings,
             ("run", "images"),
             "moce customize runs/moce birds/ --out backbones/birds",
         ),
-        Verb(
+        Command(
             "export",
             config.ExportSettings,
             ("run",),
             "moce export runs/moce --route 2-0 --format transformers --out backbones/route",
         ),
-        Verb(
+        Command(
             "convert",
             config.ConvertSettings,
             ("weights",),
             "moce convert mae_pretrain_vit_base.pth --out mae_base.safetensors",
         ),
-        Verb(
+        Command(
             "embed",
             config.EmbedSettings,
             ("backbone", "data"),
             "moce embed backbones/birds birds/ --out birds.parquet",
         ),
-        Verb(
+        Command(
             "finetune",
             config.FinetuneSettings,
             ("backbone", "data"),
             "moce finetune backbones/birds birds/ --out runs/birds --epochs 100",
             shared=True,
         ),
-        Verb(
+        Command(
             "probe",
             config.ProbeSettings,
             ("backbone", "data"),
             "moce probe backbones/birds birds/ --kind linear --draws 3 --num-labels 200",
         ),
-        Verb(
+        Command(
             "evaluate",
             config.EvaluateSettings,
             ("suite",),
             "moce evaluate recipes/suites/paper11.yaml --out runs/eval "
             "--backbones mae+=runs/mae_plus,moce=runs/moce",
         ),
-        Verb(
+        Command(
             "report",
             config.ReportSettings,
             ("runs",),
             "moce report runs/mae runs/clusters runs/moce --out report.html",
         ),
-        Verb("demo", config.DemoSettings, (), "moce demo --out runs/demo"),
-        Verb("doctor", config.DoctorSettings, (), "moce doctor"),
+        Command("demo", config.DemoSettings, (), "moce demo --out runs/demo"),
+        Command("doctor", config.DoctorSettings, (), "moce doctor"),
     )
 }

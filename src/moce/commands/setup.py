@@ -9,9 +9,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import CustomizeSettings, EmbedSettings, ProbeSettings, RunSettings, Settings
-from moce.config.load import given
-from moce.data.dataset import ImageSet
-from moce.data.load import load_images, passing_file
+from moce.config.load import explicitly_set
+from moce.data.dataset import ImageDataset
+from moce.data.load import load_images, temporary_file
 from moce.data.readers.factory import paths_of
 from moce.errors import MoceError
 from moce.models.encoder import input_channels, input_size
@@ -24,12 +24,12 @@ from moce.runs.resume import (
     check_unchanged,
 )
 from moce.runtime.device import prepare
-from moce.runtime.progress import say
+from moce.runtime.progress import log
 
-FEW_STEPS = 500  # below which the published recipes for labelled tasks stop half trained
+FEW_STEPS = 500  # below which the published recipes for labeled tasks stop half trained
 
 
-def settle(settings: R) -> tuple[R, torch.device]:
+def resolve(settings: R) -> tuple[R, torch.device]:
     """The settings with device and precision resolved, and the device. Writes nothing.
 
     A resumed run keeps the settings it was started with where none are given now. Raises
@@ -58,7 +58,7 @@ def check_file(out: Path, example: str, data: str, *, overwrite: bool) -> None:
 
 def refuse_unused(settings: Settings, names: Iterable[str], reason: str) -> None:
     """Raise MoceError if a setting was given that would be ignored."""
-    unused = sorted(given(settings) & set(names))
+    unused = sorted(explicitly_set(settings) & set(names))
     if unused:
         flags = " and ".join(_flag(name, getattr(settings, name)) for name in unused)
         raise MoceError(f"{reason}: leave out {flags}")
@@ -71,10 +71,10 @@ def _flag(name: str, value: object) -> str:
 def hint_few_steps(settings: Settings, steps: int, advice: str) -> None:
     """Say it where the default batch of a published recipe leaves few steps for few images."""
     if steps < FEW_STEPS and "batch_size" not in settings.model_fields_set:
-        say(f"only {steps} steps: the defaults are made for many images; for few, {advice}")
+        log(f"only {steps} steps: the defaults are made for many images; for few, {advice}")
 
 
-def read_images(settings: RunSettings, data: str, vit: VisionTransformer) -> ImageSet:
+def read_images(settings: RunSettings, data: str, vit: VisionTransformer) -> ImageDataset:
     """The images of a DATA argument as an encoder takes them."""
     return load_images(
         data,
@@ -88,4 +88,4 @@ def read_images(settings: RunSettings, data: str, vit: VisionTransformer) -> Ima
 def pixel_store(settings: RunSettings | ProbeSettings | EmbedSettings | CustomizeSettings) -> Path:
     """Where pixels go that the memory has no room for: a passing file beside what is written."""
     out = settings.out
-    return passing_file() if out is None else out.with_name(f".{out.name}.pixels")
+    return temporary_file() if out is None else out.with_name(f".{out.name}.pixels")

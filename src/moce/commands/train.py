@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from moce.commands.pretrain import save_mae
-from moce.commands.setup import pixel_store, read_images, refuse_unused, settle
+from moce.commands.setup import pixel_store, read_images, refuse_unused, resolve
 from moce.config import TrainSettings
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
 from moce.data.readers.factory import open_source
 from moce.errors import MoceError
@@ -23,10 +23,10 @@ from moce.models.encoder import input_channels, input_size
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.runs.model import last_metrics, write_model
-from moce.runs.resume import begin
-from moce.runtime.progress import say
-from moce.training.objectives import mae_stage, moce_stage, token_moe_stage
-from moce.training.trainer import Stage, fit, total_steps
+from moce.runs.resume import start_run
+from moce.runtime.progress import log
+from moce.training.objectives import mae_objective, moce_objective, token_moe_objective
+from moce.training.trainer import Objective, fit, total_steps
 from moce.training.upcycling import check_experts, upcycle, upcycle_by_token
 from moce.weights.from_runs import load_clusters
 from moce.weights.resolve import start_from
@@ -70,7 +70,7 @@ class TrainResult:
 
 def run(settings: TrainSettings) -> TrainResult:
     asked = settings
-    settings, device = settle(settings)
+    settings, device = resolve(settings)
     _check(settings, asked)
     spec, mae = start_from(settings.mae, settings)
     images = read_images(settings, settings.data, mae.encoder)
@@ -100,33 +100,38 @@ class _Job:
     device: torch.device
     spec: MAESpec
     mae: MAE
-    images: ImageSet
+    images: ImageDataset
 
     def clusters(self) -> ClusterModel:
         assert self.settings.clusters is not None
         return load_clusters(self.settings.clusters)
 
-    def fit(self, stage: Stage) -> nn.Module:
+    def clusters_of_images(self, clusters: ClusterModel) -> Tensor:
+        """The cluster of every training image, [n] int64."""
+        load = lambda: read_images(self.settings, self.settings.data, clusters.encoder)  # noqa: E731
+        return assign_images(self.settings, clusters, self.images, self.device, load)
+
+    def fit(self, objective: Objective) -> nn.Module:
         """Train; the module, back on the CPU."""
-        begin(self.settings, self.images)
-        fit(stage, self.settings, self.device, self.settings.precision)
-        return stage.module.cpu()
+        start_run(self.settings, self.images)
+        fit(objective, self.settings, self.device, self.settings.precision)
+        return objective.module.cpu()
 
 
 def _train_experts(job: _Job) -> TrainResult:
     """MoCE, and SDR: the same with gates that stay as they start."""
     clusters = job.clusters()
     check_experts(job.settings, clusters)
-    cluster_of = assign_images(job.settings, clusters, job.images, job.device)
+    cluster_of = job.clusters_of_images(clusters)
     sizes = cluster_of.bincount(minlength=clusters.num_clusters)
     spec, moce = upcycle(job.settings, job.spec, job.mae, clusters, sizes)
-    job.fit(moce_stage(moce, job.spec.encoder, job.images, cluster_of, job.settings))
+    job.fit(moce_objective(moce, job.spec.encoder, job.images, cluster_of, job.settings))
     return _save_experts(job, spec, moce, clusters)
 
 
 def _continue_mae(job: _Job) -> TrainResult:
     """MAE+: the MAE trained on, without experts."""
-    job.fit(mae_stage("mae_plus", job.mae, job.spec.encoder, job.images, job.settings))
+    job.fit(mae_objective("mae_plus", job.mae, job.spec.encoder, job.images, job.settings))
     saved = save_mae(job.settings.out, job.spec, job.mae, job.images)
     return TrainResult(job.settings.out, saved.loss, len(job.images), 0)
 
@@ -135,11 +140,11 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     """MAE+ on the images of the task's clusters only: what MoCE's experts are to come near to."""
     assert job.settings.task is not None
     clusters = job.clusters()
-    cluster_of = assign_images(job.settings, clusters, job.images, job.device)
-    entries = [e for e in open_source(job.settings.task) if e.split != "test"]
+    cluster_of = job.clusters_of_images(clusters)
+    samples = [e for e in open_source(job.settings.task) if e.split != "test"]
     encoder = clusters.encoder
     store = pixel_store(job.settings)
-    task = load_images(entries, input_size(encoder), store, channels=input_channels(encoder))
+    task = load_images(samples, input_size(encoder), store, channels=input_channels(encoder))
     histogram = assign(task, clusters, job.device, job.settings.precision).bincount(
         minlength=clusters.num_clusters
     )
@@ -148,7 +153,7 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     rows = chosen[cluster_of].nonzero()[:, 0].tolist()
     if not rows:
         raise MoceError(f"none of the images is of a cluster of {job.settings.task}")
-    say(f"{len(rows)} of {len(job.images)} images are of the task's {int(chosen.sum())} clusters")
+    log(f"{len(rows)} of {len(job.images)} images are of the task's {int(chosen.sum())} clusters")
     # As many steps as MAE+ makes on all images, not as few as an epoch of these takes.
     steps = total_steps(job.settings, len(job.images))
     job.settings = job.settings.model_copy(update={"steps": steps})
@@ -171,7 +176,7 @@ def clusters_of_task(histogram: Tensor, sizes: Tensor, share: float) -> Tensor:
 def _train_by_token(job: _Job) -> TrainResult:
     """TokenMoE: experts whose gate reads tokens."""
     spec, model = upcycle_by_token(job.settings, job.spec, job.mae)
-    job.fit(token_moe_stage(model, job.spec.encoder, job.images, job.settings))
+    job.fit(token_moe_objective(model, job.spec.encoder, job.images, job.settings))
     metrics = _metrics(job, ("loss", "reconstruction", "balance"))
     info = {"spec": spec.to_dict(), "metrics": metrics, "images": len(job.images)}
     write_model(job.settings.out, "token_moe", model.state_dict(), info)

@@ -63,9 +63,7 @@ IMAGES = (
     "Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain; several with commas "
     "between, or one per line of @FILE"
 )
-LABELLED = (
-    "labelled images: class folders (train/ and test/ if split), or another source with labels"
-)
+LABELED = "labeled images: class folders (train/ and test/ if split), or another source with labels"
 
 Strategy = Literal["auto", "route", "merge", "generalist", "probe"]
 Format = Literal["timm", "transformers", "torch", "onnx"]
@@ -124,7 +122,7 @@ class RunSettings(DataSettings):
 class ResidentSettings(Settings):
     """A verb that goes through its data again and again."""
 
-    resident: bool = Field(
+    cache_on_gpu: bool = Field(
         True,
         description="keep the data on the GPU (pixels, or the features of a clustering) if they take "
         "at most a quarter of its free memory",
@@ -132,15 +130,15 @@ class ResidentSettings(Settings):
 
 
 class TrainingSettings(RunSettings, ResidentSettings):
-    """A verb that optimises a network step by step."""
+    """A verb that optimizes a network step by step."""
 
     resume: bool = Field(False, description="go on from the last checkpoint of the output folder")
     epochs: Positive = Field(400, description="passes over the images (fractions allowed)")
     steps: Count | None = Field(
-        None, description="optimiser steps, whatever the number of images (default: by epochs)"
+        None, description="optimizer steps, whatever the number of images (default: by epochs)"
     )
     batch_size: Count = Field(
-        256, description="images per optimiser step, over all processes and micro-batches"
+        256, description="images per optimizer step, over all processes and micro-batches"
     )
     micro_batch_size: Count | None = Field(
         None,

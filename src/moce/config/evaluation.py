@@ -1,4 +1,4 @@
-"""Settings of the verbs on backbones and labelled tasks: embed, probe, finetune and evaluate."""
+"""Settings of the verbs on backbones and labeled tasks: embed, probe, finetune and evaluate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field
 
 from moce.config.base import (
     IMAGES,
-    LABELLED,
+    LABELED,
     Count,
     Data,
     DataSettings,
@@ -32,7 +32,7 @@ class EmbedSettings(DataSettings):
     """Write one feature per image to a parquet file: columns id, label, split, embedding."""
 
     backbone: str = Field(
-        description="customised folder, MAE run folder, timm name (nothing fine-tuned)"
+        description="customized folder, MAE run folder, timm name (nothing fine-tuned)"
     )
     data: Data = Field(description=IMAGES)
     out: Folder = Field(description="file to write, FILE.parquet")
@@ -44,14 +44,14 @@ class EmbedSettings(DataSettings):
 
 
 class ProbeSettings(DataSettings):
-    """Score frozen features on a labelled task with a linear or nearest-neighbour classifier."""
+    """Score frozen features on a labeled task with a linear or nearest-neighbor classifier."""
 
     # The defaults of solver sgd are those published for MAE's linear probe on ImageNet-1K.
 
     backbone: str = Field(
-        description="customised folder, MAE run folder, timm name (nothing fine-tuned)"
+        description="customized folder, MAE run folder, timm name (nothing fine-tuned)"
     )
-    data: Data = Field(description=LABELLED)
+    data: Data = Field(description=LABELED)
     kind: Literal["linear", "knn"] = Field("linear", description="classifier")
     solver: Literal["sgd", "lbfgs"] = Field(
         "sgd",
@@ -63,17 +63,17 @@ class ProbeSettings(DataSettings):
         description="accuracy, mean_per_class or map11 (default: map11 where an image can have "
         "several labels, else accuracy)",
     )
-    num_labels: Count | None = Field(None, description="labelled images per draw (default: all)")
+    num_labels: Count | None = Field(None, description="labeled images per draw (default: all)")
     draws: Count = Field(1, description="random draws of the labels")
     pooling: Pooling | None = Field(
         None,
         description="feature: mean of patch tokens, or cls, the class token (default: cls for "
         "solver sgd if the encoder has one, else mean)",
     )
-    neighbours: Count = Field(20, description="neighbours k (kind knn)")
+    neighbors: Count = Field(20, description="neighbors k (kind knn)")
     epochs: Positive = Field(90, description="passes over the images (solver sgd)")
     batch_size: Count = Field(
-        16384, ge=2, description="images per optimiser step, at most all there are (solver sgd)"
+        16384, ge=2, description="images per optimizer step, at most all there are (solver sgd)"
     )
     micro_batch_size: Count = Field(256, description="images per forward pass")
     base_lr: Positive = Field(
@@ -93,16 +93,16 @@ class ProbeSettings(DataSettings):
 
 
 class FinetuneSettings(TrainingSettings):
-    """Train a backbone end to end on a labelled task."""
+    """Train a backbone end to end on a labeled task."""
 
     # The defaults are MAE's for ViT-B, taken for smaller encoders too; what differs for larger
     # ones, where it is not given, is in transfer/finetune.py (`by_size`).
 
     backbone: str = Field(
-        description="customised folder, MAE run folder, timm name (nothing fine-tuned)"
+        description="customized folder, MAE run folder, timm name (nothing fine-tuned)"
     )
-    data: Data = Field(description=LABELLED)
-    num_labels: Count | None = Field(None, description="labelled images to train on (default: all)")
+    data: Data = Field(description=LABELED)
+    num_labels: Count | None = Field(None, description="labeled images to train on (default: all)")
     draw: Index = Field(0, description="which random draw of the labels, as numbered by moce probe")
     metric: Metric | None = Field(
         None,
@@ -112,7 +112,7 @@ class FinetuneSettings(TrainingSettings):
     epochs: Positive = Field(
         100, description="passes over the images, fractions allowed; 50 from ViT-L on"
     )
-    batch_size: Count = Field(1024, description="images per optimiser step, over all micro-batches")
+    batch_size: Count = Field(1024, description="images per optimizer step, over all micro-batches")
     micro_batch_size: Count | None = Field(
         256, description="images per forward pass; gradients add up to one batch"
     )
@@ -156,7 +156,7 @@ class FinetuneSettings(TrainingSettings):
 
 
 class EvaluateSettings(RunSettings):
-    """Compare backbones, and MoCE runs customised for each task, on a suite of labelled tasks."""
+    """Compare backbones, and MoCE runs customized for each task, on a suite of labeled tasks."""
 
     suite: Folder = Field(description="YAML file of tasks, e.g. recipes/suites/paper11.yaml")
     backbones: tuple[str, ...] = Field(

@@ -111,7 +111,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def given(settings: Settings) -> set[str]:
+def explicitly_set(settings: Settings) -> set[str]:
     """Settings unlike their defaults: a resumed run has read all of them from its config.yaml."""
     fields = type(settings).model_fields
     return {n for n in settings.model_fields_set if getattr(settings, n) != fields[n].default}

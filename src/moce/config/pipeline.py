@@ -43,7 +43,7 @@ class WeightsSettings(Settings):
         description="patterns of weights that a file of other libraries may lack, e.g. norm.*; "
         "they start fresh",
     )
-    allow_surplus: tuple[str, ...] = Field(
+    allow_unexpected: tuple[str, ...] = Field(
         (), description="patterns of weights that such a file may have beyond the model's"
     )
 
@@ -74,7 +74,7 @@ class MAESettings(FileSettings):
 
 
 class PretrainSettings(TrainingSettings, WeightsSettings):
-    """Pre-train a masked autoencoder on unlabelled images (stage 0)."""
+    """Pre-train a masked autoencoder on unlabeled images (stage 0)."""
 
     data: Data = Field(description=IMAGES)
     model: str = Field("vit_base_patch16_224", description="encoder: any plain timm ViT")
@@ -89,7 +89,7 @@ class PretrainSettings(TrainingSettings, WeightsSettings):
     )
     mean: Channels = Field(
         (0.485, 0.456, 0.406),
-        description="mean of the channels, 0..1, that pixels are centred on: one value or as many "
+        description="mean of the channels, 0..1, that pixels are centered on: one value or as many "
         "as the encoder takes (default for other than 3: 0.5)",
     )
     std: Deviations = Field(
@@ -98,7 +98,7 @@ class PretrainSettings(TrainingSettings, WeightsSettings):
         "3 channels: 0.5)",
     )
     mask_ratio: OpenFraction = Field(0.75, description="share of patches hidden")
-    norm_pix: bool = Field(True, description="predict pixels normalised per patch")
+    norm_pix: bool = Field(True, description="predict pixels normalized per patch")
     decoder_dim: Count = Field(512, description="decoder width")
     decoder_depth: Count = Field(8, description="decoder blocks")
     decoder_heads: Count = Field(16, description="decoder attention heads")
@@ -113,7 +113,7 @@ class ClusterSettings(RunSettings, MAESettings, ResidentSettings):
     pooling: ClusterPooling = Field(
         "mean",
         description="image feature: mean of patch tokens, cls, the class token, or pixels, the mean "
-        "colours of a 16 x 16 grid",
+        "colors of a 16 x 16 grid",
     )
     epsilon: Positive = Field(
         0.01, ge=1e-30, description="entropy weight of the balanced assignment"
@@ -124,7 +124,7 @@ class ClusterSettings(RunSettings, MAESettings, ResidentSettings):
     marginal_tolerance: Positive = Field(
         0.01, description="largest relative error of a cluster's mass in Sinkhorn-Knopp"
     )
-    max_rounds: Count = Field(
+    max_iterations: Count = Field(
         50,
         description="most rounds of assignment and centroid update, on a sample and on all images",
     )
@@ -185,7 +185,7 @@ class HeadroomSettings(TrainingSettings, MAESettings):
     data: Data = Field(description=IMAGES)
     clusters: Folder = Field(description="run folder of moce cluster")
     steps: Count | None = Field(
-        800, description="optimiser steps on all images; a group alone takes its share of them"
+        800, description="optimizer steps on all images; a group alone takes its share of them"
     )
     num_groups: Count = Field(4, description="groups of clusters, each trained on alone")
 

@@ -40,7 +40,7 @@ class PackSettings(Settings):
         "some 1.15 times as much",
     )
     channels: Count = Field(
-        3, description="1 (grey), 3 (colour) or as many as all images have; as the encoder takes"
+        3, description="1 (gray), 3 (color) or as many as all images have; as the encoder takes"
     )
     out: Folder | None = Field(None, description="file to write, such as photos.moce")
     overwrite: bool = Field(False, description="replace the file, and what an interruption left")
@@ -70,7 +70,7 @@ class ExportSettings(FileSettings):
     """Write a trained model as a folder that another library loads."""
 
     run: Folder = Field(
-        description="run of moce train or pretrain, a customised folder, or a file of weights"
+        description="run of moce train or pretrain, a customized folder, or a file of weights"
     )
     out: Folder = Field(description="folder to write the model to")
     format: Format = Field("timm", description="library that the folder is for")
@@ -111,7 +111,7 @@ class DemoSettings(RuntimeSettings):
     train_epochs: Positive = Field(8, description="epochs of MoCE and of MAE+")
     num_clusters: Count = Field(48, description="clusters K")
     num_experts: Count = Field(4, description="experts E per MoE block")
-    num_labels: Count = Field(150, description="labelled images per draw")
+    num_labels: Count = Field(150, description="labeled images per draw")
     draws: Count = Field(3, description="draws of labels per probe")
     finetune_epochs: Positive = Field(16, description="epochs of each fine-tune")
 

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.customization.selection import Choice, Route, choose, count_votes, on_route
-from moce.data.from_python import as_image_set
+from moce.data.from_python import as_image_dataset
 from moce.inference.features import extract_features
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec, input_shape
@@ -62,7 +62,7 @@ class Bank:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cluster [n] int64 of every image and its similarity [n] to the centroid: one forward pass."""
         channels, *size = self.input_shape
-        image_set = as_image_set(images, (size[0], size[1]), channels)
+        image_set = as_image_dataset(images, (size[0], size[1]), channels)
         raw = extract_features(
             self.clusters.encoder,
             self.clusters.spec,
@@ -72,7 +72,7 @@ class Bank:
             pooling=self.clusters.pooling,
             batch_size=batch_size,
         )
-        return self.clusters.assign(self.clusters.normalise(raw), rule)
+        return self.clusters.assign(self.clusters.normalize(raw), rule)
 
     def select(
         self,

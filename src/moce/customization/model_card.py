@@ -33,7 +33,7 @@ def clusters_of(choice: Choice) -> str:
 
 def write_choice(folder: Path, kind: str, model: Model, choice: Choice, source: Path) -> str:
     """Write what a task was given: `write_model_folder`, and selection.json; returns how to load it."""
-    title = f"Backbone customised by moce from {source.name}"
+    title = f"Backbone customized by moce from {source.name}"
     facts = [f"source: {source.name}", *facts_of(choice)]
     load_it = write_model_folder(folder, kind, model, title, facts)
     write_json(folder / "selection.json", choice.to_json())

@@ -1,4 +1,4 @@
-"""Whole batches at once, on the training device: random resized crop, flip, normalisation.
+"""Whole batches at once, on the training device: random resized crop, flip, normalization.
 
 A resize is two small matrix products per image, with the rows of each matrix the weights of an
 antialiased bicubic filter; crops of different sizes then cost the same and need no loop. On CPUs
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from moce.runtime.device import send
+from moce.runtime.device import to_device
 
 TRIES = 10  # as in torchvision's RandomResizedCrop
 ONE_BY_ONE_FROM = 48 * 48  # pixels of an image from which products lose to a loop, on CPUs
 
 
-def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 or float pixels 0..255 [b, c, h, w] to float32 of zero mean and unit deviation."""
-    centre, scale = (
+    center, scale = (
         _of_channels(tuple(mean), pixels.device),
         _of_channels(tuple(std), pixels.device),
     )
-    return (pixels.float() - centre) / scale
+    return (pixels.float() - center) / scale
 
 
 @lru_cache
@@ -36,8 +36,8 @@ def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values).reshape(1, -1, 1, 1).mul(255).to(device)
 
 
-def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """The inverse of `normalise`, clamped to what can be shown: float32 in 0..1."""
+def denormalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """The inverse of `normalize`, clamped to what can be shown: float32 in 0..1."""
     shape = (1, -1, 1, 1)
     scale = torch.tensor(std, device=images.device).reshape(shape)
     return (images * scale + torch.tensor(mean, device=images.device).reshape(shape)).clamp(0, 1)
@@ -127,7 +127,7 @@ def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     scale = min(height / size[0], width / size[1])
     box_height, box_width = round(size[0] * scale), round(size[1] * scale)
     box = [(height - box_height) // 2, (width - box_width) // 2, box_height, box_width]
-    boxes = send(torch.tensor([box]), pixels.device).expand(len(pixels), -1)
+    boxes = to_device(torch.tensor([box]), pixels.device).expand(len(pixels), -1)
     return resized_crop(pixels, boxes, size).round().to(torch.uint8)
 
 

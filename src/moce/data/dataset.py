@@ -13,7 +13,7 @@ from moce.data.readers.torchvision import Label
 
 
 @dataclass
-class ImageSet:
+class ImageDataset:
     """Images [n, c, h, w] uint8 with n stable names (ids) and their labels, or None, and splits.
 
     Look at the pixels by `take`: the set may be a part of what is stored, and that may be a file.
@@ -60,7 +60,7 @@ class ImageSet:
             0, rows.to(self.stored.device)
         )  # many times as fast as [rows]
 
-    def subset(self, rows: Sequence[int]) -> ImageSet:
+    def subset(self, rows: Sequence[int]) -> ImageDataset:
         """The images of these rows, in this order. Their pixels are not copied."""
         picked = list(rows)
         if picked == list(range(len(self))):

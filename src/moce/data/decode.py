@@ -53,13 +53,13 @@ def open_encoded(source: Path | bytes) -> Raster:
 
 
 def _scale_transparency(image: Image.Image) -> None:
-    """A PNG's transparent colour to 8 bits, as its pixels are: Pillow leaves it in the file's depth."""
-    colour = image.info.get("transparency")
+    """A PNG's transparent color to 8 bits, as its pixels are: Pillow leaves it in the file's depth."""
+    color = image.info.get("transparency")
     tiles = getattr(image, "tile", None)
-    if image.format == "PNG" and colour is not None and tiles:
+    if image.format == "PNG" and color is not None and tiles:
         scale = TO_8_BITS.get(str(tiles[0][3]), lambda value: value)
-        many = isinstance(colour, tuple)
-        image.info["transparency"] = tuple(map(scale, colour)) if many else scale(colour)
+        many = isinstance(color, tuple)
+        image.info["transparency"] = tuple(map(scale, color)) if many else scale(color)
 
 
 def _start(source: Path | bytes) -> bytes:
@@ -97,7 +97,7 @@ def _read_tiff(source: Path | bytes) -> np.ndarray:
 def to_pixels(image: Raster, size: Box, channels: int = 3) -> np.ndarray:
     """[channels, h, w] uint8 of an image: upright, on white where transparent, filled to `size` (h, w).
 
-    Grey and colour become one another. Any other number of channels has to be the image's own;
+    Gray and color become one another. Any other number of channels has to be the image's own;
     4 are those of an image with alpha. Raises ValueError if they cannot be had.
     """
     planes = (
@@ -133,13 +133,13 @@ def _planes(image: Image.Image, channels: int) -> list[Image.Image]:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 8 bits, with alpha if a value stands for transparent."""
+    """A gray image of 8 bits, with alpha if a value stands for transparent."""
     values = np.asarray(image)
-    grey = Image.fromarray(to_bytes(values))
+    gray = Image.fromarray(to_bytes(values))
     if "transparency" not in image.info:
-        return grey
+        return gray
     opaque = Image.fromarray(to_bytes(values != image.info["transparency"]))
-    return Image.merge("LA", [grey, opaque])
+    return Image.merge("LA", [gray, opaque])
 
 
 def _upright(image: Image.Image) -> Image.Image:

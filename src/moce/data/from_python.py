@@ -12,45 +12,45 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.data.decode import open_encoded
-from moce.data.load import Decoding, load_images, passing_file
+from moce.data.load import Decoding, load_images, temporary_file
 from moce.data.readers.factory import Part, open_parts
-from moce.data.readers.sample import Entry, is_image_name
+from moce.data.readers.sample import Sample, is_image_name
 from moce.errors import MoceError
 
 BLOCK = 1024  # images of a stream that are held as they come
 
 
-def as_image_set(images: object, size: tuple[int, int], channels: int = 3) -> ImageSet:
+def as_image_dataset(images: object, size: tuple[int, int], channels: int = 3) -> ImageDataset:
     """Images in any form as an ImageSet.
 
     A DATA argument, an ImageSet, a list of paths, sources, PIL images or arrays [h, w(, c)], any
     other iterable of paths, PIL images or arrays, or a uint8 tensor or array [n, channels, h, w] of
     the right size. Raises MoceError otherwise.
     """
-    if isinstance(images, ImageSet):
+    if isinstance(images, ImageDataset):
         return images
     if isinstance(images, str | Path):
-        return load_images(str(images), size, passing_file(), channels=channels)
+        return load_images(str(images), size, temporary_file(), channels=channels)
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
         images = torch.from_numpy(np.ascontiguousarray(images))  # flipped views have no tensor
     if isinstance(images, Tensor):
         return _from_tensor(images, size, channels)
     if isinstance(images, Sequence) and len(images) > 0:
-        return load_images(_as_entries(images), size, passing_file(), channels=channels)
+        return load_images(_as_samples(images), size, temporary_file(), channels=channels)
     if isinstance(images, Iterable) and not isinstance(images, Sized):
         return _from_stream(images, size, channels)
     raise MoceError("images must be a folder, a parquet file, a list of images, or a uint8 tensor")
 
 
-def _from_stream(stream: Iterable[object], size: tuple[int, int], channels: int) -> ImageSet:
+def _from_stream(stream: Iterable[object], size: tuple[int, int], channels: int) -> ImageDataset:
     """Images that come one by one, nobody knows how many: decoded block by block as they come."""
     blocks: list[np.ndarray] = []
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []
     numbered = enumerate(stream)
-    while block := [_as_entry(number, item) for number, item in islice(numbered, BLOCK)]:
+    while block := [_as_sample(number, item) for number, item in islice(numbered, BLOCK)]:
         pixels = np.empty((len(block), channels, *size), np.uint8)
         reasons = Decoding(block, pixels.shape, 1.0, "the stream").decode(pixels)
         good = [row for row in range(len(block)) if row not in reasons]
@@ -60,25 +60,25 @@ def _from_stream(stream: Iterable[object], size: tuple[int, int], channels: int)
     if not ids:
         raise MoceError(f"no readable image among the {len(skipped)} of the stream")
     pixels, count = np.concatenate(blocks), len(ids)
-    return ImageSet(torch.from_numpy(pixels), ids, [None] * count, [None] * count, skipped)
+    return ImageDataset(torch.from_numpy(pixels), ids, [None] * count, [None] * count, skipped)
 
 
-def _as_entries(items: Sequence[object]) -> list[Entry]:
+def _as_samples(items: Sequence[object]) -> list[Sample]:
     texts = [str(item) for item in items if isinstance(item, str | Path)]
     if len(texts) == len(items) and not all(is_image_name(text) for text in texts):
         return open_parts([Part(text, text) for text in texts])
-    return [_as_entry(number, item) for number, item in enumerate(items)]
+    return [_as_sample(number, item) for number, item in enumerate(items)]
 
 
-def _as_entry(number: int, item: object) -> Entry:
+def _as_sample(number: int, item: object) -> Sample:
     if isinstance(item, Image.Image | np.ndarray):
-        return Entry(str(number), item.copy)
+        return Sample(str(number), item.copy)
     if isinstance(item, str | Path):
-        return Entry(str(item), partial(open_encoded, Path(item)))
+        return Sample(str(item), partial(open_encoded, Path(item)))
     raise MoceError(f"image {number} is a {type(item).__name__}; give paths or PIL images")
 
 
-def _from_tensor(pixels: Tensor, size: tuple[int, int], channels: int) -> ImageSet:
+def _from_tensor(pixels: Tensor, size: tuple[int, int], channels: int) -> ImageDataset:
     wanted = (channels, *size)
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != wanted:
         raise MoceError(
@@ -88,4 +88,4 @@ def _from_tensor(pixels: Tensor, size: tuple[int, int], channels: int) -> ImageS
     if len(pixels) == 0:
         raise MoceError("no images in the tensor")
     ids = [str(row) for row in range(len(pixels))]
-    return ImageSet(pixels, ids, labels=[None] * len(pixels), splits=[None] * len(pixels))
+    return ImageDataset(pixels, ids, labels=[None] * len(pixels), splits=[None] * len(pixels))

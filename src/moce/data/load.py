@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.data.decode import Raster, to_pixels
 from moce.data.readers.factory import open_source
 from moce.data.readers.packed import Packed, find_packed
-from moce.data.readers.sample import Entry
+from moce.data.readers.sample import Sample
 from moce.errors import MoceError
-from moce.runtime.distributed import is_local_main, of_local_main, wait_for_all, world
+from moce.runtime.distributed import barrier, is_local_rank0, run_on_local_rank0, world_size
 from moce.runtime.launch import launch
 from moce.runtime.progress import Meter, meter
 from moce.runtime.system import free_memory, worker_threads
@@ -42,7 +42,7 @@ T = TypeVar("T")
 class Decoding:
     """What is to be decoded. shape: [n, c, h, w]; name: of where it is from."""
 
-    entries: Sequence[Entry]
+    samples: Sequence[Sample]
     shape: tuple[int, ...]
     max_skipped: float
     name: str
@@ -53,13 +53,13 @@ class Decoding:
         Raises MoceError if these are more than the share `max_skipped`, or all.
         """
         reasons = self.decode(pixels)
-        skipped = [(self.entries[row].id, reason) for row, reason in reasons.items()]
-        _check_skipped(skipped, len(self.entries), self.max_skipped, self.name)
+        skipped = [(self.samples[row].id, reason) for row, reason in reasons.items()]
+        _check_skipped(skipped, len(self.samples), self.max_skipped, self.name)
         return reasons
 
     def decode(self, pixels: np.ndarray) -> dict[int, str]:
         """As `into`, however many cannot be decoded."""
-        with meter("read images", len(self.entries), wait=BAR_AFTER) as progress:
+        with meter("read images", len(self.samples), wait=BAR_AFTER) as progress:
             return self._decode(pixels, progress)
 
     def _decode(self, pixels: np.ndarray, progress: Meter) -> dict[int, str]:
@@ -68,8 +68,8 @@ class Decoding:
         with ThreadPoolExecutor(threads) as pool:
             try:
                 jobs = (
-                    pool.submit(decode_into, pixels, row, entry)
-                    for row, entry in enumerate(self.entries)
+                    pool.submit(decode_into, pixels, row, sample)
+                    for row, sample in enumerate(self.samples)
                 )
                 for row, reason in enumerate(_in_turn(jobs, ASKED_AHEAD * threads)):
                     if reason is not None:
@@ -79,7 +79,7 @@ class Decoding:
             except BaseException:  # Ctrl-C is not to wait for all that have been asked for
                 pool.shutdown(cancel_futures=True)
                 raise
-        progress.advance(count=len(self.entries) % TOLD_EVERY)
+        progress.advance(count=len(self.samples) % TOLD_EVERY)
         return reasons
 
 
@@ -109,10 +109,10 @@ def _check_skipped(skipped: list[tuple[str, str]], count: int, most: float, name
     )
 
 
-def decode_into(pixels: np.ndarray, row: int, entry: Entry) -> str | None:
+def decode_into(pixels: np.ndarray, row: int, sample: Sample) -> str | None:
     """Decode one image into its row; the reason if it cannot be."""
     try:
-        with _closing(entry.open()) as image:
+        with _closing(sample.open()) as image:
             pixels[row] = to_pixels(image, (pixels.shape[2], pixels.shape[3]), pixels.shape[1])
     except Exception as error:  # decoders raise whatever they like on broken files
         return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
@@ -160,7 +160,7 @@ def in_file(shape: tuple[int, ...], store: Path) -> np.ndarray:
         return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
-def passing_file() -> Path:
+def temporary_file() -> Path:
     """A file for pixels where there is no output folder to put it beside; no name to be guessed."""
     return Path(tempfile.gettempdir()) / f".moce-{secrets.token_hex(8)}.pixels"
 
@@ -183,13 +183,13 @@ def _bytes_of(shape: tuple[int, ...]) -> int:
 
 
 def load_images(
-    data: str | Sequence[Entry],
+    data: str | Sequence[Sample],
     size: tuple[int, int],
     store: Path | None = None,
     *,
     channels: int = 3,
     max_skipped: float = 1.0,
-) -> ImageSet:
+) -> ImageDataset:
     """Decode all images of a DATA argument, the shorter side resized and the rest cropped to `size`.
 
     Broken images, and those of another number of channels, are skipped and listed. Pixels that
@@ -201,24 +201,24 @@ def load_images(
     if packed is not None:
         return _from_packed(packed, size, channels)
     name = data if isinstance(data, str) else "the list of images"
-    entries = open_source(data) if isinstance(data, str) else list(data)
-    if not entries:
+    samples = open_source(data) if isinstance(data, str) else list(data)
+    if not samples:
         raise MoceError(f"no images in {name}")
-    work = Decoding(entries, (len(entries), channels, *size), max_skipped, name)
-    if world() > 1 and store is not None:
+    work = Decoding(samples, (len(samples), channels, *size), max_skipped, name)
+    if world_size() > 1 and store is not None:
         pixels, reasons = _decode_once_a_node(work, store)
     else:
         fits = _fits(int(np.prod(work.shape, dtype=np.int64)))
         pixels = allocate(work.shape, store, in_memory=fits)
         reasons = work.into(pixels)
-    images = ImageSet(
+    images = ImageDataset(
         torch.from_numpy(pixels),
-        ids=[entry.id for entry in entries],
-        labels=[entry.label for entry in entries],
-        splits=[entry.split for entry in entries],
-        skipped=[(entries[row].id, reason) for row, reason in reasons.items()],
+        ids=[sample.id for sample in samples],
+        labels=[sample.label for sample in samples],
+        splits=[sample.split for sample in samples],
+        skipped=[(samples[row].id, reason) for row, reason in reasons.items()],
     )
-    return images.subset([row for row in range(len(entries)) if row not in reasons])
+    return images.subset([row for row in range(len(samples)) if row not in reasons])
 
 
 def _decode_once_a_node(work: Decoding, store: Path) -> tuple[np.ndarray, dict[int, str]]:
@@ -238,16 +238,16 @@ def _decode_once_a_node(work: Decoding, store: Path) -> tuple[np.ndarray, dict[i
             file.unlink()
             raise
 
-    reasons = of_local_main(decode)
+    reasons = run_on_local_rank0(decode)
     # Each with a view of its own: what one writes to it, which none should, the others do not see.
     pixels = np.memmap(file, np.uint8, "c", shape=work.shape)
-    wait_for_all()
-    if is_local_main():
+    barrier()
+    if is_local_rank0():
         file.unlink()  # it stays as long as the processes, and leaves nothing behind
     return pixels, reasons
 
 
-def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageSet:
+def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageDataset:
     """The images of a packed file, in memory if they are few and else mapped from the file.
 
     Several processes map it: the system keeps what is read of it in memory once for all.
@@ -263,8 +263,8 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageS
             f"{packed.path} holds images of {height}x{width}, smaller than the {size[0]}x{size[1]} "
             f"that are needed; pack them again with --size {size[0]}x{size[1]} or more"
         )
-    in_memory = world() == 1 and _fits(packed.num_bytes)
-    return ImageSet(
+    in_memory = world_size() == 1 and _fits(packed.num_bytes)
+    return ImageDataset(
         packed.tensor(in_memory=in_memory),
         packed.ids,
         packed.labels,

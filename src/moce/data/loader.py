@@ -1,4 +1,4 @@
-"""The order of training: which images make up each optimiser step, and fetching them in time."""
+"""The order of training: which images make up each optimizer step, and fetching them in time."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from moce.data.augment import fitted
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.data.rng import Stream, keyed_generator
-from moce.runtime.device import fits_on, send
-from moce.runtime.distributed import own_share, world
+from moce.runtime.device import fits_on, to_device
+from moce.runtime.distributed import shard_range, world_size
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class BatchOrder:
         """
         for step in range(first, end):
             rows, epochs = self(step)
-            for part in own_parts(len(rows), size):
+            for part in shard_micro_batches(len(rows), size):
                 places = torch.arange(part.start, part.stop)
                 if led:
                     places = torch.cat(
@@ -79,21 +79,21 @@ class BatchOrder:
 
 def _before(place: int, count: int, size: int | None) -> int:
     """The place before one in the micro-batch of all processes; before the first comes the last."""
-    whole = count if size is None else size * world()
+    whole = count if size is None else size * world_size()
     start = place - place % whole
     return place - 1 if place > start else min(start + whole, count) - 1
 
 
-def own_parts(count: int, size: int | None) -> list[slice]:
+def shard_micro_batches(count: int, size: int | None) -> list[slice]:
     """Which of a batch of `count` images this process takes, a slice per forward pass.
 
     A pass is of `size` images in each process (None: of all the images there are): two processes
     with half the size go through a batch as one process does.
     """
-    whole = count if size is None else size * world()
+    whole = count if size is None else size * world_size()
     parts = []
     for start in range(0, count, whole):
-        own = own_share(min(whole, count - start))
+        own = shard_range(min(whole, count - start))
         parts.append(slice(start + own.start, start + own.stop))
     return parts
 
@@ -102,12 +102,12 @@ FETCHED_AHEAD = 2  # batches that wait, with their pixels in memory
 SENT_TOGETHER = 2**26  # bytes of pixels that go to a device at a time
 
 
-def resident(images: ImageSet, device: torch.device) -> ImageSet:
+def cached_on_gpu(images: ImageDataset, device: torch.device) -> ImageDataset:
     """The images with their pixels on a CUDA device, if it has room: no batch has to be sent then."""
-    return sent(images, device) if fits_on(device, math.prod(images.shape)) else images
+    return all_on_device(images, device) if fits_on(device, math.prod(images.shape)) else images
 
 
-def sent(images: ImageSet, device: torch.device) -> ImageSet:
+def all_on_device(images: ImageDataset, device: torch.device) -> ImageDataset:
     """The images, all their pixels and no others on `device`: part by part, as they may be a file's."""
     pixels = torch.empty(images.shape, dtype=torch.uint8, device=device)
     size = max(1, SENT_TOGETHER // math.prod(images.shape[1:]))
@@ -117,15 +117,15 @@ def sent(images: ImageSet, device: torch.device) -> ImageSet:
     return replace(images, stored=pixels, index=None, reader=None)
 
 
-def fetch(images: ImageSet, rows: Tensor, epochs: Tensor, device: torch.device) -> Batch:
+def fetch(images: ImageDataset, rows: Tensor, epochs: Tensor, device: torch.device) -> Batch:
     """The batch of these rows on `device`."""
-    placed = send(rows, device)
+    placed = to_device(rows, device)
     pixels = images.take(placed if images.stored.is_cuda else rows)
-    return Batch(placed, send(epochs, device), send(pixels, device))
+    return Batch(placed, to_device(epochs, device), to_device(pixels, device))
 
 
 def prefetched(
-    images: ImageSet, parts: Iterable[tuple[Tensor, Tensor]], device: torch.device
+    images: ImageDataset, parts: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> Generator[Batch]:
     """The batch of every part (rows, epochs), fetched by a thread while the one before is used."""
     return _ahead(partial(fetch, images, rows, epochs, device) for rows, epochs in parts)
@@ -150,7 +150,7 @@ def _ahead(jobs: Iterable[Callable[[], T]]) -> Generator[T]:
 
 
 def in_order(
-    images: ImageSet,
+    images: ImageDataset,
     batch_size: int,
     device: torch.device,
     size: tuple[int, int],
@@ -168,8 +168,8 @@ def in_order(
             yield fitted(pixels, size)
 
 
-def _read(images: ImageSet, own: slice, device: torch.device) -> Tensor:
-    return send(images.take(own), device)
+def _read(images: ImageDataset, own: slice, device: torch.device) -> Tensor:
+    return to_device(images.take(own), device)
 
 
 def brought_back(results: Iterable[Tensor]) -> Iterator[Tensor]:

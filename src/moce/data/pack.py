@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from moce.data.load import decode_into
-from moce.data.readers.factory import Entry
+from moce.data.readers.factory import Sample
 from moce.data.readers.packed import HEADER_BYTES, Packed, header_block, open_packed
 from moce.errors import MoceError
 from moce.runs.files import make_folder, read_lines, write_text
@@ -36,16 +36,16 @@ Reasons = list[str | None]
 class Chunk:
     """Progress: entries dealt with by this chunk, and how many of them could not be read."""
 
-    entries: int
+    samples: int
     skipped: int
 
 
 class Packer:
     """One packed file in the making: iterate over `chunks`, then call `finish`."""
 
-    def __init__(self, out: Path, entries: list[Entry], shape: tuple[int, int, int]) -> None:
+    def __init__(self, out: Path, samples: list[Sample], shape: tuple[int, int, int]) -> None:
         """shape: (channels, height, width) of the packed images."""
-        self.out, self.entries, self.shape = out, entries, shape
+        self.out, self.samples, self.shape = out, samples, shape
         self._partial = out.with_name(f"{out.name}.partial")
         self._journal = out.with_name(f"{out.name}.journal")
         self._image_bytes = int(np.prod(shape))
@@ -59,7 +59,7 @@ class Packer:
         return sum(row["entries"] for row in self._rows)
 
     def _fingerprint(self) -> str:
-        names = [(entry.id, entry.label, entry.split) for entry in self.entries]
+        names = [(sample.id, sample.label, sample.split) for sample in self.samples]
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     def resume(self) -> int:
@@ -113,7 +113,7 @@ class Packer:
 
     def _check_room(self) -> None:
         parent = next(folder for folder in self.out.absolute().parents if folder.is_dir())
-        needed = (len(self.entries) - self.done) * self._image_bytes
+        needed = (len(self.samples) - self.done) * self._image_bytes
         if needed > shutil.disk_usage(parent).free:
             raise MoceError(f"the images take {needed / 1e9:.1f} GB, more than is free in {parent}")
 
@@ -122,12 +122,12 @@ class Packer:
         with ThreadPoolExecutor(workers) as pool:
             ahead: list[tuple[int, np.ndarray, list[Future[str | None]]]] = []
             try:
-                for start in range(self.done, len(self.entries), self._size):
-                    part = self.entries[start : start + self._size]
+                for start in range(self.done, len(self.samples), self._size):
+                    part = self.samples[start : start + self._size]
                     pixels = np.empty((len(part), *self.shape), np.uint8)
                     jobs = [
-                        pool.submit(decode_into, pixels, row, entry)
-                        for row, entry in enumerate(part)
+                        pool.submit(decode_into, pixels, row, sample)
+                        for row, sample in enumerate(part)
                     ]
                     ahead.append((start, pixels, jobs))
                     if len(ahead) > 1:
@@ -154,15 +154,15 @@ class Packer:
     def finish(self) -> Packed:
         """Write index and header, and give the file its name. Raises MoceError if no image was readable."""
         skipped = dict(pair for row in self._rows for pair in row["skipped"])
-        kept = [entry for row, entry in enumerate(self.entries) if row not in skipped]
+        kept = [sample for row, sample in enumerate(self.samples) if row not in skipped]
         if not kept:
             self.discard()
             raise MoceError(f"no readable image; the first one: {skipped[0]}")
         index = {
-            "ids": [entry.id for entry in kept],
-            "labels": [entry.label for entry in kept],
-            "splits": [entry.split for entry in kept],
-            "skipped": [[self.entries[row].id, reason] for row, reason in skipped.items()],
+            "ids": [sample.id for sample in kept],
+            "labels": [sample.label for sample in kept],
+            "splits": [sample.split for sample in kept],
+            "skipped": [[self.samples[row].id, reason] for row, reason in skipped.items()],
             "chunks": [[row["images"], row["crc32"]] for row in self._rows if row["images"]],
         }
         content = json.dumps(index).encode()

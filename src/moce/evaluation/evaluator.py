@@ -13,10 +13,10 @@ import torch
 from moce.config import ProbeSettings
 from moce.customization.bank import Bank
 from moce.customization.selection import Choice, Route
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.errors import MoceError
 from moce.evaluation.metrics import confusion_counts, score
-from moce.evaluation.probe import Prober
+from moce.evaluation.probe import Probe
 from moce.evaluation.routes import candidate_routes, oracle_values, random_routes
 from moce.evaluation.sklearn_probe import cross_validated
 from moce.evaluation.task import Task, draw_labels
@@ -37,7 +37,7 @@ class Outcome:
     choice: dict[str, Any] | None = None
 
 
-class Bench:
+class Evaluator:
     """A task with its draws of labels; every contender is probed on the same ones."""
 
     def __init__(
@@ -58,25 +58,25 @@ class Bench:
         self._of_routes: dict[tuple[str, Route], list[np.ndarray]] = {}
 
     def probe(
-        self, contender: Backbone | Bank, how: str | None = None, reference: str = ""
+        self, candidate: Backbone | Bank, how: str | None = None, reference: str = ""
     ) -> Outcome:
         """The contender's outcome; how: a strategy, random, oracle or probe, for a bank.
 
         reference: names the bank, so that its routes are probed once for all ways to choose.
         """
-        if isinstance(contender, Backbone):
-            return self._outcome(self._scores(contender, self._all))
+        if isinstance(candidate, Backbone):
+            return self._outcome(self._scores(candidate, self._all))
         if how == "random":
-            return self._random(contender, reference)
+            return self._random(candidate, reference)
         if how == "oracle":
-            return self._oracle(contender, reference)
+            return self._oracle(candidate, reference)
         if how == "probe":
-            return self._by_labels(contender)
-        choice = contender.select(self.task.train, how or "auto")
-        if choice.strategy == "route" and contender.model.gate_scale == "straight_through":
-            scores = self._route_scores(contender, reference, choice.route)
+            return self._by_labels(candidate)
+        choice = candidate.select(self.task.train, how or "auto")
+        if choice.strategy == "route" and candidate.model.gate_scale == "straight_through":
+            scores = self._route_scores(candidate, reference, choice.route)
         else:  # a merge is of the task's own, and so is the scale of a route under prob
-            scores = self._scores(as_backbone(contender, choice), self._all)
+            scores = self._scores(as_backbone(candidate, choice), self._all)
         return self._outcome(scores, choice.to_json())
 
     def _route_scores(self, bank: Bank, reference: str, route: Route) -> list[np.ndarray]:
@@ -93,8 +93,8 @@ class Bench:
 
     def _scores(self, backbone: Backbone, numbers: list[int]) -> list[np.ndarray]:
         """Scores [m, C] of the test images for these draws."""
-        prober = Prober(backbone, self.task, self.settings, self.device, self.precision)
-        classify = prober.classifier()
+        probe = Probe(backbone, self.task, self.settings, self.device, self.precision)
+        classify = probe.classifier()
         return [classify(self.draws[number], number) for number in numbers]
 
     def _outcome(self, scores: list[np.ndarray], choice: dict[str, Any] | None = None) -> Outcome:
@@ -138,8 +138,10 @@ def as_backbone(bank: Bank, choice: Choice) -> Backbone:
     return Backbone(bank.encoder_spec, bank.backbone(choice))
 
 
-def choose_by_probe(bank: Bank, images: ImageSet, labels: np.ndarray, num_classes: int) -> Choice:
-    """The candidate whose frozen features classify the labelled images best, by cross-validation.
+def choose_by_probe(
+    bank: Bank, images: ImageDataset, labels: np.ndarray, num_classes: int
+) -> Choice:
+    """The candidate whose frozen features classify the labeled images best, by cross-validation.
 
     Candidates are the most used routes, the merge by the task's votes and the generalist; of equal
     ones the first, in the order of the task's votes. Raises TooFewLabels if a class has one image.
@@ -168,7 +170,7 @@ def choose_by_probe(bank: Bank, images: ImageSet, labels: np.ndarray, num_classe
         )
         found = cross_validated(features.numpy(), labels, num_classes)
         if not found:
-            raise TooFewLabels("strategy probe needs at least two labelled images of every class")
+            raise TooFewLabels("strategy probe needs at least two labeled images of every class")
         return max(found.values())
 
     return max(candidates, key=value)
@@ -203,10 +205,10 @@ def compare_probes(
     settings = ProbeSettings(
         backbone=name, data=name, solver="lbfgs", num_labels=num_labels, draws=draws, seed=seed
     )
-    bench = Bench(task, "accuracy", settings, bank.device, bank.precision)
+    evaluator = Evaluator(task, "accuracy", settings, bank.device, bank.precision)
     comparison = Comparison(name, bank.select(task.train))
     for method, backbone in dense.items():
-        comparison.add(method, LINEAR, bench.probe(backbone).values)
+        comparison.add(method, LINEAR, evaluator.probe(backbone).values)
     for method, how in (("moce", "auto"), ("random_route", "random"), ("oracle", "oracle")):
-        comparison.add(method, LINEAR, bench.probe(bank, how).values)
+        comparison.add(method, LINEAR, evaluator.probe(bank, how).values)
     return comparison

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from moce.config import FinetuneSettings
-from moce.data.augment import normalise
-from moce.data.dataset import ImageSet
+from moce.data.augment import normalize
+from moce.data.dataset import ImageDataset
 from moce.data.loader import Batch, in_order
 from moce.data.rng import Stream, keyed_generator
 from moce.evaluation.rand_augment import erase, image_keys, rand_augmented, read_policy
 from moce.models.encoder import EncoderSpec
 from moce.runtime.device import autocast
-from moce.runtime.distributed import all_sum, own_share
+from moce.runtime.distributed import all_reduce, shard_range
 from moce.training.objectives import cropped
 from moce.training.thread_parallel import Losses
-from moce.training.trainer import Stage, Step
+from moce.training.trainer import Objective, Step
 from moce.weights.from_runs import Backbone
 
 # What is published for encoders of at least this depth and width, largest first (MAE, appendix
@@ -77,13 +77,13 @@ def build_classifier(backbone: Backbone, num_classes: int, drop_path: float) -> 
     return vit
 
 
-def finetune_stage(
+def finetune_objective(
     vit: VisionTransformer,
     spec: EncoderSpec,
-    images: ImageSet,
+    images: ImageDataset,
     labels: np.ndarray,
     settings: FinetuneSettings,
-) -> Stage:
+) -> Objective:
     """Augmented and mixed images, cross-entropy, layer-wise decayed learning rates.
 
     labels: [n] int64 class numbers, or [n, C] float32 of 0 and 1 where an image can have several:
@@ -111,11 +111,11 @@ def finetune_stage(
         layer_decay=settings.layer_decay,
         no_weight_decay_list=vit.no_weight_decay(),
     )
-    return Stage("finetune", vit, images, groups, loss, mixes=mix is not None)
+    return Objective("finetune", vit, images, groups, loss, uses_mixup=mix is not None)
 
 
 class Views:
-    """From a batch to what the network sees: crop, flip, RandAugment, normalisation, erasing.
+    """From a batch to what the network sees: crop, flip, RandAugment, normalization, erasing.
 
     Raises MoceError if timm cannot read the RandAugment policy.
     """
@@ -127,13 +127,13 @@ class Views:
         self._policy = read_policy(settings.rand_augment, spec, size)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Float32 [b, 3, h, w], normalised."""
+        """Float32 [b, 3, h, w], normalized."""
         settings = self._settings
         to_augment, to_erase = image_keys(batch, settings)
         pixels = cropped(batch, settings, self._size)
         if self._policy:
             pixels = rand_augmented(pixels, to_augment, self._policy)
-        images = normalise(pixels, self._spec.mean, self._spec.std)
+        images = normalize(pixels, self._spec.mean, self._spec.std)
         return erase(images, to_erase, settings.random_erasing)
 
 
@@ -163,19 +163,19 @@ def _mixer(settings: FinetuneSettings, num_classes: int) -> v2.Transform | None:
 def predict_scores(
     vit: VisionTransformer,
     spec: EncoderSpec,
-    images: ImageSet,
+    images: ImageDataset,
     device: torch.device,
     precision: str,
     batch_size: int = 256,
 ) -> np.ndarray:
     """The score of every class (a logit) for every image, [n, C] float32; the processes share the work."""
     vit = vit.to(device).eval()
-    own = own_share(len(images))
+    own = shard_range(len(images))
     scores = torch.zeros(len(images), vit.num_classes)
     start = own.start
     with autocast(device, precision):
         for pixels in in_order(images, batch_size, device, vit.patch_embed.img_size, own):
             end = start + len(pixels)
-            scores[start:end] = vit(normalise(pixels, spec.mean, spec.std)).float().cpu()
+            scores[start:end] = vit(normalize(pixels, spec.mean, spec.std)).float().cpu()
             start = end
-    return all_sum(scores).numpy()
+    return all_reduce(scores).numpy()

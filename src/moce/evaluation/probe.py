@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moce.config import ProbeSettings
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.evaluation.sgd_probe import sgd_scores
 from moce.evaluation.sklearn_probe import knn_scores, linear_scores
 from moce.evaluation.task import Task
@@ -35,7 +35,7 @@ def choose_pooling(settings: ProbeSettings, backbone: Backbone) -> str:
 
 
 @dataclass
-class Prober:
+class Probe:
     """Classifiers on one backbone for one task."""
 
     backbone: Backbone
@@ -73,7 +73,7 @@ class Prober:
         train = self._features(self.task.train).numpy()
         scores: Callable[..., np.ndarray] = linear_scores
         if self.settings.kind == "knn":
-            scores = partial(knn_scores, neighbours=self.settings.neighbours)
+            scores = partial(knn_scores, neighbors=self.settings.neighbors)
 
         def classify(rows: np.ndarray, draw: int) -> np.ndarray:
             labels = self.task.train_labels[rows]
@@ -81,7 +81,7 @@ class Prober:
 
         return classify
 
-    def _features(self, images: ImageSet) -> Tensor:
+    def _features(self, images: ImageDataset) -> Tensor:
         return extract_features(
             self.backbone.vit,
             self.backbone.spec,

@@ -78,7 +78,7 @@ def rand_augmented(pixels: Tensor, keys: list[int], policy: Policy) -> Tensor:
 
 
 def erase(images: Tensor, keys: list[int], probability: float) -> Tensor:
-    """Fill a rectangle of some images with noise, in place. images: normalised, [b, 3, h, w].
+    """Fill a rectangle of some images with noise, in place. images: normalized, [b, 3, h, w].
 
     Rectangles and the noise in them are drawn by `keys`.
     """

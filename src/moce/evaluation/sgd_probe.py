@@ -17,12 +17,12 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from moce.config import ProbeSettings
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.data.loader import Batch, BatchOrder, prefetched
 from moce.data.rng import Stream, keyed_generator
 from moce.errors import MoceError
 from moce.models.encoder import choose_attention, encode_tokens, pool_tokens
-from moce.runtime.device import autocast, send
+from moce.runtime.device import autocast, to_device
 from moce.runtime.progress import meter
 from moce.training.objectives import augmented
 from moce.training.optimizer import learning_rate, set_learning_rate
@@ -31,7 +31,7 @@ from moce.weights.from_runs import Backbone
 
 def sgd_scores(
     backbone: Backbone,
-    images: ImageSet,
+    images: ImageDataset,
     labels: np.ndarray,
     test: Tensor,
     num_classes: int,
@@ -67,7 +67,7 @@ def build_head(width: int, num_classes: int, seed: int) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), layer)
 
 
-def build_optimiser(head: nn.Module) -> Lars:
+def build_optimizer(head: nn.Module) -> Lars:
     """LARS: the rate of the weights goes with their norm over their gradient's, that of biases does not."""
     matrices = [p for p in head.parameters() if p.ndim > 1]
     vectors = [p for p in head.parameters() if p.ndim <= 1]
@@ -78,7 +78,7 @@ def build_optimiser(head: nn.Module) -> Lars:
 def train_head(
     head: nn.Module,
     encoder: FrozenEncoder,
-    images: ImageSet,
+    images: ImageDataset,
     labels: np.ndarray,
     settings: ProbeSettings,
 ) -> None:
@@ -87,7 +87,7 @@ def train_head(
     order = BatchOrder(len(images), size, settings.seed)
     targets = torch.from_numpy(labels)
     error = nn.BCEWithLogitsLoss() if labels.ndim == 2 else nn.CrossEntropyLoss()
-    optimiser, peak = build_optimiser(head), settings.base_lr * size / 256
+    optimizer, peak = build_optimizer(head), settings.base_lr * size / 256
     head.train()
     with (
         meter("linear probe", total) as progress,
@@ -95,16 +95,16 @@ def train_head(
     ):
         for number in range(total):
             set_learning_rate(
-                optimiser, learning_rate(number, total, peak, settings.warmup, final=0.0)
+                optimizer, learning_rate(number, total, peak, settings.warmup, final=0.0)
             )
             rows, _ = order(number)
             features = encoder(batches, len(rows))
-            loss = error(head(features), send(targets[rows], features.device))
+            loss = error(head(features), to_device(targets[rows], features.device))
             if not loss.isfinite():
                 raise MoceError("the probe's loss is not finite; try a lower --base-lr")
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             progress.advance(f"loss {loss.item():.4f}")
 
 
@@ -124,7 +124,7 @@ class FrozenEncoder:
         self._device, self._precision = device, precision
         choose_attention(self._vit, device, precision)
 
-    def batches(self, images: ImageSet, order: BatchOrder, total: int) -> Generator[Batch]:
+    def batches(self, images: ImageDataset, order: BatchOrder, total: int) -> Generator[Batch]:
         """The images of the steps 0 .. total - 1, a micro-batch at a time, fetched ahead."""
         size = self._settings.micro_batch_size
         steps = (order(number) for number in range(total))

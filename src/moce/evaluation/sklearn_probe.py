@@ -1,4 +1,4 @@
-"""Classifiers on features computed once: logistic regression and nearest neighbours (scikit-learn).
+"""Classifiers on features computed once: logistic regression and nearest neighbors (scikit-learn).
 
 Labels are class numbers, [n] int64, or, where an image can have several, [n, C] float32 of 0 and 1.
 """
@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from moce.evaluation.metrics import score
 
-STRENGTHS = (1e-2, 1e-1, 1.0)  # inverse regularisation C, on standardised features
+STRENGTHS = (1e-2, 1e-1, 1.0)  # inverse regularization C, on standardized features
 FOLDS = 3
 
 
@@ -26,7 +26,7 @@ def linear_scores(
 ) -> np.ndarray:
     """Scores [m, num_classes] float32 of a logistic regression on features [n, d] for test [m, d].
 
-    Features are standardised; the regularisation is chosen by cross-validation on the training
+    Features are standardized; the regularization is chosen by cross-validation on the training
     part. Several labels per image: one regression per class. A class without examples (or, with
     several labels, without counter-examples) gets the lowest score of all.
     """
@@ -104,10 +104,10 @@ def knn_scores(
     labels: np.ndarray,
     test: np.ndarray,
     num_classes: int,
-    neighbours: int = 20,
+    neighbors: int = 20,
 ) -> np.ndarray:
     """Scores [m, num_classes] float32: votes of the k nearest in cosine similarity, by closeness."""
-    mean = KNeighborsRegressor(min(neighbours, len(train)), weights="distance")
+    mean = KNeighborsRegressor(min(neighbors, len(train)), weights="distance")
     mean.fit(normalize(train), labels)
     if labels.ndim == 2:
         return mean.predict(normalize(test)).astype(np.float32)
@@ -122,7 +122,7 @@ def knn_scores(
 
 
 def _closeness(distance: np.ndarray) -> np.ndarray:
-    """The weight of every neighbour's vote, [m, k]: 1 / distance; where some are at 0, only these count."""
+    """The weight of every neighbor's vote, [m, k]: 1 / distance; where some are at 0, only these count."""
     with np.errstate(divide="ignore"):
         weights = 1.0 / distance
     same = np.isinf(weights)

@@ -1,4 +1,4 @@
-"""Suites: labelled tasks as data. A YAML file names tasks, labels, metrics and the probes' settings."""
+"""Suites: labeled tasks as data. A YAML file names tasks, labels, metrics and the probes' settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OWN = frozenset(
 
 
 class SuiteTask(Settings):
-    """One labelled task. role: whether defaults may be tuned on it."""
+    """One labeled task. role: whether defaults may be tuned on it."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     data: str

@@ -1,4 +1,4 @@
-"""A labelled task: training and test images with class numbers, one or several per image."""
+"""A labeled task: training and test images with class numbers, one or several per image."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
-from moce.data.readers.factory import Entry, open_source
+from moce.data.readers.factory import Sample, open_source
 from moce.data.readers.packed import find_packed
 from moce.data.readers.torchvision import Label
 from moce.errors import MoceError
@@ -28,8 +28,8 @@ class Task:
 
     name: str
     classes: list[str]
-    train: ImageSet
-    test: ImageSet
+    train: ImageDataset
+    test: ImageDataset
     train_labels: np.ndarray
     test_labels: np.ndarray
     multi_label: bool = False
@@ -45,22 +45,22 @@ def load_task(
     store: Path | None = None,
     max_skipped: float = 1.0,
 ) -> Task:
-    """The labelled images of a DATA argument. shape: (channels, h, w).
+    """The labeled images of a DATA argument. shape: (channels, h, w).
 
     Without a train/test split in the source, a fifth of each class is the test set, or of all images
     if they have several classes. Validation images train, or are the test set if there is no other.
     Raises MoceError if labels or one of the splits are missing.
     """
     everything = open_source(data)
-    labelled = [row for row, entry in enumerate(everything) if entry.label is not None]
-    if not labelled:
+    labeled = [row for row, sample in enumerate(everything) if sample.label is not None]
+    if not labeled:
         raise MoceError(f"{data} has no labels; put every class in a folder of its own")
-    entries = [everything[row] for row in labelled]
-    splits = _splits(entries)
+    samples = [everything[row] for row in labeled]
+    splits = _splits(samples)
     packed = _packed_as_needed(data, shape)
 
-    def read(part: str) -> ImageSet:
-        rows = [row for row, split in zip(labelled, splits, strict=True) if split == part]
+    def read(part: str) -> ImageDataset:
+        rows = [row for row, split in zip(labeled, splits, strict=True) if split == part]
         if packed is not None:
             return packed.subset(rows)
         chosen, (channels, *size) = [everything[row] for row in rows], shape
@@ -77,13 +77,13 @@ def load_task(
     unknown = sorted(_names(test.labels) - set(classes))
     if unknown:
         raise MoceError(f"classes of the test images without training images: {', '.join(unknown)}")
-    multi_label = any(isinstance(entry.label, tuple) for entry in entries)
+    multi_label = any(isinstance(sample.label, tuple) for sample in samples)
     encode = _zeros_and_ones if multi_label else _class_numbers
     labels = [encode(part.labels, classes) for part in (train, test)]
     return Task(data, classes, train, test, labels[0], labels[1], multi_label)
 
 
-def _packed_as_needed(data: str, shape: tuple[int, int, int]) -> ImageSet | None:
+def _packed_as_needed(data: str, shape: tuple[int, int, int]) -> ImageDataset | None:
     """All images of a packed file of just this shape, not decoded again; None for other sources."""
     packed = find_packed(data)
     if packed is None or packed.shape[1:] != shape:
@@ -112,30 +112,30 @@ def _zeros_and_ones(labels: Sequence[Label | None], classes: list[str]) -> np.nd
     )
 
 
-def _splits(entries: list[Entry]) -> list[str]:
-    named = {entry.split for entry in entries}
+def _splits(samples: list[Sample]) -> list[str]:
+    named = {sample.split for sample in samples}
     if named == {None}:
-        return _split_by_class(entries)
+        return _split_by_class(samples)
     becomes = {None: "train", "train": "train", "test": "test"}
     becomes["val"] = "train" if "test" in named else "test"
-    splits = [becomes[entry.split] for entry in entries]
+    splits = [becomes[sample.split] for sample in samples]
     missing = [part for part in PARTS if part not in splits]
     if missing:
         raise MoceError(f"no {missing[0]} images: the folders train/ and test/ must both be there")
     return splits
 
 
-def _split_by_class(entries: list[Entry]) -> list[str]:
+def _split_by_class(samples: list[Sample]) -> list[str]:
     """The last fifth of each class, in a fixed shuffled order, is the test set.
 
     Images of several classes are divided without regard to them.
     """
-    several = any(isinstance(entry.label, tuple) for entry in entries)
-    splits = ["train"] * len(entries)
-    order = np.random.default_rng(0).permutation(len(entries)).tolist()
+    several = any(isinstance(sample.label, tuple) for sample in samples)
+    splits = ["train"] * len(samples)
+    order = np.random.default_rng(0).permutation(len(samples)).tolist()
     rows_of: dict[Label | None, list[int]] = {}
     for row in order:
-        rows_of.setdefault(None if several else entries[row].label, []).append(row)
+        rows_of.setdefault(None if several else samples[row].label, []).append(row)
     for label, rows in rows_of.items():
         if len(rows) < 2:
             kind = f"class '{label}'" if label is not None else "the task"

@@ -1,0 +1,1 @@
+"""Features, clusters and reconstruction errors of whole image sets."""

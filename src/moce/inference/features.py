@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from moce.data.augment import normalise
-from moce.data.dataset import ImageSet
+from moce.data.augment import normalize
+from moce.data.dataset import ImageDataset
 from moce.data.loader import brought_back, in_order
 from moce.models.encoder import (
     EncoderSpec,
@@ -35,7 +35,7 @@ def feature_width(vit: VisionTransformer, pooling: str) -> int:
 def extract_features(
     vit: VisionTransformer,
     spec: EncoderSpec,
-    images: ImageSet,
+    images: ImageDataset,
     *,
     device: torch.device,
     precision: str = "float32",
@@ -44,7 +44,7 @@ def extract_features(
 ) -> Tensor:
     """One feature per image, [n, width] float32 on the CPU: no mask, after the final norm.
 
-    pooling: mean, cls, or pixels: no network at all, but the mean colours of a grid.
+    pooling: mean, cls, or pixels: no network at all, but the mean colors of a grid.
     """
     parts = feature_batches(
         vit,
@@ -62,7 +62,7 @@ def extract_features(
 def feature_batches(
     vit: VisionTransformer,
     spec: EncoderSpec,
-    images: ImageSet,
+    images: ImageDataset,
     *,
     device: torch.device,
     precision: str = "float32",
@@ -76,7 +76,7 @@ def feature_batches(
     count = part.stop - part.start if part else len(images)
 
     def computed(pixels: Tensor) -> Tensor:
-        inputs = normalise(pixels, spec.mean, spec.std)
+        inputs = normalize(pixels, spec.mean, spec.std)
         with autocast(device, precision):  # not while the caller uses the feature
             return _feature(vit, inputs, pooling)
 
@@ -90,7 +90,7 @@ def feature_batches(
 
 
 def _feature(vit: VisionTransformer, inputs: Tensor, pooling: str) -> Tensor:
-    """[b, width] float32 of normalised images [b, c, h, w]."""
+    """[b, width] float32 of normalized images [b, c, h, w]."""
     if pooling == PIXELS:
         return adaptive_avg_pool2d(inputs, GRID).flatten(1).float()
     return pool_tokens(vit, encode_tokens(vit, inputs).float(), pooling)

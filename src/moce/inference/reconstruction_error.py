@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from moce.data.augment import fitted, normalise
-from moce.data.dataset import ImageSet
+from moce.data.augment import fitted, normalize
+from moce.data.dataset import ImageDataset
 from moce.data.rng import Stream, keyed_uniform
 from moce.models.encoder import EncoderSpec, choose_attention
 from moce.models.mae import MAE
@@ -20,7 +20,7 @@ from moce.runtime.device import autocast
 def reconstruction_error(
     model: MAE | MoCE,
     spec: EncoderSpec,
-    images: ImageSet,
+    images: ImageDataset,
     *,
     clusters: Tensor | None = None,
     device: torch.device | None = None,
@@ -39,7 +39,7 @@ def reconstruction_error(
     for start in range(0, len(images), batch_size):
         rows = torch.arange(start, min(start + batch_size, len(images)))
         stored = images.take(slice(start, start + batch_size)).to(device)
-        pixels = normalise(fitted(stored, mae.encoder.patch_embed.img_size), spec.mean, spec.std)
+        pixels = normalize(fitted(stored, mae.encoder.patch_embed.img_size), spec.mean, spec.std)
         on_device = rows.to(device)
         patches = mae.encoder.patch_embed.num_patches
         noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(on_device), on_device, patches)

@@ -9,9 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moce.clustering.features import CHUNK_SIZE, chunks
 from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec
+
+CHUNK_SIZE = 4096  # rows at a time: [4096, K] scores stay in the processor's cache
 
 
 @dataclass
@@ -37,12 +38,12 @@ class ClusterModel:
     def num_clusters(self) -> int:
         return self.centroids.shape[0]
 
-    def normalise(self, raw: Tensor) -> Tensor:
-        """Raw encoder features [n, D] to what is clustered: centred on the data's mean, unit norm."""
+    def normalize(self, raw: Tensor) -> Tensor:
+        """Raw encoder features [n, D] to what is clustered: centered on the data's mean, unit norm."""
         return unit(raw, self.mean)
 
     def assign(self, features: Tensor, rule: str = "balanced") -> tuple[Tensor, Tensor]:
-        """Cluster [n] int64 and cosine similarity to its centroid [n] of normalised features.
+        """Cluster [n] int64 and cosine similarity to its centroid [n] of normalized features.
 
         rule "balanced" gives a training image the cluster it was trained with; "nearest" gives the
         closest centroid, for images that are far from spread over the clusters as the data were.
@@ -92,7 +93,7 @@ class ClusterModel:
 
 
 def unit(raw: Tensor, mean: Tensor) -> Tensor:
-    """Raw encoder features [n, D] to what is clustered: centred on the data's mean [D], unit norm."""
+    """Raw encoder features [n, D] to what is clustered: centered on the data's mean [D], unit norm."""
     return normalize(raw.float() - mean, dim=1)
 
 
@@ -104,11 +105,8 @@ def assign(
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
     """The cluster of every feature, [n] int64: argmax over clusters of Q."""
-    parts = [
-        scores(features[part], centroids, potentials, epsilon).argmax(dim=1)
-        for part in chunks(features.shape[0], chunk_size)
-    ]
-    return torch.cat(parts)
+    chunks = features.split(chunk_size)
+    return torch.cat([scores(c, centroids, potentials, epsilon).argmax(dim=1) for c in chunks])
 
 
 def scores(features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from moce.errors import MoceError
 from moce.models.activation_checkpoint import run_block, run_blocks
-from moce.models.encoder import initialise_linear, sincos_positions
+from moce.models.encoder import initialize_linear, sincos_positions
 
 
 class Decoder(nn.Module):
@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         )
         self.norm = norm(dim)
         self.head = nn.Linear(dim, height * width * encoder.in_chans)
-        self.apply(initialise_linear)
+        self.apply(initialize_linear)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: Tensor, keep: Tensor, removed: Tensor) -> Tensor:

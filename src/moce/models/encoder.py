@@ -159,9 +159,9 @@ def sincos_positions(grid: tuple[int, int], width: int, num_prefix: int = 0) -> 
     return torch.cat([patches.new_zeros(num_prefix, width), patches])[None].float()
 
 
-def initialise_from_scratch(vit: VisionTransformer) -> None:
-    """Initialise an encoder as MAE does, in place; its positions become fixed sine-cosine ones."""
-    vit.apply(initialise_linear)
+def initialize_from_scratch(vit: VisionTransformer) -> None:
+    """Initialize an encoder as MAE does, in place; its positions become fixed sine-cosine ones."""
+    vit.apply(initialize_linear)
     patch_weight = vit.patch_embed.proj.weight
     nn.init.xavier_uniform_(patch_weight.view(patch_weight.shape[0], -1))
     for token in (vit.cls_token, vit.reg_token):
@@ -172,7 +172,7 @@ def initialise_from_scratch(vit: VisionTransformer) -> None:
     vit.pos_embed = nn.Parameter(positions)
 
 
-def initialise_linear(module: nn.Module) -> None:
+def initialize_linear(module: nn.Module) -> None:
     """Xavier-uniform weights and zero biases for linear layers, as in MAE (section A.1)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -183,7 +183,7 @@ def initialise_linear(module: nn.Module) -> None:
 def encode_tokens(vit: VisionTransformer, images: Tensor, keep: Tensor | None = None) -> Tensor:
     """Tokens after the final norm, [b, prefix + kept patches, width].
 
-    images: [b, c, h, w], normalised. keep: [b, n] int64 indices of the patches that are seen
+    images: [b, c, h, w], normalized. keep: [b, n] int64 indices of the patches that are seen
     (None: all, equal to `vit.forward_features`). Positions are added before masking, prefix
     tokens after it (MAE, section 3).
     """

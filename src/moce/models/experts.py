@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from moce.runtime.device import tally
-from moce.runtime.distributed import world
+from moce.runtime.device import bincount
+from moce.runtime.distributed import world_size
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ExpertLayer(nn.Module):
 
     The encoder calls it with tokens alone, so the routing of the batch is set before (`routing`).
     Experts are separate modules. One without images in a step gets no gradient at all, so the
-    optimiser leaves it where it is: neither momentum nor weight decay moves an idle expert.
+    optimizer leaves it where it is: neither momentum nor weight decay moves an idle expert.
     """
 
     OF_A_PASS = ("routing",)
@@ -75,7 +75,7 @@ def routings(experts: list[Tensor], gates: list[Tensor], num_experts: int) -> li
     waited for: once for all blocks of a forward pass. It cannot be less: routes change with the
     gates, in every step.
     """
-    counts = torch.stack([tally(expert, num_experts) for expert in experts]).tolist()
+    counts = torch.stack([bincount(expert, num_experts) for expert in experts]).tolist()
     return [Routing(*each) for each in zip(experts, gates, counts, strict=True)]
 
 
@@ -90,12 +90,12 @@ def apply_experts(
     counts: rows of each expert (default: counted here, for which a GPU is waited for).
     """
     order = expert.argsort(stable=True)
-    sizes = tally(expert, len(experts)).tolist() if counts is None else counts
+    sizes = bincount(expert, len(experts)).tolist() if counts is None else counts
     slices = rows.index_select(0, order).split(sizes)
     outputs = [
         work(part)
         for work, part in zip(experts, slices, strict=True)
-        if part.shape[0] > 0 or world() > 1
+        if part.shape[0] > 0 or world_size() > 1
     ]
     return torch.cat(outputs).index_select(0, order.argsort())
 
@@ -104,6 +104,6 @@ def divergence(layer: nn.Module) -> float:
     """How far experts have moved apart: RMS distance from their mean over the mean's norm."""
     experts = cast(nn.ModuleList, layer.experts)
     vectors = torch.stack([nn.utils.parameters_to_vector(e.parameters()) for e in experts])
-    centre = vectors.detach().float().mean(dim=0)
-    distance = (vectors.detach().float() - centre).square().sum(dim=1).mean().sqrt()
-    return (distance / centre.norm()).item()
+    center = vectors.detach().float().mean(dim=0)
+    distance = (vectors.detach().float() - center).square().sum(dim=1).mean().sqrt()
+    return (distance / center.norm()).item()

@@ -16,7 +16,7 @@ class ClusterGate(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         """weight: [E, D], the initial W."""
         super().__init__()
-        # Fused optimisers read weights and moments as flat memory: one layout, whatever came in.
+        # Fused optimizers read weights and moments as flat memory: one layout, whatever came in.
         self.weight = nn.Parameter(weight.float().clone(memory_format=torch.contiguous_format))
 
     def table(self, clusters: Tensor, noise: Tensor | None = None) -> Tensor:

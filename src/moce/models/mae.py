@@ -14,7 +14,7 @@ from moce.models.decoder import Decoder
 from moce.models.encoder import (
     EncoderSpec,
     encode_tokens,
-    initialise_from_scratch,
+    initialize_from_scratch,
     patchify,
     positions_of,
     take,
@@ -36,7 +36,7 @@ class MAESpec:
         """A masked autoencoder with fresh weights, or with timm's own weights in the encoder."""
         encoder = self.encoder.build(pretrained=pretrained)
         if not pretrained:
-            initialise_from_scratch(encoder)
+            initialize_from_scratch(encoder)
         decoder = Decoder(encoder, self.decoder_dim, self.decoder_depth, self.decoder_heads)
         return MAE(encoder, decoder, self.mask_ratio, self.norm_pix)
 
@@ -84,7 +84,7 @@ class MAE(nn.Module):
         return self.encoder.patch_embed.patch_size
 
     def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
-        """images: [b, c, h, w], normalised; noise: [b, n] uniform, the smallest are kept."""
+        """images: [b, c, h, w], normalized; noise: [b, n] uniform, the smallest are kept."""
         keep, removed = random_mask(noise, self.mask_ratio)
         prediction = self.decoder(encode_tokens(self.encoder, images, keep), keep, removed)
         patches = take(patchify(images.float(), self.patch_size), removed)
@@ -124,7 +124,7 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def patch_target(patches: Tensor, norm_pix: bool) -> Tensor:
-    """What the decoder is to predict: pixels, or pixels normalised by their patch's statistics."""
+    """What the decoder is to predict: pixels, or pixels normalized by their patch's statistics."""
     if not norm_pix:
         return patches
     mean, deviation = patch_statistics(patches)

@@ -20,7 +20,7 @@ from moce.models.encoder import encode_tokens
 from moce.models.experts import ExpertBlock, ExpertFFN, ExpertLayer, routings
 from moce.models.gates import ClusterGate, balance_loss, imbalance_loss
 from moce.models.mae import MAE, MAESpec
-from moce.runtime.device import tally
+from moce.runtime.device import bincount
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class MoCE(nn.Module):
         over micro-batches and ranks counts them once a step.
         """
         if counts is None:
-            counts = tally(clusters, self.clusters.shape[0])
+            counts = bincount(clusters, self.clusters.shape[0])
         with self.routed(clusters, gate_noise):
             output = self.mae(images, noise)
         with torch.autocast(images.device.type, enabled=False):

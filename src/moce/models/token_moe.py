@@ -1,7 +1,7 @@
 """TokenMoE, the baseline: the same experts in the same blocks, but the gate reads each token.
 
 As V-MoE (arXiv 2106.05974) with k = 1: noise N(0, 1/E^2) on the logits in training, importance and
-load losses of half the weight each, experts that start as copies. A token's gate sees colours and
+load losses of half the weight each, experts that start as copies. A token's gate sees colors and
 edges, not what the image is about, so such a model cannot be made dense for a task: it is handed
 on with all its experts.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moce.models.experts import apply_experts
 from moce.models.gates import squared_cv
 from moce.models.mae import MAE, MAESpec
-from moce.runtime.distributed import summed
+from moce.runtime.distributed import all_reduce_autograd
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def token_balance(clean: Tensor, noisy: Tensor, deviation: float) -> Tensor:
     expert would be chosen if its noise were drawn again, a smooth count of its tokens. Both sums
     are over the tokens of all processes.
     """
-    importance = squared_cv(summed(clean.softmax(dim=1).sum(dim=0)))
+    importance = squared_cv(all_reduce_autograd(clean.softmax(dim=1).sum(dim=0)))
     needed = noisy.amax(dim=1, keepdim=True) - clean
-    load = squared_cv(summed(torch.special.ndtr(-needed / deviation).sum(dim=0)))
+    load = squared_cv(all_reduce_autograd(torch.special.ndtr(-needed / deviation).sum(dim=0)))
     return (importance + load) / 2
 
 

@@ -42,7 +42,7 @@ def clusters_section(material: Material, run: Run, max_images: int) -> Section:
         "and different from each other, and the bars should be of similar length."
     )
     if routes:
-        lead += " The coloured numbers are the cluster's experts, one per MoE block."
+        lead += " The colored numbers are the cluster's experts, one per MoE block."
     return Section(f"clusters-{run.anchor}", run.label, lead, blocks)
 
 

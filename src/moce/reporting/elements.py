@@ -23,10 +23,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Chip:
-    """A small coloured label, such as an expert's number."""
+    """A small colored label, such as an expert's number."""
 
     text: str
-    colour: str
+    color: str
     ink: str = "#fff"
 
 

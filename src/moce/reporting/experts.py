@@ -19,10 +19,10 @@ from moce.reporting.images import Source, sample
 from moce.reporting.load import Material, Run
 from moce.reporting.style import (
     SOFT,
-    block_colours,
+    block_colors,
     drawing,
     expert_chip,
-    expert_colour,
+    expert_color,
     faded,
     readable_on,
 )
@@ -63,13 +63,13 @@ def experts_section(material: Material, run: Run, bank: Bank, max_images: int) -
 def _map_caption(bank: Bank) -> str:
     return (
         "Gate probabilities: one column per cluster, ordered by route, one row per expert; the "
-        f"fuller the colour, the surer the gate. {len(bank.routes)} routes are in use."
+        f"fuller the color, the surer the gate. {len(bank.routes)} routes are in use."
     )
 
 
 @torch.no_grad()
 def _map_figure(bank: Bank) -> Picture:
-    """Per MoE block, experts by clusters, in the expert's colour, as full as the gate is sure."""
+    """Per MoE block, experts by clusters, in the expert's color, as full as the gate is sure."""
     routes = bank.model.routes()
     order = sorted(range(len(routes)), key=lambda cluster: routes[cluster].tolist())
     blocks, count = bank.model.blocks, bank.model.num_experts
@@ -77,11 +77,11 @@ def _map_figure(bank: Bank) -> Picture:
     with drawing(0.6 + len(blocks) * (0.45 + 0.24 * count), alt) as canvas:
         panels = canvas.figure.subplots(len(blocks), 1, squeeze=False)[:, 0]
         for axes, block, table in zip(panels, blocks, bank.model.tables(), strict=True):
-            colours = [
-                [faded(expert_colour(e, count), float(table[c, e])) for c in order]
+            colors = [
+                [faded(expert_color(e, count), float(table[c, e])) for c in order]
                 for e in range(count)
             ]
-            axes.imshow(np.array(colours), aspect="auto", interpolation="none")
+            axes.imshow(np.array(colors), aspect="auto", interpolation="none")
             _frame_map(axes, block, count, order)
         panels[-1].set_xlabel("cluster", color=SOFT)
     return canvas.picture
@@ -198,15 +198,15 @@ def _stack(axes: Any, epochs: list[float], work: np.ndarray) -> None:
     if len(epochs) == 1:
         epochs, work = [0.0, *epochs], np.repeat(work, 2, axis=0)
     count = work.shape[1]
-    colours = [expert_colour(expert, count) for expert in range(count)]
-    axes.stackplot(epochs, work.T, colors=colours, edgecolor="white", linewidth=0.6)
+    colors = [expert_color(expert, count) for expert in range(count)]
+    axes.stackplot(epochs, work.T, colors=colors, edgecolor="white", linewidth=0.6)
     axes.set_xlim(epochs[0], epochs[-1])
     axes.margins(y=0)
     middle = (epochs[0] + epochs[-1]) / 2
     heights = work[len(work) // 2]
     for expert, (height, base) in enumerate(zip(heights, np.cumsum(heights), strict=True)):
         if height > 0.1 * heights.sum():  # room for the words
-            ink = readable_on(colours[expert])
+            ink = readable_on(colors[expert])
             axes.text(
                 middle, base - height / 2, f"expert {expert}", ha="center", va="center", color=ink
             )
@@ -227,13 +227,13 @@ def _gates_figure(rows: list[dict[str, Any]]) -> Picture:
         panels = canvas.figure.subplots(2, 2, sharex=True)
         for axes, (name, title) in zip(panels.flat, GATE_PANELS, strict=True):
             series = _per_block(rows, lambda gate, name=name: gate[name])  # type: ignore[misc]
-            colours = block_colours(len(series))
-            for colour, (block, (epochs, values)) in zip(colours, series.items(), strict=True):
+            colors = block_colors(len(series))
+            for color, (block, (epochs, values)) in zip(colors, series.items(), strict=True):
                 dots = "o" if len(epochs) < 25 else ""
                 axes.plot(
                     epochs,
                     values,
-                    color=colour,
+                    color=color,
                     marker=dots,
                     markersize=3.5,
                     label=f"block {block}",

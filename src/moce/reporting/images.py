@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
 from moce.data.readers.factory import open_source
 from moce.data.rng import Stream, keyed_generator
@@ -27,16 +27,16 @@ class Source:
     """The images of a DATA argument by identity. Raises MoceError if there are none."""
 
     def __init__(self, data: str) -> None:
-        self._entries = {entry.id: entry for entry in open_source(data)}
-        self.domains = find_domains(self._entries)
+        self._samples = {sample.id: sample for sample in open_source(data)}
+        self.domains = find_domains(self._samples)
 
     @property
     def ids(self) -> list[str]:
-        return list(self._entries)
+        return list(self._samples)
 
-    def load(self, ids: Iterable[str], shape: tuple[int, int, int]) -> ImageSet:
+    def load(self, ids: Iterable[str], shape: tuple[int, int, int]) -> ImageDataset:
         """Decode these images to (channels, h, w), as far as they are there; MoceError if none is."""
-        chosen = [self._entries[name] for name in ids if name in self._entries]
+        chosen = [self._samples[name] for name in ids if name in self._samples]
         return load_images(chosen, shape[1:], channels=shape[0])
 
     def describe(self, ids: Sequence[str]) -> str:
@@ -79,7 +79,7 @@ def tile_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def as_shown(pixels: Tensor) -> Tensor:
-    """Images of any channels [n, c, h, w] as [n, 3, h, w]: the first three, or the first one grey."""
+    """Images of any channels [n, c, h, w] as [n, 3, h, w]: the first three, or the first one gray."""
     return pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moce.errors import MoceError, intact
+from moce.errors import MoceError, raise_if_corrupt
 from moce.reporting.images import Source
 from moce.reporting.results_table import Results
 from moce.runs.model import CONFIG, INFO, read_config, read_info, read_metrics
@@ -108,7 +108,7 @@ def _read_run(path: Path) -> Run:
     # Without model.json the run has not ended; its losses can be looked at all the same.
     info = read_info(path) if (path / INFO).is_file() else {"kind": "unfinished"}
     kind = str(info["kind"])
-    with intact(path / INFO):
+    with raise_if_corrupt(path / INFO):
         _check_info(kind, info)
     if kind == "mae" and config.get("method") == "mae":
         kind = "mae_plus"
@@ -156,7 +156,7 @@ def _read_results(path: Path) -> dict[str, Any] | None:
         raise MoceError(f"{path} is damaged: {error}") from None
     if not (isinstance(content, dict) and "rows" in content and "selection" in content):
         return None
-    with intact(path):
+    with raise_if_corrupt(path):
         results = Results(content)
         for task in results.tasks:
             for protocol, method in results.columns():

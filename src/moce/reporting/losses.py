@@ -19,12 +19,12 @@ def losses_section(material: Material) -> Section | None:
         return None
     blocks: list[Block] = []
     logged = [run for run in trained if run.metrics]
-    unlabelled = [run for run in logged if run.kind != "classifier"]
-    labelled = [run for run in logged if run.kind == "classifier"]
-    if unlabelled:
-        blocks.append(Chart(_reconstruction_figure(unlabelled), _caption(unlabelled)))
-    if labelled:
-        blocks.append(Chart(_figure(labelled, "cross-entropy"), title="Fine-tuning"))
+    unlabeled = [run for run in logged if run.kind != "classifier"]
+    labeled = [run for run in logged if run.kind == "classifier"]
+    if unlabeled:
+        blocks.append(Chart(_reconstruction_figure(unlabeled), _caption(unlabeled)))
+    if labeled:
+        blocks.append(Chart(_figure(labeled, "cross-entropy"), title="Fine-tuning"))
     silent = ", ".join(run.name for run in trained if not run.metrics)
     if silent:
         blocks.append(Note(f"Nothing was logged by: {silent}."))
@@ -104,7 +104,7 @@ def _lines(axes: Any, runs: list[Run], all_runs: list[Run], unit: str) -> None:
             [start + epoch for epoch in epochs],
             losses,
             DASHES[len(before) % len(DASHES)],
-            color=look.colour,
+            color=look.color,
             marker=look.marker if len(epochs) < 25 else "",
             markersize=4.5,
             markeredgecolor="white",

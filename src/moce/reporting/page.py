@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import jinja2
 
-from moce import __version__
 from moce.customization.bank import Bank, load
 from moce.errors import MoceError
 from moce.reporting.clusters import clusters_section
@@ -57,4 +58,4 @@ def render(title: str, sections: list[Section]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     template = environment.get_template(TEMPLATE)
-    return template.render(title=title, sections=sections, version=__version__)
+    return template.render(title=title, sections=sections, version=version("moce"))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moce.customization.bank import Bank
-from moce.data.augment import denormalise, normalise
-from moce.data.dataset import ImageSet
+from moce.data.augment import denormalize, normalize
+from moce.data.dataset import ImageDataset
 from moce.data.rng import Stream, keyed_uniform
 from moce.models.encoder import EncoderSpec, input_shape, patchify, put, take
 from moce.models.mae import MAE, patch_statistics, unpatchify
@@ -21,16 +21,16 @@ from moce.weights.from_runs import load_mae
 
 PER_DOMAIN = 4
 WITHOUT_DOMAINS = 8
-HIDDEN = 0.82  # grey of a removed patch, 0..1
+HIDDEN = 0.82  # gray of a removed patch, 0..1
 
-Predict = Callable[[Tensor, Tensor, ImageSet], tuple[Tensor, Tensor]]
+Predict = Callable[[Tensor, Tensor, ImageDataset], tuple[Tensor, Tensor]]
 
 
 @dataclass
 class Painter:
     """A model that fills in removed patches.
 
-    predict: normalised images, mask noise and the same images as they are stored, to prediction
+    predict: normalized images, mask noise and the same images as they are stored, to prediction
     and removed as in `Reconstruction`.
     """
 
@@ -74,9 +74,9 @@ def _lead(painters: list[Painter]) -> str:
     )
     if any(painter.mae.norm_pix for painter in painters):
         text += (
-            " They predict pixels normalised per patch, which is undone here with the true patch's "
+            " They predict pixels normalized per patch, which is undone here with the true patch's "
             "mean and deviation: brightness and contrast of a patch are given, its drawing is not. "
-            "An unsure prediction on a grey image comes out tinted, because all there is to predict "
+            "An unsure prediction on a gray image comes out tinted, because all there is to predict "
             "of its flat patches is the offset between the channels."
         )
     return text
@@ -86,7 +86,7 @@ def _painter(run: Run, banks: dict[str, Bank]) -> Painter:
     if run.kind == "moce":
         bank = banks[run.label]
 
-        def routed(images: Tensor, noise: Tensor, stored: ImageSet) -> tuple[Tensor, Tensor]:
+        def routed(images: Tensor, noise: Tensor, stored: ImageDataset) -> tuple[Tensor, Tensor]:
             output = bank.model(images, noise, bank.assign(stored)[0])
             return output.prediction, output.removed
 
@@ -94,7 +94,7 @@ def _painter(run: Run, banks: dict[str, Bank]) -> Painter:
     spec, mae = load_mae(run.path)
     mae.eval()
 
-    def dense(images: Tensor, noise: Tensor, stored: ImageSet) -> tuple[Tensor, Tensor]:
+    def dense(images: Tensor, noise: Tensor, stored: ImageDataset) -> tuple[Tensor, Tensor]:
         output = mae(images, noise)
         return output.prediction, output.removed
 
@@ -119,14 +119,14 @@ def _comparison(name: str, ids: list[str], source: Source, painters: list[Painte
     columns, shown = ["Input"], [pixels]
     for painter in painters:
         spec = painter.spec
-        images = normalise(pixels, spec.mean, spec.std)
+        images = normalize(pixels, spec.mean, spec.std)
         prediction, removed = painter.predict(images, noise, stored)
         if len(columns) == 1:
             columns.append("Masked")
             shown.append(hide(pixels.float() / 255, removed, mae.patch_size))
         painted = paste(prediction, removed, images, mae.patch_size, painter.mae.norm_pix)
         columns.append(painter.label)
-        shown.append(_to_bytes(denormalise(painted, spec.mean, spec.std)))
+        shown.append(_to_bytes(denormalize(painted, spec.mean, spec.std)))
     pictures = [
         montage(pixels, 1, f"{column}: {len(pixels)} images{' of ' + name if name else ''}")
         for column, pixels in zip(columns, shown, strict=True)
@@ -139,7 +139,7 @@ def paste(
 ) -> Tensor:
     """Images with their removed patches replaced by the prediction, [b, c, h, w].
 
-    prediction: [b, m, p*p*c]; removed: [b, m], their places; images: [b, c, h, w], normalised.
+    prediction: [b, m, p*p*c]; removed: [b, m], their places; images: [b, c, h, w], normalized.
     With norm_pix the prediction is scaled back by the true patch's mean and deviation.
     """
     patches = patchify(images, patch)
@@ -151,10 +151,10 @@ def paste(
 
 
 def hide(images: Tensor, removed: Tensor, patch: tuple[int, int]) -> Tensor:
-    """Images 0..1 [b, c, h, w] with removed patches grey, as uint8."""
+    """Images 0..1 [b, c, h, w] with removed patches gray, as uint8."""
     patches = patchify(images, patch)
-    grey = torch.full_like(take(patches, removed), HIDDEN)
-    hidden = put(patches, removed, grey)
+    gray = torch.full_like(take(patches, removed), HIDDEN)
+    hidden = put(patches, removed, gray)
     return _to_bytes(unpatchify(hidden, patch, (images.shape[2], images.shape[3])))
 
 

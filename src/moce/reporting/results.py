@@ -143,7 +143,7 @@ def _dots(axes: Any, results: Results, protocol: str) -> None:
             places,
             xerr=spread,
             fmt=look.marker,
-            color=look.colour,
+            color=look.color,
             markersize=6.5,
             markeredgecolor="white",
             markeredgewidth=0.7,

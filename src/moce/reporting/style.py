@@ -1,4 +1,4 @@
-"""How charts look: colours that colour-blind readers can tell apart, one look for all figures."""
+"""How charts look: colors that color-blind readers can tell apart, one look for all figures."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ INK, SOFT, RULE = "#24262b", "#6b717c", "#dfe2e6"
 @dataclass(frozen=True)
 class Look:
     title: str
-    colour: str
+    color: str
     marker: str
 
 
-# Okabe and Ito's palette: one colour and one marker per method, all over the page.
+# Okabe and Ito's palette: one color and one marker per method, all over the page.
 METHODS = {
     "mae": Look("MAE", "#7d8591", "o"),
     "mae_plus": Look("MAE+", "#0072b2", "s"),
@@ -125,34 +125,34 @@ def _inline(figure: Figure, alt: str) -> Picture:
     return Picture(data_uri("image/png", png.getvalue()), width, height, alt)
 
 
-def expert_colour(expert: int, num_experts: int) -> str:
-    """The colour of an expert; more experts than the palette has take theirs from a colour map."""
+def expert_color(expert: int, num_experts: int) -> str:
+    """The color of an expert; more experts than the palette has take theirs from a color map."""
     if num_experts <= len(EXPERTS):
         return EXPERTS[expert]
     return to_hex(matplotlib.colormaps["turbo"](0.05 + 0.9 * expert / (num_experts - 1)))
 
 
 def expert_chip(expert: int, num_experts: int) -> Chip:
-    """An expert's number on its colour."""
-    colour = expert_colour(expert, num_experts)
-    return Chip(str(expert), colour, readable_on(colour))
+    """An expert's number on its color."""
+    color = expert_color(expert, num_experts)
+    return Chip(str(expert), color, readable_on(color))
 
 
-def readable_on(colour: str) -> str:
-    """Dark or white ink, whichever reads better on a colour."""
-    red, green, blue = to_rgb(colour)
+def readable_on(color: str) -> str:
+    """Dark or white ink, whichever reads better on a color."""
+    red, green, blue = to_rgb(color)
     return INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.55 else "#ffffff"
 
 
-def block_colours(count: int) -> list[str]:
-    """Colours of MoE blocks, from the first to the last: dark to light."""
+def block_colors(count: int) -> list[str]:
+    """Colors of MoE blocks, from the first to the last: dark to light."""
     shades = [0.15 + 0.6 * number / max(1, count - 1) for number in range(count)]
     return [to_hex(matplotlib.colormaps["viridis"](shade)) for shade in shades]
 
 
-def faded(colour: str, strength: float) -> tuple[float, float, float]:
-    """A colour mixed with white: 1 is the colour, 0 is white."""
-    red, green, blue = (1 - strength * (1 - part) for part in to_rgb(colour))
+def faded(color: str, strength: float) -> tuple[float, float, float]:
+    """A color mixed with white: 1 is the color, 0 is white."""
+    red, green, blue = (1 - strength * (1 - part) for part in to_rgb(color))
     return red, green, blue
 
 

@@ -95,7 +95,7 @@ def _pictures(material: Material, task: str, max_images: int) -> Gallery | None:
 
 def _figure(task: str, choice: dict[str, Any], routes: list[Route]) -> Picture:
     votes: dict[str, int] = choice["votes"]
-    colours = _colours(votes, routes)
+    colors = _colors(votes, routes)
     total = max(1, sum(votes.values()))
     leaders = ", ".join(
         f"{name} {percent(count / total)}" for name, count in list(votes.items())[:3]
@@ -103,29 +103,29 @@ def _figure(task: str, choice: dict[str, Any], routes: list[Route]) -> Picture:
     alt = f"Task {task}: images per cluster and votes per route. Most votes: {leaders}."
     with drawing(2.3, alt) as canvas:
         left, right = canvas.figure.subplots(1, 2, width_ratios=[2.6, 1])
-        _histogram(left, choice["cluster_histogram"], routes, colours)
-        _votes(right, votes, colours)
+        _histogram(left, choice["cluster_histogram"], routes, colors)
+        _votes(right, votes, colors)
     return canvas.picture
 
 
-def _colours(votes: dict[str, int], routes: list[Route]) -> dict[str, str]:
-    """One colour per route, the same for all tasks: by the clusters on it, most first."""
+def _colors(votes: dict[str, int], routes: list[Route]) -> dict[str, str]:
+    """One color per route, the same for all tasks: by the clusters on it, most first."""
     names = [route_name(route) for route in routes] or list(votes)
     ranked = sorted(set(names), key=lambda name: (-names.count(name), name))
     return dict(zip(ranked, ROUTES, strict=False))
 
 
 def _histogram(
-    axes: Any, histogram: list[int], routes: list[Route], colours: dict[str, str]
+    axes: Any, histogram: list[int], routes: list[Route], colors: dict[str, str]
 ) -> None:
     """Bars of clusters, those of one route beside each other."""
     names = [route_name(route) for route in routes] or [""] * len(histogram)
-    ranks = list(colours)
+    ranks = list(colors)
     order = sorted(
         range(len(histogram)),
         key=lambda c: (ranks.index(names[c]) if names[c] in ranks else len(ranks), names[c], c),
     )
-    shades = [colours.get(names[cluster], OTHER) for cluster in order]
+    shades = [colors.get(names[cluster], OTHER) for cluster in order]
     axes.bar(range(len(order)), [histogram[c] for c in order], color=shades, width=0.86)
     axes.grid(False, axis="x")
     axes.set_xlim(-0.6, len(order) - 0.4)
@@ -136,7 +136,7 @@ def _histogram(
     axes.set_xlabel("cluster, ordered by route", color=SOFT)
 
 
-def _votes(axes: Any, votes: dict[str, int], colours: dict[str, str]) -> None:
+def _votes(axes: Any, votes: dict[str, int], colors: dict[str, str]) -> None:
     """Share of the votes of the leading routes, the rest summed up."""
     total = max(1, sum(votes.values()))
     leading = [(name, count) for name, count in votes.items() if count > 0]
@@ -147,7 +147,7 @@ def _votes(axes: Any, votes: dict[str, int], colours: dict[str, str]) -> None:
         shown.append((f"{len(leading) - 5} others", rest))
     places = range(len(shown))
     shares = [100 * count / total for _, count in shown]
-    axes.barh(places, shares, color=[colours.get(name, OTHER) for name, _ in shown], height=0.72)
+    axes.barh(places, shares, color=[colors.get(name, OTHER) for name, _ in shown], height=0.72)
     for place, share in zip(places, shares, strict=True):
         axes.text(share + 2, place, f"{share:.0f} %", va="center")
     axes.set_yticks(places, [name for name, _ in shown])

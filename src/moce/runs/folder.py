@@ -27,13 +27,13 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from moce.runs.lock import claim
+from moce.runs.lock import lock_folder
 from moce.config import EvaluateSettings, Settings, expand
 from moce.data.readers.factory import paths_of
 from moce.errors import MoceError
 from moce.config.load import read_yaml
-from moce.runs.files import apart
-from moce.runtime.distributed import is_main, of_main, wait_for_all
+from moce.runs.files import clone_shared_tensors
+from moce.runtime.distributed import is_rank0, run_on_rank0, barrier
 from moce.runs.model import CONFIG
 from moce.runs.model import INFO
 from moce.runs.model import METRICS
@@ -97,10 +97,10 @@ def open_folder(path: Path, settings: Settings) -> Path:
 
     The main process does, when all have looked at it.
     """
-    wait_for_all()
-    if is_main():
+    barrier()
+    if is_rank0():
         _open_folder(path, settings)
-    wait_for_all()
+    barrier()
     return path
 
 
@@ -108,7 +108,7 @@ def _open_folder(path: Path, settings: Settings) -> None:
     check_folder(path, settings)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        claim(path)
+        lock_folder(path)
         if getattr(settings, "resume", False):
             _remove_temporaries(path)
         else:

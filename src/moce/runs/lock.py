@@ -18,12 +18,12 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-_claimed: dict[Path, int] = {}  # folders this process writes to, and their open descriptors
+_locked: dict[Path, int] = {}  # folders this process writes to, and their open descriptors
 
 
-def claim(path: Path) -> None:
+def lock_folder(path: Path) -> None:
     """Keep other processes out of an output folder. Raises MoceError if one is writing to it."""
-    if fcntl is None or path.resolve() in _claimed:
+    if fcntl is None or path.resolve() in _locked:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -36,15 +36,15 @@ def claim(path: Path) -> None:
     except OSError:  # some network file systems know no locks
         os.close(descriptor)
         return
-    _claimed[path.resolve()] = descriptor
+    _locked[path.resolve()] = descriptor
 
 
 @contextmanager
-def claims() -> Iterator[None]:
+def locks_released() -> Iterator[None]:
     """Folders claimed within the context are free again after it."""
-    before = set(_claimed)
+    before = set(_locked)
     try:
         yield
     finally:
-        for path in set(_claimed) - before:
-            os.close(_claimed.pop(path))
+        for path in set(_locked) - before:
+            os.close(_locked.pop(path))

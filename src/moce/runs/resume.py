@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moce.config import Settings, expand
-from moce.data.dataset import ImageSet
+from moce.data.dataset import ImageDataset
 from moce.errors import MoceError
 from moce.runs.model import STATE
 from moce.runs.files import write_json
@@ -22,13 +22,13 @@ from typing import TypeVar
 from moce.runs.folder import open_folder
 from moce.config.load import parse
 from moce.runs.model import read_config
-from moce.runtime.progress import say
+from moce.runtime.progress import log
 from moce.runs.model import write_config
 from moce.runs.model import write_skipped
 
 FREE_TO_CHANGE = frozenset(
     {"resume", "overwrite", "out", "threads", "log_every", "save_every"}
-    | {"max_skipped", "strategy", "resident", "grad_checkpointing"}
+    | {"max_skipped", "strategy", "cache_on_gpu", "grad_checkpointing"}
 )
 # Each row of an evaluation stands for itself: a resumed one may be asked for others.
 ROWS_TO_MAKE = frozenset({"backbones", "protocols", "tasks", "role", "root"})
@@ -40,7 +40,7 @@ SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".parquet"}
 SHOWN = 12  # digits of a checksum
 
 
-def describe_inputs(settings: Settings, *sets: ImageSet) -> dict[str, str]:
+def describe_inputs(settings: Settings, *sets: ImageDataset) -> dict[str, str]:
     """By the name of a setting, in words and checksums, what it stands for now."""
     found = {"data": f"{sum(map(len, sets))} images {_digest_of_names(sets)}"}
     given = {name: getattr(settings, name, None) for name in STARTS}
@@ -87,7 +87,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _digest_of_names(sets: tuple[ImageSet, ...]) -> str:
+def _digest_of_names(sets: tuple[ImageDataset, ...]) -> str:
     digest = hashlib.sha256()
     for images in sets:
         for identity, label in zip(images.ids, images.labels, strict=True):
@@ -139,7 +139,7 @@ def open_run(settings: RunSettings) -> Path:
     return open_folder(settings.out, settings)
 
 
-def begin(settings: RunSettings, *sets: ImageSet) -> None:
+def start_run(settings: RunSettings, *sets: ImageDataset) -> None:
     """Open the folder of a run that can be resumed, and note what it is made from: images and weights.
 
     Raises MoceError, before anything is written, if a resumed run was made from other ones.
@@ -150,7 +150,7 @@ def begin(settings: RunSettings, *sets: ImageSet) -> None:
     open_run(settings)
     write_config(settings.out, settings)  # first: it says what the folder is
     write_inputs(settings.out, inputs)
-    write_skipped(settings.out, [pair for images in sets for pair in images.skipped], say)
+    write_skipped(settings.out, [pair for images in sets for pair in images.skipped], log)
 
 
 def _resumes(settings: RunSettings) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from moce.config import RuntimeSettings
 from moce.errors import MoceError
-from moce.runtime.distributed import leave_group, of_main
+from moce.runtime.distributed import destroy_process_group, run_on_rank0
 from moce.runtime.launch import ALONE, launch
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def prepare(settings: RuntimeSettings) -> tuple[torch.device, str]:
     device = resolve_device(settings.device)
     if launch() is not ALONE:
         open_fabric(device, "float32")
-        atexit.register(leave_group)
-    precision = of_main(lambda: resolve_precision(settings.precision, device))
+        atexit.register(destroy_process_group)
+    precision = run_on_rank0(lambda: resolve_precision(settings.precision, device))
     # Last: measuring draws random numbers, how many depends on the clock.
     torch.manual_seed(settings.seed)
     return device, precision
@@ -138,14 +138,14 @@ def fits_on(device: torch.device, num_bytes: int) -> bool:
     return num_bytes <= RESIDENT_SHARE * free
 
 
-def send(values: Tensor, device: torch.device) -> Tensor:
+def to_device(values: Tensor, device: torch.device) -> Tensor:
     """`values` on `device`. What is computed on a CUDA device meanwhile is not waited for."""
     if device.type == "cuda" and not values.is_cuda:
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
 
 
-def tally(numbers: Tensor, count: int) -> Tensor:
+def bincount(numbers: Tensor, count: int) -> Tensor:
     """How often 0 .. count - 1 are among `numbers` [m] int64: [count] int64.
 
     As `bincount`, which on a CUDA device would wait for it, to look for the largest.

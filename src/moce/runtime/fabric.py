@@ -52,7 +52,7 @@ def _shared_by_all(device: torch.device, strategy: str) -> dict[str, Any]:
     strategies: dict[str, Callable[[], Strategy]] = {
         "ddp": lambda: DDPStrategy(broadcast_buffers=False, **group),
         "fsdp": lambda: ModelParallelStrategy(
-            shard, data_parallel_size=started.world, tensor_parallel_size=1, **group
+            shard, data_parallel_size=started.world_size, tensor_parallel_size=1, **group
         ),
     }
     by = {"torchrun": TorchElasticEnvironment, "srun": SLURMEnvironment}
@@ -65,7 +65,7 @@ def _shared_by_all(device: torch.device, strategy: str) -> dict[str, Any]:
     except RuntimeError as error:  # Slurm's settings are not as Fabric needs them
         raise MoceError(" ".join(str(error).split())) from None
     return {
-        "num_nodes": started.world // started.local,
+        "num_nodes": started.world_size // started.local,
         "strategy": chosen,
         "plugins": [environment],
     }

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from moce.runtime.distributed import is_main
+from moce.runtime.distributed import is_rank0
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,12 +32,12 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def copy_to_shard(
-    module: nn.Module, optimiser: torch.optim.Optimizer
+    module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, dict[Tensor, str]]:
-    """A copy of a module, and the name of every parameter of the optimiser."""
+    """A copy of a module, and the name of every parameter of the optimizer."""
     names = {parameter: name for name, parameter in module.named_parameters()}
-    of_optimiser = [p for group in optimiser.param_groups for p in group["params"]]
-    return copy.deepcopy(module), {parameter: names[parameter] for parameter in of_optimiser}
+    of_optimizer = [p for group in optimizer.param_groups for p in group["params"]]
+    return copy.deepcopy(module), {parameter: names[parameter] for parameter in of_optimizer}
 
 
 def whole(value: Any) -> Any:
@@ -74,65 +74,65 @@ def gather_module(sharded: nn.Module, module: nn.Module) -> None:
 
 
 def scatter_state(
-    optimiser: torch.optim.Optimizer, sharded: torch.optim.Optimizer, twin: dict[Tensor, Tensor]
+    optimizer: torch.optim.Optimizer, sharded: torch.optim.Optimizer, replica: dict[Tensor, Tensor]
 ) -> None:
-    """What an optimiser of whole parameters remembers into that of their shares."""
-    for parameter, values in optimiser.state.items():
-        own = twin[parameter]
+    """What an optimizer of whole parameters remembers into that of their shares."""
+    for parameter, values in optimizer.state.items():
+        own = replica[parameter]
         sharded.state[own] = {name: share_of(value, own) for name, value in values.items()}
 
 
 def gather_state(
-    sharded: torch.optim.Optimizer, optimiser: torch.optim.Optimizer, twin: dict[Tensor, Tensor]
+    sharded: torch.optim.Optimizer, optimizer: torch.optim.Optimizer, replica: dict[Tensor, Tensor]
 ) -> None:
-    """What an optimiser of shares remembers into that of the whole parameters, in the main process."""
-    for parameter, own in twin.items():
+    """What an optimizer of shares remembers into that of the whole parameters, in the main process."""
+    for parameter, own in replica.items():
         values = {name: whole(value) for name, value in sharded.state.get(own, {}).items()}
-        if values and is_main():
-            optimiser.state[parameter] = values
+        if values and is_rank0():
+            optimizer.state[parameter] = values
 
 
-class Held:
+class Replicated:
     """Whole in every process; gradients are averaged (DDP), or there is one process."""
 
-    def __init__(self, fabric: Fabric, module: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    def __init__(self, fabric: Fabric, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model: Any
-        self.optimiser: Any
-        self.model, self.optimiser = fabric.setup(module, optimiser)
+        self.optimizer: Any
+        self.model, self.optimizer = fabric.setup(module, optimizer)
 
     def scatter(self) -> None:
-        """Begin with what the stage's module and its optimiser hold, or have loaded."""
+        """Begin with what the stage's module and its optimizer hold, or have loaded."""
 
     def gather_module(self) -> None:
         """Bring the stage's module up to date."""
 
     def gather(self) -> None:
-        """Bring the stage's module and its optimiser up to date."""
+        """Bring the stage's module and its optimizer up to date."""
 
 
-class Shared(Held):
+class Sharded(Replicated):
     """A share in each process. The stage's module stays whole, on the CPU."""
 
-    def __init__(self, fabric: Fabric, module: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        self._module, self._whole = module, optimiser
-        self._sharded, names = copy_to_shard(module, optimiser)
+    def __init__(self, fabric: Fabric, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._module, self._whole = module, optimizer
+        self._sharded, names = copy_to_shard(module, optimizer)
         self.model = fabric.setup_module(self._sharded)
         own = dict(self._sharded.named_parameters())
-        self._twin: dict[Tensor, Tensor] = {p: own[name] for p, name in names.items()}
+        self._shard_of: dict[Tensor, Tensor] = {p: own[name] for p, name in names.items()}
         groups = [
-            {**group, "params": [self._twin[p] for p in group["params"]]}
-            for group in optimiser.param_groups
+            {**group, "params": [self._shard_of[p] for p in group["params"]]}
+            for group in optimizer.param_groups
         ]
-        self._optimiser = torch.optim.AdamW(groups)  # fused, for the groups say so
-        self.optimiser = fabric.setup_optimizers(self._optimiser)
+        self._optimizer = torch.optim.AdamW(groups)  # fused, for the groups say so
+        self.optimizer = fabric.setup_optimizers(self._optimizer)
 
     def scatter(self) -> None:
         scatter_module(self._module, self._sharded)
-        scatter_state(self._whole, self._optimiser, self._twin)
+        scatter_state(self._whole, self._optimizer, self._shard_of)
 
     def gather_module(self) -> None:
         gather_module(self._sharded, self._module)
 
     def gather(self) -> None:
         self.gather_module()
-        gather_state(self._optimiser, self._whole, self._twin)
+        gather_state(self._optimizer, self._whole, self._shard_of)

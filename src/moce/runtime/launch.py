@@ -18,7 +18,7 @@ from moce.errors import MoceError
 class Launch:
     """world: processes of the run; local: those on each node; rank, local_rank and node: which this is."""
 
-    world: int
+    world_size: int
     rank: int
     local: int
     local_rank: int
@@ -46,23 +46,25 @@ def launch() -> Launch:
     """How this process was started. Raises MoceError if the nodes have unlike numbers of processes."""
     for by, (sign, names) in STARTERS.items():
         if sign in os.environ:
-            world, rank, local, local_rank, node = (int(os.environ.get(n, 0)) for n in names)
-            if world > 1:
-                return Launch(world, rank, local or _per_node(world), local_rank, node, by)
+            world_size, rank, local, local_rank, node = (int(os.environ.get(n, 0)) for n in names)
+            if world_size > 1:
+                return Launch(
+                    world_size, rank, local or _per_node(world_size), local_rank, node, by
+                )
             return ALONE
     return ALONE
 
 
-def _per_node(world: int) -> int:
+def _per_node(world_size: int) -> int:
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
-    if world % nodes:
+    if world_size % nodes:
         raise MoceError(
-            f"{world} processes on {nodes} nodes: give every node as many (srun --ntasks-per-node)"
+            f"{world_size} processes on {nodes} nodes: give every node as many (srun --ntasks-per-node)"
         )
-    return world // nodes
+    return world_size // nodes
 
 
-def speaks() -> bool:
+def launched_as_rank0() -> bool:
     """Whether this process is the one that writes files and talks to the user."""
     return launch().rank == 0
 
@@ -92,4 +94,4 @@ def first_to_fail() -> bool:
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
         return store.add(f"moce/failed/{attempt}", 1) == 1
     except (KeyError, ValueError, RuntimeError):
-        return speaks()
+        return launched_as_rank0()

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moce.runtime.distributed import is_main
+from moce.runtime.distributed import is_rank0
 
 console = Console(stderr=True, highlight=False)
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """Tell the user something in one line, on standard error; of several processes, the main one does."""
-    if is_main():
+    if is_rank0():
         console.print(message, markup=False, soft_wrap=True)
 
 
@@ -38,7 +38,7 @@ class Meter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
-            disable=not console.is_terminal or not is_main(),
+            disable=not console.is_terminal or not is_rank0(),
         )
         self._task = self._bar.add_task(title, total=total, completed=done, note="")
 
@@ -53,7 +53,7 @@ class Meter:
             self._last_line = now
             rate = (self._done - self._first) / (now - self._start)
             left = (self._total - self._done) / rate
-            say(f"{self._title} {self._done}/{self._total}, {left:.0f} s left, {self._note}")
+            log(f"{self._title} {self._done}/{self._total}, {left:.0f} s left, {self._note}")
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from types import FrameType
 import torch
 
 from moce.errors import Terminated
-from moce.runtime.distributed import all_sum, world
-from moce.runtime.launch import speaks
+from moce.runtime.distributed import all_reduce, world_size
+from moce.runtime.launch import launched_as_rank0
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -60,7 +60,7 @@ class StopRequest:
 
 def _tell(message: str) -> None:
     """A line on standard error, past the buffers that the signal may have come into."""
-    if not speaks():
+    if not launched_as_rank0():
         return
     with suppress(OSError, ValueError, AttributeError):
         os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
@@ -68,9 +68,9 @@ def _tell(message: str) -> None:
 
 def agreed(received: signal.Signals | None) -> signal.Signals | None:
     """A signal if any process has received one, so that all stop after the same step."""
-    if world() == 1:
+    if world_size() == 1:
         return received
-    anyone = int(all_sum(torch.tensor(int(received is not None)))) > 0
+    anyone = int(all_reduce(torch.tensor(int(received is not None)))) > 0
     return received or (signal.SIGTERM if anyone else None)
 
 

@@ -10,16 +10,16 @@ import torch
 
 T = TypeVar("T")
 
-LANES = 4  # when there are threads for two each: only one at a time is in Python, and each has its own sums
+MOST_THREADS = 4  # only one thread at a time runs Python, and each keeps sums of its own
 
 
-def num_lanes() -> int:
+def num_worker_threads() -> int:
     """How many threads are worth having: torch's, or a few that have several of its own each."""
     threads = torch.get_num_threads()
-    return threads if threads < 2 * LANES else LANES
+    return threads if threads < 2 * MOST_THREADS else MOST_THREADS
 
 
-def at_once(pool: ThreadPoolExecutor, work: Callable[[int], T], count: int) -> list[T]:
+def run_in_threads(pool: ThreadPoolExecutor, work: Callable[[int], T], count: int) -> list[T]:
     """What `work` returns for 0 .. count - 1, each in a thread of the pool, all at once.
 
     In the caller's modes of autograd, which threads do not inherit.

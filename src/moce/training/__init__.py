@@ -1,1 +1,1 @@
-"""One step-based loop for every stage: optimiser, schedule, checkpoints, logs."""
+"""One step-based loop for every stage: optimizer, schedule, checkpoints, logs."""

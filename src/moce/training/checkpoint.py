@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from moce.errors import MoceError
 from moce.runs.files import CHECKSUM, checksum, read_tensor_metadata, read_tensors, write_tensors
 from moce.runs.model import STATE
-from moce.runtime.progress import say
+from moce.runtime.progress import log
 
 KEPT = 2
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds beside the model and the optimiser.
+    """What a checkpoint holds beside the model and the optimizer.
 
     step: steps done; window: sums since the last logged row; memory: of the stage's diagnostics.
     """
@@ -33,13 +33,13 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, state: Checkpoint, model: nn.Module, optimiser: torch.optim.Optimizer
+    folder: Path, state: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Write the state after `state.step` steps; the newest KEPT files stay."""
     (folder / STATE).mkdir(exist_ok=True)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for index, values in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{name}": value for name, value in values.items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
     tensors |= {f"window.{name}": value for name, value in state.window.items()}
     tensors |= {f"memory.{name}": value for name, value in state.memory.items()}
     path = folder / STATE / f"step_{state.step:09d}.safetensors"
@@ -54,7 +54,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Checkpoint | None:
     """Load the newest sound checkpoint in place; None without a checkpoint.
 
@@ -70,12 +70,12 @@ def load_checkpoint(
         reason = str(error).splitlines()[-1].strip()
         raise MoceError(f"{path} is of another model: {reason}") from None
     state: dict[int, dict[str, Any]] = {}
-    for key, value in _under("optimiser.", tensors).items():
+    for key, value in _under("optimizer.", tensors).items():
         index, name = key.split(".", 1)
-        # A copy, for its memory is aligned as the optimiser's own: sums may depend on that.
+        # A copy, for its memory is aligned as the optimizer's own: sums may depend on that.
         state.setdefault(int(index), {})[name] = value.clone()
-    groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict({"state": state, "param_groups": groups})
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     step = int(path.stem.removeprefix("step_"))
     return Checkpoint(step, _under("window.", tensors), _under("memory.", tensors))
 
@@ -87,7 +87,7 @@ def _newest_sound(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
         try:
             return path, _read_checked(path)
         except MoceError as error:
-            say(f"warning: {error}; going back to the checkpoint before it")
+            log(f"warning: {error}; going back to the checkpoint before it")
     if paths:
         raise MoceError(f"all checkpoints of {folder} are damaged; start again with --overwrite")
     return None

@@ -15,9 +15,8 @@ from torch import Tensor
 from moce.errors import MoceError, NotFinite
 from moce.runs.files import append_line, read_lines, write_text
 from moce.runs.model import METRICS, TIMINGS
-from moce.runtime.distributed import all_sum, is_main
+from moce.runtime.distributed import all_reduce, is_rank0
 from moce.training.thread_parallel import Losses
-from moce.training.trainer import remedy
 
 STEPS = "steps"  # beside the sums in the state of a window
 
@@ -37,10 +36,10 @@ class MetricLog:
             rows = read_lines(folder / name, "step")
             lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= resumed_step]
             write_text(folder / name, "".join(lines))
-        self._board = open_board(folder, resumed_step) if tensorboard and is_main() else None
+        self._board = open_board(folder, resumed_step) if tensorboard and is_rank0() else None
 
     def write(self, row: Row, times: Row) -> None:
-        if not is_main():
+        if not is_rank0():
             return
         append_line(self._folder / METRICS, row)
         append_line(self._folder / TIMINGS, times)
@@ -100,7 +99,7 @@ class Window:
         It holds the sums of all processes: the main one goes on with them, the others from zero.
         """
         sums = {k.removeprefix("sum."): v for k, v in state.items() if k.startswith("sum.")}
-        own = 1 if is_main() else 0
+        own = 1 if is_rank0() else 0
         self._sums = {name: value.to(self._device) * own for name, value in sums.items()}
         self.steps = self._untimed = int(state.get(STEPS, 0))
 
@@ -121,8 +120,8 @@ class Window:
     def collect(self) -> None:
         """Bring the sums of all processes into the main one; before they are read or saved."""
         for value in self._sums.values():
-            all_sum(value)
-            if not is_main():
+            all_reduce(value)
+            if not is_rank0():
                 value.zero_()
 
     def row(self, step: int, count: int, batch_size: int, rate: float) -> dict[str, Any]:
@@ -143,5 +142,13 @@ class Window:
 
     def check_finite(self, folder: Path) -> None:
         """Raise NotFinite if any loss since the start was not finite; called before anything is written."""
-        if int(all_sum((~self._finite).long())):
+        if int(all_reduce((~self._finite).long())):
             raise NotFinite(f"the loss is not finite; {remedy(folder)}")
+
+
+def remedy(folder: Path) -> str:
+    """What to try when numbers overflow."""
+    return (
+        f"{folder} keeps the last good state. Start again (--overwrite) with a lower --base-lr, "
+        "a longer --warmup, --clip-grad 1 or --precision float32"
+    )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moce.config import ProbeSettings, TrainingSettings, TrainSettings
-from moce.data.augment import TRIES, augment, normalise
-from moce.data.dataset import ImageSet
+from moce.data.augment import TRIES, augment, normalize
+from moce.data.dataset import ImageDataset
 from moce.data.loader import Batch
 from moce.data.rng import Stream, keyed_generator, keyed_normal, keyed_uniform
 from moce.models.encoder import EncoderSpec
@@ -20,11 +20,11 @@ from moce.models.experts import divergence
 from moce.models.mae import MAE, num_kept
 from moce.models.moce import MoCE
 from moce.models.token_moe import TokenMoE
-from moce.runtime.device import send, tally
+from moce.runtime.device import bincount, to_device
 from moce.training.gate_stats import GateWatch
 from moce.training.optimizer import ParameterGroup, parameter_groups
 from moce.training.thread_parallel import PART, Losses
-from moce.training.trainer import Stage, Step
+from moce.training.trainer import Objective, Step
 
 
 def cropped(
@@ -41,8 +41,8 @@ def augmented(
     spec: EncoderSpec,
     size: tuple[int, int],
 ) -> Tensor:
-    """Cropped, flipped and normalised images of a batch, float32 [b, c, *size]."""
-    return normalise(cropped(batch, settings, size), spec.mean, spec.std)
+    """Cropped, flipped and normalized images of a batch, float32 [b, c, *size]."""
+    return normalize(cropped(batch, settings, size), spec.mean, spec.std)
 
 
 def mask_noise(batch: Batch, settings: TrainingSettings, mae: MAE) -> Tensor:
@@ -58,9 +58,9 @@ def part_size(mae: MAE) -> int:
     return max(1, PART // (tokens * vit.embed_dim))
 
 
-def mae_stage(
-    title: str, mae: MAE, spec: EncoderSpec, images: ImageSet, settings: TrainingSettings
-) -> Stage:
+def mae_objective(
+    title: str, mae: MAE, spec: EncoderSpec, images: ImageDataset, settings: TrainingSettings
+) -> Objective:
     """Stage 0, and its continuation MAE+."""
     size = mae.encoder.patch_embed.img_size
 
@@ -69,12 +69,12 @@ def mae_stage(
         return {"loss": model(augmented(batch, settings, spec, size), noise).loss}
 
     groups = parameter_groups(mae.parameters(), settings.weight_decay)
-    return Stage(title, mae, images, groups, loss, part=part_size(mae))
+    return Objective(title, mae, images, groups, loss, part=part_size(mae))
 
 
-def moce_stage(
-    moce: MoCE, spec: EncoderSpec, images: ImageSet, cluster_of: Tensor, settings: TrainSettings
-) -> Stage:
+def moce_objective(
+    moce: MoCE, spec: EncoderSpec, images: ImageDataset, cluster_of: Tensor, settings: TrainSettings
+) -> Objective:
     """Stage 2, with gates that learn (moce) or are fixed (sdr). cluster_of: [n] int64 clusters."""
     size = moce.mae.encoder.patch_embed.img_size
     clusters_on = lru_cache(maxsize=1)(cluster_of.to)
@@ -110,7 +110,7 @@ def moce_stage(
         digits = moce.num_experts ** torch.arange(routes.shape[1]).flip(0)
         return (routes * digits).sum(dim=1).argsort(stable=True)
 
-    return Stage(
+    return Objective(
         settings.method,
         moce,
         images,
@@ -136,9 +136,9 @@ def expert_groups(
     return groups + parameter_groups(gates, 0.0, settings.gate_lr_scale)
 
 
-def token_moe_stage(
-    model: TokenMoE, spec: EncoderSpec, images: ImageSet, settings: TrainSettings
-) -> Stage:
+def token_moe_objective(
+    model: TokenMoE, spec: EncoderSpec, images: ImageDataset, settings: TrainSettings
+) -> Objective:
     """The token-routed baseline of stage 2."""
     size = model.mae.encoder.patch_embed.img_size
 
@@ -161,7 +161,7 @@ def token_moe_stage(
         return {"experts": moved}
 
     groups = expert_groups(model, settings, lambda name: name.endswith(".gate"))
-    return Stage("token_moe", model, images, groups, loss, watch)
+    return Objective("token_moe", model, images, groups, loss, watch)
 
 
 def token_noise(batch: Batch, settings: TrainSettings, model: TokenMoE) -> Tensor:
@@ -195,7 +195,10 @@ class _GatesOfStep:
         """Noise of the gates (None: off), and images of each cluster in the whole batch."""
         if step is not self._step:
             noise = gate_noise(self._moce, self._settings, step.number)
-            counts = tally(self._cluster_of[step.rows], len(self._moce.clusters))
-            self._made = None if noise is None else send(noise, device), send(counts, device)
+            counts = bincount(self._cluster_of[step.rows], len(self._moce.clusters))
+            self._made = (
+                None if noise is None else to_device(noise, device),
+                to_device(counts, device),
+            )
             self._step = step
         return self._made

@@ -40,7 +40,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: float, final: floa
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group its share (`lr_scale`) of the rate."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)

@@ -18,22 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moce.runtime.threads import at_once, num_lanes
+from moce.runtime.threads import num_worker_threads, run_in_threads
 
 Losses = dict[str, Tensor]
-LossOfPart = Callable[[nn.Module, slice], Losses]
+LossOfChunk = Callable[[nn.Module, slice], Losses]
 
 PART = 2**18  # numbers in the tokens of a part: 1 MiB of float32
 
 
-def parts_of(count: int, size: int, lanes: int) -> list[slice]:
+def chunks_of(count: int, size: int, thread_parallel: int) -> list[slice]:
     """A batch of `count` images in parts of about `size`, as many for each lane if there are enough."""
     number = -(-count // size)
-    number = min(count, -(-number // lanes) * lanes)
+    number = min(count, -(-number // thread_parallel) * thread_parallel)
     return [slice(i * count // number, (i + 1) * count // number) for i in range(number)]
 
 
-def twin(module: nn.Module) -> nn.Module:
+def replica(module: nn.Module) -> nn.Module:
     """A copy of a module that has the same weights and buffers in memory, and gradients of its own."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
     for parameter in module.parameters():
@@ -41,13 +41,13 @@ def twin(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def is_random(module: nn.Module) -> bool:
+def has_dropout(module: nn.Module) -> bool:
     """Whether layers draw numbers of their own, which lanes would do in no certain order."""
     rates = [getattr(m, name, 0.0) for m in module.modules() for name in ("p", "drop_prob")]
     return module.training and any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-class Lanes:
+class ThreadParallel:
     """As many threads as cores, or a few cores to each, with a twin of the module for each.
 
     Use as a context. Sums are in the order of the parts, so that they are the same in every run.
@@ -60,14 +60,14 @@ class Lanes:
         backward: Callable[[Tensor], None] = Tensor.backward,
     ) -> None:
         """wrap: what makes of a twin what is called in training; backward: of a loss, as it needs."""
-        self.count = num_lanes()
-        twins = [twin(module) for _ in range(self.count - 1)]
-        self._models = [wrap(module), *(wrap(other) for other in twins)]
+        self.count = num_worker_threads()
+        replicas = [replica(module) for _ in range(self.count - 1)]
+        self._models = [wrap(module), *(wrap(other) for other in replicas)]
         self._backward = backward
         self._pool = ThreadPoolExecutor(self.count, "lane")
-        self._gradients = [list(each.parameters()) for each in (module, *twins)]
+        self._gradients = [list(each.parameters()) for each in (module, *replicas)]
 
-    def __enter__(self) -> Lanes:
+    def __enter__(self) -> ThreadParallel:
         return self
 
     def __exit__(
@@ -78,17 +78,17 @@ class Lanes:
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def backward(self, loss: LossOfPart, count: int, size: int, scale: float = 1.0) -> Losses:
+    def backward(self, loss: LossOfChunk, count: int, size: int, scale: float = 1.0) -> Losses:
         """Add the gradients of a batch of `count` images, in parts of about `size`, to the module's.
 
         loss: of a twin and a part of the batch to named scalars, means over the images of the part
         or the same for all. Returns their means over the batch. scale: of the gradients.
         """
-        parts = parts_of(count, size, self.count)
+        parts = chunks_of(count, size, self.count)
 
         stopped = Event()  # by Ctrl-C or an error: no lane begins another part
 
-        def lane(number: int) -> list[Losses]:
+        def worker(number: int) -> list[Losses]:
             found = []
             for part in parts[number :: self.count]:
                 if stopped.is_set():
@@ -101,7 +101,9 @@ class Lanes:
             return found
 
         with _set_by_errors(stopped):
-            found = [losses for each in at_once(self._pool, lane, self.count) for losses in each]
+            found = [
+                losses for each in run_in_threads(self._pool, worker, self.count) for losses in each
+            ]
         self._collect()
         return {name: sum_of([losses[name] for losses in found]) for name in found[0]}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
-from moce.errors import MoceError, intact
+from moce.errors import MoceError, raise_if_corrupt
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.weights.architecture import architecture_of, depth_of, pair
@@ -28,11 +28,11 @@ LISTED = 8  # names in a message
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ModelOverrides:
     """What the user asks of the model beside the weights; None: as the weights have it.
 
     decoder: width, blocks and heads of a fresh one; decoder_heads: of one in the weights;
-    allow_missing, allow_surplus: patterns of names that may be wanting (those stay fresh) or left
+    allow_missing, allow_unexpected: patterns of names that may be wanting (those stay fresh) or left
     over.
     """
 
@@ -45,7 +45,7 @@ class Wishes:
     decoder: tuple[int, int, int] = (512, 8, 16)
     decoder_heads: int | None = None
     allow_missing: tuple[str, ...] = ()
-    allow_surplus: tuple[str, ...] = ()
+    allow_unexpected: tuple[str, ...] = ()
 
 
 def read_weights(path: Path) -> Weights:
@@ -57,7 +57,7 @@ def translate(source: Source) -> Weights:
     """Weights by moce's names. Raises MoceError if no adapter knows the source's."""
     for adapter in ADAPTERS:
         if adapter.matches(source):
-            with intact(Path(source.path)):
+            with raise_if_corrupt(Path(source.path)):
                 return adapter.read(source)
     names = ", ".join(sorted(source.tensors)[:LISTED])
     raise MoceError(
@@ -66,26 +66,26 @@ def translate(source: Source) -> Weights:
     )
 
 
-def build_mae(weights: Weights, wishes: Wishes) -> tuple[MAESpec, MAE, list[str]]:
+def build_mae(weights: Weights, overrides: ModelOverrides) -> tuple[MAESpec, MAE, list[str]]:
     """A masked autoencoder with these weights, and what the user should hear of.
 
     Without a decoder in `weights` it gets a fresh one. Raises MoceError if weights are missing or
     left over that `wishes` does not allow, or do not fit.
     """
-    if any(pattern and not pattern.strip("*") for pattern in wishes.allow_missing):
+    if any(pattern and not pattern.strip("*") for pattern in overrides.allow_missing):
         raise MoceError(
             "--allow-missing '*' would start any weight fresh; name those that may be missing, such "
             "as 'norm.*'"
         )
-    with intact(Path(weights.path)):
-        name, arguments = _architecture(weights, wishes)
-        spec = _spec(weights, wishes, name, {**arguments, **wishes.model_args})
+    with raise_if_corrupt(Path(weights.path)):
+        name, arguments = _architecture(weights, overrides)
+        spec = _spec(weights, overrides, name, {**arguments, **overrides.model_args})
         mae = spec.build()
     notes = list(weights.notes)
     tensors = {f"encoder.{key}": value for key, value in weights.encoder.items()}
     tensors |= {f"decoder.{key}": value for key, value in weights.decoder.items()}
     wanted = mae.state_dict()
-    if weights.decoder and not (wishes.decoder_heads or weights.decoder_heads):
+    if weights.decoder and not (overrides.decoder_heads or weights.decoder_heads):
         notes.append(
             f"decoder with {facebook.DECODER_HEADS} attention heads, as all released ones have "
             "(--decoder-heads says otherwise)"
@@ -96,44 +96,46 @@ def build_mae(weights: Weights, wishes: Wishes) -> tuple[MAESpec, MAE, list[str]
     grid = _grid(weights, arguments)
     wanted = _resample_patches(tensors, mae, wanted, notes)
     _resample(tensors, mae, grid, notes)
-    _check_names(tensors, wanted, weights.path, wishes, notes)
+    _check_names(tensors, wanted, weights.path, overrides, notes)
     _load(mae, {key: value for key, value in tensors.items() if key in wanted}, weights.path)
     return spec, mae, notes
 
 
-def _architecture(weights: Weights, wishes: Wishes) -> tuple[str, dict[str, Any]]:
+def _architecture(weights: Weights, overrides: ModelOverrides) -> tuple[str, dict[str, Any]]:
     """The timm name and arguments that the weights were made with."""
-    name = wishes.model or weights.name
+    name = overrides.model or weights.name
     if name is not None:
         return name, weights.model_args if name == weights.name else {}
-    given = {**wishes.model_args, **weights.model_args}
+    given = {**overrides.model_args, **weights.model_args}
     name, arguments = architecture_of(weights.encoder, weights.path, given)
     return name, {**arguments, **weights.model_args}
 
 
-def _spec(weights: Weights, wishes: Wishes, name: str, arguments: dict[str, Any]) -> MAESpec:
+def _spec(
+    weights: Weights, overrides: ModelOverrides, name: str, arguments: dict[str, Any]
+) -> MAESpec:
     encoder = EncoderSpec(name, arguments)
     channels = int(arguments.get("in_chans", RGB))
-    mean = per_channel("mean", wishes.mean, weights.mean or encoder.mean, channels)
-    std = per_channel("std", wishes.std, weights.std or encoder.std, channels)
-    norm_pix = weights.norm_pix if wishes.norm_pix is None else wishes.norm_pix
+    mean = per_channel("mean", overrides.mean, weights.mean or encoder.mean, channels)
+    std = per_channel("std", overrides.std, weights.std or encoder.std, channels)
+    norm_pix = weights.norm_pix if overrides.norm_pix is None else overrides.norm_pix
     return MAESpec(
         EncoderSpec(name, arguments, mean, std),
-        *_decoder_form(weights, wishes),
-        mask_ratio=wishes.mask_ratio or weights.mask_ratio or 0.75,
+        *_decoder_form(weights, overrides),
+        mask_ratio=overrides.mask_ratio or weights.mask_ratio or 0.75,
         norm_pix=True if norm_pix is None else norm_pix,
     )
 
 
-def _decoder_form(weights: Weights, wishes: Wishes) -> tuple[int, int, int]:
+def _decoder_form(weights: Weights, overrides: ModelOverrides) -> tuple[int, int, int]:
     """Width, blocks and heads of the decoder: read off its tensors, or as wished for."""
     if not weights.decoder:
-        return wishes.decoder
+        return overrides.decoder
     embed = weights.decoder.get("embed.weight")
     if embed is None:
         raise MoceError(f"the decoder in {weights.path} is not whole: it has no embedding")
     depth = depth_of(weights.decoder)
-    heads = wishes.decoder_heads or weights.decoder_heads or facebook.DECODER_HEADS
+    heads = overrides.decoder_heads or weights.decoder_heads or facebook.DECODER_HEADS
     return embed.shape[0], depth, heads
 
 
@@ -192,16 +194,16 @@ def _fitting(grid: tuple[int, int] | None, patches: int) -> tuple[int, int] | No
 
 
 def _check_names(
-    tensors: Tensors, wanted: Tensors, path: str, wishes: Wishes, notes: list[str]
+    tensors: Tensors, wanted: Tensors, path: str, overrides: ModelOverrides, notes: list[str]
 ) -> None:
     """Raise MoceError unless the names agree or the user allows that they do not."""
-    missing = _sort_out(wanted.keys() - tensors.keys(), wishes.allow_missing)
-    surplus = _sort_out(tensors.keys() - wanted.keys(), wishes.allow_surplus)
+    missing = _sort_out(wanted.keys() - tensors.keys(), overrides.allow_missing)
+    surplus = _sort_out(tensors.keys() - wanted.keys(), overrides.allow_unexpected)
     complaints = []
     if missing[False]:
         complaints.append(f"missing: {_listed(missing[False])} (--allow-missing PATTERN)")
     if surplus[False]:
-        complaints.append(f"left over: {_listed(surplus[False])} (--allow-surplus PATTERN)")
+        complaints.append(f"left over: {_listed(surplus[False])} (--allow-unexpected PATTERN)")
     if complaints:
         raise MoceError(f"the weights of {path} do not fit; {'; '.join(complaints)}")
     if missing[True]:

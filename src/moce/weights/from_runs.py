@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moce.config import ClusterPooling, expand
-from moce.errors import MoceError, intact
+from moce.errors import MoceError, raise_if_corrupt
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
@@ -26,7 +26,7 @@ BACKBONE_CONFIG = "config.json"
 def load_mae(run: Path) -> tuple[MAESpec, MAE]:
     """The masked autoencoder of a `moce pretrain` (or MAE+) run."""
     info, tensors = read_model(run, "mae")
-    with intact(run / INFO):
+    with raise_if_corrupt(run / INFO):
         spec = MAESpec.from_dict(info["spec"])
         mae = spec.build()
         _check_mae(spec, mae)
@@ -56,7 +56,7 @@ def load_clusters(run: Path) -> ClusterModel:
 
 
 def _clusters_of(run: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> ClusterModel:
-    with intact(run / INFO):
+    with raise_if_corrupt(run / INFO):
         clusters = ClusterModel.from_tensors(tensors, info["clusters"])
         _check_encoder(clusters.spec, clusters.encoder)
         if clusters.pooling not in get_args(ClusterPooling):
@@ -69,7 +69,7 @@ def _clusters_of(run: Path, tensors: dict[str, Tensor], info: dict[str, Any]) ->
 def load_moce(run: Path) -> tuple[MoCESpec, MoCE, ClusterModel]:
     """The mixture and the cluster model of a `moce train` run."""
     info, tensors = read_model(run, "moce")
-    with intact(run / INFO):
+    with raise_if_corrupt(run / INFO):
         spec = MoCESpec.from_dict(info["spec"])
         model = spec.build()
         _check_mae(spec.mae, model.mae)
@@ -109,7 +109,7 @@ class Backbone:
 
 
 def load_backbone(reference: str) -> Backbone:
-    """A customised folder, an MAE or TokenMoE run, or the name of a timm model with its own weights.
+    """A customized folder, an MAE or TokenMoE run, or the name of a timm model with its own weights.
 
     Raises MoceError if it is none of these or the weights cannot be had.
     """
@@ -137,7 +137,7 @@ def holds_moce(path: Path) -> bool:
 def _token_moe_backbone(path: Path) -> Backbone:
     """All experts of it: tokens of one image go to several, so no dense ViT can stand for them."""
     info, tensors = read_model(path, "token_moe")
-    with intact(path / INFO):
+    with raise_if_corrupt(path / INFO):
         model = TokenMoESpec.from_dict(info["spec"]).build()
         spec = EncoderSpec.from_dict(info["spec"]["mae"]["encoder"])
     load_weights(model, tensors, path)
@@ -155,7 +155,7 @@ def _exported_backbone(path: Path) -> Backbone:
         raise MoceError(f"{path / BACKBONE_CONFIG} is not a timm model config: {error!r}") from None
     if arguments.get("fc_norm"):
         raise MoceError(f"{path} was fine-tuned, with a norm of its own; give what it came from")
-    with intact(path / BACKBONE_CONFIG):
+    with raise_if_corrupt(path / BACKBONE_CONFIG):
         vit = spec.build(num_classes=0, global_pool="", fc_norm=False)
         _check_encoder(spec, vit)
     tensors = read_tensors(path / "model.safetensors")

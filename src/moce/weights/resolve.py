@@ -10,18 +10,18 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import FileSettings, PretrainSettings, expand
-from moce.config.load import given
+from moce.config.load import explicitly_set
 from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import CONFIG, INFO, WEIGHTS
-from moce.runtime.progress import say
-from moce.weights.build import Wishes, build_mae, read_weights
+from moce.runtime.progress import log
+from moce.weights.build import ModelOverrides, build_mae, read_weights
 from moce.weights.from_runs import load_mae
 
 OF_A_RUN = frozenset(
     {"model", "model_args", "img_size", "mean", "std", "mask_ratio", "norm_pix"}
-    | {"decoder_dim", "decoder_depth", "decoder_heads", "allow_missing", "allow_surplus"}
+    | {"decoder_dim", "decoder_depth", "decoder_heads", "allow_missing", "allow_unexpected"}
 )
 OF_THE_DECODER = frozenset({"decoder_dim", "decoder_depth"})
 SIZES = frozenset({"img_size", "patch_size"})
@@ -57,9 +57,9 @@ def from_file(path: Path, settings: FileSettings | PretrainSettings) -> tuple[MA
     weights = read_weights(path)
     if weights.decoder:
         refuse_given(settings, OF_THE_DECODER, f"decoder in {path}")
-    spec, mae, notes = build_mae(weights, wishes_of(settings))
+    spec, mae, notes = build_mae(weights, overrides_of(settings))
     for note in notes:
-        say(note)
+        log(note)
     return spec, mae, bool(weights.decoder)
 
 
@@ -71,36 +71,43 @@ def moce_run(path: Path) -> Path | None:
 
 def from_timm(name: str, settings: FileSettings | PretrainSettings) -> tuple[MAESpec, MAE]:
     """A timm model with its own weights and a fresh decoder."""
-    wishes = wishes_of(settings)
+    overrides = overrides_of(settings)
     with torch.device("meta"):  # refuse what will not do before anything is downloaded
-        EncoderSpec(name, wishes.model_args).build()
+        EncoderSpec(name, overrides.model_args).build()
     try:
-        vit = EncoderSpec(name, wishes.model_args).build(pretrained=True)
+        vit = EncoderSpec(name, overrides.model_args).build(pretrained=True)
     except MoceError:
         raise
     except Exception as error:  # whatever the hub client raises when there is no network
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MoceError(f"cannot get timm's weights of {name}: {reason}") from None
-    say(f"{name} has no decoder: it starts fresh")
-    spec = timm_spec(vit, name, wishes)
+    log(f"{name} has no decoder: it starts fresh")
+    spec = timm_spec(vit, name, overrides)
     mae = spec.build()
     mae.encoder.load_state_dict(vit.state_dict())
     return spec, mae
 
 
-def timm_spec(vit: VisionTransformer, name: str, wishes: Wishes) -> MAESpec:
-    """Pixels are normalised as timm's weights want it, unless the settings say otherwise."""
+def timm_spec(vit: VisionTransformer, name: str, overrides: ModelOverrides) -> MAESpec:
+    """Pixels are normalized as timm's weights want it, unless the settings say otherwise."""
     cfg: Any = vit.pretrained_cfg
-    mean = per_channel("mean", wishes.mean, tuple(cfg["mean"]), vit.in_chans)
-    std = per_channel("std", wishes.std, tuple(cfg["std"]), vit.in_chans)
-    encoder = EncoderSpec(name, wishes.model_args, mean, std)
-    norm_pix = True if wishes.norm_pix is None else wishes.norm_pix
-    return MAESpec(encoder, *wishes.decoder, wishes.mask_ratio or 0.75, norm_pix)
+    mean = per_channel("mean", overrides.mean, tuple(cfg["mean"]), vit.in_chans)
+    std = per_channel("std", overrides.std, tuple(cfg["std"]), vit.in_chans)
+    encoder = EncoderSpec(name, overrides.model_args, mean, std)
+    norm_pix = True if overrides.norm_pix is None else overrides.norm_pix
+    return MAESpec(encoder, *overrides.decoder, overrides.mask_ratio or 0.75, norm_pix)
 
 
-def wishes_of(settings: FileSettings | PretrainSettings) -> Wishes:
+def overrides_of(settings: FileSettings | PretrainSettings) -> ModelOverrides:
     """What the settings ask of the model: only what was given counts as asked."""
-    names = given(settings) & {"model", "mean", "std", "mask_ratio", "norm_pix", "decoder_heads"}
+    names = explicitly_set(settings) & {
+        "model",
+        "mean",
+        "std",
+        "mask_ratio",
+        "norm_pix",
+        "decoder_heads",
+    }
     asked = {name: getattr(settings, name) for name in names}
     arguments = dict(settings.model_args)
     if settings.img_size is not None:
@@ -108,10 +115,10 @@ def wishes_of(settings: FileSettings | PretrainSettings) -> Wishes:
     form = [getattr(settings, f"decoder_{part}", None) for part in ("dim", "depth", "heads")]
     if None not in form:
         asked["decoder"] = tuple(form)
-    return Wishes(
+    return ModelOverrides(
         model_args=arguments,
         allow_missing=settings.allow_missing,
-        allow_surplus=settings.allow_surplus,
+        allow_unexpected=settings.allow_unexpected,
         **asked,
     )
 
@@ -141,6 +148,6 @@ def refuse_given(
     settings: FileSettings | PretrainSettings, names: frozenset[str], origin: str
 ) -> None:
     """Raise MoceError if the user gave what comes from the origin."""
-    unwanted = sorted(given(settings) & names)
+    unwanted = sorted(explicitly_set(settings) & names)
     if unwanted:
         raise MoceError(f"{unwanted[0]} comes from the {origin}; leave it out")

@@ -20,13 +20,13 @@ from moce.data.readers.numpy_arrays import read_arrays
 from moce.data.readers.packed import Packed, find_packed
 from moce.data.readers.parquet import (
     DEMO_PREFIX,
-    demo_entries,
+    demo_samples,
     demo_table,
     demo_tasks,
-    parquet_entries,
+    parquet_samples,
     read_parquet,
 )
-from moce.data.readers.sample import SPLITS, SUFFIXES, Entry, file_entry, is_image_name
+from moce.data.readers.sample import SPLITS, SUFFIXES, Sample, file_sample, is_image_name
 from moce.data.readers.tar import expand_braces, matching, read_shards
 from moce.data.readers.torchvision import TORCHVISION_PREFIX, torchvision_rows
 from moce.errors import MoceError
@@ -34,8 +34,8 @@ from moce.errors import MoceError
 __all__ = [
     "SPLITS",
     "SUFFIXES",
-    "Entry",
     "Part",
+    "Sample",
     "demo_table",
     "demo_tasks",
     "is_named",
@@ -53,14 +53,14 @@ ACCEPTED = (
     "demo:pretrain"
 )
 
-Read = Callable[[str], list[Entry]]
+Read = Callable[[str], list[Sample]]
 NAMED: dict[str, Read] = {
-    DEMO_PREFIX: demo_entries,
-    TORCHVISION_PREFIX: lambda name: [Entry(*row) for row in torchvision_rows(name)],
+    DEMO_PREFIX: demo_samples,
+    TORCHVISION_PREFIX: lambda name: [Sample(*row) for row in torchvision_rows(name)],
     HUB_PREFIX: read_hub,
 }
 BY_SUFFIX: dict[str, Read] = {
-    ".parquet": lambda data: parquet_entries(read_parquet(Path(data)), data),
+    ".parquet": lambda data: parquet_samples(read_parquet(Path(data)), data),
     ".npy": lambda data: read_arrays(Path(data), data),
     ".npz": lambda data: read_arrays(Path(data), data),
 }
@@ -79,12 +79,12 @@ class Part:
     written: str
 
 
-def open_source(data: str) -> list[Entry]:
+def open_source(data: str) -> list[Sample]:
     """The entries of a DATA argument. Raises MoceError if there is no such source or it is empty."""
     return open_parts(parts_of(data))
 
 
-def open_parts(parts: Sequence[Part]) -> list[Entry]:
+def open_parts(parts: Sequence[Part]) -> list[Sample]:
     """The entries of several sources, the source's name before each identity if there are others."""
     if not parts:
         raise MoceError(f"no images named; give {ACCEPTED}")
@@ -94,14 +94,14 @@ def open_parts(parts: Sequence[Part]) -> list[Entry]:
         raise MoceError(f"{double[0]} is named {counts[double[0]]} times")
     if len(parts) == 1:
         return _unique(_open(parts[0]))
-    entries = []
+    samples = []
     for part, name in zip(parts, _names(parts), strict=True):
         own = name is None  # a single file is called by its path already
-        entries += [e if own else replace(e, id=f"{name}/{e.id}") for e in _open(part)]
-    return _unique(entries)
+        samples += [e if own else replace(e, id=f"{name}/{e.id}") for e in _open(part)]
+    return _unique(samples)
 
 
-def _open(part: Part) -> list[Entry]:
+def _open(part: Part) -> list[Sample]:
     """The entries of one source: the registry of kinds."""
     data = part.data
     for prefix, read in NAMED.items():
@@ -118,10 +118,10 @@ def _open(part: Part) -> list[Entry]:
     if suffix in BY_SUFFIX and path.is_file():
         return BY_SUFFIX[suffix](str(path))
     if is_image_name(path.name) and path.is_file():
-        return [file_entry(path, part.written)]
+        return [file_sample(path, part.written)]
     packed = find_packed(data)
     if packed is not None:
-        return _packed_entries(packed)
+        return _packed_samples(packed)
     raise MoceError(f"no images in {data}: it is none of what can be read (give {ACCEPTED})")
 
 
@@ -172,9 +172,9 @@ def _beside(path: Path, line: str) -> str:
     return str(place if place.is_absolute() else path.parent / place)
 
 
-def _packed_entries(packed: Packed) -> list[Entry]:
+def _packed_samples(packed: Packed) -> list[Sample]:
     columns = (packed.ids, packed.openers(), packed.labels, packed.splits)
-    return [Entry(*row) for row in zip(*columns, strict=True)]
+    return [Sample(*row) for row in zip(*columns, strict=True)]
 
 
 def _names(parts: Sequence[Part]) -> list[str | None]:
@@ -190,14 +190,14 @@ def _names(parts: Sequence[Part]) -> list[str | None]:
         depth += 1
 
 
-def _unique(entries: list[Entry]) -> list[Entry]:
+def _unique(samples: list[Sample]) -> list[Sample]:
     """Of entries with the same identity, all but the first get a number: name#2, name#3."""
     seen: Counter[str] = Counter()
-    for place, entry in enumerate(entries):
-        seen[entry.id] += 1
-        if seen[entry.id] > 1:
-            entries[place] = replace(entry, id=f"{entry.id}#{seen[entry.id]}")
-    return entries
+    for place, sample in enumerate(samples):
+        seen[sample.id] += 1
+        if seen[sample.id] > 1:
+            samples[place] = replace(sample, id=f"{sample.id}#{seen[sample.id]}")
+    return samples
 
 
 def located(data: str, root: Path) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from moce.data.decode import Raster, open_encoded
 from moce.data.readers.numpy_arrays import open_array
-from moce.data.readers.sample import SUFFIXES, Entry, as_text, from_path, is_image_name
+from moce.data.readers.sample import SUFFIXES, Sample, as_text, from_path, is_image_name
 from moce.errors import MoceError
 
 
-def read_folder(root: Path) -> list[Entry]:
+def read_folder(root: Path) -> list[Sample]:
     """The images in a folder, called by their path inside it. Raises MoceError if there are none."""
     files = _files(root)
     images = [path for path in files if is_image_name(path.name)]

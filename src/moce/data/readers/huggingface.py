@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moce.data.decode import Raster, open_encoded
-from moce.data.readers.sample import SPLITS, Entry
+from moce.data.readers.sample import SPLITS, Sample
 from moce.data.readers.torchvision import Label
 from moce.errors import MoceError
 
@@ -22,13 +22,13 @@ def is_saved(path: Path) -> bool:
     return any((path / mark).is_file() for mark in MARKS)
 
 
-def read_saved(path: Path) -> list[Entry]:
+def read_saved(path: Path) -> list[Sample]:
     """The images of a folder of save_to_disk. Raises MoceError if it has none, or without the library."""
     datasets = _library()
     return _load(partial(datasets.load_from_disk, str(path)), str(path))
 
 
-def read_hub(name: str) -> list[Entry]:
+def read_hub(name: str) -> list[Sample]:
     """The images of NAME or NAME:SPLIT, downloaded if need be. Raises MoceError as `read_saved`."""
     datasets = _library()
     name, _, split = name.partition(":")
@@ -44,22 +44,22 @@ def _library() -> Any:
     return datasets
 
 
-def _load(load: Any, name: str) -> list[Entry]:
+def _load(load: Any, name: str) -> list[Sample]:
     try:
         found = load()
         parts = {"": found} if hasattr(found, "features") else dict(found)
-        entries = [entry for split, part in parts.items() for entry in _part(part, split, name)]
+        samples = [sample for split, part in parts.items() for sample in _part(part, split, name)]
     except MoceError:
         raise
     except Exception as error:  # sockets, files, configurations: all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise MoceError(f"cannot read {name}: {reason}") from None
-    if not entries:
+    if not samples:
         raise MoceError(f"no images in {name}")
-    return entries
+    return samples
 
 
-def _part(part: Any, split: str, name: str) -> Iterator[Entry]:
+def _part(part: Any, split: str, name: str) -> Iterator[Sample]:
     """The rows of one split, called SPLIT/ROW, or ROW where there are no splits."""
     datasets = _library()
     columns = [key for key, kind in part.features.items() if isinstance(kind, datasets.Image)]
@@ -70,7 +70,7 @@ def _part(part: Any, split: str, name: str) -> Iterator[Entry]:
     for row in range(len(part)):
         identity = f"{split}/{row}" if split else str(row)
         opened = partial(_open_row, encoded, row, columns[0])
-        yield Entry(identity, opened, labels[row], SPLITS.get(split or str(part.split or "")))
+        yield Sample(identity, opened, labels[row], SPLITS.get(split or str(part.split or "")))
 
 
 def _open_row(part: Any, row: int, column: str) -> Raster:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moce.data.readers.sample import SPLITS, Entry
+from moce.data.readers.sample import SPLITS, Sample
 from moce.data.readers.torchvision import Label
 from moce.errors import MoceError
 
@@ -16,7 +16,7 @@ IMAGES = ("images", "image", "x", "arr_0")
 PARTS = ("", "train_", "val_", "test_")  # MedMNIST and others keep the splits in one file
 
 
-def read_arrays(path: Path, name: str) -> list[Entry]:
+def read_arrays(path: Path, name: str) -> list[Sample]:
     """The images of an array file. .npz: labels, ids and splits are read too, if they are there.
 
     An array is [n, h, w] or [n, h, w, c], or [n, c, h, w] where that makes c the smallest side.
@@ -31,12 +31,12 @@ def read_arrays(path: Path, name: str) -> list[Entry]:
             reason = "it is no array of numbers"
         raise MoceError(f"cannot read {name}: {reason}") from None
     parts = [part for part in PARTS if f"{part}images" in arrays] if len(arrays) > 1 else []
-    entries = [entry for part in parts for entry in _part(arrays, f"{part}images", part, name)]
+    samples = [sample for part in parts for sample in _part(arrays, f"{part}images", part, name)]
     if not parts:
-        entries = _part(arrays, _image_array(arrays, name), "", name)
-    if not entries:
+        samples = _part(arrays, _image_array(arrays, name), "", name)
+    if not samples:
         raise MoceError(f"no images in {name}")
-    return entries
+    return samples
 
 
 def _image_array(arrays: Mapping[str, np.ndarray], name: str) -> str:
@@ -48,7 +48,7 @@ def _image_array(arrays: Mapping[str, np.ndarray], name: str) -> str:
     raise MoceError(f"{name} has no array 'images' (arrays: {', '.join(arrays)})")
 
 
-def _part(arrays: Mapping[str, np.ndarray], key: str, part: str, name: str) -> list[Entry]:
+def _part(arrays: Mapping[str, np.ndarray], key: str, part: str, name: str) -> list[Sample]:
     images = arrays[key]
     if not isinstance(images, np.ndarray):  # any file may lie in a zip
         raise MoceError(f"cannot read {name}: {key} is no array")
@@ -67,7 +67,7 @@ def _part(arrays: Mapping[str, np.ndarray], key: str, part: str, name: str) -> l
     labels: Sequence[Label | None] = _column(arrays, f"{part}labels", count, name) or [None] * count
     own = _column(arrays, f"{part}splits", count, name) or [part.rstrip("_")] * count
     return [
-        Entry(str(ids[row]), partial(images.__getitem__, row), labels[row], SPLITS.get(own[row]))
+        Sample(str(ids[row]), partial(images.__getitem__, row), labels[row], SPLITS.get(own[row]))
         for row in range(count)
     ]
 

@@ -11,7 +11,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from moce.data.decode import Raster, open_encoded
-from moce.data.readers.sample import SPLITS, Entry
+from moce.data.readers.sample import SPLITS, Sample
 from moce.data.readers.torchvision import Label
 from moce.errors import MoceError
 
@@ -29,7 +29,7 @@ def read_parquet(path: Path) -> pyarrow.Table:
     return table
 
 
-def parquet_entries(table: pyarrow.Table, name: str) -> list[Entry]:
+def parquet_samples(table: pyarrow.Table, name: str) -> list[Sample]:
     """Rows with encoded images in column image (bytes, or a struct with bytes); id, label, split optional.
 
     A label that is a list is of an image with any number of classes.
@@ -45,11 +45,11 @@ def parquet_entries(table: pyarrow.Table, name: str) -> list[Entry]:
     labels = _labels(table, name) or [None] * table.num_rows
     splits = _strings(table, "split", name) or [None] * table.num_rows
 
-    def entry(row: int) -> Entry:
+    def sample(row: int) -> Sample:
         split = SPLITS.get(splits[row] or "")
-        return Entry(str(ids[row]), lambda: _decode(images[row].as_py()), labels[row], split)
+        return Sample(str(ids[row]), lambda: _decode(images[row].as_py()), labels[row], split)
 
-    return [entry(row) for row in range(table.num_rows)]
+    return [sample(row) for row in range(table.num_rows)]
 
 
 def _decode(content: bytes | None) -> Raster:
@@ -86,7 +86,7 @@ def demo_tasks() -> list[str]:
     return sorted(pyarrow.compute.unique(tasks).to_pylist())
 
 
-def demo_entries(name: str) -> list[Entry]:
+def demo_samples(name: str) -> list[Sample]:
     """The embedded images of a role or task. Raises MoceError if there is none of this name."""
     table = demo_table()
     column, value = ("role", name) if name == "pretrain" else ("task", name)
@@ -94,4 +94,4 @@ def demo_entries(name: str) -> list[Entry]:
     if chosen.num_rows == 0:
         valid = ", ".join(DEMO_PREFIX + task for task in ["pretrain", *demo_tasks()])
         raise MoceError(f"no embedded images '{DEMO_PREFIX}{name}' (valid: {valid})")
-    return parquet_entries(chosen, DEMO_PREFIX + name)
+    return parquet_samples(chosen, DEMO_PREFIX + name)

@@ -17,7 +17,7 @@ SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "valid
 
 
 @dataclass(frozen=True)
-class Entry:
+class Sample:
     """One image that can be opened. label, split: None where the source does not tell.
 
     A label is one class, or a tuple of any number of classes where the source has several.
@@ -39,7 +39,7 @@ def as_text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def from_path(name: str, open_image: Callable[[], Raster], label: str | None = None) -> Entry:
+def from_path(name: str, open_image: Callable[[], Raster], label: str | None = None) -> Sample:
     """An image called by its path. A first folder named train, test or val is a split; a last one a label."""
     folders = list(PurePosixPath(name).parts[:-1])
     split = SPLITS.get(folders[0]) if folders else None
@@ -47,17 +47,17 @@ def from_path(name: str, open_image: Callable[[], Raster], label: str | None = N
         folders = folders[1:]
     if label is None and folders:
         label = folders[-1]
-    return Entry(name, open_image, label, split)
+    return Sample(name, open_image, label, split)
 
 
-def file_entry(path: Path, written: str) -> Entry:
+def file_sample(path: Path, written: str) -> Sample:
     """A single image file, called by its path as it was written."""
-    return Entry(as_text(Path(written).as_posix()), partial(open_encoded, path))
+    return Sample(as_text(Path(written).as_posix()), partial(open_encoded, path))
 
 
-def refused(name: str, reason: str) -> Entry:
+def refused(name: str, reason: str) -> Sample:
     """An image that will not be read: it is skipped, and listed with the reason."""
-    return Entry(name, partial(_refuse, reason))
+    return Sample(name, partial(_refuse, reason))
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -11,7 +11,7 @@ from glob import glob
 from pathlib import Path, PurePosixPath
 
 from moce.data.decode import Raster, open_encoded
-from moce.data.readers.sample import Entry, as_text, from_path, is_image_name, refused
+from moce.data.readers.sample import Sample, as_text, from_path, is_image_name, refused
 from moce.errors import MoceError
 
 RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
@@ -67,7 +67,7 @@ def find_shards(pattern: str) -> list[Path]:
     return paths
 
 
-def read_shards(pattern: str) -> list[Entry]:
+def read_shards(pattern: str) -> list[Sample]:
     """The images of tar files, called SHARD/MEMBER. Raises MoceError if there are none.
 
     A label is the content of the member KEY.cls, or else the member's folder.
@@ -75,15 +75,17 @@ def read_shards(pattern: str) -> list[Entry]:
     paths = find_shards(pattern)
     stems = [path.stem for path in paths]
     names = stems if len(set(stems)) == len(stems) else [path.as_posix() for path in paths]
-    entries = [
-        entry for path, name in zip(paths, names, strict=True) for entry in _read_shard(path, name)
+    samples = [
+        sample
+        for path, name in zip(paths, names, strict=True)
+        for sample in _read_shard(path, name)
     ]
-    if not entries:
+    if not samples:
         raise MoceError(f"no images in {pattern}")
-    return entries
+    return samples
 
 
-def _read_shard(path: Path, name: str) -> Iterator[Entry]:
+def _read_shard(path: Path, name: str) -> Iterator[Sample]:
     members, broken = _index(path)
     labels = {
         _key(member.name): _read_member(path, member).decode("utf-8", "replace").strip()
@@ -92,7 +94,7 @@ def _read_shard(path: Path, name: str) -> Iterator[Entry]:
     }
     for member in members:
         if is_image_name(member.name) and not member.isdir():
-            yield _entry(path, name, member, labels.get(_key(member.name)))
+            yield _sample(path, name, member, labels.get(_key(member.name)))
     if broken:
         yield refused(f"{name}/", f"the archive is broken from here on: {broken}")
 
@@ -129,7 +131,7 @@ def _key(name: str) -> str:
     return str(path.with_name(path.name.split(".")[0] or path.name))
 
 
-def _entry(path: Path, shard: str, member: tarfile.TarInfo, label: str | None) -> Entry:
+def _sample(path: Path, shard: str, member: tarfile.TarInfo, label: str | None) -> Sample:
     inside = PurePosixPath(as_text(member.name))
     identity = f"{shard}/{as_text(member.name)}"
     if inside.is_absolute() or ".." in inside.parts:
@@ -137,7 +139,7 @@ def _entry(path: Path, shard: str, member: tarfile.TarInfo, label: str | None) -
     if not member.isreg() or member.issparse():
         return refused(identity, "a link or sparse file, no image")
     found = from_path(inside.as_posix(), partial(_open_member, path, member), label)
-    return Entry(f"{shard}/{inside.as_posix()}", found.open, found.label, found.split)
+    return Sample(f"{shard}/{inside.as_posix()}", found.open, found.label, found.split)
 
 
 def _open_member(path: Path, member: tarfile.TarInfo) -> Raster:

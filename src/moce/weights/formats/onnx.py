@@ -18,7 +18,7 @@ MODEL, PREPROCESSING = "model.onnx", "preprocessing.json"
 
 
 class _Features(nn.Module):
-    """images [b, c, h, w], normalised, to features [b, d] and tokens [b, prefix + patches, d]."""
+    """images [b, c, h, w], normalized, to features [b, d] and tokens [b, prefix + patches, d]."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()

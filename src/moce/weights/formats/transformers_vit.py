@@ -95,7 +95,7 @@ def model_args(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def preprocessing(source: Source) -> dict[str, Any]:
-    """mean and std of the image processor beside the weights, if there is one that normalises."""
+    """mean and std of the image processor beside the weights, if there is one that normalizes."""
     processor = source.processor
     if not processor.get("do_normalize", True):
         return {}
