@@ -5,7 +5,7 @@
     python -m benchmarks.clustering --only moce,faiss
 
 Features [n, 768] of unit norm around planted clusters of unequal size, in a mapped float32 file.
-Every contender runs in a process of its own. A pass is one sweep over all features: assignment
+Every candidate runs in a process of its own. A pass is one sweep over all features: assignment
 and update, or one iteration of Sinkhorn-Knopp. Memory is the largest that a process holds of its own
 (RssAnon), beyond what it held before: pages of the file are not in it. The bare matrix product of
 features and centroids, in chunks, is the floor, measured in the same process right after moce's
@@ -121,12 +121,12 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-# --- contenders ---------------------------------------------------------------------------------------
+# --- candidates ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class Found:
-    """What a contender came to. seconds: of each pass, by kind; total: of the whole clustering."""
+    """What a candidate came to. seconds: of each pass, by kind; total: of the whole clustering."""
 
     total: float
     seconds: dict[str, list[float]]
@@ -231,13 +231,13 @@ CONTENDERS: dict[str, Callable[[np.ndarray, Case], Found]] = {
 
 
 def contend(name: str, path: Path, case: Case) -> dict[str, Any]:
-    """One contender in this process: times, memory, sizes and agreement with what was planted."""
+    """One candidate in this process: times, memory, sizes and agreement with what was planted."""
     features, planted = open_features(path, case), np.load(path.with_suffix(".npy"))
     found = CONTENDERS[name](features, case)
     planted = planted[: len(found.assignment)]
     sizes = np.bincount(found.assignment, minlength=case.clusters)
     return {
-        "contender": name,
+        "candidate": name,
         "features": len(found.assignment),
         "total_s": round(found.total, 2),
         "seconds": {kind: [round(s, 3) for s in times] for kind, times in found.seconds.items()},
@@ -376,7 +376,7 @@ def whole_table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         passes = ", ".join(f"{count:.3g} {kind}" for kind, count in row["passes"].items())
         lines.append(
-            f"| {row['contender']} | {row['features']:,} | {row['total_s']:.0f} | {passes} | "
+            f"| {row['candidate']} | {row['features']:,} | {row['total_s']:.0f} | {passes} | "
             f"{row['gigabytes']:.2f} | {row['smallest']:,} to {row['largest']:,} | "
             f"{row['deviation']:.2f} | {row['ARI']:.3f} | {row['NMI']:.3f} |"
         )

@@ -24,10 +24,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 
 def loaders(rows: list[dict], reference: str) -> list[str]:
-    """Median rate and range of every contender, and how many times as fast as the reference."""
+    """Median rate and range of every candidate, and how many times as fast as the reference."""
     rates: dict[str, list[float]] = {}
     for row in rows:
-        rates.setdefault(row["contender"], []).append(row["images_per_s"])
+        rates.setdefault(row["candidate"], []).append(row["images_per_s"])
     base = median(rates[reference])
     lines = [f"| | images/s | range | × {reference} |", "|---|--:|--:|--:|"]
     for name, found in rates.items():
@@ -111,7 +111,7 @@ def title(part: str) -> str:
 def mae_memory(part: dict) -> list[str]:
     peaks: dict[tuple[str, int], dict[str, int]] = {}
     for row in part["rows"]:
-        peaks.setdefault((row["size"], row["batch"]), {})[row["contender"]] = row["peak_mb"]
+        peaks.setdefault((row["size"], row["batch"]), {})[row["candidate"]] = row["peak_mb"]
     names = list(next(iter(peaks.values())))
     lines = [[name, *(f"{found[name]:,}" for found in peaks.values())] for name in names]
     share = [found["moce"] / found[AS_IT_COMES] for found in peaks.values()]
@@ -130,7 +130,7 @@ def moce_step(result: dict) -> str:
 
 
 def over_dense(heading: str, part: dict) -> list[str]:
-    """Every contender's time over the dense model's, by size and batch."""
+    """Every candidate's time over the dense model's, by size and batch."""
     cases = grouped(part["rows"], "size", "batch")
     names = [name for name in next(iter(cases.values())) if name != DENSE]
     lines = [

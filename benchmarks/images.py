@@ -5,9 +5,9 @@
     python -m benchmarks.draw              # the tables of docs/performance.md from the kept numbers
 
 Files are random crops of scikit-learn's two sample photographs: 500 x 400 JPEGs for training at
-224, 32 x 32 PNGs for training at 32. Every contender gives float32 batches after a random resized
+224, 32 x 32 PNGs for training at 32. Every candidate gives float32 batches after a random resized
 crop (bicubic, antialiased, scale 0.2 to 1), a flip and normalization. All run in one process tree,
-in turns; each row of results/images.json is one pass of one contender. Needs: pip install 'moce[hf]'.
+in turns; each row of results/images.json is one pass of one candidate. Needs: pip install 'moce[hf]'.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def measure(runs: dict[str, Pass], repeats: int) -> list[dict]:
             start = time.perf_counter()
             count = one_pass()
             rate = count / (time.perf_counter() - start)
-            rows.append({"contender": name, "repeat": repeat, "images_per_s": round(rate, 1)})
+            rows.append({"candidate": name, "repeat": repeat, "images_per_s": round(rate, 1)})
             print(f"{name:28} {rate:10.0f} images/s", flush=True)
     return rows
 

@@ -23,7 +23,10 @@ from pathlib import Path
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["lightning_fabric", *(f"moce.verbs.{command}" for command in ("train", "finetune", "cluster"))]
+    [
+        "lightning_fabric",
+        *(f"moce.commands.{command}" for command in ("train", "finetune", "cluster")),
+    ]
 )
 RUNTIME = ["--device", "cpu", "--precision", "float32", "--threads", "1"]
 SMALL = [

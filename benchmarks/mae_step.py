@@ -115,7 +115,7 @@ def step_flops(case: Case) -> int:
 
 
 def speed(case: Case, repeats: int) -> list[Row]:
-    """Seconds of every contender's steps, and of the limit."""
+    """Seconds of every candidate's steps, and of the limit."""
     torch.set_num_threads(case.threads)
     device = torch.device(case.device)
     flops, share = step_flops(case), step_flops(case) / product_flops(case)
@@ -124,7 +124,7 @@ def speed(case: Case, repeats: int) -> list[Row]:
     rows = in_turns(steps, repeats, warmups=2 if case.size == "tiny32" else 1, device=device)
     for row in rows:
         row |= vars(case)
-        if row["contender"] == LIMIT:
+        if row["candidate"] == LIMIT:
             row["seconds"] *= share
             row["gflop_per_s"] = round(flops / row["seconds"] / 1e9, 1)
     return per_second(rows, case.batch)
@@ -138,12 +138,12 @@ def peak(case: Case, name: str) -> int:
 
 
 def memory(case: Case) -> list[Row]:
-    """Peak memory of two steps of every contender, each in a process of its own."""
+    """Peak memory of two steps of every candidate, each in a process of its own."""
     rows = []
     candidates = list(ON_CUDA if case.device == "cuda" else CONTENDERS)
     for name in candidates[:2] if case.size == "vit_b" else candidates:  # minutes of CPU each
         megabytes = round(in_child(peak, case, name) / MEGABYTE)
-        rows.append({**vars(case), "contender": name, "peak_mb": megabytes})
+        rows.append({**vars(case), "candidate": name, "peak_mb": megabytes})
         print(case, f"{name:36} {megabytes:6} MB", flush=True)
     return rows
 

@@ -29,7 +29,7 @@ def options(doc: str, parts: Iterable[str], results: Path) -> argparse.ArgumentP
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--only", help=f"parts, with commas between, of: {', '.join(parts)}")
     parser.add_argument("--short", action="store_true", help="a look: small cases, few repeats")
-    parser.add_argument("--repeats", type=int, help="turns of each contender")
+    parser.add_argument("--repeats", type=int, help="turns of each candidate")
     parser.add_argument("--out", type=Path, default=results)
     return parser
 
@@ -76,7 +76,7 @@ def in_turns(
     device: torch.device | None = None,
     **labels: Any,
 ) -> list[Row]:
-    """Rows of every contender's seconds: warm-ups, then one step of each in every turn."""
+    """Rows of every candidate's seconds: warm-ups, then one step of each in every turn."""
     device = device or torch.device("cpu")
     for step in work.values():
         for _ in range(warmups):
@@ -85,7 +85,7 @@ def in_turns(
     for repeat in range(repeats):
         for name, step in work.items():
             seconds = seconds_of(step, device)
-            rows.append({**labels, "contender": name, "repeat": repeat, "seconds": seconds})
+            rows.append({**labels, "candidate": name, "repeat": repeat, "seconds": seconds})
             print(*labels.values(), f"{name:36} {seconds:9.4f} s", flush=True)
     return rows
 
@@ -118,7 +118,7 @@ def high_water_bytes() -> int:
 
 
 def peak_bytes(build: Callable[[], Work], device: torch.device, steps: int = 2) -> int:
-    """Most memory that building a contender and its steps take beyond what there was before.
+    """Most memory that building a candidate and its steps take beyond what there was before.
 
     To be called in a process of its own (`in_child`): high water never falls.
     """

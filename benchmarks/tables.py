@@ -7,21 +7,21 @@ from statistics import median
 
 from benchmarks.measure import Row
 
-Group = dict[str, list[float]]  # the seconds of every contender, turn by turn
+Group = dict[str, list[float]]  # the seconds of every candidate, turn by turn
 
 
 def grouped(rows: list[Row], *keys: str) -> dict[tuple, Group]:
-    """Seconds by the values of `keys`, then by contender."""
+    """Seconds by the values of `keys`, then by candidate."""
     found: dict[tuple, Group] = {}
     for row in rows:
         group = found.setdefault(tuple(row[key] for key in keys), {})
-        group.setdefault(row["contender"], []).append(row["seconds"])
+        group.setdefault(row["candidate"], []).append(row["seconds"])
     return found
 
 
 def ratio(group: Group, above: str, below: str) -> float:
     """The median over turns of the one's seconds over the other's."""
-    pairs = zip(group[above], group[below], strict=False)  # slow contenders have fewer turns
+    pairs = zip(group[above], group[below], strict=False)  # slow candidates have fewer turns
     return median(one / other for one, other in pairs)
 
 

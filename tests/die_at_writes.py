@@ -10,6 +10,7 @@ STRIDE 3 takes every third chance.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import lightning_fabric  # noqa: F401 - imported before any fork
 
-import moce.runs.folder
+import moce.runs.files
 from moce.cli import main
 from moce.commands import finetune, pretrain, train  # noqa: F401
 from moce.training import metrics as log
@@ -41,7 +42,7 @@ class Chances:
 def arm(fatal: int) -> Chances:
     """Put chances to die before and after what moce does with files."""
     chances = Chances(fatal)
-    make, replace, append = tempfile.mkstemp, Path.replace, moce.runs.append_line
+    make, replace, append = tempfile.mkstemp, Path.replace, moce.runs.files.append_line
 
     def mkstemp(*given, **more):
         handle, name = make(*given, **more)
@@ -61,7 +62,7 @@ def arm(fatal: int) -> Chances:
     def appending(path, content):
         if chances.come():
             with path.open("a") as file:
-                file.write(moce.runs.json.dumps(content)[:20])
+                file.write(json.dumps(content)[:20])
             die()
         append(path, content)
 

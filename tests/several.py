@@ -15,7 +15,7 @@ from moce.runtime.launch import launch
 
 for job in json.loads(Path(sys.argv[1]).read_text()):
     try:
-        COMMANDS[job["verb"]].run(job["settings"])
+        COMMANDS[job["command"]].run(job["settings"])
     except Exception:
         note = Path(f"{job['settings']['out']}.error.{launch().rank}")
         note.write_text(traceback.format_exc())

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import draw, mae_step, measure, moce_step, selection, startup
 from benchmarks.candidates import CONTENDERS, Case
 
-TIMED = {"contender", "repeat", "seconds"}
+TIMED = {"candidate", "repeat", "seconds"}
 CASE = {"size", "batch", "threads", "precision", "device"}
 
 
@@ -23,7 +23,7 @@ def rows_of(benchmark: ModuleType, part: str, out: Path) -> list[dict]:
 
 
 def names(rows: list[dict]) -> set[str]:
-    return {row["contender"] for row in rows}
+    return {row["candidate"] for row in rows}
 
 
 def test_mae_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,8 +96,8 @@ MOMENTS = [
     (feature_file, "unit", 3),
     (iterations, "write_tensors", 1),
     (iterations, "write_tensors", 4),
-    (cluster, "save_round", 9),
-    (balanced, "sweep", 12),
+    (cluster, "save_iteration", 9),
+    (balanced, "score_pass", 12),
     (cluster, "write_assignments", 1),
     (cluster, "write_model", 1),
 ]
@@ -144,7 +144,7 @@ def test_a_packed_file_is_read_on_where_it_was(inputs, tmp_path: Path, monkeypat
 
 def test_features_are_not_extracted_twice(inputs, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cluster, "save_round", counted(iterations.save_iteration, 1, kill))
+        patch.setattr(cluster, "save_iteration", counted(iterations.save_iteration, 1, kill))
         with pytest.raises(Killed):
             run(inputs, tmp_path / "run")
     monkeypatch.setattr(cluster, "feature_batches", lambda *a, **k: pytest.fail("extracted again"))
@@ -153,7 +153,7 @@ def test_features_are_not_extracted_twice(inputs, tmp_path: Path, monkeypatch) -
 
 @pytest.mark.parametrize(
     ("place", "name", "number", "words"),
-    [(feature_file.FeatureFile, "tensor", 1, "round 0,"), (cluster, "save_round", 3, "round 3,"),
+    [(feature_file.FeatureFile, "tensor", 1, "round 0,"), (cluster, "save_iteration", 3, "round 3,"),
      (cluster, "feature_width", 1, "16 of 160 features")],
 )  # fmt: skip
 def test_signal_saves_and_says_how_to_go_on(
@@ -172,7 +172,7 @@ def test_signal_saves_and_says_how_to_go_on(
 
 def test_damaged_round_is_passed_over(inputs, straight: Path, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cluster, "save_round", counted(iterations.save_iteration, 3, kill))
+        patch.setattr(cluster, "save_iteration", counted(iterations.save_iteration, 3, kill))
         with pytest.raises(Killed):
             run(inputs, tmp_path / "run")
     kept = tmp_path / "run" / "state" / iterations.FILE

@@ -92,7 +92,7 @@ def flat(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_describes_every_setting_and_gives_an_example(command: str, capsys) -> None:
     assert run_command([command, "--help"]) == 0
     shown = flat(capsys.readouterr().out)
@@ -107,12 +107,12 @@ def test_help_describes_every_setting_and_gives_an_example(command: str, capsys)
     assert flat("example: " + COMMANDS[command].example) in shown
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_examples_are_valid_commands(command: str) -> None:
     from moce.cli import _values, build_parser
 
     options = vars(build_parser().parse_args(COMMANDS[command].example.split()[1:]))
-    options.pop("verb")
+    options.pop("command")
     settings = COMMANDS[command].settings
     parse(settings, _values(settings, options))
 
@@ -126,7 +126,10 @@ def test_help_of_all_names_every_verb(capsys) -> None:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import moce", "import moce.cli, moce.config, moce.registry; moce.cli.build_parser()"],
+    [
+        "import moce",
+        "import moce.cli, moce.config, moce.commands.registry; moce.cli.build_parser()",
+    ],
 )
 def test_importing_is_light(statement: str) -> None:
     heavy = (

@@ -80,7 +80,7 @@ def test_runs_killed_at_random_end_as_if_nothing_had_happened(tmp_path: Path) ->
     assert story.kills == 3 and not story.different, story.lines
 
 
-@pytest.mark.parametrize(("verb", "stride"), [("pretrain", 1), ("moce", 4), ("finetune", 4)])
+@pytest.mark.parametrize(("command", "stride"), [("pretrain", 1), ("moce", 4), ("finetune", 4)])
 def test_a_run_that_dies_at_any_dealing_with_a_file_goes_on(
     command: str, stride: int, runs: Runs, tmp_path: Path
 ) -> None:
@@ -99,7 +99,7 @@ def test_a_run_that_dies_at_any_dealing_with_a_file_goes_on(
 # --- signals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "train", "finetune"])
+@pytest.mark.parametrize("command", ["pretrain", "train", "finetune"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(
     command: str, number: signal.Signals, runs: Runs, tmp_path: Path

@@ -151,7 +151,7 @@ def test_no_lane_begins_another_part_after_an_error_or_ctrl_c(by: str) -> None:
 
 
 def test_few_lanes_share_many_threads(monkeypatch) -> None:
-    monkeypatch.setattr(thread_parallel, "LANES", 2)
+    monkeypatch.setattr(thread_parallel, "MOST_THREADS", 2)
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(5)  # two lanes of two threads
     loss = mae_loss()
@@ -192,7 +192,7 @@ def test_parts_of_a_mixture_have_images_of_few_routes(tmp_path) -> None:
     assert stage.part == part_size(moce.mae) > 1
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "moce"])
+@pytest.mark.parametrize("command", ["pretrain", "moce"])
 def test_a_run_on_several_threads_resumes_alike(
     command: str, threads: int, runs, tmp_path: Path
 ) -> None:

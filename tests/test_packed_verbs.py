@@ -57,7 +57,7 @@ def test_finetune_scores_a_packed_task_as_the_folder(runs: Runs, packed, tmp_pat
         for n, data in enumerate((runs.task, packed[1]))
     ]
     assert values[0] == values[1]
-    one, other = (moce.runs.read_tensors(tmp_path / n / "model.safetensors") for n in "01")
+    one, other = (moce.runs.files.read_tensors(tmp_path / n / "model.safetensors") for n in "01")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -103,7 +103,7 @@ def test_headroom_and_report_take_packed_images_and_a_file_of_weights(
 def test_a_file_of_weights_is_exported(kind: str, file: Path, runs: Runs, tmp_path: Path) -> None:
     folder = moce.export(file, format=kind, out=tmp_path / "out").folder
     again = moce.export(runs.mae, format=kind, out=tmp_path / "again").folder
-    one, other = (moce.runs.read_tensors(f / "model.safetensors") for f in (folder, again))
+    one, other = (moce.runs.files.read_tensors(f / "model.safetensors") for f in (folder, again))
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 

@@ -21,6 +21,7 @@ from moce.models.experts import apply_experts
 from moce.runs.files import read_tensors
 from moce.runs.model import read_metrics
 from moce.runtime import device as hardware
+from moce.runtime import fabric as fabrics
 from moce.runtime import launch as launching
 from moce.runtime.launch import ALONE, Launch
 from moce.training.metrics import flatten
@@ -134,11 +135,11 @@ def test_fabric_takes_the_device_of_a_process(
     for name, value in {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3",
                         "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_JOB_NAME": "x"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(hardware, "launch", lambda: Launch(4, 3, 2, 1, 1, "srun"))
+    monkeypatch.setattr(fabrics, "launch", lambda: Launch(4, 3, 2, 1, 1, "srun"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("lightning_fabric.accelerators.cuda.num_cuda_devices", lambda: 1)
     monkeypatch.setattr(Fabric, "launch", lambda self: None)
-    fabric = hardware.open_fabric(torch.device("cuda", 0), "float32", strategy)
+    fabric = fabrics.open_fabric(torch.device("cuda", 0), "float32", strategy)
     held: Any = fabric.strategy
     assert held.root_device == torch.device("cuda", 0)
     assert (held.num_nodes, held.num_processes, held.world_size) == (2, 2, 4)
@@ -153,8 +154,8 @@ def test_processes_share_out_a_batch(
     import moce.data.loader as batches
     import moce.runtime.distributed as shared
 
-    monkeypatch.setattr(shared, "world", lambda: processes)
-    monkeypatch.setattr(batches, "world", lambda: processes)
+    monkeypatch.setattr(shared, "world_size", lambda: processes)
+    monkeypatch.setattr(batches, "world_size", lambda: processes)
     rows: list[int] = []
     passes = set()
     for here in range(processes):
@@ -175,7 +176,7 @@ def test_an_expert_without_images_still_has_gradients_where_others_may_use_it(
     layers = torch.nn.ModuleList(tiny_mae().encoder.blocks)
     tokens = torch.randn(3, 5, 32)
     expected = apply_experts(layers, tokens, torch.tensor([0, 2, 0]))
-    monkeypatch.setattr(experts, "world", lambda: 2)
+    monkeypatch.setattr(experts, "world_size", lambda: 2)
     mixed = apply_experts(layers, tokens, torch.tensor([0, 2, 0]))
     assert torch.equal(mixed, expected)
     mixed.sum().backward()
@@ -244,7 +245,10 @@ def made(runs, tmp_path_factory: pytest.TempPathFactory) -> Made:
         update = {"strategy": strategy, "batch_size": 13, "micro_batch_size": 4}
         jobs[f"uneven_{name}_{strategy}"] = (name, update)
     listed = [
-        {"verb": verb_of(name), "settings": {**settings[name], **update, "out": str(folder / job)}}
+        {
+            "command": verb_of(name),
+            "settings": {**settings[name], **update, "out": str(folder / job)},
+        }
         for job, (name, update) in jobs.items()
     ]
     (folder / "jobs.json").write_text(json.dumps(listed))
@@ -308,7 +312,7 @@ def test_a_run_stopped_by_sigterm_is_resumed(strategy: str, made: Made, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("verb", "update", "line"),
+    ("command", "update", "line"),
     [
         ("pretrain", {"data": "nowhere"}, "no such images"),
         ("pretrain", {"batch_size": 5, "micro_batch_size": 2, "steps": 2}, "without an image"),

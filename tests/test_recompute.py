@@ -68,7 +68,7 @@ def test_checkpointing_gives_the_same_gradients(name: str) -> None:
     assert all(getattr(layer, n) is None for layer in layers for n in layer.OF_A_PASS)
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_runs_with_checkpointing_are_the_same(command: str, runs, tmp_path: Path) -> None:
     """Drop path, too, drops the same the second time."""
     made = []

@@ -337,7 +337,7 @@ def test_a_wrong_suite_is_refused(name: str, runs, tmp_path: Path, capsys) -> No
 
 
 @pytest.mark.parametrize(
-    "verb", [command for command in COMMANDS if command not in ("demo", "doctor")]
+    "command", [command for command in COMMANDS if command not in ("demo", "doctor")]
 )
 def test_a_verb_without_arguments_says_what_it_needs(
     command: str, tmp_path, capsys, monkeypatch

@@ -14,7 +14,7 @@ from conftest import Runs
 from test_training import run_verb, same_losses, same_weights, stop_after
 
 import moce
-import moce.runs.folder
+import moce.runs.files
 from moce.cli import main
 from moce.config import PretrainSettings
 from moce.data.load import load_images
@@ -30,7 +30,7 @@ QUICK = {**PRETRAIN, "steps": 6, "save_every": 3}
 # --- what is kept ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "mae", "moce", "sdr", "token_moe", "finetune"])
+@pytest.mark.parametrize("command", ["pretrain", "mae", "moce", "sdr", "token_moe", "finetune"])
 def test_sums_between_rows_survive_a_stop(command: str, runs: Runs, tmp_path: Path) -> None:
     """Stopped between rows, with a checkpoint that falls on none of them."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -267,11 +267,11 @@ def test_what_the_system_refuses_leaves_nothing_half_written(tmp_path: Path, mon
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(MoceError, match="No space left on device"):
-        moce.runs.write_text(tmp_path / "file", "text")
+        moce.runs.files.write_text(tmp_path / "file", "text")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     with pytest.raises(MoceError, match=r"cannot write .*: No such file or directory"):
-        moce.runs.write_text(tmp_path / "none" / "file", "text")
+        moce.runs.files.write_text(tmp_path / "none" / "file", "text")
 
 
 @pytest.mark.parametrize(

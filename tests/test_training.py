@@ -246,8 +246,8 @@ def test_a_folder_another_process_writes_to_is_refused(runs, tmp_path: Path) -> 
     out = tmp_path / "run"
     out.mkdir()
     code = (
-        "import sys; from pathlib import Path; from moce.claims import claim; "
-        "claim(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from moce.runs.lock import lock_folder; "
+        "lock_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(out)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

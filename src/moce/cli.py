@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     0 done, 1 the system failed it, 2 a mistake to mend, 130 or 143 stopped by Ctrl-C or SIGTERM.
     """
     options = vars(build_parser().parse_args(arguments))
-    name = options.pop("verb")
+    name = options.pop("command")
     if name is None:
         build_parser().print_help()
         return 2
@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         "See it all at once: moce demo",
     )
     parser.add_argument("--version", action="version", version=f"moce {version('moce')}")
-    commands = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for command in COMMANDS.values():
         _add_command(commands, command)
     return parser
@@ -133,7 +133,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _nearer(message: str) -> str:
     """argparse's message; of an unknown verb, ours, with the nearest one."""
-    found = re.match(r"argument VERB: invalid choice: '(.*?)' \(", message, re.DOTALL)
+    found = re.match(r"argument COMMAND: invalid choice: '(.*?)' \(", message, re.DOTALL)
     if found is None:
         return message
     near = difflib.get_close_matches(found[1], COMMANDS, n=1)

@@ -17,7 +17,7 @@ from moce.runs.model import STATE
 from moce.runtime.distributed import all_reduce, is_rank0, shard_range
 
 FILE = "round.safetensors"
-TENSORS = ("centroids", "potentials", "assignment", "guide")
+TENSORS = ("centroids", "potentials", "assignment", "sample_potentials")
 
 
 def save_iteration(folder: Path, state: Iteration, count: int) -> None:

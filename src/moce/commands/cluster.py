@@ -34,9 +34,9 @@ from moce.runs.assignments import write_assignments
 from moce.runs.model import INFO, STATE, read_model, write_model
 from moce.runs.resume import start_run
 from moce.runtime.device import fits_on
-from moce.runtime.distributed import barrier, is_rank0, shard_range, world_size
+from moce.runtime.distributed import agreed_signal, barrier, is_rank0, shard_range, world_size
 from moce.runtime.progress import log, meter
-from moce.runtime.signals import StopRequest, agreed, stop_request
+from moce.runtime.signals import StopRequest, stop_request
 from moce.training.metrics import MetricLog
 from moce.weights.resolve import start_from
 
@@ -189,7 +189,7 @@ class _Job:
 
     def _leave_if_asked(self, done: str) -> None:
         """Raise Interrupted if any process was asked to stop."""
-        received = agreed(self.stop.received)
+        received = agreed_signal(self.stop.received)
         if received is not None:
             raise Interrupted(received, self.settings.out, done)
 

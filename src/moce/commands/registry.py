@@ -35,7 +35,7 @@ class Command:
                 f"run it without {launch().by}"
             )
         with locks_released():
-            return import_module(f"moce.verbs.{self.name}").run(settings)
+            return import_module(f"moce.commands.{self.name}").run(settings)
 
 
 COMMANDS = {

@@ -6,6 +6,7 @@ on the CPU goes by gloo, what is on accelerators by nccl.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -98,3 +99,11 @@ def destroy_process_group() -> None:
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def agreed_signal(received: signal.Signals | None) -> signal.Signals | None:
+    """A signal if any process has received one, so that all stop after the same step."""
+    if world_size() == 1:
+        return received
+    anyone = int(all_reduce(torch.tensor(int(received is not None)))) > 0
+    return received or (signal.SIGTERM if anyone else None)

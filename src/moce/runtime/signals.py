@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-import torch
-
 from moce.errors import Terminated
-from moce.runtime.distributed import all_reduce, world_size
 from moce.runtime.launch import launched_as_rank0
 
 Handler = Callable[[int, FrameType | None], None]
@@ -64,14 +61,6 @@ def _tell(message: str) -> None:
         return
     with suppress(OSError, ValueError, AttributeError):
         os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
-
-
-def agreed(received: signal.Signals | None) -> signal.Signals | None:
-    """A signal if any process has received one, so that all stop after the same step."""
-    if world_size() == 1:
-        return received
-    anyone = int(all_reduce(torch.tensor(int(received is not None)))) > 0
-    return received or (signal.SIGTERM if anyone else None)
 
 
 @contextmanager

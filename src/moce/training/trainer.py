@@ -19,11 +19,11 @@ from moce.errors import Interrupted, MoceError, NotFinite
 from moce.models.activation_checkpoint import set_checkpointing
 from moce.models.encoder import choose_attention
 from moce.runs.model import INFO, write_config
-from moce.runtime.distributed import all_reduce, barrier, is_rank0, rank, world_size
+from moce.runtime.distributed import agreed_signal, all_reduce, barrier, is_rank0, rank, world_size
 from moce.runtime.fabric import open_fabric
 from moce.runtime.fsdp import Replicated, Sharded
 from moce.runtime.progress import log, meter
-from moce.runtime.signals import agreed, stop_request
+from moce.runtime.signals import stop_request
 from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from moce.training.idle_experts import IdleExperts
 from moce.training.metrics import MetricLog, Window, remedy
@@ -130,7 +130,7 @@ class _Loop:
                 rate = self._set_rate(number)
                 self._step(number, batches)
                 # Read once: a later signal is for the next step.
-                received = agreed(stop.received)
+                received = agreed_signal(stop.received)
                 last = number + 1 == self.total
                 note = None
                 # Rows are where an uninterrupted run has them: asking to stop makes none.
