@@ -1,8 +1,8 @@
-# Every target makes .venv by itself; a second run finds it ready and is quick.
+# Every target creates .venv if it is missing; a second run reuses it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread per test process: small models gain nothing from more.
+# One thread per test process: more do not speed up small models.
 TESTS := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2
 
 .PHONY: demo test test-slow lint types check clean
@@ -10,16 +10,19 @@ TESTS := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2
 
 help:
 	@echo "make demo       pre-train, cluster, train experts, customize for six tasks (about 8 minutes)"
-	@echo "make test       the fast tests"
-	@echo "make test-slow  the slow tests (end-to-end runs)"
-	@echo "make check      what continuous integration runs: tests, lint, types"
+	@echo "make test       run the fast tests"
+	@echo "make test-slow  run the slow tests (end to end)"
+	@echo "make lint       check style (ruff)"
+	@echo "make types      check types (mypy)"
+	@echo "make check      run all checks, as continuous integration does"
+	@echo "make clean      delete .venv, runs and caches"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "moce needs Python 3.11 or newer; try: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The stamps are remade when the dependencies change.
+# Stamp files: reinstall when the dependencies change.
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
