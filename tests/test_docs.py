@@ -1,4 +1,4 @@
-"""The docs name files that exist: paths in backticks, and targets of links."""
+"""The docs name files that exist, and CONTRIBUTING.md draws the folders as they are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_architecture import FLOORS
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "moce"
@@ -13,6 +14,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 DATED = {"log.md", "CHANGELOG.md"}  # they also name files of their time: only links count there
 PATH = re.compile(r"`([\w./]+(?:\.(?:py|md|yaml)|/))`")
+FLOOR = re.compile(r"^    [├└]── (\w+)(?:/|\.py) ", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#]+)")
 
 
@@ -34,3 +36,9 @@ def test_paths_exist(page: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = {link for link in LINK.findall(page.read_text()) if "://" not in link}
     assert not {link for link in links if not (page.parent / link).exists()}
+
+
+def test_the_picture_of_the_house_has_its_floors() -> None:
+    """CONTRIBUTING.md lists the folders from the top down, and the package before them."""
+    drawn = FLOOR.findall((ROOT / "CONTRIBUTING.md").read_text())
+    assert drawn == ["__init__", *(name for name in reversed(FLOORS) if name != "__main__")]
