@@ -1,1 +1,1 @@
-"""One adapter per format: tensor names and config files of other libraries, in and out."""
+"""One adapter per format: tensor names and config files of other libraries."""
