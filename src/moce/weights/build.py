@@ -83,27 +83,34 @@ def build_mae(weights: MAEWeights, overrides: ModelOverrides) -> tuple[MAESpec, 
     notes = list(weights.notes)
     tensors = {f"encoder.{key}": value for key, value in weights.encoder.items()}
     tensors |= {f"decoder.{key}": value for key, value in weights.decoder.items()}
-    fresh: list[str] = []  # prefixes of weights that no file needs to have
+    old_patch = _resample_patches(tensors, mae, notes)
+    _resample_positions(tensors, mae, _grid(weights, arguments), notes)
+    fresh = _fresh_prefixes(weights, overrides, old_patch, notes)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(fresh)}
+    expected = {name for name in mae.state_dict() if not name.startswith(fresh)}
+    _check_names(tensors.keys(), expected, weights.path, overrides, notes)
+    _load(mae, {name: v for name, v in tensors.items() if name in expected}, weights.path)
+    return spec, mae, notes
+
+
+def _fresh_prefixes(
+    weights: MAEWeights, overrides: ModelOverrides, old_patch: str | None, notes: list[str]
+) -> tuple[str, ...]:
+    """Prefixes of the weights that start fresh whatever the file has; adds notes on the decoder."""
     if not weights.decoder:
         notes.append(f"{weights.path} has no decoder: it starts fresh")
-        fresh.append("decoder.")
-    elif not (overrides.decoder_heads or weights.decoder_heads):
+        return ("decoder.",)
+    if not (overrides.decoder_heads or weights.decoder_heads):
         notes.append(
             f"decoder with {facebook.DECODER_HEADS} attention heads, as in all released models "
             "(change it by --decoder-heads)"
         )
-    old_patch = _resample_patches(tensors, mae, notes)
-    if old_patch and weights.decoder:
-        notes.append(
-            f"the decoder's last layer predicts patches of {old_patch} pixels: it starts fresh"
-        )
-        fresh.append("decoder.head.")
-        tensors = {k: v for k, v in tensors.items() if not k.startswith("decoder.head.")}
-    _resample_positions(tensors, mae, _grid(weights, arguments), notes)
-    expected = {name for name in mae.state_dict() if not name.startswith(tuple(fresh))}
-    _check_names(tensors.keys(), expected, weights.path, overrides, notes)
-    _load(mae, {k: v for k, v in tensors.items() if k in expected}, weights.path)
-    return spec, mae, notes
+    if not old_patch:
+        return ()
+    notes.append(
+        f"the decoder's last layer predicts patches of {old_patch} pixels: it starts fresh"
+    )
+    return ("decoder.head.",)
 
 
 def _architecture(weights: MAEWeights, overrides: ModelOverrides) -> tuple[str, dict[str, Any]]:

@@ -60,7 +60,7 @@ def matches(raw: RawWeights) -> bool:
 
 
 def read(raw: RawWeights) -> MAEWeights:
-    """Raises MoceError for other models of Transformers, and for activations other than GELU."""
+    """Raises MoceError for other model types, and for activations other than GELU."""
     config, notes = raw.config, list(raw.notes)
     _check_config(config, raw.path)
     if config.get("layer_norm_eps", EPS) != EPS:
@@ -117,7 +117,7 @@ def _renamed(name: str) -> str:
 
 
 def _concatenate(tensors: Tensors) -> Tensors:
-    """Concatenate queries, keys and values, and gate and value of a SwiGLU, as timm has them."""
+    """One matrix for queries, keys and values, and one for gate and value of a SwiGLU."""
     for whole, parts in CONCATENATED.items():
         for first in [name for name in tensors if parts[0] in name]:
             found = [tensors.pop(first.replace(parts[0], part)) for part in parts]
