@@ -54,7 +54,7 @@ def same_loss(one: MAE, other: MAE) -> None:
 # --- facebookresearch/mae ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["wrapped", "bare", "data_parallel", "safetensors"])
+@pytest.mark.parametrize("form", ["wrapped", "bare", "module", "_orig_mod", "safetensors"])
 def test_files_of_facebookresearch_mae(form: str, tmp_path: Path) -> None:
     mae = tiny_mae()
     tensors = facebook_tensors(mae)
@@ -63,9 +63,9 @@ def test_files_of_facebookresearch_mae(form: str, tmp_path: Path) -> None:
         path = tmp_path / "mae.safetensors"
         save_file({k: v.contiguous() for k, v in tensors.items()}, path)
     else:
-        parallel = {f"module.{k}": v for k, v in tensors.items()}
+        prefixed = {f"{form}.{k}": v for k, v in tensors.items()}  # by DDP or torch.compile
         content = {"wrapped": {"model": tensors, "epoch": 3}, "bare": tensors}
-        path = save_pth(tmp_path / "mae.pth", content.get(form, {"model": parallel}))
+        path = save_pth(tmp_path / "mae.pth", content.get(form, {"model": prefixed}))
     found, _ = read(path)
     same_loss(found, mae)
 
