@@ -1,4 +1,4 @@
-"""Bad input that once did harm or ended in a traceback."""
+"""Bad input that once did harm or caused a traceback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ARGS = "{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}"
 
 
 def refused(capsys: pytest.CaptureFixture, *words: object) -> str:
-    """The one line with which a command is refused."""
+    """Assert that a command is refused; returns the line."""
     assert main([str(word) for word in words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert "Traceback" not in lines[-1]
@@ -64,13 +64,15 @@ def test_resume_does_not_write_among_other_files(runs, tmp_path: Path, capsys) -
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "[1"])
-def test_a_damaged_config_is_told_in_one_line(runs, tmp_path: Path, capsys, content: str) -> None:
+def test_a_damaged_config_is_refused_in_one_line(
+    runs, tmp_path: Path, capsys, content: str
+) -> None:
     run = copy_run(runs.mae, tmp_path / "run")
     (run / "config.yaml").write_text(content)
     assert "config.yaml" in refused(capsys, "pretrain", runs.data, "--out", run, "--resume")
 
 
-def test_metrics_that_are_gone_are_told(runs, tmp_path: Path, capsys) -> None:
+def test_missing_metrics_are_reported(runs, tmp_path: Path, capsys) -> None:
     run = copy_run(runs.mae, tmp_path / "run")
     (run / "metrics.jsonl").unlink()
     assert "metrics.jsonl" in refused(capsys, "pretrain", runs.data, "--out", run, "--resume")
@@ -97,7 +99,7 @@ def test_a_mirrored_array_is_an_array(runs) -> None:
         bank.select(pixels, threshold=7)
 
 
-def test_the_home_folder_is_understood_without_a_shell(runs, tmp_path, monkeypatch) -> None:
+def test_the_home_folder_is_expanded_without_a_shell(runs, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     result = moce.cluster(
         runs.data, mae=runs.mae, out="~/clusters", num_clusters=CLUSTERS, **RUNTIME
@@ -106,7 +108,7 @@ def test_the_home_folder_is_understood_without_a_shell(runs, tmp_path, monkeypat
 
 
 def test_the_output_folder_itself_stays(runs, tmp_path: Path) -> None:
-    """It may be a mount point: only what is in it is replaced."""
+    """It may be a mount point: only its contents are replaced."""
     (tmp_path / "out").mkdir()
     for options in ({}, {"overwrite": True}):
         inode = (tmp_path / "out").stat().st_ino

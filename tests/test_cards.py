@@ -1,4 +1,4 @@
-"""The README.md of what goes out: what it is, where from, and a call that works as it stands there."""
+"""The README.md of an export: facts, metadata for the Hugging Face hub, and code that runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import batch, customize
+from huggingface_hub import ModelCard
 from torch.testing import assert_close
 
 import moce
@@ -20,8 +21,8 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 DENSE = ["timm", "transformers", "torch", pytest.param("onnx", marks=pytest.mark.slow)]
 
 
-def call_of(card: str, folder: Path, images: torch.Tensor) -> dict:
-    """What the card's Python leaves behind, run as it stands but for the folder's name."""
+def run_code(card: str, folder: Path, images: torch.Tensor) -> dict:
+    """The variables after running the card's Python with the folder's name filled in."""
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     names: dict = {"images": images}
     with torch.no_grad():
@@ -35,7 +36,7 @@ def features_of(vit, images: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", DENSE)
-def test_the_card_of_a_task_says_what_it_got_and_how_to_load_it(kind, runs, tmp_path: Path) -> None:
+def test_the_card_of_a_task_has_facts_and_code_that_loads_it(kind, runs, tmp_path: Path) -> None:
     result = customize(runs.moce, runs.task, tmp_path / "out", format=kind)
     card, choice = (result.folder / "README.md").read_text(), result.choice
     for fact in (
@@ -51,7 +52,7 @@ def test_the_card_of_a_task_says_what_it_got_and_how_to_load_it(kind, runs, tmp_
     assert result.load_it in card.replace("THIS_FOLDER", str(result.folder))
     images, _, _ = batch(3)
     expected = features_of(moce.load(runs.moce).backbone(choice), images)
-    found = torch.as_tensor(call_of(card, result.folder, images)["features"])
+    found = torch.as_tensor(run_code(card, result.folder, images)["features"])
     assert_close(found, expected, **CLOSE)
 
 
@@ -67,7 +68,7 @@ def test_the_card_of_a_route(kind, runs, tmp_path: Path) -> None:
     assert f"- source: {runs.moce.name}" in card and "- clusters: " in card
     assert f"- route: {route_name(route)} ({share:.0%} of the training images)" in card
     images, _, _ = batch(2)
-    found = torch.as_tensor(call_of(card, folder, images)["features"])
+    found = torch.as_tensor(run_code(card, folder, images)["features"])
     assert_close(found, features_of(bank.backbone(bank.route_choice(route)), images), **CLOSE)
 
 
@@ -77,9 +78,22 @@ def test_the_card_of_an_mae(kind: str, runs, tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     assert f"- source: {runs.mae.name}, MAE" in card
     images, _, _ = batch(2)
-    left = call_of(card, folder, images)
+    names = run_code(card, folder, images)
     if kind == "transformers":
-        assert left["loss"].isfinite() and type(left["model"]).__name__ == "ViTMAEForPreTraining"
+        assert names["loss"].isfinite() and type(names["model"]).__name__ == "ViTMAEForPreTraining"
     else:
         vit = load_mae(runs.mae)[1].eval().encoder
-        assert_close(left["features"], features_of(vit, images), **CLOSE)
+        assert_close(names["features"], features_of(vit, images), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "library"), [("timm", "timm"), ("transformers", "transformers"), ("torch", "timm")]
+)
+def test_the_metadata_of_a_card_is_valid_and_states_no_license(
+    kind: str, library: str, runs, tmp_path: Path
+) -> None:
+    folder = moce.export(runs.mae, format=kind, out=tmp_path / "out").folder
+    data = ModelCard.load(folder / "README.md").data
+    assert data.library_name == library
+    assert data.pipeline_tag == "image-feature-extraction"
+    assert "moce" in data.tags and data.license is None

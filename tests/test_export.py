@@ -1,4 +1,4 @@
-"""Selection of experts for a task, and the dense timm backbone that is made of them."""
+"""Selection of experts for a task, and the dense timm backbone built from them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from moce.weights.formats.timm import write_timm_folder
 
 
 def bank_of(mixture) -> Bank:
-    """A bank around a mixture; its clusters are never asked, only `choose` and `backbone` are."""
+    """A bank for `choose` and `backbone`; its clusters are never used."""
     width = mixture.clusters.shape[1]
     clusters = ClusterModel(
         centroids=mixture.clusters,
@@ -88,7 +88,7 @@ def test_dense_encoder_folds_prob_scales_exactly_for_a_single_cluster() -> None:
         assert_close(dense, routed, atol=1e-5, rtol=1e-5)
 
 
-def test_dense_encoder_leaves_the_mixture_alone_and_shares_nothing_with_it() -> None:
+def test_dense_encoder_shares_no_memory_with_the_mixture() -> None:
     mixture = tiny_moce(tiny_mae(), different=True)
     before = {name: value.clone() for name, value in mixture.state_dict().items()}
     dense = bank_of(mixture).backbone(bank_of(mixture).choose(on(0, 1, 2), 0.5, "merge"))
@@ -99,7 +99,7 @@ def test_dense_encoder_leaves_the_mixture_alone_and_shares_nothing_with_it() -> 
     assert len(mixture.experts) == len(BLOCKS)
 
 
-def test_merging_with_one_hot_shares_is_that_expert() -> None:
+def test_merging_with_a_one_hot_share_is_that_expert() -> None:
     layer = tiny_moce(tiny_mae(), different=True).experts[0]
     for expert in range(EXPERTS):
         share = one_hot(torch.tensor(expert), EXPERTS).double()
@@ -118,7 +118,7 @@ def test_merging_averages_parameters_and_scales_the_last_layer() -> None:
         assert_close(merged[name], 0.25 * a * first[name] + 0.75 * b * third[name])
 
 
-def test_merge_of_a_task_on_one_route_is_the_route() -> None:
+def test_merge_of_a_task_on_one_route_equals_the_route() -> None:
     mixture = tiny_moce(tiny_mae(), different=True)
     bank, (images, _, _) = bank_of(mixture), batch(4)
     for cluster in (0, 5):
@@ -191,7 +191,7 @@ def test_generalist_weighs_experts_by_the_training_images() -> None:
         ([0, 0, 9, 0], 1.0, "route"),
     ],
 )
-def test_auto_takes_the_winner_from_the_threshold_on(
+def test_auto_takes_the_winner_at_the_threshold(
     histogram: list[int], threshold: float, strategy: str
 ) -> None:
     assert pick(histogram, threshold=threshold).strategy == strategy
@@ -247,7 +247,7 @@ def load_without_moce(folder: Path, images: torch.Tensor, work: Path) -> tuple[d
 
 
 @pytest.mark.slow
-def test_a_folder_loads_with_timm_where_there_is_no_moce(runs, tmp_path: Path) -> None:
+def test_a_folder_loads_with_timm_without_moce(runs, tmp_path: Path) -> None:
     bank = moce.load(runs.moce)
     images, _, _ = batch(6)
     folder = customize(runs.moce, runs.task, tmp_path / "out", strategy="route").folder
@@ -281,7 +281,18 @@ def test_encoders_of_other_shapes_load_with_timm(arguments: dict, tmp_path: Path
     assert_close(loaded(images), pooled, atol=1e-5, rtol=1e-5)
 
 
-def test_a_fine_tuned_folder_predicts_as_it_was_scored(runs, tmp_path: Path) -> None:
+def test_an_export_carries_nothing_of_timms_own_weights(runs) -> None:
+    """Their tag, address and license belong to other weights of the same architecture."""
+    config = json.loads((runs.backbone / "config.json").read_text())
+    assert config["pretrained_cfg"]["tag"] == "moce"
+    base = timm.create_model(config["architecture"]).pretrained_cfg
+    assert base["license"] and base["hf_hub_id"]
+    for cfg in (config["pretrained_cfg"], moce.load(runs.moce).customize(runs.task).pretrained_cfg):
+        assert not {"license", "hf_hub_id", "url", "origin_url", "paper_ids"} & cfg.keys()
+        assert base["tag"] not in cfg.values()
+
+
+def test_a_fine_tuned_folder_predicts_as_reported(runs, tmp_path: Path) -> None:
     result = moce.finetune(
         runs.backbone, runs.task, out=tmp_path / "run", epochs=2, batch_size=8, **RUNTIME
     )
@@ -314,7 +325,7 @@ def _sample(path: Path):
     return Sample(str(path), lambda: Image.open(path))
 
 
-def test_bank_assigns_training_images_as_they_were_trained(runs) -> None:
+def test_bank_assigns_training_images_as_in_training(runs) -> None:
     bank, known = moce.load(runs.moce), read_assignments(runs.clusters)
     images = load_images(str(runs.data), (16, 16))
     cluster, similarity = bank.assign(images)
@@ -332,7 +343,7 @@ def test_customized_vit_is_trainable_and_equals_the_folder(runs) -> None:
 
 
 @pytest.mark.parametrize("images", [[], 7, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), [3]])
-def test_bank_refuses_what_are_no_images(runs, images: object) -> None:
+def test_bank_refuses_other_things_than_images(runs, images: object) -> None:
     with pytest.raises(moce.MoceError):
         moce.load(runs.moce).select(images)
 
@@ -342,7 +353,7 @@ def test_a_route_no_cluster_takes_is_refused(runs) -> None:
         moce.load(runs.moce).route_choice((99, 99))
 
 
-def test_selection_file_says_what_was_chosen(runs) -> None:
+def test_selection_file_is_the_choice(runs) -> None:
     content = json.loads((runs.backbone / "selection.json").read_text())
     choice = moce.load(runs.moce).select(str(runs.task))
     assert content == json.loads(json.dumps(choice.to_json()))

@@ -17,7 +17,7 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def reference_of(mae: MAE) -> ViTMAEForPreTraining:
-    """The same network of Transformers, with the weights of `mae`."""
+    """The same model in Transformers, with the weights of `mae`."""
     config = ViTMAEConfig(
         hidden_size=32,
         num_hidden_layers=4,
@@ -42,7 +42,7 @@ def reference_of(mae: MAE) -> ViTMAEForPreTraining:
 
 
 def split_qkv(mae: MAE):
-    """Names and values of all weights, attention's joint projection in three."""
+    """Names and values of all weights, attention's joint projection split in three."""
     for name, value in mae.state_dict().items():
         if ".attn.qkv." in name:
             for part, third in zip("qkv", value.chunk(3), strict=True):
@@ -70,7 +70,7 @@ RENAMED = [
 
 
 def reference_name(name: str) -> str:
-    """Our name of a weight in the words of Transformers 5."""
+    """Transformers 5's name of a weight."""
     for pattern, replacement in RENAMED:
         name = re.sub(pattern, replacement, name)
     return name

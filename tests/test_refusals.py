@@ -67,11 +67,11 @@ SETTINGS: dict[str, Case] = {
     "negative heads": (
         lambda w: w.pretrain(None, "--model-args", "{patch_size: 4, embed_dim: 32, num_heads: -2}"), ""),
     "channels that are words": (
-        lambda w: w.pretrain(None, "--model-args", "{in_chans: x}"), "in_chans is a number, not 'x'"),
+        lambda w: w.pretrain(None, "--model-args", "{in_chans: x}"), "in_chans must be a number, not 'x'"),
     "three sides": (
         lambda w: w.pretrain(None, "--model-args", "{img_size: [8, 8, 8]}"), "[height, width]"),
     "a side that is a word": (
-        lambda w: w.cluster("--model-args", "{patch_size: x}", mae=_weights(w)), "patch_size is one"),
+        lambda w: w.cluster("--model-args", "{patch_size: x}", mae=_weights(w)), "patch_size must be one"),
     "a path with a zero byte": (lambda w: [*w.pretrain(), "--out", "a\0b"], "zero byte"),
     "decoder of odd width": (lambda w: w.pretrain(None, "--decoder-dim", 30), "30"),
     "decoder heads": (lambda w: w.pretrain(None, "--decoder-heads", 3), "heads"),
@@ -90,7 +90,7 @@ SETTINGS: dict[str, Case] = {
     "no size of a pack": (lambda w: ["pack", w.runs.data, "--out", w.file("a")], "--size"),
     "one label": (lambda w: w.probe("--num-labels", 1), "num_labels 1"),
     "allow all weights to be missing": (
-        lambda w: w.cluster("--allow-missing", "*", mae=_weights(w)), "would start any weight fresh"),
+        lambda w: w.cluster("--allow-missing", "*", mae=_weights(w)), "would let every weight start fresh"),
     # Settings that would be ignored.
     "experts of an MAE": (
         lambda w: w.train("--method", "mae"),
@@ -157,13 +157,13 @@ def _unfinished(w: World) -> Path:
 
 KINDS: dict[str, Case] = {
     "export a classifier": (
-        lambda w: w.export(run=w.edited("mae", "model.json", kind="classifier")), "timm loads as it is"),
+        lambda w: w.export(run=w.edited("mae", "model.json", kind="classifier")), "without an export"),
     "cluster by a classifier": (
         lambda w: w.cluster(mae=w.edited("mae", "model.json", kind="classifier")), "'classifier'"),
     "customize a mixture by tokens": (
         lambda w: w.customize(run=w.edited("mae", "model.json", kind="token_moe")), "'token_moe'"),
     "export a mixture by tokens": (
-        lambda w: w.export(run=w.edited("mae", "model.json", kind="token_moe")), "no dense ViT equals"),
+        lambda w: w.export(run=w.edited("mae", "model.json", kind="token_moe")), "no dense ViT is equivalent"),
     "an unfinished run": (
         lambda w: w.cluster(mae=_unfinished(w)), "is not finished"),
     "export an unfinished run": (lambda w: w.export(run=_unfinished(w)), "is not finished"),

@@ -1,4 +1,4 @@
-"""Damaged, edited, foreign and harmful files: one line that names them, and nothing written."""
+"""Damaged, edited, foreign and harmful files are refused in one line; nothing is written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def parquet(**columns: list) -> bytes:
 
 
 def header_of(length: int, text: bytes = b"{}") -> bytes:
-    """The start of a safetensors file whose header claims to be of some length."""
+    """The start of a safetensors file with a header of the claimed length."""
     return struct.pack("<Q", length) + text
 
 
@@ -132,7 +132,7 @@ DAMAGED: dict[str, Case] = {
     "a file of pickle to export": (lambda w: w.export(run=pickled(w)), "moce convert"),
     "a file of pickle to convert": (lambda w: w.convert(weights=pickled(w)), "--trust-pickle"),
     "a file of other tensors": (
-        lambda w: w.cluster(mae=_tensors(w, a=torch.zeros(2))), "no weights that moce knows"),
+        lambda w: w.cluster(mae=_tensors(w, a=torch.zeros(2))), "no weights that moce can read"),
     "a config of heads that are words": (
         lambda w: w.cluster(mae=_transformers(w, num_attention_heads="x")), "timm cannot build"),
     "a config of sizes that are words": (
@@ -201,7 +201,7 @@ def _assigned(w: World, clusters: list) -> Path:
 
 
 def png(width: int, height: int) -> bytes:
-    """A small file that claims to be of some size."""
+    """A small file that claims the given size in pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         check = zlib.crc32(kind + content).to_bytes(4, "big")
@@ -340,7 +340,7 @@ TABLE = {f"run: {k}": v for k, v in DAMAGED.items()} | {f"data: {k}": v for k, v
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_file_that_will_not_do_is_one_line(name: str, runs, tmp_path: Path, capsys) -> None:
+def test_an_unusable_file_is_refused_in_one_line(name: str, runs, tmp_path: Path, capsys) -> None:
     line = refuse(TABLE[name], runs, tmp_path, capsys)
     assert not Path("/tmp/b.png").exists() and not (tmp_path.parent / "a.png").exists()
     if name == "run: a file of pickle":
@@ -358,7 +358,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.bin", "a.npy", "pytorch_model.bin"])
-def test_what_pickle_would_run_is_not_run(name: str, runs, tmp_path: Path, capsys) -> None:
+def test_code_in_pickles_is_not_run(name: str, runs, tmp_path: Path, capsys) -> None:
     world, mark = World(runs, tmp_path), tmp_path / "mark"
     content = pickle.dumps({"model": Harmful(mark)})
     path = world.file(name, content)

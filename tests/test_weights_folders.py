@@ -1,4 +1,4 @@
-"""Folders of Transformers beyond ViT and ViTMAE: DINOv2, several files, preprocessing; DINOv2's own."""
+"""Transformers' DINOv2, models in several files, preprocessing; facebookresearch/dinov2."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def dinov2_of(kind: str, swiglu: bool):
 
 
 def same_tokens(theirs: torch.nn.Module, folder: Path) -> list[str]:
-    """Assert that moce reads the folder to the tokens of `theirs`; what it said."""
+    """Assert that a folder gives the tokens of `theirs`; returns the notes."""
     found, notes = read(folder, FRESH)
     images, _, _ = batch(3)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def same_tokens(theirs: torch.nn.Module, folder: Path) -> list[str]:
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("kind", DINOV2)
 def test_dinov2_folders_of_transformers(kind: str, swiglu: bool, form: str, tmp_path: Path) -> None:
-    """On disk 4.57 and 5.23 use the same names; in memory 5.23 has others."""
+    """4.57 and 5.23 write the same names; 5.23 has others in memory."""
     model = dinov2_of(kind, swiglu)
     model.save_pretrained(tmp_path, max_shard_size="20KB" if form == "several files" else "1GB")
     if form == "in memory":
@@ -134,24 +134,24 @@ def test_a_model_in_several_files(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight_map": {"a": "../../etc/passwd"}}, "no index of weights"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "no index of weights"),
-        ({"weight_map": {}}, "no index of weights"),
-        ({"weight_map": [1]}, "no index of weights"),
-        ({"weight_map": {"a": 3}}, "no index of weights"),
+        ({"weight_map": {"a": "../../etc/passwd"}}, "not an index of weights"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "not an index of weights"),
+        ({"weight_map": {}}, "not an index of weights"),
+        ({"weight_map": [1]}, "not an index of weights"),
+        ({"weight_map": {"a": 3}}, "not an index of weights"),
         ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors"),
-        ([1, 2], "no index of weights"),
+        ([1, 2], "not an index of weights"),
         ("{", "cannot read"),
     ],
 )
-def test_an_index_that_is_wrong_is_refused(change: object, message: str, tmp_path: Path) -> None:
+def test_a_wrong_index_is_refused(change: object, message: str, tmp_path: Path) -> None:
     index = sharded(tmp_path)
     index.write_text(change if isinstance(change, str) else json.dumps(change))
     with pytest.raises(MoceError, match=message):
         read_weights(tmp_path)
 
 
-def test_a_shard_that_lacks_what_the_index_names_is_refused(tmp_path: Path) -> None:
+def test_a_shard_without_weights_of_the_index_is_refused(tmp_path: Path) -> None:
     index = sharded(tmp_path)
     content = json.loads(index.read_text())
     name = next(iter(content["weight_map"].values()))
@@ -165,7 +165,7 @@ def test_a_shard_that_lacks_what_the_index_names_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("normalizes", [True, False])
-def test_pixels_are_normalized_as_the_folder_says(normalizes: bool, tmp_path: Path) -> None:
+def test_mean_and_std_come_from_the_folder(normalizes: bool, tmp_path: Path) -> None:
     ViTModel(ViTConfig(**TINY)).save_pretrained(tmp_path)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     processor = ViTImageProcessor(do_normalize=normalizes, image_mean=mean, image_std=std)
@@ -179,7 +179,7 @@ def test_pixels_are_normalized_as_the_folder_says(normalizes: bool, tmp_path: Pa
 
 
 def chunked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Blocks in chunks of one, numbered over all of them, as training leaves them."""
+    """Blocks in chunks of one, numbered over all chunks, as in training checkpoints."""
     names = {}
     for name, value in tensors.items():
         parts = name.split(".")
@@ -203,8 +203,8 @@ def test_training_checkpoints_of_dinov2(form: str, tmp_path: Path) -> None:
     assert any("DINO's projection head" in note for note in notes) == (form == "teacher")
 
 
-def test_dinov2_with_registers_goes_in_is_trained_on_and_goes_out(runs, tmp_path: Path) -> None:
-    """Untrained it comes out as it went in; trained, as its run has it."""
+def test_dinov2_with_registers_survives_import_training_and_export(runs, tmp_path: Path) -> None:
+    """Untrained, the export equals the input; trained, it equals the run."""
     model = dinov2_of("registers", swiglu=True)
     model.save_pretrained(tmp_path / "in")
     images, _, _ = batch(3)

@@ -1,4 +1,4 @@
-"""Weights of other libraries, read in: the same outputs, nothing lost, nothing loaded in silence."""
+"""Weights of other libraries give the same outputs; everything left out is reported."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def same_loss(one: MAE, other: MAE) -> None:
 # --- facebookresearch/mae ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["wrapped", "bare", "data_parallel", "safetensors"])
+@pytest.mark.parametrize("form", ["wrapped", "bare", "module", "_orig_mod", "safetensors"])
 def test_files_of_facebookresearch_mae(form: str, tmp_path: Path) -> None:
     mae = tiny_mae()
     tensors = facebook_tensors(mae)
@@ -63,14 +63,14 @@ def test_files_of_facebookresearch_mae(form: str, tmp_path: Path) -> None:
         path = tmp_path / "mae.safetensors"
         save_file({k: v.contiguous() for k, v in tensors.items()}, path)
     else:
-        parallel = {f"module.{k}": v for k, v in tensors.items()}
+        prefixed = {f"{form}.{k}": v for k, v in tensors.items()}  # by DDP or torch.compile
         content = {"wrapped": {"model": tensors, "epoch": 3}, "bare": tensors}
-        path = save_pth(tmp_path / "mae.pth", content.get(form, {"model": parallel}))
+        path = save_pth(tmp_path / "mae.pth", content.get(form, {"model": prefixed}))
     found, _ = read(path)
     same_loss(found, mae)
 
 
-def test_an_encoder_alone_gets_a_fresh_decoder_and_it_is_said(tmp_path: Path) -> None:
+def test_an_encoder_alone_gets_a_fresh_decoder_and_a_note(tmp_path: Path) -> None:
     mae = tiny_mae()
     path = save_pth(tmp_path / "mae.pth", {"model": facebook_tensors(mae, decoder=False)})
     found, notes = read(path, SMALL_DECODER)
@@ -79,7 +79,7 @@ def test_an_encoder_alone_gets_a_fresh_decoder_and_it_is_said(tmp_path: Path) ->
     assert "no decoder" in notes[-1]
 
 
-def test_sizes_and_heads_are_read_off_the_tensors_of_vit_base(tmp_path: Path) -> None:
+def test_sizes_and_heads_of_vit_base_are_inferred_from_shapes(tmp_path: Path) -> None:
     vit = timm.create_model("vit_base_patch16_224", num_classes=0, depth=1)
     path = save_pth(tmp_path / "base.pth", {"model": vit.state_dict()})
     spec, _, _ = build_mae(read_weights(path), ModelOverrides(decoder=(16, 1, 2)))
@@ -98,7 +98,7 @@ def test_positions_are_resampled_to_another_image_size(tmp_path: Path) -> None:
     assert sum("resampled from 4x4 to 6x4" in note for note in notes) == 2
 
 
-def test_the_heads_of_the_decoder_can_be_told(tmp_path: Path) -> None:
+def test_decoder_heads_can_be_set(tmp_path: Path) -> None:
     mae = tiny_mae()
     path = save_pth(tmp_path / "mae.pth", facebook_tensors(mae))
     given = {"data": "x", "mae": path, "out": tmp_path / "out", "model_args": {"num_heads": 2}}
@@ -109,7 +109,7 @@ def test_the_heads_of_the_decoder_can_be_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["junk.pth", "junk.bin", "junk.safetensors"])
-def test_a_file_that_is_no_weights_is_one_line(name: str, tmp_path: Path) -> None:
+def test_a_junk_file_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"junk")
     with pytest.raises(MoceError, match="cannot read weights"):
         read_weights(tmp_path / name)
@@ -157,9 +157,9 @@ def test_missing_weights_are_listed_and_refused_unless_allowed(tmp_path: Path) -
     assert "start fresh: decoder.norm.bias, norm.weight" in notes[-1]
 
 
-def test_surplus_weights_are_listed_and_refused_unless_allowed(tmp_path: Path) -> None:
+def test_unexpected_weights_are_listed_and_refused_unless_allowed(tmp_path: Path) -> None:
     path = broken(tmp_path, extra={"dist_token": torch.zeros(1, 1, 32)})
-    with pytest.raises(MoceError, match="left over: dist_token"):
+    with pytest.raises(MoceError, match="unexpected: dist_token"):
         read(path)
     overrides = ModelOverrides(
         None, {"num_heads": 2}, decoder_heads=2, allow_unexpected=("dist_*",)
@@ -173,7 +173,7 @@ def test_shapes_that_differ_are_named(tmp_path: Path) -> None:
         read(path)
 
 
-def test_heads_that_cannot_be_guessed_are_asked_for(tmp_path: Path) -> None:
+def test_heads_that_cannot_be_inferred_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(MoceError, match="num_heads"):
         read(broken(tmp_path), ModelOverrides())
 
@@ -194,7 +194,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
 
 
 def as_four(name: str) -> str:
-    """The decoder's names as Transformers 4.x writes them."""
+    """A decoder's name in Transformers 4.x."""
     return name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
 
 
@@ -217,7 +217,7 @@ def test_vitmae_folders_of_transformers(version: str, tmp_path: Path) -> None:
     same_loss(found, mae)
 
 
-def test_vit_folders_of_transformers_with_what_is_left_out_said(tmp_path: Path) -> None:
+def test_vit_folders_of_transformers_note_what_is_left_out(tmp_path: Path) -> None:
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
         image_size=16, patch_size=4, layer_norm_eps=1e-6, qkv_bias=False,
@@ -265,7 +265,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_bare_timm_weights_are_understood_by_their_shapes(form: str, tmp_path: Path) -> None:
+def test_the_architecture_of_bare_timm_weights_is_inferred(form: str, tmp_path: Path) -> None:
     arguments = {**TINY_ARGS, **FORMS[form]}
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=5, **arguments).eval()
@@ -279,7 +279,7 @@ def test_bare_timm_weights_are_understood_by_their_shapes(form: str, tmp_path: P
 
 
 def dinov2(registers: bool) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A giant's form of DINOv2, small, by timm, and its weights by the names of facebookresearch."""
+    """A small DINOv2 with the giant's FFN, from timm, and its weights by facebookresearch's names."""
     name = f"vit_giant_patch14{'_reg4' if registers else ''}_dinov2"
     vit = timm.create_model(name, embed_dim=32, depth=2, num_heads=2, img_size=28, patch_size=7)
     shake(vit, 0.05)
@@ -306,7 +306,7 @@ def test_dinov2_with_swiglu_and_layerscale(registers: bool, tmp_path: Path) -> N
     assert any("no decoder" in note for note in notes)
 
 
-def test_a_timm_folder_says_what_it_is(runs) -> None:
+def test_a_timm_folder_needs_no_other_settings(runs) -> None:
     found, notes = read(runs.backbone, ModelOverrides(decoder=(16, 1, 2)))
     loaded = timm.create_model(f"local-dir:{runs.backbone}", pretrained=True).eval()
     images, _, _ = batch(2)
@@ -315,10 +315,10 @@ def test_a_timm_folder_says_what_it_is(runs) -> None:
     assert notes == [f"{runs.backbone} has no decoder: it starts fresh"]
 
 
-# --- through the verbs ------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------
 
 
-def test_the_verbs_start_from_a_file(runs, tmp_path: Path, capsys) -> None:
+def test_commands_start_from_a_file(runs, tmp_path: Path, capsys) -> None:
     tensors = {"model": facebook_tensors(tiny_mae(), decoder=False)}
     path = save_pth(tmp_path / "mae_pretrain.pth", tensors)
     heads = {"model_args": {"num_heads": 2}}

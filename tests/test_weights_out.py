@@ -1,4 +1,4 @@
-"""Models written for other libraries give the same there, and come back as they went."""
+"""Exported models give the same outputs in other libraries, and the same weights when read back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moce.errors import MoceError
 from moce.models.encoder import encode_tokens, pool_tokens, take
 from moce.weights.build import ModelOverrides, build_mae, read_weights
 from moce.weights.formats import onnx as onnx_file
-from moce.weights.formats.transformers_vit import check_vit
+from moce.weights.formats.transformers_export import check_vit
 from moce.weights.from_runs import load_mae
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -54,10 +54,10 @@ def test_timm_gets_the_features_of_the_route(runs, route: str, tmp_path: Path) -
 def test_transformers_gets_the_features_of_the_route(runs, route: str, tmp_path: Path) -> None:
     folder = moce.export(runs.moce, route=route, format="transformers", out=tmp_path / "out").folder
     images, _, _ = batch(4)
-    model, said = ViTModel.from_pretrained(
+    model, info = ViTModel.from_pretrained(
         folder, add_pooling_layer=False, output_loading_info=True
     )
-    assert not said["missing_keys"] and not said["unexpected_keys"]
+    assert not info["missing_keys"] and not info["unexpected_keys"]
     with torch.no_grad():
         tokens = model.eval()(pixel_values=images).last_hidden_state
     assert_close(tokens[:, 1:].mean(dim=1), features_of(runs, route, images), **CLOSE)
@@ -66,8 +66,8 @@ def test_transformers_gets_the_features_of_the_route(runs, route: str, tmp_path:
 
 def test_vitmae_gets_the_loss_of_an_mae_run(runs, tmp_path: Path) -> None:
     folder = moce.export(runs.mae, format="transformers", out=tmp_path / "out").folder
-    model, said = ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
-    assert not said["missing_keys"] and not said["unexpected_keys"]
+    model, info = ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
     _, mae = load_mae(runs.mae)
     images, noise, _ = batch(4)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_onnx_runtime_gets_the_features(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["torch", "transformers"])
-def test_an_mae_that_goes_out_comes_back_the_same(kind: str, runs, tmp_path: Path) -> None:
+def test_an_exported_mae_reads_back_the_same(kind: str, runs, tmp_path: Path) -> None:
     folder = moce.export(runs.mae, format=kind, out=tmp_path / "out").folder
     spec, mae, _ = build_mae(read_weights(folder), ModelOverrides())
     first_spec, first = load_mae(runs.mae)
@@ -110,7 +110,7 @@ def test_an_mae_that_goes_out_comes_back_the_same(kind: str, runs, tmp_path: Pat
         assert "decoder_blocks.0.norm1.weight" in load_file(folder / "model.safetensors")
 
 
-def test_a_backbone_that_goes_out_to_timm_and_back_is_the_same(runs, tmp_path: Path) -> None:
+def test_a_backbone_exported_to_timm_reads_back_the_same(runs, tmp_path: Path) -> None:
     once = moce.export(runs.backbone, out=tmp_path / "once").folder
     before, after = (load_file(f / "model.safetensors") for f in (runs.backbone, once))
     assert before.keys() == after.keys()
@@ -142,7 +142,7 @@ def test_generalist_and_overwrite(runs, tmp_path: Path) -> None:
         ({"no_embed_class": True}, "positions for patches only"),
     ],
 )
-def test_transformers_refuses_what_it_cannot_hold(arguments: dict, part: str) -> None:
+def test_transformers_refuses_what_it_does_not_support(arguments: dict, part: str) -> None:
     with pytest.raises(MoceError, match=part):
         check_vit(tiny_mae(**arguments).encoder, "ViTModel")
 
@@ -150,18 +150,18 @@ def test_transformers_refuses_what_it_cannot_hold(arguments: dict, part: str) ->
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({}, "say which --route"),
+        ({}, "choose a --route"),
         ({"route": "9-9"}, "no cluster takes"),
         ({"route": "9-9", "strategy": "generalist"}, "leave out --route"),
     ],
 )
-def test_routes_that_are_none_are_refused(settings: dict, reason: str, runs, tmp_path) -> None:
+def test_unknown_routes_are_refused(settings: dict, reason: str, runs, tmp_path) -> None:
     with pytest.raises(MoceError, match=reason):
         moce.export(runs.moce, out=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_mae_has_no_routes_and_clusters_no_encoder_of_their_own(runs, tmp_path: Path) -> None:
+def test_an_mae_has_no_routes_and_clusters_are_not_exported(runs, tmp_path: Path) -> None:
     with pytest.raises(MoceError, match="no experts"):
         moce.export(runs.mae, out=tmp_path / "out", route="0-0")
     with pytest.raises(MoceError, match="clusters"):

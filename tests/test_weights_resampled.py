@@ -1,4 +1,4 @@
-"""Weights brought to other patches, image sizes and shapes: resampled as timm does, and said."""
+"""Weights for other patches, image sizes and shapes are resampled as in timm, with a note."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_another_patch_size_resamples_patches_and_positions(
     assert found(torch.randn(2, 3, 16, 16), torch.rand(2, grid[0] * grid[1])).loss.isfinite()
 
 
-def test_patches_twice_as_large_see_what_the_small_ones_saw(tmp_path: Path) -> None:
-    """On images without detail, which is what resampling can keep."""
+def test_patches_twice_as_large_give_the_same_tokens(tmp_path: Path) -> None:
+    """On images of one color, where resampling loses nothing."""
     mae = tiny_mae()
     path = save_pth(tmp_path / "mae.pth", facebook_tensors(mae, decoder=False))
     found, _ = read(path, overrides(patch_size=8, img_size=32))
@@ -75,8 +75,8 @@ def test_other_shapes_of_images(size: list[int], tmp_path: Path) -> None:
     assert sum("resampled" in note for note in notes) == 2
 
 
-def test_weights_of_oblong_images_need_to_be_told(tmp_path: Path) -> None:
-    """Eight patches may be 4x2, 2x4 or 8x1: the tensors do not tell, and a wrong guess is silent."""
+def test_weights_of_oblong_images_need_img_size(tmp_path: Path) -> None:
+    """Eight patches may be 4x2, 2x4 or 8x1: shapes do not show it, and a wrong guess would be silent."""
     mae = tiny_mae(img_size=[16, 8])
     path = save_pth(tmp_path / "mae.pth", facebook_tensors(mae))
     with pytest.raises(MoceError, match="img_size"):

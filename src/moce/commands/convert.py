@@ -1,4 +1,4 @@
-"""moce convert: weights of any library that moce reads, to one safetensors file."""
+"""moce convert: weights in any format that moce reads, to one safetensors file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from moce.config import ConvertSettings
 from moce.errors import MoceError
 from moce.runs.files import make_folder
 from moce.runtime.progress import log
-from moce.weights.build import read_weights, translate
+from moce.weights.build import read_weights, to_mae_weights
 from moce.weights.formats import moce as own
 from moce.weights.from_runs import load_mae
 from moce.weights.resolve import moce_run
-from moce.weights.types import Weights
+from moce.weights.types import MAEWeights
 from moce.weights.unsafe_pickle import read_trusted
 
 SUFFIX = ".safetensors"
@@ -22,7 +22,7 @@ SUFFIX = ".safetensors"
 
 @dataclass
 class ConvertResult:
-    """file: written, with the names of timm and facebookresearch/mae; tensors: how many."""
+    """file: the file written; tensors: their number; decoder: whether some are a decoder's."""
 
     file: Path
     tensors: int
@@ -36,9 +36,9 @@ class ConvertResult:
 def run(settings: ConvertSettings) -> ConvertResult:
     out = settings.out
     if out.suffix != SUFFIX:
-        raise MoceError(f"--out is a file that ends in {SUFFIX}, not {out.name}")
+        raise MoceError(f"--out must be a file that ends in {SUFFIX}, not {out.name}")
     if out.resolve() == settings.weights.resolve():
-        raise MoceError("--out is the input itself; choose another file")
+        raise MoceError("--out is the input file; choose another")
     if out.exists() and not settings.overwrite:
         raise MoceError(f"{out} exists; add --overwrite to replace it")
     weights = _read(settings)
@@ -50,15 +50,17 @@ def run(settings: ConvertSettings) -> ConvertResult:
     return ConvertResult(out, count, bool(weights.decoder))
 
 
-def _read(settings: ConvertSettings) -> Weights:
+def _read(settings: ConvertSettings) -> MAEWeights:
     run = moce_run(settings.weights)
     pickled = run is None and settings.weights.is_file() and settings.weights.suffix != SUFFIX
     if settings.weights.exists() and not pickled:
-        reason = f"{settings.weights} is read without pickle, as all but files such as .pth are"
+        reason = (
+            f"{settings.weights} is read without pickle, which only files such as .pth may need"
+        )
         refuse_unused(settings, {"trust_pickle"}, reason)
     if run is not None:
         spec, mae = load_mae(run)
-        return own.of_model(spec.encoder, mae.encoder, mae)
+        return own.weights_of(spec.encoder, mae.encoder, mae)
     if settings.trust_pickle and pickled:
-        return translate(read_trusted(settings.weights))
+        return to_mae_weights(read_trusted(settings.weights))
     return read_weights(settings.weights)

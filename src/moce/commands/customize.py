@@ -1,4 +1,4 @@
-"""moce customize: a dense backbone for a task, from its images alone (stage 3)."""
+"""moce customize: a dense backbone for a task, from its images (stage 3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moce.weights.export import Model, check_format
 
 @dataclass
 class CustomizeResult:
-    """folder: the backbone; choice: what is in it; load_it: the Python that loads it."""
+    """folder: the backbone; choice: its experts; load_it: the Python that loads it."""
 
     folder: Path
     choice: Choice
@@ -31,12 +31,10 @@ class CustomizeResult:
 
     def summary(self) -> str:
         choice = self.choice
-        lines = [
-            f"route {route_name(route)}: {count} images" for route, count in choice.votes.items()
-        ]
+        votes = [f"route {route_name(route)}: {n} images" for route, n in choice.votes.items()]
         return "\n".join(
             [
-                *lines,
+                *votes,
                 f"strategy {choice.strategy}; the winner has {choice.share:.0%} of the votes",
                 f"similarity to the clusters {choice.similarity:.3f} "
                 f"(training images: {choice.training_similarity:.3f})",
@@ -67,15 +65,19 @@ def run(settings: CustomizeSettings) -> CustomizeResult:
 
 
 def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple[str, str]]]:
-    """The choice, and the images that could not be read."""
+    """The choice, and the ids and reasons of images that could not be read."""
     store = pixel_store(settings)
     if settings.strategy == "probe":
         task = load_task(settings.images, bank.task_shape, store, settings.max_skipped)
         chosen = choose_by_probe(bank, task.train, task.train_labels, len(task.classes))
         return chosen, task.skipped
-    shape = bank.input_shape
+    channels, height, width = bank.input_shape
     images = load_images(
-        settings.images, shape[1:], store, channels=shape[0], max_skipped=settings.max_skipped
+        settings.images,
+        (height, width),
+        store,
+        channels=channels,
+        max_skipped=settings.max_skipped,
     )
     choice = bank.select(
         images, settings.strategy, settings.threshold, settings.assign, settings.batch_size

@@ -7,20 +7,20 @@ from pathlib import Path
 
 from moce.config import ExportSettings
 from moce.customization.bank import Bank, load
-from moce.customization.model_card import clusters_of
-from moce.customization.selection import Choice, Route, route_name
+from moce.customization.model_card import clusters_of, write_with_card
+from moce.customization.selection import Choice, route_name
 from moce.errors import MoceError
 from moce.runs.files import write_json
 from moce.runs.folder import open_folder
 from moce.runs.model import provenance, read_info
-from moce.weights.export import Model, check_format, write_model_folder
+from moce.weights.export import Model, check_format
 from moce.weights.from_runs import load_mae
 from moce.weights.resolve import OF_A_RUN, check_arguments, from_file, moce_run, refuse_given
 
 
 @dataclass
 class ExportResult:
-    """folder: of the library `format`; load_it: the Python that loads it."""
+    """folder: the exported model; format: its library; load_it: the Python that loads it."""
 
     folder: Path
     format: str
@@ -35,13 +35,13 @@ def run(settings: ExportSettings) -> ExportResult:
     check_format(settings.format, model)
     folder = open_folder(settings.out, settings)
     title = f"Exported by moce from {settings.run.name}"
-    load_it = write_model_folder(folder, settings.format, model, title, facts)
+    load_it = write_with_card(folder, settings.format, model, title, facts)
     write_json(folder / "export.json", {**settings.model_dump(mode="json"), **provenance()})
     return ExportResult(folder, settings.format, load_it)
 
 
 def _model(settings: ExportSettings) -> tuple[Model, list[str]]:
-    """What to export, and what its card says of it."""
+    """The model to export, and the facts of its card."""
     run = moce_run(settings.run)
     kind = read_info(run)["kind"] if run else "weights"
     if run:
@@ -55,12 +55,10 @@ def _model(settings: ExportSettings) -> tuple[Model, list[str]]:
         return Model(spec.encoder, mae.encoder.eval(), mae.eval()), [f"source: {run.name}, MAE"]
     if run and kind == "classifier":
         raise MoceError(
-            f"{run} is fine-tuned, and a folder that timm loads as it is: local-dir:{run}"
+            f"{run} is fine-tuned, and timm loads it without an export: local-dir:{run}"
         )
     if run:
-        raise MoceError(
-            f"{run} is a run of kind '{kind}', which no dense ViT equals: it cannot be exported"
-        )
+        raise MoceError(f"{run} is a run of kind '{kind}': no dense ViT is equivalent to export")
     check_arguments(settings.model_args)
     spec, mae, whole = from_file(settings.run, settings)
     vit, decoder = mae.encoder.eval(), mae.eval() if whole else None
@@ -70,19 +68,16 @@ def _model(settings: ExportSettings) -> tuple[Model, list[str]]:
 def _of_experts(settings: ExportSettings, run: Path) -> tuple[Model, list[str]]:
     bank = load(run)
     choice = _choice(bank, settings)
-    model = Model(bank.encoder_spec, bank.backbone(choice).eval())
-    return model, [f"source: {run.name}", *_facts(bank, choice)]
-
-
-def _facts(bank: Bank, choice: Choice) -> list[str]:
-    """What a card says of a choice that no task made."""
     if choice.strategy == "generalist":
-        return ["strategy: generalist, all experts averaged by their training images"]
-    share = bank.routes[choice.route] / sum(bank.routes.values())
-    return [
-        f"route: {route_name(choice.route)} ({share:.0%} of the training images)",
-        f"clusters: {clusters_of(choice)}",
-    ]
+        facts = ["strategy: generalist, all experts averaged by their training images"]
+    else:
+        share = bank.routes[choice.route] / sum(bank.routes.values())
+        facts = [
+            f"route: {route_name(choice.route)} ({share:.0%} of the training images)",
+            f"clusters: {clusters_of(choice)}",
+        ]
+    model = Model(bank.encoder_spec, bank.backbone(choice).eval())
+    return model, [f"source: {run.name}", *facts]
 
 
 def _choice(bank: Bank, settings: ExportSettings) -> Choice:
@@ -91,11 +86,10 @@ def _choice(bank: Bank, settings: ExportSettings) -> Choice:
             raise MoceError("--strategy generalist averages all routes: leave out --route")
         sizes = bank.model.cluster_sizes.long()
         return bank.choose(sizes, bank.clusters.similarity, "generalist")
-    known = {route_name(route): route for route in bank.routes}
-    shown = ", ".join(known)
+    routes = {route_name(route): route for route in bank.routes}
+    names = ", ".join(routes)
     if settings.route is None:
-        raise MoceError(f"say which --route ({shown}), or --strategy generalist")
-    if settings.route not in known:
-        raise MoceError(f"no cluster takes route '{settings.route}' (there are {shown})")
-    route: Route = known[settings.route]
-    return bank.route_choice(route)
+        raise MoceError(f"choose a --route ({names}) or --strategy generalist")
+    if settings.route not in routes:
+        raise MoceError(f"no cluster takes route '{settings.route}' (routes: {names})")
+    return bank.route_choice(routes[settings.route])

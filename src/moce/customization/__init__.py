@@ -1,1 +1,1 @@
-"""Stage 3: which experts a task gets, and the dense backbone made of them."""
+"""Stage 3: select experts for a task, and build a dense backbone from them."""

@@ -1,4 +1,4 @@
-"""`Bank`: a trained MoCE run, ready to hand a backbone to any task."""
+"""`Bank`: a trained MoCE that selects a route for a task and builds its ViT."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from moce.weights.from_runs import load_moce
 
 @dataclass
 class Bank:
-    """model: the mixture; clusters: the cluster model it was trained with; spec: how to build it."""
+    """A trained mixture of experts.
+
+    spec: how to build the model; model: the mixture; clusters: the cluster model that it was
+    trained with; device, precision ("float32" or "bf16"): where and how cluster features are
+    computed.
+    """
 
     spec: MoCESpec
     model: MoCE
@@ -42,37 +47,39 @@ class Bank:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that clusters are found for."""
+        """Channels, height and width of the images that `assign` takes."""
         return input_shape(self.clusters.encoder)
 
     @property
     def task_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of images that are enough for clusters and for backbones."""
-        channels, *size = self.input_shape
-        _, *own = input_shape(self.model.mae.encoder)
-        return channels, max(size[0], own[0]), max(size[1], own[1])
+        """Channels, height and width of images that are large enough for clusters and backbones."""
+        channels, height, width = self.input_shape
+        _, backbone_height, backbone_width = input_shape(self.model.mae.encoder)
+        return channels, max(height, backbone_height), max(width, backbone_width)
 
     @property
     def routes(self) -> dict[Route, int]:
-        """Every route some cluster takes, with the training images on it, most first."""
+        """Every route that a cluster takes, with its number of training images, most first."""
         return count_votes(self.model.cluster_sizes.long(), self.model.routes())
 
     def assign(
         self, images: object, rule: str = "balanced", batch_size: int = 256
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cluster [n] int64 of every image and its similarity [n] to the centroid: one forward pass."""
-        channels, *size = self.input_shape
-        image_set = as_image_dataset(images, (size[0], size[1]), channels)
-        raw = extract_features(
+        """The cluster of every image, [n] int64, and its cosine similarity to the centroid, [n].
+
+        images, rule: see `select`. Raises MoceError if there are no images.
+        """
+        channels, height, width = self.input_shape
+        features = extract_features(
             self.clusters.encoder,
             self.clusters.spec,
-            image_set,
+            as_image_dataset(images, (height, width), channels),
             device=self.device,
             precision=self.precision,
             pooling=self.clusters.pooling,
             batch_size=batch_size,
         )
-        return self.clusters.assign(self.clusters.normalize(raw), rule)
+        return self.clusters.assign(self.clusters.normalize(features), rule)
 
     def select(
         self,
@@ -82,11 +89,12 @@ class Bank:
         assign: str = "balanced",
         batch_size: int = 256,
     ) -> Choice:
-        """Choose experts for a task by its images (labels are not needed).
+        """Choose experts for a task by its images; labels are not needed.
 
-        images: a DATA argument, an ImageSet, a list of paths or PIL images, or uint8
-        [n, c, h, w] of exactly the model's size. assign: balanced or nearest, as
-        `ClusterModel.assign`. Raises MoceError if there are no images.
+        images: a DATA argument, an ImageDataset, a list of paths or PIL images, or uint8
+        [n, c, h, w] of exactly the model's size. strategy, threshold: see `choose` in
+        `moce.customization.selection`. assign: "balanced" or "nearest", see `ClusterModel.assign`.
+        Raises MoceError if there are no images.
         """
         cluster, similarity = self.assign(images, assign, batch_size)
         histogram = cluster.bincount(minlength=self.clusters.num_clusters)
@@ -96,7 +104,7 @@ class Bank:
     def choose(
         self, histogram: torch.Tensor, similarity: float, strategy: str, threshold: float = 0.5
     ) -> Choice:
-        """As `select`, from the images per cluster, [K]."""
+        """Like `select`, given the images per cluster, [K], and their mean similarity."""
         return choose(
             histogram,
             self.model.routes(),
@@ -108,29 +116,29 @@ class Bank:
             self.model.num_experts,
         )
 
-    def backbone(self, choice: Choice) -> VisionTransformer:
-        """The dense encoder of a choice: all tokens after the final norm, [b, prefix + patches, d]."""
-        shares, gains = torch.tensor(choice.shares), torch.tensor(choice.gains)
-        return self.model.dense_encoder(shares, gains)
-
     def route_choice(self, route: Route) -> Choice:
-        """The choice of one route, whatever the task. Raises MoceError if no cluster takes it."""
+        """The choice of one route for any task. Raises MoceError if no cluster takes it."""
         taking = on_route(self.model.routes(), route)
         sizes = self.model.cluster_sizes.long() * taking
-        histogram = sizes if sizes.any() else taking.long()  # no training image took it
+        histogram = sizes if sizes.any() else taking.long()  # a route without training images
         return self.choose(histogram, self.clusters.similarity, "route")
+
+    def backbone(self, choice: Choice) -> VisionTransformer:
+        """The dense ViT of a choice; it returns normed tokens, [b, prefix + patches, d]."""
+        shares, gains = torch.tensor(choice.shares), torch.tensor(choice.gains)
+        return self.model.dense_encoder(shares, gains)
 
     def customize(
         self, images: object, strategy: str = "auto", **options: Any
     ) -> VisionTransformer:
-        """A timm VisionTransformer for the task, pooled to one feature per image, ready to fine-tune.
+        """A timm ViT for the task that returns one feature per image, [b, d], ready to fine-tune.
 
-        Its pretrained_cfg says how its images are made: `timm.data.resolve_model_data_config`.
+        options: as for `select`. `timm.data.resolve_model_data_config` gives its preprocessing.
         """
         encoder = self.backbone(self.select(images, strategy, **options))
         return pooled(encoder, self.encoder_spec)
 
 
 def load(run: str | Path) -> Bank:
-    """Load a `moce train` run. Raises MoceError if the folder is none."""
+    """Load a `moce train` run. Raises MoceError if the folder is not one."""
     return Bank(*load_moce(Path(run)))

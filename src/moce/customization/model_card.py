@@ -1,40 +1,68 @@
-"""Write a dense backbone as a folder that timm loads without moce."""
+"""README.md and selection.json of an export."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import ModelCard, ModelCardData
+
+from moce.config.base import Format
 from moce.customization.selection import Choice, route_name
-from moce.runs.files import write_json
+from moce.runs.files import write_json, write_text
 from moce.weights.export import Model, write_model_folder
 
-MOST_CLUSTERS = 12  # on a card
+MAX_CLUSTERS = 12  # on a card
+LIBRARY: dict[Format, str] = {  # that loads a format, by its name on the Hugging Face hub
+    "timm": "timm",
+    "transformers": "transformers",
+    "torch": "timm",
+    "onnx": "onnx",
+}
+TAGS = ["moce", "masked-autoencoder", "vision-transformer"]
 
 
-def facts_of(choice: Choice) -> list[str]:
-    """What a card says of a choice for a task."""
-    return [
+def write_choice(folder: Path, kind: Format, model: Model, choice: Choice, source: Path) -> str:
+    """Write a model for a task, its card and selection.json; returns the Python that loads it."""
+    title = f"Backbone customized by moce from {source.name}"
+    facts = [
+        f"source: {source.name}",
         f"strategy: {choice.strategy}",
         f"route: {route_name(choice.route)} ({choice.share:.0%} of the task's images)",
         f"clusters: {clusters_of(choice)}",
         f"similarity to the clusters: {choice.similarity:.3f} "
         f"(training images: {choice.training_similarity:.3f})",
     ]
+    snippet = write_with_card(folder, kind, model, title, facts)
+    write_json(folder / "selection.json", choice.to_json())
+    return snippet
+
+
+def write_with_card(folder: Path, kind: Format, model: Model, title: str, facts: list[str]) -> str:
+    """Write a model and a card with these facts; returns the Python that loads it."""
+    snippet = write_model_folder(folder, kind, model)
+    height, width = model.vit.patch_embed.img_size
+    preprocessing = (
+        f"images: {model.vit.in_chans} channels of {height}x{width} pixels from 0 to 1, "
+        f"less {list(model.spec.mean)}, over {list(model.spec.std)}"
+    )
+    items = "\n".join(f"- {fact}" for fact in (*facts, f"format: {kind}", preprocessing))
+    text = f"# {title}\n\n{items}\n\n```python\n{snippet}\n```\n"
+    write_text(folder / "README.md", f"{_card(kind, text)}")
+    return snippet.replace("THIS_FOLDER", str(folder))
+
+
+def _card(kind: Format, text: str) -> ModelCard:
+    """A model card with metadata for the Hugging Face hub, and no license: moce knows of none."""
+    data = ModelCardData(
+        library_name=LIBRARY[kind], pipeline_tag="image-feature-extraction", tags=TAGS
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def clusters_of(choice: Choice) -> str:
-    """The clusters with most images, as 3 (120 images), 7 (80 images), ..."""
-    counts = enumerate(choice.cluster_histogram)
-    most = sorted(((n, c) for c, n in counts if n), key=lambda pair: (-pair[0], pair[1]))
-    clusters = ", ".join(f"{cluster} ({count} images)" for count, cluster in most[:MOST_CLUSTERS])
-    more = len(most) - MOST_CLUSTERS
+    """The clusters with the most images, as 3 (120 images), 7 (80 images), ..."""
+    counts = [(count, cluster) for cluster, count in enumerate(choice.cluster_histogram) if count]
+    most = sorted(counts, key=lambda item: (-item[0], item[1]))
+    clusters = ", ".join(f"{cluster} ({count} images)" for count, cluster in most[:MAX_CLUSTERS])
+    more = len(most) - MAX_CLUSTERS
     return clusters + (f" and {more} more" if more > 0 else "")
-
-
-def write_choice(folder: Path, kind: str, model: Model, choice: Choice, source: Path) -> str:
-    """Write what a task was given: `write_model_folder`, and selection.json; returns how to load it."""
-    title = f"Backbone customized by moce from {source.name}"
-    facts = [f"source: {source.name}", *facts_of(choice)]
-    load_it = write_model_folder(folder, kind, model, title, facts)
-    write_json(folder / "selection.json", choice.to_json())
-    return load_it

@@ -1,4 +1,4 @@
-"""From a task's images to a choice of experts: histogram over clusters, votes of routes, strategy.
+"""From a task's images to a choice of experts: votes of routes, strategies, expert weights.
 
 A route is a tuple of experts, one per MoE block. Every cluster takes one, so a histogram over
 clusters is a vote among routes (arXiv 2402.05382, section 3.3).
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from moce.errors import MoceError
 
@@ -19,9 +20,9 @@ Route = tuple[int, ...]
 
 @dataclass
 class Choice:
-    """What a task gets and why.
+    """The experts chosen for a task, and why.
 
-    route: the winner; votes: images per route, most first; share: the winner's part of them;
+    route: the winner; votes: images per route, most first; share: the winner's share of them;
     cluster_histogram: images per cluster; similarity: mean cosine similarity of the images to
     their centroids, training_similarity the training images' own; strategy: route, merge or
     generalist (never auto); shares, gains: [blocks, E], weight and output scale of every expert;
@@ -40,12 +41,13 @@ class Choice:
     gain_spread: list[float]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON: routes are written 2-0."""
+        """The choice as JSON values; routes as in 2-0."""
         votes = {route_name(route): count for route, count in self.votes.items()}
         return {**asdict(self), "route": list(self.route), "votes": votes}
 
 
 def route_name(route: Route) -> str:
+    """A route as users write it, such as 2-0."""
     return "-".join(map(str, route))
 
 
@@ -59,24 +61,27 @@ def choose(
     threshold: float = 0.5,
     num_experts: int | None = None,
 ) -> Choice:
-    """Pick experts for images that fall into clusters as `histogram` [K] says.
+    """Choose experts for a task.
 
-    routes: [K, blocks] int64, every cluster's experts; gains: [K, blocks], the scale of their
-    outputs; sizes: [K], the training images of every cluster; num_experts: E (default: as many
-    as the routes name). Raises MoceError if the histogram is empty.
+    histogram: [K], the task's images per cluster; routes: [K, blocks] int64, the experts of every
+    cluster; gains: [K, blocks], the scale of their outputs; sizes: [K], training images per
+    cluster; similarity: of the task's and of the training images to their centroids; threshold:
+    vote share from which strategy auto takes the winner; num_experts: E (default: as many as
+    `routes` names). Raises MoceError if the histogram is empty, the strategy unknown or the
+    threshold not in [0, 1].
     """
     if histogram.sum() == 0:
         raise MoceError("no images to choose experts by")
     if not 0 <= threshold <= 1:
-        raise MoceError(f"threshold is a share from 0 to 1, not {threshold}")
+        raise MoceError(f"threshold must be a share from 0 to 1, not {threshold}")
     votes = count_votes(histogram, routes)
     winner = next(iter(votes))
     share = votes[winner] / sum(votes.values())
     if strategy == "auto":
         strategy = "route" if share >= threshold else "merge"
-    weights = strategy_weights(strategy, histogram, sizes, on_route(routes, winner))
+    cluster_weights = weigh_clusters(strategy, histogram, sizes, on_route(routes, winner))
     num_experts = num_experts or int(routes.max()) + 1
-    shares, scale, spread = expert_weights(weights, routes, gains, num_experts)
+    shares, scale, spread = expert_weights(cluster_weights, routes, gains, num_experts)
     return Choice(
         route=winner,
         votes=votes,
@@ -92,7 +97,10 @@ def choose(
 
 
 def count_votes(histogram: Tensor, routes: Tensor) -> dict[Route, int]:
-    """Images per route, most first; every route that some cluster takes is named."""
+    """Images per route, most first, including routes without images.
+
+    histogram: [K] images per cluster; routes: [K, blocks].
+    """
     votes: dict[Route, int] = {}
     for route, count in zip(routes.tolist(), histogram.tolist(), strict=True):
         votes[tuple(route)] = votes.get(tuple(route), 0) + count
@@ -104,8 +112,11 @@ def on_route(routes: Tensor, route: Route) -> Tensor:
     return (routes == torch.tensor(route, device=routes.device)).all(dim=1)
 
 
-def strategy_weights(strategy: str, histogram: Tensor, sizes: Tensor, winner: Tensor) -> Tensor:
-    """The weight of every cluster, [K], by which a strategy averages their experts."""
+def weigh_clusters(strategy: str, histogram: Tensor, sizes: Tensor, winner: Tensor) -> Tensor:
+    """The weight of every cluster, [K], by which a strategy averages their experts.
+
+    winner: [K] bool, the clusters on the winning route. Raises MoceError for unknown strategies.
+    """
     if strategy == "route":
         weights = histogram.double() * winner
         return weights if weights.sum() > 0 else sizes.double() * winner
@@ -117,15 +128,15 @@ def strategy_weights(strategy: str, histogram: Tensor, sizes: Tensor, winner: Te
 
 
 def expert_weights(
-    weights: Tensor, routes: Tensor, gains: Tensor, num_experts: int
+    cluster_weights: Tensor, routes: Tensor, gains: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Experts' shares [blocks, E], mean output scales [blocks, E] and the scales' spread [blocks].
 
-    weights: [K], of clusters. A scale is the weighted mean over the clusters of the expert; the
-    spread is their weighted standard deviation about it, over all clusters with weight.
+    cluster_weights: [K]. A scale is the weighted mean over the clusters of the expert; the spread
+    is their weighted standard deviation about it, over all clusters with weight.
     """
-    weights = weights / weights.sum()
-    takes = torch.nn.functional.one_hot(routes, num_experts).double()  # [K, blocks, E]
+    weights = cluster_weights / cluster_weights.sum()
+    takes = one_hot(routes, num_experts).double()  # [K, blocks, E]
     shares = torch.einsum("k,kbe->be", weights, takes)
     summed = torch.einsum("k,kb,kbe->be", weights, gains.double(), takes)
     scale = torch.where(shares > 0, summed / shares.clamp(min=1e-12), torch.ones_like(shares))

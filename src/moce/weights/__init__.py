@@ -1,1 +1,1 @@
-"""Weights of other libraries, in and out: one adapter file per format; names live here, not in models."""
+"""Weights of other libraries, in and out: formats/ knows their names, models/ only moce's own."""

@@ -1,4 +1,4 @@
-"""From weights of any format to a masked autoencoder; whatever does not fit is an error, or said."""
+"""Weights of any format to an MAE: rename, resample, check. A mismatch is an error unless allowed."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from moce.errors import MoceError, raise_if_corrupt
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
-from moce.weights.architecture import architecture_of, depth_of, pair
-from moce.weights.formats import dinov2, transformers_dinov2, transformers_vit
+from moce.weights.architecture import count_blocks, infer_architecture, pair
+from moce.weights.formats import dinov2, transformers
 from moce.weights.formats import mae as facebook
 from moce.weights.formats import moce as own
-from moce.weights.formats import timm as timm_files
-from moce.weights.read import read_source
-from moce.weights.types import Source, Tensors, Weights
+from moce.weights.formats import timm as timm_format
+from moce.weights.read import read_raw
+from moce.weights.types import MAEWeights, RawWeights, Tensors
 
-# The first that matches reads.
-ADAPTERS = (own, transformers_dinov2, transformers_vit, facebook, dinov2, timm_files)
+FORMATS = (own, transformers, facebook, dinov2, timm_format)  # the first that matches reads
 LISTED = 8  # names in a message
 
 
 @dataclass(frozen=True)
 class ModelOverrides:
-    """What the user asks of the model beside the weights; None: as the weights have it.
+    """The user's settings of the model beside its weights (None: as the weights have it).
 
     decoder: width, blocks and heads of a fresh one; decoder_heads: of one in the weights;
-    allow_missing, allow_unexpected: patterns of names that may be wanting (those stay fresh) or left
-    over.
+    allow_missing, allow_unexpected: glob patterns of names that may be missing (those weights start
+    fresh) or unexpected (not used).
     """
 
     model: str | None = None
@@ -48,34 +47,34 @@ class ModelOverrides:
     allow_unexpected: tuple[str, ...] = ()
 
 
-def read_weights(path: Path) -> Weights:
-    """The weights of a file or folder. Raises MoceError if no adapter knows its names."""
-    return translate(read_source(path))
+def read_weights(path: Path) -> MAEWeights:
+    """The weights of a file or folder. Raises MoceError if no format matches its names."""
+    return to_mae_weights(read_raw(path))
 
 
-def translate(source: Source) -> Weights:
-    """Weights by moce's names. Raises MoceError if no adapter knows the source's."""
-    for adapter in ADAPTERS:
-        if adapter.matches(source):
-            with raise_if_corrupt(Path(source.path)):
-                return adapter.read(source)
-    names = ", ".join(sorted(source.tensors)[:LISTED])
+def to_mae_weights(raw: RawWeights) -> MAEWeights:
+    """The weights by moce's names. Raises MoceError if no format matches."""
+    for adapter in FORMATS:
+        if adapter.matches(raw):
+            with raise_if_corrupt(Path(raw.path)):
+                return adapter.read(raw)
+    names = ", ".join(sorted(raw.tensors)[:LISTED])
     raise MoceError(
-        f"{source.path} holds no weights that moce knows (a ViT of timm, facebookresearch/mae, "
+        f"{raw.path} holds no weights that moce can read (a ViT of timm, facebookresearch/mae, "
         f"DINOv2, or Transformers' ViT, ViTMAE and DINOv2), but {names} ..."
     )
 
 
-def build_mae(weights: Weights, overrides: ModelOverrides) -> tuple[MAESpec, MAE, list[str]]:
-    """A masked autoencoder with these weights, and what the user should hear of.
+def build_mae(weights: MAEWeights, overrides: ModelOverrides) -> tuple[MAESpec, MAE, list[str]]:
+    """A masked autoencoder with these weights, and notes for the user.
 
-    Without a decoder in `weights` it gets a fresh one. Raises MoceError if weights are missing or
-    left over that `wishes` does not allow, or do not fit.
+    If `weights` have no decoder, a fresh one is added. Raises MoceError if shapes differ, or if
+    weights are missing or unexpected that `overrides` does not allow.
     """
     if any(pattern and not pattern.strip("*") for pattern in overrides.allow_missing):
         raise MoceError(
-            "--allow-missing '*' would start any weight fresh; name those that may be missing, such "
-            "as 'norm.*'"
+            "--allow-missing '*' would let every weight start fresh; name those that may be missing, "
+            "such as 'norm.*'"
         )
     with raise_if_corrupt(Path(weights.path)):
         name, arguments = _architecture(weights, overrides)
@@ -84,35 +83,48 @@ def build_mae(weights: Weights, overrides: ModelOverrides) -> tuple[MAESpec, MAE
     notes = list(weights.notes)
     tensors = {f"encoder.{key}": value for key, value in weights.encoder.items()}
     tensors |= {f"decoder.{key}": value for key, value in weights.decoder.items()}
-    wanted = mae.state_dict()
-    if weights.decoder and not (overrides.decoder_heads or weights.decoder_heads):
-        notes.append(
-            f"decoder with {facebook.DECODER_HEADS} attention heads, as all released ones have "
-            "(--decoder-heads says otherwise)"
-        )
-    if not weights.decoder:
-        notes.append(f"{weights.path} has no decoder: it starts fresh")
-        wanted = {key: value for key, value in wanted.items() if key.startswith("encoder.")}
-    grid = _grid(weights, arguments)
-    wanted = _resample_patches(tensors, mae, wanted, notes)
-    _resample(tensors, mae, grid, notes)
-    _check_names(tensors, wanted, weights.path, overrides, notes)
-    _load(mae, {key: value for key, value in tensors.items() if key in wanted}, weights.path)
+    old_patch = _resample_patches(tensors, mae, notes)
+    _resample_positions(tensors, mae, _grid(weights, arguments), notes)
+    fresh = _fresh_prefixes(weights, overrides, old_patch, notes)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(fresh)}
+    expected = {name for name in mae.state_dict() if not name.startswith(fresh)}
+    _check_names(tensors.keys(), expected, weights.path, overrides, notes)
+    _load(mae, {name: v for name, v in tensors.items() if name in expected}, weights.path)
     return spec, mae, notes
 
 
-def _architecture(weights: Weights, overrides: ModelOverrides) -> tuple[str, dict[str, Any]]:
+def _fresh_prefixes(
+    weights: MAEWeights, overrides: ModelOverrides, old_patch: str | None, notes: list[str]
+) -> tuple[str, ...]:
+    """Prefixes of the weights that start fresh whatever the file has; adds notes on the decoder."""
+    if not weights.decoder:
+        notes.append(f"{weights.path} has no decoder: it starts fresh")
+        return ("decoder.",)
+    if not (overrides.decoder_heads or weights.decoder_heads):
+        notes.append(
+            f"decoder with {facebook.DECODER_HEADS} attention heads, as in all released models "
+            "(change it by --decoder-heads)"
+        )
+    if not old_patch:
+        return ()
+    notes.append(
+        f"the decoder's last layer predicts patches of {old_patch} pixels: it starts fresh"
+    )
+    return ("decoder.head.",)
+
+
+def _architecture(weights: MAEWeights, overrides: ModelOverrides) -> tuple[str, dict[str, Any]]:
     """The timm name and arguments that the weights were made with."""
     name = overrides.model or weights.name
     if name is not None:
         return name, weights.model_args if name == weights.name else {}
     given = {**overrides.model_args, **weights.model_args}
-    name, arguments = architecture_of(weights.encoder, weights.path, given)
+    name, arguments = infer_architecture(weights.encoder, weights.path, given)
     return name, {**arguments, **weights.model_args}
 
 
 def _spec(
-    weights: Weights, overrides: ModelOverrides, name: str, arguments: dict[str, Any]
+    weights: MAEWeights, overrides: ModelOverrides, name: str, arguments: dict[str, Any]
 ) -> MAESpec:
     encoder = EncoderSpec(name, arguments)
     channels = int(arguments.get("in_chans", RGB))
@@ -127,20 +139,35 @@ def _spec(
     )
 
 
-def _decoder_form(weights: Weights, overrides: ModelOverrides) -> tuple[int, int, int]:
-    """Width, blocks and heads of the decoder: read off its tensors, or as wished for."""
+def _decoder_form(weights: MAEWeights, overrides: ModelOverrides) -> tuple[int, int, int]:
+    """Width, blocks and heads of the decoder: from its tensors, or as in `overrides`."""
     if not weights.decoder:
         return overrides.decoder
     embed = weights.decoder.get("embed.weight")
     if embed is None:
-        raise MoceError(f"the decoder in {weights.path} is not whole: it has no embedding")
-    depth = depth_of(weights.decoder)
+        raise MoceError(f"the decoder in {weights.path} is incomplete: it has no embedding")
     heads = overrides.decoder_heads or weights.decoder_heads or facebook.DECODER_HEADS
-    return embed.shape[0], depth, heads
+    return embed.shape[0], count_blocks(weights.decoder), heads
 
 
-def _grid(weights: Weights, arguments: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of patches that the positions are for, where it is said; None: a square."""
+# Patches and positions are resampled here and not by timm's checkpoint_filter_fn: it takes the old
+# grid from the model's defaults, not from the file, and reports nothing.
+
+
+def _resample_patches(tensors: Tensors, mae: MAE, notes: list[str]) -> str | None:
+    """Resample the patch embedding to the model's patch, in place; the old size if it differed."""
+    name = "encoder.patch_embed.proj.weight"
+    weight, new = tensors.get(name), tuple(mae.encoder.patch_embed.patch_size)
+    if weight is None or weight.dim() != 4 or tuple(weight.shape[2:]) == new:
+        return None
+    old = "x".join(map(str, weight.shape[2:]))
+    tensors[name] = resample_patch_embed(weight.float(), list(new))
+    notes.append(f"patch embedding resampled from {old} to {new[0]}x{new[1]} pixels")
+    return old
+
+
+def _grid(weights: MAEWeights, arguments: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of patches that the positions are for, if stated."""
     patch = weights.encoder.get("patch_embed.proj.weight")
     if patch is None or "img_size" not in arguments:
         return None
@@ -148,93 +175,70 @@ def _grid(weights: Weights, arguments: dict[str, Any]) -> tuple[int, int] | None
     return height // patch.shape[-2], width // patch.shape[-1]
 
 
-def _resample_patches(tensors: Tensors, mae: MAE, wanted: Tensors, notes: list[str]) -> Tensors:
-    """Bring the patch embedding to the model's patch, in place; what is wanted of `tensors` then.
-
-    The decoder's last layer predicts the pixels of a patch, and starts fresh if that has changed.
-    """
-    name, head = "encoder.patch_embed.proj.weight", "decoder.head."
-    weight, new = tensors.get(name), tuple(mae.encoder.patch_embed.patch_size)
-    if weight is None or weight.dim() != 4 or tuple(weight.shape[2:]) == new:
-        return wanted
-    old = "x".join(map(str, weight.shape[2:]))
-    tensors[name] = resample_patch_embed(weight.float(), list(new))
-    notes.append(f"patch embedding resampled from {old} to {new[0]}x{new[1]} pixels")
-    if any(key.startswith(head) for key in tensors):
-        notes.append(f"the decoder's last layer predicts patches of {old} pixels: it starts fresh")
-        for key in [key for key in tensors if key.startswith(head)]:
-            del tensors[key]
-        wanted = {key: value for key, value in wanted.items() if not key.startswith(head)}
-    return wanted
-
-
-def _resample(tensors: Tensors, mae: MAE, grid: tuple[int, int] | None, notes: list[str]) -> None:
-    """Bring position embeddings to the model's grid of patches, in place."""
+def _resample_positions(
+    tensors: Tensors, mae: MAE, grid: tuple[int, int] | None, notes: list[str]
+) -> None:
+    """Resample position embeddings from `grid` (None: a square) to the model's, in place."""
     vit = mae.encoder
-    own = {"encoder.pos_embed": 0 if vit.no_embed_class else vit.num_prefix_tokens}
-    own["decoder.pos_embed"] = vit.num_prefix_tokens
+    prefixes = {
+        "encoder.pos_embed": 0 if vit.no_embed_class else vit.num_prefix_tokens,
+        "decoder.pos_embed": vit.num_prefix_tokens,
+    }
     new = tuple(vit.patch_embed.grid_size)
-    for name, prefix in own.items():
-        positions = tensors.get(name)
-        if positions is None:
+    for name, prefix in prefixes.items():
+        if name not in tensors:
             continue
-        old = _fitting(grid, positions.shape[1] - prefix)
-        if old is None or old == new:
+        patches = tensors[name].shape[1] - prefix
+        side = math.isqrt(max(patches, 0))
+        old = grid if grid and grid[0] * grid[1] == patches else (side, side)
+        if patches < 1 or old[0] * old[1] != patches or old == new:
             continue
-        tensors[name] = resample_abs_pos_embed(positions, list(new), list(old), prefix)
+        tensors[name] = resample_abs_pos_embed(tensors[name], list(new), list(old), prefix)
         notes.append(f"{name} resampled from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches")
 
 
-def _fitting(grid: tuple[int, int] | None, patches: int) -> tuple[int, int] | None:
-    """`grid` if it has so many patches, else the square that has; None if there is none."""
-    if grid is not None and grid[0] * grid[1] == patches:
-        return grid
-    side = math.isqrt(max(patches, 0))
-    return (side, side) if side * side == patches else None
-
-
 def _check_names(
-    tensors: Tensors, wanted: Tensors, path: str, overrides: ModelOverrides, notes: list[str]
+    found: Iterable[str],
+    expected: set[str],
+    path: str,
+    overrides: ModelOverrides,
+    notes: list[str],
 ) -> None:
-    """Raise MoceError unless the names agree or the user allows that they do not."""
-    missing = _sort_out(wanted.keys() - tensors.keys(), overrides.allow_missing)
-    surplus = _sort_out(tensors.keys() - wanted.keys(), overrides.allow_unexpected)
-    complaints = []
-    if missing[False]:
-        complaints.append(f"missing: {_listed(missing[False])} (--allow-missing PATTERN)")
-    if surplus[False]:
-        complaints.append(f"left over: {_listed(surplus[False])} (--allow-unexpected PATTERN)")
-    if complaints:
-        raise MoceError(f"the weights of {path} do not fit; {'; '.join(complaints)}")
-    if missing[True]:
-        notes.append(f"missing, so they start fresh: {_listed(missing[True])}")
-    if surplus[True]:
-        notes.append(f"left over, so not used: {_listed(surplus[True])}")
+    """Raise MoceError if names are missing or unexpected that the user does not allow."""
+    found = set(found)
+    refused = []
+    for kind, names, patterns, consequence in (
+        ("missing", expected - found, overrides.allow_missing, "they start fresh"),
+        ("unexpected", found - expected, overrides.allow_unexpected, "not used"),
+    ):
+        allowed = {name for name in names if _allowed(name, patterns)}
+        if names - allowed:
+            refused.append(f"{kind}: {_listed(names - allowed)} (--allow-{kind} PATTERN)")
+        if allowed:
+            notes.append(f"{kind}, so {consequence}: {_listed(allowed)}")
+    if refused:
+        raise MoceError(f"the weights of {path} do not fit; {'; '.join(refused)}")
 
 
-def _sort_out(names: Iterable[str], patterns: tuple[str, ...]) -> dict[bool, list[str]]:
-    """Names that some pattern allows (True), and the others; 'encoder.' may be left out of one."""
-    sorted_out: dict[bool, list[str]] = {True: [], False: []}
-    for name in sorted(names):
-        forms = (name, name.removeprefix("encoder."))
-        sorted_out[any(fnmatchcase(f, p) for f in forms for p in patterns)].append(name)
-    return sorted_out
+def _allowed(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern matches the name, with or without 'encoder.'."""
+    return any(fnmatchcase(n, p) for n in (name, name.removeprefix("encoder.")) for p in patterns)
 
 
-def _listed(names: list[str]) -> str:
-    """Names as the files have them, at most some."""
-    shown = [name.removeprefix("encoder.") for name in names[:LISTED]]
+def _listed(names: set[str]) -> str:
+    """The first names in order, as in the file."""
+    shown = [name.removeprefix("encoder.") for name in sorted(names)[:LISTED]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def _load(mae: MAE, tensors: Tensors, path: str) -> None:
-    """Load what is there. Raises MoceError naming the shapes that differ, and then loads nothing."""
-    own = mae.state_dict()
+    """Load the tensors given. Raises MoceError, with the shapes that differ, before it loads any."""
+    own_tensors = mae.state_dict()
     wrong = [
-        f"{name.removeprefix('encoder.')} {list(value.shape)}, not {list(own[name].shape)}"
+        f"{name.removeprefix('encoder.')} {list(value.shape)}, not {list(own_tensors[name].shape)}"
         for name, value in tensors.items()
-        if value.shape != own[name].shape
+        if value.shape != own_tensors[name].shape
     ]
     if wrong:
         raise MoceError(

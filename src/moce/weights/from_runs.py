@@ -1,4 +1,4 @@
-"""From run folders and names back to models."""
+"""Models back from run folders, and backbones by folder or timm name."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.models.token_moe import TokenExpertFFN, TokenMoESpec, copy_experts
 from moce.runs.files import read_tensors
-from moce.runs.model import INFO, read_info, read_model
-
-BACKBONE_CONFIG = "config.json"
+from moce.runs.model import INFO, WEIGHTS, read_info, read_model
+from moce.weights.formats import timm as timm_format
+from moce.weights.read import MODEL_CONFIG
 
 
 def load_mae(run: Path) -> tuple[MAESpec, MAE]:
-    """The masked autoencoder of a `moce pretrain` (or MAE+) run."""
+    """The masked autoencoder of a `moce pretrain` (or MAE+) run. Raises MoceError if it is none."""
     info, tensors = read_model(run, "mae")
     with raise_if_corrupt(run / INFO):
         spec = MAESpec.from_dict(info["spec"])
@@ -34,8 +34,36 @@ def load_mae(run: Path) -> tuple[MAESpec, MAE]:
     return spec, mae
 
 
+def load_clusters(run: Path) -> ClusterModel:
+    """The cluster model of a `moce cluster` run. Raises MoceError if it is none."""
+    info, tensors = read_model(run, "clusters")
+    return _clusters_from(run, tensors, info)
+
+
+def load_moce(run: Path) -> tuple[MoCESpec, MoCE, ClusterModel]:
+    """The mixture and the cluster model of a `moce train` run. Raises MoceError if it is none."""
+    info, tensors = read_model(run, "moce")
+    with raise_if_corrupt(run / INFO):
+        spec = MoCESpec.from_dict(info["spec"])
+        model = spec.build()
+        _check_mae(spec.mae, model.mae)
+    load_weights(model, _without_prefix("model.", tensors), run)
+    return spec, model.eval(), _clusters_from(run, _without_prefix("clusters.", tensors), info)
+
+
+def _clusters_from(run: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> ClusterModel:
+    with raise_if_corrupt(run / INFO):
+        clusters = ClusterModel.from_tensors(tensors, info["clusters"])
+        _check_encoder(clusters.spec, clusters.encoder)
+        if clusters.pooling not in get_args(ClusterPooling):
+            raise ValueError(f"pooling {clusters.pooling!r}")
+        if not (clusters.epsilon > 0 and -1 <= clusters.similarity <= 1):
+            raise ValueError(f"epsilon {clusters.epsilon}, similarity {clusters.similarity}")
+    return clusters
+
+
 def _check_mae(spec: MAESpec, mae: MAE) -> None:
-    """Raise ValueError if a spec holds numbers that nothing would stumble over before a loss does."""
+    """Raise ValueError for values that would otherwise show only as a wrong loss."""
     _check_encoder(spec.encoder, mae.encoder)
     if not 0 < spec.mask_ratio < 1:
         raise ValueError(f"a mask_ratio of {spec.mask_ratio}")
@@ -49,36 +77,8 @@ def _check_encoder(spec: EncoderSpec, vit: VisionTransformer) -> None:
         raise ValueError(f"std {list(spec.std)}")
 
 
-def load_clusters(run: Path) -> ClusterModel:
-    """The cluster model of a `moce cluster` run."""
-    info, tensors = read_model(run, "clusters")
-    return _clusters_of(run, tensors, info)
-
-
-def _clusters_of(run: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> ClusterModel:
-    with raise_if_corrupt(run / INFO):
-        clusters = ClusterModel.from_tensors(tensors, info["clusters"])
-        _check_encoder(clusters.spec, clusters.encoder)
-        if clusters.pooling not in get_args(ClusterPooling):
-            raise ValueError(f"pooling {clusters.pooling!r}")
-        if not (clusters.epsilon > 0 and -1 <= clusters.similarity <= 1):
-            raise ValueError(f"epsilon {clusters.epsilon}, similarity {clusters.similarity}")
-    return clusters
-
-
-def load_moce(run: Path) -> tuple[MoCESpec, MoCE, ClusterModel]:
-    """The mixture and the cluster model of a `moce train` run."""
-    info, tensors = read_model(run, "moce")
-    with raise_if_corrupt(run / INFO):
-        spec = MoCESpec.from_dict(info["spec"])
-        model = spec.build()
-        _check_mae(spec.mae, model.mae)
-    load_weights(model, under("model.", tensors), run)
-    return spec, model.eval(), _clusters_of(run, under("clusters.", tensors), info)
-
-
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], origin: object) -> None:
-    """Load all weights, no more and no less. Raises MoceError naming those that do not fit."""
+    """Load all weights of a module. Raises MoceError if names or shapes differ."""
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -86,14 +86,14 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], origin: object) 
         raise MoceError(f"the weights of {origin} do not fit the model: {reason[:500]}") from None
 
 
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose name begins with `prefix`, without it."""
+def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names have the prefix, by names without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 @dataclass
 class Backbone:
-    """An encoder that gives tokens, and what it is fed."""
+    """An encoder that returns tokens, with the spec to build and feed it."""
 
     spec: EncoderSpec
     vit: VisionTransformer
@@ -104,21 +104,21 @@ class Backbone:
         return not any(isinstance(m, TokenExpertFFN) for m in self.vit.modules())
 
     def build(self, **arguments: Any) -> VisionTransformer:
-        """A fresh encoder of the same form, with other timm arguments (a head, drop path)."""
+        """A fresh encoder of the same architecture, with other timm arguments (a head, drop path)."""
         return copy_experts(self.vit, self.spec.build(**arguments))
 
 
 def load_backbone(reference: str) -> Backbone:
-    """A customized folder, an MAE or TokenMoE run, or the name of a timm model with its own weights.
+    """An exported folder, an MAE or TokenMoE run, or a timm model with its own weights.
 
-    Raises MoceError if it is none of these or the weights cannot be had.
+    Raises MoceError if it is none of these or the weights cannot be downloaded.
     """
     path = expand(Path(reference))
-    if (path / BACKBONE_CONFIG).is_file():
+    if (path / MODEL_CONFIG).is_file():
         return _exported_backbone(path)
     if path.is_dir():
         if holds_moce(path):
-            raise MoceError(f"{path} holds experts: hand out one with 'moce customize' first")
+            raise MoceError(f"{path} holds experts: build one backbone with 'moce customize' first")
         if read_info(path)["kind"] == "token_moe":
             return _token_moe_backbone(path)
         spec, mae = load_mae(path)
@@ -130,12 +130,12 @@ def load_backbone(reference: str) -> Backbone:
 
 def holds_moce(path: Path) -> bool:
     """Whether a path is a finished run of cluster-conditional experts."""
-    exported = (path / BACKBONE_CONFIG).is_file()
+    exported = (path / MODEL_CONFIG).is_file()
     return path.is_dir() and not exported and read_info(path)["kind"] == "moce"
 
 
 def _token_moe_backbone(path: Path) -> Backbone:
-    """All experts of it: tokens of one image go to several, so no dense ViT can stand for them."""
+    """All experts: the tokens of one image go to several, so no dense ViT is equivalent."""
     info, tensors = read_model(path, "token_moe")
     with raise_if_corrupt(path / INFO):
         model = TokenMoESpec.from_dict(info["spec"]).build()
@@ -146,30 +146,24 @@ def _token_moe_backbone(path: Path) -> Backbone:
 
 def _exported_backbone(path: Path) -> Backbone:
     try:
-        config = json.loads((path / BACKBONE_CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((path / MODEL_CONFIG).read_text(encoding="utf-8"))
         cfg = config["pretrained_cfg"]
         arguments = dict(config["model_args"])
         mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
         spec = EncoderSpec(str(config["architecture"]), arguments, mean, std)
     except (ValueError, KeyError, TypeError) as error:
-        raise MoceError(f"{path / BACKBONE_CONFIG} is not a timm model config: {error!r}") from None
+        raise MoceError(f"{path / MODEL_CONFIG} is not a timm model config: {error!r}") from None
     if arguments.get("fc_norm"):
-        raise MoceError(f"{path} was fine-tuned, with a norm of its own; give what it came from")
-    with raise_if_corrupt(path / BACKBONE_CONFIG):
+        raise MoceError(f"{path} is fine-tuned, with a norm of its own; give its original backbone")
+    with raise_if_corrupt(path / MODEL_CONFIG):
         vit = spec.build(num_classes=0, global_pool="", fc_norm=False)
         _check_encoder(spec, vit)
-    tensors = read_tensors(path / "model.safetensors")
+    tensors = read_tensors(path / WEIGHTS)
     load_weights(vit, {k: v for k, v in tensors.items() if not k.startswith("head.")}, path)
     return Backbone(spec, vit)
 
 
 def _timm_backbone(name: str) -> Backbone:
-    try:
-        vit = EncoderSpec(name).build(pretrained=True)
-    except MoceError:
-        raise
-    except Exception as error:  # whatever the hub client raises when there is no network
-        reason = str(error).splitlines()[0]
-        raise MoceError(f"cannot get the weights of timm model {name}: {reason}") from None
+    vit = timm_format.pretrained(name, {})
     cfg: Any = vit.pretrained_cfg
     return Backbone(EncoderSpec(name, {}, tuple(cfg["mean"]), tuple(cfg["std"])), vit)

@@ -1,23 +1,23 @@
-"""The masked autoencoder that a verb starts from: a run of moce, or weights of other libraries."""
+"""What --mae and --init may name: a run of moce, a weights file or folder, or a timm model."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import FileSettings, PretrainSettings, expand
 from moce.config.load import explicitly_set
 from moce.errors import MoceError
-from moce.models.encoder import EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import CONFIG, INFO, WEIGHTS
 from moce.runtime.progress import log
 from moce.weights.build import ModelOverrides, build_mae, read_weights
+from moce.weights.formats.timm import pretrained
 from moce.weights.from_runs import load_mae
+from moce.weights.types import MAEWeights
 
 OF_A_RUN = frozenset(
     {"model", "model_args", "img_size", "mean", "std", "mask_ratio", "norm_pix"}
@@ -32,7 +32,7 @@ FIXED = frozenset({"num_classes", "global_pool", "fc_norm", "checkpoint_path", "
 def start_from(
     reference: str | Path, settings: FileSettings | PretrainSettings
 ) -> tuple[MAESpec, MAE]:
-    """The model that `--mae` or `--init` names. What the user should hear of goes to stderr.
+    """The model that `--mae` or `--init` names; notes on its weights go to stderr.
 
     Raises MoceError if there is none, or its weights do not fit.
     """
@@ -43,63 +43,47 @@ def start_from(
         return load_mae(run)
     check_arguments(settings.model_args)
     if path.exists():
-        spec, mae, _ = from_file(path, settings)
-        return spec, mae
+        return from_file(path, settings)[:2]
     if timm.is_model(str(reference)):
         return from_timm(str(reference), settings)
     raise MoceError(
-        f"{reference} is not a moce run, nor a file or folder of weights, nor the name of a timm model"
+        f"{reference} is not a moce run, a file or folder of weights, or the name of a timm model"
     )
 
 
 def from_file(path: Path, settings: FileSettings | PretrainSettings) -> tuple[MAESpec, MAE, bool]:
-    """The model of a file or folder of other libraries, and whether its decoder came along."""
+    """The model of a file or folder of other libraries, and whether it has a decoder of its own."""
     weights = read_weights(path)
     if weights.decoder:
         refuse_given(settings, OF_THE_DECODER, f"decoder in {path}")
-    spec, mae, notes = build_mae(weights, overrides_of(settings))
-    for note in notes:
-        log(note)
-    return spec, mae, bool(weights.decoder)
-
-
-def moce_run(path: Path) -> Path | None:
-    """The run folder of moce that a path is, or is the weights of; None if it is of others."""
-    folder = path.parent if path.name == WEIGHTS else path
-    return folder if any((folder / name).is_file() for name in (INFO, CONFIG)) else None
+    return *_build(weights, overrides_of(settings)), bool(weights.decoder)
 
 
 def from_timm(name: str, settings: FileSettings | PretrainSettings) -> tuple[MAESpec, MAE]:
     """A timm model with its own weights and a fresh decoder."""
-    overrides = overrides_of(settings)
-    with torch.device("meta"):  # refuse what will not do before anything is downloaded
-        EncoderSpec(name, overrides.model_args).build()
-    try:
-        vit = EncoderSpec(name, overrides.model_args).build(pretrained=True)
-    except MoceError:
-        raise
-    except Exception as error:  # whatever the hub client raises when there is no network
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MoceError(f"cannot get timm's weights of {name}: {reason}") from None
-    log(f"{name} has no decoder: it starts fresh")
-    spec = timm_spec(vit, name, overrides)
-    mae = spec.build()
-    mae.encoder.load_state_dict(vit.state_dict())
+    overrides = replace(overrides_of(settings), model=name)
+    vit = pretrained(name, overrides.model_args)
+    cfg: Any = vit.pretrained_cfg
+    weights = MAEWeights(name, dict(vit.state_dict()), name=name, model_args=overrides.model_args)
+    weights.mean, weights.std = tuple(cfg["mean"]), tuple(cfg["std"])
+    return _build(weights, overrides)
+
+
+def _build(weights: MAEWeights, overrides: ModelOverrides) -> tuple[MAESpec, MAE]:
+    spec, mae, notes = build_mae(weights, overrides)
+    for note in notes:
+        log(note)
     return spec, mae
 
 
-def timm_spec(vit: VisionTransformer, name: str, overrides: ModelOverrides) -> MAESpec:
-    """Pixels are normalized as timm's weights want it, unless the settings say otherwise."""
-    cfg: Any = vit.pretrained_cfg
-    mean = per_channel("mean", overrides.mean, tuple(cfg["mean"]), vit.in_chans)
-    std = per_channel("std", overrides.std, tuple(cfg["std"]), vit.in_chans)
-    encoder = EncoderSpec(name, overrides.model_args, mean, std)
-    norm_pix = True if overrides.norm_pix is None else overrides.norm_pix
-    return MAESpec(encoder, *overrides.decoder, overrides.mask_ratio or 0.75, norm_pix)
+def moce_run(path: Path) -> Path | None:
+    """The run folder of moce for a path to it or to its weights; None if it is not a run."""
+    folder = path.parent if path.name == WEIGHTS else path
+    return folder if any((folder / name).is_file() for name in (INFO, CONFIG)) else None
 
 
 def overrides_of(settings: FileSettings | PretrainSettings) -> ModelOverrides:
-    """What the settings ask of the model: only what was given counts as asked."""
+    """The model settings that differ from their defaults."""
     names = explicitly_set(settings) & {
         "model",
         "mean",
@@ -124,20 +108,20 @@ def overrides_of(settings: FileSettings | PretrainSettings) -> ModelOverrides:
 
 
 def check_arguments(model_args: dict[str, Any]) -> None:
-    """Raise MoceError if an argument would give the encoder a head, or is no number where it has to be."""
+    """Raise MoceError if an argument would add a head, or a size or count is not an integer."""
     fixed = sorted(set(model_args) & FIXED)
     if fixed:
         raise MoceError(
-            f"model_args must not set {fixed[0]}: the encoder gives tokens, with no head"
+            f"model_args must not set {fixed[0]}: the encoder returns tokens and has no head"
         )
     for name in COUNTS & model_args.keys():
         value = model_args[name]
-        if value is None:  # timm's way to say: as the model has it
+        if value is None:  # the model's default
             continue
         values = value if name in SIZES and isinstance(value, list | tuple) else [value]
         if len(values) not in (1, 2) or not all(_is_count(number) for number in values):
             what = "one number or [height, width]" if name in SIZES else "a number"
-            raise MoceError(f"model_args: {name} is {what}, not {value!r}")
+            raise MoceError(f"model_args: {name} must be {what}, not {value!r}")
 
 
 def _is_count(value: object) -> bool:
@@ -147,7 +131,7 @@ def _is_count(value: object) -> bool:
 def refuse_given(
     settings: FileSettings | PretrainSettings, names: frozenset[str], origin: str
 ) -> None:
-    """Raise MoceError if the user gave what comes from the origin."""
+    """Raise MoceError if the user set what `origin` already determines."""
     unwanted = sorted(explicitly_set(settings) & names)
     if unwanted:
         raise MoceError(f"{unwanted[0]} comes from the {origin}; leave it out")

@@ -1,4 +1,4 @@
-"""What every adapter reads weights into: timm's names for the encoder, `models/mae.py`'s for the decoder."""
+"""Weights as a file has them (RawWeights), and by the names of moce's own models (MAEWeights)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-HARMLESS = {
+HEAD_PREFIXES = {
     "head.": "a classification head",
     "pre_logits.": "a layer before the classification head",
     "attn_pool.": "an attention pooling",
@@ -16,12 +16,11 @@ HARMLESS = {
 
 
 @dataclass
-class Source:
-    """Tensors as they lie in a file, and what lies beside them.
+class RawWeights:
+    """Tensors by the names in their file, and the files next to it.
 
-    config, processor: config.json and preprocessor_config.json of the same folder; header: metadata
-    of a safetensors file; path: where it comes from, for messages; notes: what was left out while
-    reading.
+    path: origin, for messages; header: metadata of a safetensors file; config, processor:
+    config.json and preprocessor_config.json of the same folder; notes: what reading left out.
     """
 
     path: str
@@ -33,12 +32,12 @@ class Source:
 
 
 @dataclass
-class Weights:
-    """Weights by moce's names, and what their format says of the model (None: it does not say).
+class MAEWeights:
+    """Weights by moce's names, and what their file states about the model (None: not stated).
 
-    encoder: names of a timm VisionTransformer, and any name the adapter does not know (surplus);
-    decoder: names of `moce.models.mae.Decoder`, empty if the file has none; name, model_args: a
-    timm architecture; notes: what the user should hear of.
+    encoder: names of a timm VisionTransformer, and any name that the format does not know;
+    decoder: names of `moce.models.decoder.Decoder`, empty if the file has none; name, model_args: a
+    timm architecture; notes: messages for the user.
     """
 
     path: str
@@ -55,9 +54,9 @@ class Weights:
 
 
 def drop(tensors: Tensors, prefixes: dict[str, str], notes: list[str]) -> Tensors:
-    """The tensors without those of these prefixes; what was dropped is added to `notes`."""
-    for prefix, what in prefixes.items():
+    """The tensors without those of the given prefixes; adds a note for each prefix found."""
+    for prefix, description in prefixes.items():
         if any(name.startswith(prefix) for name in tensors):
-            notes.append(f"left out {what} ({prefix.rstrip('.')})")
+            notes.append(f"left out {description} ({prefix.rstrip('.')})")
             tensors = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
     return tensors

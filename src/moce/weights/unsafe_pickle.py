@@ -8,14 +8,13 @@ import torch
 
 from moce.errors import MoceError
 from moce.weights.read import unwrap
-from moce.weights.types import Source
+from moce.weights.types import RawWeights
 
 
-def read_trusted(path: Path) -> Source:
-    """As `files.read_source`, for a file that the user trusts: pickle may run code that is in it."""
+def read_trusted(path: Path) -> RawWeights:
+    """Like `read.read_raw`, for a file that the user trusts: pickle may run code in the file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # unpickling may raise anything
         raise MoceError(f"cannot read {path}: {error}") from None
-    tensors, notes = unwrap(content, path)
-    return Source(str(path), tensors, notes=notes)
+    return unwrap(content, path)

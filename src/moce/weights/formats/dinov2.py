@@ -1,6 +1,6 @@
-"""facebookresearch/dinov2: timm's names but for registers, the FFN of the giant and a mask token.
+"""facebookresearch/dinov2: timm's names except for registers, the giant's FFN and a mask token.
 
-Released files hold the backbone alone. Training leaves a teacher beside its heads, and blocks in
+Released files hold the backbone alone. Training leaves a teacher with its heads, and blocks in
 chunks: `blocks.CHUNK.NUMBER.`, the number counted over all chunks.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 
-from moce.weights.types import HARMLESS, Source, Tensors, Weights, drop
+from moce.weights.types import HEAD_PREFIXES, MAEWeights, RawWeights, Tensors, drop
 
 BACKBONE = "backbone."
-LEFT_OUT = {
+LEFT_OUT = HEAD_PREFIXES | {
     "mask_token": "DINOv2's mask token, which only its own training uses",
     "dino_head.": "DINO's projection head",
     "ibot_head.": "iBOT's projection head",
@@ -19,32 +19,36 @@ LEFT_OUT = {
 CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 
-def matches(source: Source) -> bool:
-    names = {name.removeprefix(BACKBONE) for name in source.tensors}
-    ours = {"cls_token", "patch_embed.proj.weight"} <= names
+def matches(raw: RawWeights) -> bool:
+    names = {name.removeprefix(BACKBONE) for name in raw.tensors}
+    is_vit = {"cls_token", "patch_embed.proj.weight"} <= names
     marked = bool({"mask_token", "register_tokens"} & names)
-    return ours and (marked or names != source.tensors.keys() or any(map(CHUNKED.match, names)))
+    return is_vit and (marked or names != raw.tensors.keys() or any(map(CHUNKED.match, names)))
 
 
-def read(source: Source) -> Weights:
-    notes = list(source.notes)
-    tensors = {k.removeprefix(BACKBONE): v for k, v in source.tensors.items()}
-    tensors = drop(tensors, LEFT_OUT | HARMLESS, notes)
-    if "register_tokens" in tensors:
-        tensors = _registers(tensors)
-    return Weights(source.path, {_name(k): v for k, v in tensors.items()}, notes=notes)
+def read(raw: RawWeights) -> MAEWeights:
+    notes = list(raw.notes)
+    tensors = {k.removeprefix(BACKBONE): v for k, v in raw.tensors.items()}
+    tensors = drop(tensors, LEFT_OUT, notes)
+    return MAEWeights(raw.path, to_timm(tensors), notes=notes)
 
 
-def _registers(tensors: Tensors) -> Tensors:
-    """timm adds positions to patches only; the class token's own is added to the token itself."""
-    positions = tensors.pop("pos_embed")
-    tensors["reg_token"] = tensors.pop("register_tokens")
-    tensors["cls_token"] = tensors["cls_token"] + positions[:, :1]
-    tensors["pos_embed"] = positions[:, 1:]
-    return tensors
+def to_timm(tensors: Tensors) -> Tensors:
+    """DINOv2's names and registers to timm's.
+
+    timm's checkpoint_filter_fn renames w12, w3 and registers too, but into a given model; here the
+    model is inferred from the renamed tensors.
+    """
+    renamed = {_name(k): v for k, v in tensors.items()}
+    if "register_tokens" in renamed:
+        # timm adds positions to patches only: the class token's position goes into the token itself.
+        positions = renamed.pop("pos_embed")
+        renamed["reg_token"] = renamed.pop("register_tokens")
+        renamed["cls_token"] = renamed["cls_token"] + positions[:, :1]
+        renamed["pos_embed"] = positions[:, 1:]
+    return renamed
 
 
 def _name(name: str) -> str:
     name = CHUNKED.sub(r"blocks.\1.", name)
-    name = re.sub(r"^(blocks\.\d+\.mlp)\.w12\.", r"\1.fc1.", name)
-    return re.sub(r"^(blocks\.\d+\.mlp)\.w3\.", r"\1.fc2.", name)
+    return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")

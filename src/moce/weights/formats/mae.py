@@ -1,13 +1,11 @@
-"""facebookresearch/mae: the encoder has timm's names; the decoder's are translated both ways."""
+"""facebookresearch/mae: the encoder has timm's names; the decoder is renamed both ways."""
 
 from __future__ import annotations
 
-import re
+from moce.weights.types import HEAD_PREFIXES, MAEWeights, RawWeights, Tensors, drop
 
-from moce.weights.types import HARMLESS, Source, Tensors, Weights, drop
-
-DECODER_HEADS = 16  # of all released models; cannot be seen in the tensors
-TO_THEIRS = {
+DECODER_HEADS = 16  # of all released models; tensor shapes do not show it
+TO_FACEBOOK = {
     "mask_token": "mask_token",
     "pos_embed": "decoder_pos_embed",
     "embed": "decoder_embed",
@@ -15,27 +13,29 @@ TO_THEIRS = {
     "norm": "decoder_norm",
     "head": "decoder_pred",
 }
-TO_OURS = {theirs: ours for ours, theirs in TO_THEIRS.items()}
+FROM_FACEBOOK = {theirs: ours for ours, theirs in TO_FACEBOOK.items()}
 
 
-def matches(source: Source) -> bool:
-    return any(re.match(r"decoder_(embed|blocks|pred)\.", name) for name in source.tensors)
+def matches(raw: RawWeights) -> bool:
+    return any(
+        name.startswith(("decoder_embed.", "decoder_blocks.", "decoder_pred."))
+        for name in raw.tensors
+    )
 
 
-def read(source: Source) -> Weights:
-    """An encoder, and the decoder if there is one."""
-    encoder, decoder = split(source.tensors)
-    notes = list(source.notes)
-    encoder = drop(encoder, HARMLESS, notes)
-    return Weights(source.path, encoder, decoder, notes=notes)
+def read(raw: RawWeights) -> MAEWeights:
+    """An encoder, and a decoder if the file has one."""
+    encoder, decoder = split(raw.tensors)
+    notes = list(raw.notes)
+    return MAEWeights(raw.path, drop(encoder, HEAD_PREFIXES, notes), decoder, notes=notes)
 
 
 def split(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """Encoder and decoder, the latter by moce's names."""
     encoder, decoder = {}, {}
     for name, value in tensors.items():
-        if name.partition(".")[0] in TO_OURS:
-            decoder[_renamed(name, TO_OURS)] = value
+        if name.partition(".")[0] in FROM_FACEBOOK:
+            decoder[_renamed(name, FROM_FACEBOOK)] = value
         else:
             encoder[name] = value
     return encoder, decoder
@@ -43,10 +43,10 @@ def split(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 def join(encoder: Tensors, decoder: Tensors) -> Tensors:
     """The inverse of `split`."""
-    return encoder | {_renamed(name, TO_THEIRS): value for name, value in decoder.items()}
+    return encoder | {_renamed(name, TO_FACEBOOK): value for name, value in decoder.items()}
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:
-    """The name with its first part, up to a dot, as the table has it."""
+    """The name with its first component replaced."""
     first, dot, rest = name.partition(".")
     return table[first] + dot + rest

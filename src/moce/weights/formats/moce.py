@@ -1,4 +1,4 @@
-"""moce's own weights file: facebookresearch's names, and in the header what tensors cannot say.
+"""moce's own weights file: facebookresearch/mae's names, and in the header what tensors do not show.
 
 `moce convert` and `moce export --format torch` write it.
 """
@@ -16,41 +16,41 @@ from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE
 from moce.runs.files import write_tensors
 from moce.weights.formats import mae as facebook
-from moce.weights.types import Source, Weights
+from moce.weights.types import MAEWeights, RawWeights
 
 HEADER = "moce"
-SAID = ("name", "model_args", "mean", "std", "decoder_heads", "mask_ratio", "norm_pix")
+FIELDS = ("name", "model_args", "mean", "std", "decoder_heads", "mask_ratio", "norm_pix")
 
 
-def matches(source: Source) -> bool:
-    return HEADER in source.header
+def matches(raw: RawWeights) -> bool:
+    return HEADER in raw.header
 
 
-def read(source: Source) -> Weights:
+def read(raw: RawWeights) -> MAEWeights:
     try:
-        said: dict[str, Any] = json.loads(source.header[HEADER])
-        known = {name: said[name] for name in SAID}
+        header: dict[str, Any] = json.loads(raw.header[HEADER])
+        fields = {name: header[name] for name in FIELDS}
     except (ValueError, KeyError, TypeError) as error:
-        raise MoceError(f"the header of {source.path} is damaged: {error!r}") from None
+        raise MoceError(f"the header of {raw.path} is damaged: {error!r}") from None
     for name in ("mean", "std"):
-        known[name] = tuple(known[name]) if known[name] else None
-    return Weights(source.path, *facebook.split(source.tensors), **known)
+        fields[name] = tuple(fields[name]) if fields[name] else None
+    return MAEWeights(raw.path, *facebook.split(raw.tensors), **fields)
 
 
-def describe(weights: Weights) -> dict[str, Any]:
-    """What the format or the user said of the model, as JSON."""
-    return {name: getattr(weights, name) for name in SAID}
+def describe(weights: MAEWeights) -> dict[str, Any]:
+    """What is known about the model beyond its tensors, as JSON."""
+    return {name: getattr(weights, name) for name in FIELDS}
 
 
-def write(path: Path, weights: Weights) -> None:
+def write(path: Path, weights: MAEWeights) -> None:
     """Write one safetensors file. Raises MoceError if it cannot be written."""
     tensors = facebook.join(weights.encoder, weights.decoder)
     write_tensors(path, tensors, {"format": "pt", HEADER: json.dumps(describe(weights))})
 
 
-def of_model(spec: EncoderSpec, vit: VisionTransformer, mae: MAE | None = None) -> Weights:
-    """The weights of an encoder, or of `mae` whose encoder it is, with all that a header can say."""
-    weights = Weights(spec.name, dict(vit.state_dict()), {}, spec.name, spec.model_args)
+def weights_of(spec: EncoderSpec, vit: VisionTransformer, mae: MAE | None = None) -> MAEWeights:
+    """The weights of an encoder, or of the `mae` that it belongs to, with all header fields."""
+    weights = MAEWeights(spec.name, dict(vit.state_dict()), {}, spec.name, spec.model_args)
     weights.mean, weights.std = tuple(spec.mean), tuple(spec.std)
     if mae is not None:
         block: Any = mae.decoder.blocks[0]

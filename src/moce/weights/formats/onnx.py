@@ -11,14 +11,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moce.errors import MoceError
-from moce.models.encoder import EncoderSpec, encode_tokens, pool_tokens
+from moce.models.encoder import EncoderSpec, encode_tokens, input_shape, pool_tokens
 from moce.runs.files import atomic, write_json
 
 MODEL, PREPROCESSING = "model.onnx", "preprocessing.json"
 
 
 class _Features(nn.Module):
-    """images [b, c, h, w], normalized, to features [b, d] and tokens [b, prefix + patches, d]."""
+    """Normalized images [b, c, h, w] to features [b, d] and tokens [b, prefix + patches, d]."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
@@ -40,14 +40,13 @@ def check_installed() -> None:
 def write(folder: Path, vit: VisionTransformer, spec: EncoderSpec) -> None:
     """Write model.onnx (any batch size, float32) and preprocessing.json."""
     check_installed()
-    height, width = vit.patch_embed.img_size
-    images = torch.zeros(2, vit.in_chans, height, width)
+    shape = input_shape(vit)
     module = _Features(copy.deepcopy(vit).cpu().float()).eval()
     with atomic(folder / MODEL) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
-            (images,),
+            (torch.zeros(2, *shape),),
             str(temporary),
             input_names=["images"],
             output_names=["features", "tokens"],
@@ -56,5 +55,5 @@ def write(folder: Path, vit: VisionTransformer, spec: EncoderSpec) -> None:
             external_data=False,
             verbose=False,
         )
-    said = {"input_size": [vit.in_chans, height, width], "mean": spec.mean, "std": spec.std}
-    write_json(folder / PREPROCESSING, said)
+    preprocessing = {"input_size": list(shape), "mean": spec.mean, "std": spec.std}
+    write_json(folder / PREPROCESSING, preprocessing)

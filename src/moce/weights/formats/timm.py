@@ -1,67 +1,89 @@
-"""timm's own files: its names as they are, with the config.json of a folder if there is one."""
+"""timm's own files: its names unchanged, and the config.json of a folder if there is one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from timm.models import VisionTransformer, save_for_hf
 
 from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec, input_shape
-from moce.weights.types import HARMLESS, Source, Weights, drop
+from moce.weights.types import HEAD_PREFIXES, MAEWeights, RawWeights, drop
 
-OF_THE_HEAD = frozenset({"num_classes", "global_pool", "fc_norm"})
+HEAD_ARGS = frozenset({"num_classes", "global_pool", "fc_norm"})
+# Facts about the architecture. The rest of a pretrained_cfg (tag, url, license, class names) belongs
+# to timm's own weights of that architecture.
+ARCHITECTURE_CFG = ("architecture", "first_conv", "classifier", "fixed_input_size", "crop_mode")
+TAG = "moce"  # timm calls a model ARCHITECTURE.TAG
 
 
-def matches(source: Source) -> bool:
-    return "patch_embed.proj.weight" in source.tensors or "architecture" in source.config
+def matches(raw: RawWeights) -> bool:
+    return "patch_embed.proj.weight" in raw.tensors or "architecture" in raw.config
 
 
-def read(source: Source) -> Weights:
-    notes = list(source.notes)
-    encoder = drop(dict(source.tensors), HARMLESS, notes)
-    config: dict[str, Any] = source.config
-    cfg = config.get("pretrained_cfg") or {}
-    arguments = dict(config.get("model_args") or {})
-    return Weights(
-        source.path,
-        encoder,
-        name=config.get("architecture"),
-        model_args={k: v for k, v in arguments.items() if k not in OF_THE_HEAD},
+def read(raw: RawWeights) -> MAEWeights:
+    notes = list(raw.notes)
+    cfg = raw.config.get("pretrained_cfg") or {}
+    arguments = dict(raw.config.get("model_args") or {})
+    return MAEWeights(
+        raw.path,
+        drop(dict(raw.tensors), HEAD_PREFIXES, notes),
+        name=raw.config.get("architecture"),
+        model_args={k: v for k, v in arguments.items() if k not in HEAD_ARGS},
         mean=tuple(cfg["mean"]) if "mean" in cfg else None,
         std=tuple(cfg["std"]) if "std" in cfg else None,
         notes=notes,
     )
 
 
+def pretrained(name: str, model_args: dict[str, Any]) -> VisionTransformer:
+    """A timm model with the weights that timm has for it.
+
+    Raises MoceError if it is no suitable ViT (before any download) or the download fails.
+    """
+    spec = EncoderSpec(name, model_args)
+    with torch.device("meta"):
+        spec.build()
+    try:
+        return spec.build(pretrained=True)
+    except MoceError:
+        raise
+    except Exception as error:  # without a network the hub client raises errors of many types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MoceError(f"cannot get the weights of timm model {name}: {reason}") from None
+
+
 def write_timm_folder(folder: Path, vit: VisionTransformer, spec: EncoderSpec, **head: Any) -> None:
     """Write config.json and model.safetensors, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
-    Pooling: the mean of the patch tokens after the final norm, moce's own feature, unless `head`
-    (num_classes, global_pool, fc_norm: model arguments of a ViT with a head) says otherwise.
+    The model pools the mean of the patch tokens after the final norm, moce's own feature, unless
+    `head` (num_classes, global_pool, fc_norm: model arguments of a ViT with a head) differs.
+    Raises MoceError if the folder cannot be written.
     """
-    model = pooled(vit, spec, **head)
     try:
-        save_for_hf(model, str(folder), safe_serialization=True)
+        save_for_hf(pooled(vit, spec, **head), str(folder), safe_serialization=True)
     except (OSError, SafetensorError) as error:
         raise MoceError(f"cannot write {folder}: {error}") from None
 
 
 def pooled(vit: VisionTransformer, spec: EncoderSpec, **head: Any) -> VisionTransformer:
-    """A ViT of timm's with the weights of `vit`, its pooling and head, and how its images are made."""
+    """A timm ViT with the weights of `vit`, with pooling or a head, and its own pretrained_cfg."""
     model = spec.build(**{"global_pool": "avg", "fc_norm": False, **head})
     model.load_state_dict(vit.state_dict())
-    cfg: Any = model.pretrained_cfg
-    kept = {k: v for k, v in cfg.items() if not k.startswith("test_")}
-    how = {
-        "pool_size": None,
+    base: Any = model.pretrained_cfg
+    cfg = {name: base.get(name) for name in ARCHITECTURE_CFG}
+    cfg |= {
+        "tag": TAG,
+        "num_classes": model.num_classes,
         "input_size": input_shape(model),
+        "pool_size": None,
         "mean": spec.mean,
         "std": spec.std,
         "interpolation": "bicubic",
         "crop_pct": 1.0,
     }
-    model.pretrained_cfg = {**kept, **how}  # type: ignore[assignment]
+    model.pretrained_cfg = cfg  # type: ignore[assignment]
     return model
