@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.measure import Work
 from moce.models.encoder import EncoderSpec, choose_attention
 from moce.models.mae import MAE, MAESpec
-from moce.training.objectives import part_size
+from moce.training.objectives import chunk_size
 from moce.training.optimizer import adamw, parameter_groups, set_learning_rate
 from moce.training.thread_parallel import ThreadParallel
 
@@ -133,7 +133,7 @@ def moce_step(case: Case) -> Work:
     def loss(model: nn.Module, noise: Tensor, part: slice) -> Tensor:
         return model(images[part], noise[part]).loss
 
-    return our_step(case, mae, part_size(mae), loss)
+    return our_step(case, mae, chunk_size(mae), loss)
 
 
 # --- Transformers -------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from moce.models.encoder import encode_tokens
 from moce.models.moce import MoCE
 from moce.models.token_moe import TokenMoE
 from moce.runtime.device import bincount
-from moce.training.objectives import part_size
+from moce.training.objectives import chunk_size
 
 RESULTS = FOLDER / "moce_step.json"
 PACKAGES = ("moce", "torch", "timm")
@@ -124,7 +124,7 @@ def loss_of(case: Case, mixture: Mixture) -> LossOfDraw:
 def mixture_step(case: Case, mixture: Mixture) -> Work:
     """As `moce train` takes it: a token MoE, whose balance is that of its whole batch, in one part."""
     model = mixture_of(case, mixture)
-    size = part_size(model.mae) if isinstance(model, MoCE) else None
+    size = chunk_size(model.mae) if isinstance(model, MoCE) else None
     return our_step(case, model, size, loss_of(case, mixture))
 
 

@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(params=[1, 3])
 def threads(request) -> Iterator[int]:
-    """Threads of torch: one, and several, so that lanes are used."""
+    """Threads of torch: one, and several, so that worker threads are used."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

@@ -30,7 +30,7 @@ from moce.data.rng import Stream, keyed_normal, keyed_uniform
 from moce.inference.features import extract_features
 from moce.runs.files import read_tensors
 from moce.runs.model import read_metrics
-from moce.training.objectives import mae_objective, moce_objective
+from moce.training.objectives import MAEObjective, MoCEObjective
 from moce.training.trainer import Step
 
 pytestmark = [
@@ -40,7 +40,7 @@ pytestmark = [
 CUDA = {"device": "cuda"}
 
 
-def test_every_stage_follows_the_cpu(runs, tmp_path: Path) -> None:
+def test_all_objectives_follow_the_cpu(runs, tmp_path: Path) -> None:
     """Float32 losses and features agree; masks, crops and gate noise are the same on both."""
     moce.pretrain(runs.data, out=tmp_path / "mae", epochs=2, **{**PRETRAIN, **CUDA})
     ours, reference = read_metrics(tmp_path / "mae"), read_metrics(runs.mae)
@@ -92,17 +92,17 @@ def test_micro_batches_do_not_wait_for_the_gpu(method: str, most: int) -> None:
     device, images, mae = torch.device("cuda"), demo_images(), tiny_mae()
     if method == "mae":
         settings = PretrainSettings(data="-", out="-")
-        stage = mae_objective("mae", mae, tiny_encoder(), images, settings)
+        objective = MAEObjective("mae", mae, tiny_encoder(), images, settings)
     else:
         settings = TrainSettings(data="-", mae="-", out="-")
         clusters = torch.arange(len(images)) % CLUSTERS
-        stage = moce_objective(tiny_moce(mae), tiny_encoder(), images, clusters, settings)
-    module, rows = stage.module.to(device).train(), torch.arange(8)
+        objective = MoCEObjective(tiny_moce(mae), tiny_encoder(), images, clusters, settings)
+    model, rows = objective.model.to(device).train(), torch.arange(8)
     for number in range(2):  # the first sends what is kept
         step = Step(number, rows)
         with waits_counted() as waits:
             batch = fetch(images, rows, torch.zeros_like(rows), device)
-            stage.loss(module, batch, step)["loss"].backward()
+            objective.loss(model, batch, step)["loss"].backward()
     assert len(waits) <= most, waits
 
 

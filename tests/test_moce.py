@@ -21,6 +21,7 @@ from builders import (
     tiny_moce,
     tiny_spec,
 )
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing import assert_close
@@ -29,10 +30,10 @@ import moce
 from moce.config import TrainSettings
 from moce.errors import MoceError
 from moce.models.encoder import encode_tokens
-from moce.models.experts import ExpertFFN, ExpertLayer
+from moce.models.experts import ExpertFFN, ExpertLayer, replace_ffn
 from moce.models.moce import MoCE, MoCESpec, check_blocks, default_blocks
 from moce.runs.files import read_tensors
-from moce.training.objectives import augmented, gate_noise, mask_noise, moce_objective
+from moce.training.objectives import MoCEObjective, augmented, gate_noise, mask_noise
 from moce.training.optimizer import parameter_groups
 from moce.training.trainer import Objective, fit
 
@@ -75,6 +76,8 @@ def test_alike_experts_equal_dense_whatever_the_gate_says() -> None:
 
 
 class _Scaled(nn.Module):
+    """An FFN whose output is scaled."""
+
     def __init__(self, ffn: nn.Module, scale: Tensor) -> None:
         super().__init__()
         self.ffn, self.scale = ffn, scale
@@ -104,7 +107,8 @@ def test_every_image_goes_to_the_expert_of_its_clusters_row(gate_scale: str, noi
                 experts_seen.add((layer, expert))
                 ffn = mixture.experts[number].experts[expert]
                 scale = p[expert] if gate_scale == "prob" else torch.ones(())
-                dense.encoder.blocks[layer].mlp = _Scaled(ffn, scale)
+                block = dense.encoder.blocks[layer]
+                dense.encoder.blocks[layer] = replace_ffn(block, _Scaled(ffn, scale), Block)
             alone = dense(images[image : image + 1], noise[image : image + 1]).prediction[0]
             assert_close(together[image], alone, atol=1e-5, rtol=1e-5)
     assert len(experts_seen) == len(BLOCKS) * EXPERTS  # otherwise the comparison shows little
@@ -115,8 +119,7 @@ def test_prob_scales_an_experts_output_by_its_probability() -> None:
     layer, tokens = mixture.experts[0], torch.randn(2, 5, 32)
     clusters = torch.tensor([2, 5])
     probability, expert = mixture.tables()[0][clusters].max(dim=1)
-    with mixture.routed(clusters):
-        routed = layer(tokens)
+    routed = layer(tokens, mixture.route(clusters)[BLOCKS[0]])
     for image in range(2):
         plain = layer.experts[int(expert[image])](tokens[image])
         assert_close(routed[image], probability[image] * plain)
@@ -142,13 +145,11 @@ def test_features_of_an_image_do_not_depend_on_its_batch() -> None:
     assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_expert_layer_refuses_to_run_without_routing() -> None:
-    mixture = tiny_moce(tiny_mae())
-    with pytest.raises(RuntimeError, match="routing"):
+@pytest.mark.parametrize("expert_scope", ["ffn", "block"])
+def test_moe_blocks_need_a_routing(expert_scope: str) -> None:
+    mixture = tiny_moce(tiny_mae(), expert_scope=expert_scope)
+    with pytest.raises(TypeError, match="routing"):
         encode_tokens(mixture.mae.encoder, batch(2)[0])
-    with mixture.routed(torch.zeros(2, dtype=torch.int64)):
-        pass
-    assert all(layer.routing is None for layer in mixture.experts)
 
 
 def test_gate_losses_are_those_of_the_whole_batch_whatever_part_is_passed() -> None:
@@ -194,7 +195,7 @@ def gradients_of_steps(out: Path, steps: int, **changes: object) -> list[list[Te
 
     handle = register_optimizer_step_pre_hook(record)
     try:
-        fit(moce_objective(mixture, tiny_encoder(), images, cluster_of, settings), settings, CPU,
+        fit(MoCEObjective(mixture, tiny_encoder(), images, cluster_of, settings), settings, CPU,
             "float32")  # fmt: skip
     finally:
         handle.remove()
@@ -258,21 +259,22 @@ def test_an_idle_expert_stays_where_it_is(tmp_path: Path) -> None:
     busy = (mixture.routes()[:, 0] != 0).nonzero()[:, 0]
     before: list[list[Tensor]] = []
 
-    def loss(model: nn.Module, data, step):
-        before.append([p.detach().clone() for p in idle.parameters()])
-        count = len(data.rows)
-        clusters = torch.arange(count) % CLUSTERS if step.number < 3 else busy[:1].expand(count)
-        output = model(
-            augmented(data, settings, spec, (16, 16)),
-            mask_noise(data, settings, mixture.mae),
-            clusters,
-            gate_noise(mixture, settings, step.number),
-        )
-        return {"loss": output.reconstruction}
+    class IdleFromStep3(Objective):
+        def loss(self, model: nn.Module, batch, step):
+            before.append([p.detach().clone() for p in idle.parameters()])
+            count = len(batch.rows)
+            clusters = torch.arange(count) % CLUSTERS if step.number < 3 else busy[:1].expand(count)
+            output = model(
+                augmented(batch, settings, spec, (16, 16)),
+                mask_noise(batch, settings, mixture.mae),
+                clusters,
+                gate_noise(mixture, settings, step.number),
+            )
+            return {"loss": output.reconstruction}
 
     idle = mixture.experts[0].experts[0]
     groups = parameter_groups(mixture.parameters(), settings.weight_decay)
-    fit(Objective("test", mixture, images, groups, loss), settings, CPU, "float32")
+    fit(IdleFromStep3("test", mixture, images, groups), settings, CPU, "float32")
     after = [p.detach() for p in idle.parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(before[0], before[3], strict=True))
     for step in (4, 5):
@@ -285,10 +287,10 @@ def test_gates_are_not_decayed_and_have_their_own_rate(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1, weight_decay=0.3, gate_lr_scale=7.0)
     images = demo_images()
     cluster_of = torch.zeros(len(images), dtype=torch.int64)
-    stage = moce_objective(mixture, tiny_encoder(), images, cluster_of, settings)
+    objective = MoCEObjective(mixture, tiny_encoder(), images, cluster_of, settings)
     gates = {id(p) for p in mixture.gates.parameters()}
     seen = 0
-    for group in stage.groups:
+    for group in objective.parameter_groups:
         inside = [id(p) in gates for p in group["params"]]
         assert all(inside) or not any(inside)
         if any(inside):
@@ -342,8 +344,8 @@ def test_a_mixture_survives_its_spec_and_weights() -> None:
 
 def test_only_the_chosen_blocks_have_experts() -> None:
     mixture = tiny_moce(tiny_mae())
-    kinds = [isinstance(block.mlp, ExpertFFN) for block in mixture.mae.encoder.blocks]
-    assert kinds == [layer in BLOCKS for layer in range(4)]
+    has_experts = [isinstance(block.mlp, ExpertFFN) for block in mixture.mae.encoder.blocks]
+    assert has_experts == [layer in BLOCKS for layer in range(4)]
 
 
 @pytest.mark.parametrize(

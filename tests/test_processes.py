@@ -25,7 +25,6 @@ from moce.runtime import fabric as fabrics
 from moce.runtime import launch as launching
 from moce.runtime.launch import ALONE, Launch
 from moce.training.metrics import flatten
-from moce.training.optimizer import adamw, parameter_groups
 
 TIMES = {"images_per_s", "step_s", "data_wait_s"}
 CLOSE = 1e-5
@@ -95,13 +94,6 @@ def test_a_slurm_script_is_several_processes_under_srun_only(
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
     step |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
     assert as_started(monkeypatch, script | step) == Launch(8, 5, 4, 1, 1, "srun")
-
-
-def test_shares_are_trained_by_a_fused_optimizer() -> None:
-    """Which counts its steps on the device: only so may `share_of` put the counts there."""
-    plain = adamw(parameter_groups(tiny_mae().parameters(), 0.05), 0.95)
-    shared = torch.optim.AdamW([dict(group) for group in plain.param_groups])
-    assert all(group["fused"] for group in shared.param_groups)
 
 
 @pytest.mark.parametrize(
@@ -333,19 +325,19 @@ def test_a_mistake_is_told_once(
 
 FAILING = """
 import sys
-import moce.training.loop as loop
+import moce.training.trainer as trainer
 from moce.cli import main
 from moce.errors import MoceError
-from moce.processes import rank
+from moce.runtime.distributed import rank
 
-step = loop._Loop._step
+step = trainer._Trainer._step
 
 def failing(self, number, batches):
     if number == 2 and rank() == 1:
         raise {error}("the disk of this node is gone")
     step(self, number, batches)
 
-loop._Loop._step = failing
+trainer._Trainer._step = failing
 sys.exit(main(sys.argv[1:]))
 """
 

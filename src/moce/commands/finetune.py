@@ -18,9 +18,9 @@ from moce.config import FinetuneSettings
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError, NotFinite
 from moce.evaluation.finetune import (
+    FinetuneObjective,
     build_classifier,
     by_size,
-    finetune_objective,
     hold_out,
     predict_scores,
 )
@@ -120,7 +120,7 @@ class _Tuner:
         classes = len(self.task.classes)
         vit = build_classifier(self.backbone, classes, settings.drop_path)
         images, labels = self.task.train.subset(rows.tolist()), self.task.train_labels[rows]
-        objective = finetune_objective(vit, self.backbone.spec, images, labels, settings)
+        objective = FinetuneObjective(vit, self.backbone.spec, images, labels, settings)
         fit(objective, settings, self.device, settings.precision)
         return vit
 

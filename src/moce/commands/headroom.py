@@ -28,7 +28,7 @@ from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE
 from moce.runs.files import write_json
 from moce.runs.resume import start_run
-from moce.training.objectives import mae_objective
+from moce.training.objectives import MAEObjective
 from moce.training.trainer import fit, total_steps
 from moce.weights.from_runs import load_clusters
 from moce.weights.resolve import start_from
@@ -171,7 +171,7 @@ class _Work:
         folder.mkdir(exist_ok=True)
         part = self.images.subset(rows.tolist())
         fit(
-            mae_objective(name, mae, self.spec, part, settings),
+            MAEObjective(name, mae, self.spec, part, settings),
             settings,
             self.device,
             settings.precision,

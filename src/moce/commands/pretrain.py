@@ -12,7 +12,7 @@ from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import last_metrics, write_model
 from moce.runs.resume import start_run
-from moce.training.objectives import mae_objective
+from moce.training.objectives import MAEObjective
 from moce.training.trainer import fit
 from moce.weights.resolve import check_arguments, from_timm, overrides_of, start_from
 
@@ -36,7 +36,7 @@ def run(settings: PretrainSettings) -> PretrainResult:
     spec, mae = _build(settings)
     images = read_images(settings, settings.data, mae.encoder)
     start_run(settings, images)
-    objective = mae_objective("pretrain", mae, spec.encoder, images, settings)
+    objective = MAEObjective("pretrain", mae, spec.encoder, images, settings)
     fit(objective, settings, device, settings.precision)
     return save_mae(settings.out, spec, mae, images)
 

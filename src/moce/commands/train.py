@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moce.commands.pretrain import save_mae
 from moce.commands.setup import pixel_store, read_images, refuse_unused, resolve
@@ -25,7 +25,7 @@ from moce.models.moce import MoCE, MoCESpec
 from moce.runs.model import last_metrics, write_model
 from moce.runs.resume import start_run
 from moce.runtime.progress import log
-from moce.training.objectives import mae_objective, moce_objective, token_moe_objective
+from moce.training.objectives import MAEObjective, MoCEObjective, TokenMoEObjective
 from moce.training.trainer import Objective, fit, total_steps
 from moce.training.upcycling import check_experts, upcycle, upcycle_by_token
 from moce.weights.from_runs import load_clusters
@@ -111,11 +111,11 @@ class _Job:
         load = lambda: read_images(self.settings, self.settings.data, clusters.encoder)  # noqa: E731
         return assign_images(self.settings, clusters, self.images, self.device, load)
 
-    def fit(self, objective: Objective) -> nn.Module:
-        """Train; the module, back on the CPU."""
+    def fit(self, objective: Objective) -> None:
+        """Train the objective's model and move it back to the CPU."""
         start_run(self.settings, self.images)
         fit(objective, self.settings, self.device, self.settings.precision)
-        return objective.module.cpu()
+        objective.model.cpu()
 
 
 def _train_experts(job: _Job) -> TrainResult:
@@ -125,13 +125,13 @@ def _train_experts(job: _Job) -> TrainResult:
     cluster_of = job.clusters_of_images(clusters)
     sizes = cluster_of.bincount(minlength=clusters.num_clusters)
     spec, moce = upcycle(job.settings, job.spec, job.mae, clusters, sizes)
-    job.fit(moce_objective(moce, job.spec.encoder, job.images, cluster_of, job.settings))
+    job.fit(MoCEObjective(moce, job.spec.encoder, job.images, cluster_of, job.settings))
     return _save_experts(job, spec, moce, clusters)
 
 
 def _continue_mae(job: _Job) -> TrainResult:
     """MAE+: the MAE trained on, without experts."""
-    job.fit(mae_objective("mae_plus", job.mae, job.spec.encoder, job.images, job.settings))
+    job.fit(MAEObjective("mae_plus", job.mae, job.spec.encoder, job.images, job.settings))
     saved = save_mae(job.settings.out, job.spec, job.mae, job.images)
     return TrainResult(job.settings.out, saved.loss, len(job.images), 0)
 
@@ -176,7 +176,7 @@ def clusters_of_task(histogram: Tensor, sizes: Tensor, share: float) -> Tensor:
 def _train_by_token(job: _Job) -> TrainResult:
     """TokenMoE: experts whose gate reads tokens."""
     spec, model = upcycle_by_token(job.settings, job.spec, job.mae)
-    job.fit(token_moe_objective(model, job.spec.encoder, job.images, job.settings))
+    job.fit(TokenMoEObjective(model, job.spec.encoder, job.images, job.settings))
     metrics = _metrics(job, ("loss", "reconstruction", "balance"))
     info = {"spec": spec.to_dict(), "metrics": metrics, "images": len(job.images)}
     write_model(job.settings.out, "token_moe", model.state_dict(), info)

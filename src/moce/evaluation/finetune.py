@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -77,41 +76,50 @@ def build_classifier(backbone: Backbone, num_classes: int, drop_path: float) -> 
     return vit
 
 
-def finetune_objective(
-    vit: VisionTransformer,
-    spec: EncoderSpec,
-    images: ImageDataset,
-    labels: np.ndarray,
-    settings: FinetuneSettings,
-) -> Objective:
+class FinetuneObjective(Objective):
     """Augmented and mixed images, cross-entropy, layer-wise decayed learning rates.
 
-    labels: [n] int64 class numbers, or [n, C] float32 of 0 and 1 where an image can have several:
-    every class is then a question of its own, answered by a binary cross-entropy.
+    labels: [n] int64 class numbers, or [n, C] float32 of 0 and 1 where an image can have several
+    classes; the loss is then a binary cross-entropy per class. Raises MoceError if timm cannot read
+    the RandAugment policy.
     """
-    views = Views(settings, spec, vit.patch_embed.img_size)
-    targets_on = lru_cache(maxsize=1)(torch.from_numpy(labels).to)
-    mix = _mixer(settings, vit.num_classes)
-    error: nn.Module = nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
-    if labels.ndim == 2:
-        error = nn.BCEWithLogitsLoss()
 
-    def loss(model: nn.Module, batch: Batch, step: Step) -> Losses:
-        pixels = views(batch)
-        wanted: Tensor = targets_on(batch.rows.device)[batch.rows]
-        if mix:
-            with _drawn_alike(settings.seed, step):
-                pixels, wanted = mix(pixels, wanted)
-        pixels, wanted = pixels[step.led_by :], wanted[step.led_by :]
-        return {"loss": error(model(pixels).float(), wanted)}
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        spec: EncoderSpec,
+        images: ImageDataset,
+        labels: np.ndarray,
+        settings: FinetuneSettings,
+    ) -> None:
+        groups = param_groups_layer_decay(
+            vit,
+            weight_decay=settings.weight_decay,
+            layer_decay=settings.layer_decay,
+            no_weight_decay_list=vit.no_weight_decay(),
+        )
+        super().__init__("finetune", vit, images, groups)
+        self._seed, self._targets = settings.seed, torch.from_numpy(labels)
+        self._views = Views(settings, spec, vit.patch_embed.img_size)
+        self._mix = _mixer(settings, vit.num_classes)
+        self._criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
+        if labels.ndim == 2:
+            self._criterion = nn.BCEWithLogitsLoss()
 
-    groups = param_groups_layer_decay(
-        vit,
-        weight_decay=settings.weight_decay,
-        layer_decay=settings.layer_decay,
-        no_weight_decay_list=vit.no_weight_decay(),
-    )
-    return Objective("finetune", vit, images, groups, loss, uses_mixup=mix is not None)
+    @property
+    def uses_mixup(self) -> bool:
+        return self._mix is not None
+
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
+        pixels = self._views(batch)
+        if self._targets.device != batch.rows.device:
+            self._targets = self._targets.to(batch.rows.device)
+        targets = self._targets[batch.rows]
+        if self._mix:
+            with _drawn_alike(self._seed, step):
+                pixels, targets = self._mix(pixels, targets)
+        pixels, targets = pixels[step.num_leading :], targets[step.num_leading :]
+        return {"loss": self._criterion(model(pixels).float(), targets)}
 
 
 class Views:
@@ -141,7 +149,7 @@ class Views:
 def _drawn_alike(seed: int, step: Step) -> Iterator[None]:
     """Within, torch draws what it draws in every process that works on this part of the batch."""
     with torch.random.fork_rng(devices=[]):
-        generator = keyed_generator(seed, Stream.MIX, step.number << 20 | step.part)
+        generator = keyed_generator(seed, Stream.MIX, step.number << 20 | step.micro_batch)
         torch.default_generator.manual_seed(generator.initial_seed())
         yield
 

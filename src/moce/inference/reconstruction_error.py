@@ -1,8 +1,6 @@
-"""The reconstruction error of whole images under fixed masks: comparable between models and steps."""
+"""Validation loss: the reconstruction error of whole images under fixed masks."""
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -27,9 +25,13 @@ def reconstruction_error(
     precision: str = "float32",
     batch_size: int = 256,
 ) -> float:
-    """Mean loss over the images, in the middle crop of the model's shape, each with one mask of its own.
+    """Mean reconstruction loss over images, comparable between models and training steps.
 
-    clusters: [n] int64, by which a mixture routes the images (None for an MAE).
+    Every image is cropped to the middle and has one mask of its own, the same in every call.
+
+    Args:
+        clusters: [n] int64, by which a MoCE routes the images; None for an MAE.
+        precision: float32 or bf16.
     """
     device = device or torch.device("cpu")
     model = model.to(device).eval()
@@ -37,20 +39,13 @@ def reconstruction_error(
     mae = model.mae if isinstance(model, MoCE) else model
     total = 0.0
     for start in range(0, len(images), batch_size):
-        rows = torch.arange(start, min(start + batch_size, len(images)))
+        rows = torch.arange(start, min(start + batch_size, len(images)), device=device)
         stored = images.take(slice(start, start + batch_size)).to(device)
         pixels = normalize(fitted(stored, mae.encoder.patch_embed.img_size), spec.mean, spec.std)
-        on_device = rows.to(device)
         patches = mae.encoder.patch_embed.num_patches
-        noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(on_device), on_device, patches)
-        with autocast(device, precision), _routed(model, clusters, rows):
-            total += mae(pixels, noise).loss.item() * len(rows)
+        noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(rows), rows, patches)
+        own = None if clusters is None else clusters[rows.to(clusters.device)].to(device)
+        with autocast(device, precision):
+            routings = model.route(own) if isinstance(model, MoCE) and own is not None else None
+            total += mae(pixels, noise, routings).loss.item() * len(rows)
     return total / len(images)
-
-
-def _routed(
-    model: MAE | MoCE, clusters: Tensor | None, rows: Tensor
-) -> AbstractContextManager[None]:
-    if isinstance(model, MoCE) and clusters is not None:
-        return model.routed(clusters[rows].to(model.clusters.device))
-    return nullcontext()

@@ -1,1 +1,1 @@
-"""The networks: plain arguments in, tensors out. torch and timm only; no files, no settings."""
+"""The networks: plain arguments in, tensors out. No files, no settings."""

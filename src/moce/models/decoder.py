@@ -1,4 +1,4 @@
-"""The decoder of the masked autoencoder: a light ViT that predicts the removed patches, and only those."""
+"""The decoder of the masked autoencoder: a light ViT that predicts the removed patches."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from moce.errors import MoceError
-from moce.models.activation_checkpoint import run_block, run_blocks
+from moce.models.activation_checkpoint import run_block
 from moce.models.encoder import initialize_linear, sincos_positions
 
 
 class Decoder(nn.Module):
-    """A light ViT that sees the encoded patches and mask tokens, and predicts the pixels behind the latter.
+    """A light ViT over the encoded patches and mask tokens; predicts pixels for the mask tokens.
 
-    Attention does not mind the order of its tokens, each of which carries its position: they stay in
-    that of the mask, the removed ones last, and need not be put back in that of the image.
+    Every token carries its position, so tokens stay in the order of the mask, the removed patches
+    last; attention does not depend on the order.
     """
 
     def __init__(self, encoder: VisionTransformer, dim: int, depth: int, heads: int) -> None:
@@ -50,8 +50,8 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, keep: Tensor, removed: Tensor) -> Tensor:
         """Pixels of the removed patches, [b, m, p*p*c].
 
-        tokens: [b, prefix + k, width], encoded; keep [b, k] and removed [b, m]: int64, the places in
-        the image of the patches in `tokens` and of the others.
+        tokens: [b, prefix + k, width], from the encoder; keep: [b, k] int64, the indices of their
+        patches in the image; removed: [b, m] int64, those of the other patches.
         """
         positions = self.pos_embed[0]
         prefix, grid = positions[: self.num_prefix], positions[self.num_prefix :]
@@ -59,29 +59,31 @@ class Decoder(nn.Module):
         batch = tokens.shape[0]
         seen = tokens + torch.cat([prefix.expand(batch, -1, -1), grid[keep]], dim=1)
         masked = self.mask_token.to(tokens.dtype) + grid[removed]
-        again = self.grad_checkpointing
-        tokens = run_blocks(self.blocks[:-1], torch.cat([seen, masked], dim=1), again)
-        tokens = run_block(self.blocks[-1], tokens, removed.shape[1], checkpointing=again)
+        tokens = torch.cat([seen, masked], dim=1)
+        for block in self.blocks[:-1]:
+            tokens = run_block(block, tokens, checkpointing=self.grad_checkpointing)
+        count = removed.shape[1]
+        tokens = run_block(self.blocks[-1], tokens, count, checkpointing=self.grad_checkpointing)
         return self.head(self.norm(tokens))
 
 
 class LastBlock(Block):
-    """A block that works on its last tokens only, for no block after it would see the others.
+    """A block that computes its last tokens only, as no later block needs the others.
 
-    What it returns for them is what the whole block does; the others are keys and values.
+    For these tokens it equals the plain block; the others serve as keys and values.
     """
 
-    def forward(self, tokens: Tensor, wanted: int) -> Tensor:  # type: ignore[override]
-        """The last `wanted` of tokens [b, n, d]: [b, wanted, d]."""
-        mixed = tokens[:, -wanted:] + self._attend(self.norm1(tokens), wanted)
+    def forward(self, tokens: Tensor, count: int) -> Tensor:  # type: ignore[override]
+        """The last `count` of tokens [b, n, d]: [b, count, d]."""
+        mixed = tokens[:, -count:] + self._attend(self.norm1(tokens), count)
         return mixed + self.mlp(self.norm2(mixed))
 
-    def _attend(self, tokens: Tensor, wanted: int) -> Tensor:
+    def _attend(self, tokens: Tensor, count: int) -> Tensor:
         attn: Any = self.attn
-        batch, count, _ = tokens.shape
-        parts = attn.qkv(tokens).view(batch, count, 3, attn.num_heads, attn.head_dim)
-        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
-        query = query[:, :, -wanted:]
+        batch, length, _ = tokens.shape
+        projected = attn.qkv(tokens).view(batch, length, 3, attn.num_heads, attn.head_dim)
+        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        query = query[:, :, -count:]
         if attn.fused_attn:
             mixed = scaled_dot_product_attention(query, key, value)
         else:

@@ -1,9 +1,10 @@
-"""Encoders are timm VisionTransformers. This file builds them and says which ones will do."""
+"""Encoders: timm VisionTransformers. Build them, check that moce supports them, run them."""
 
 from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,14 +15,18 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from moce.errors import MoceError
-from moce.models.activation_checkpoint import run_blocks
+from moce.models.activation_checkpoint import run_block
 
-RGB, OTHERWISE = 3, 0.5  # mean and deviation of images of another number of channels
+RGB, OTHERWISE = 3, 0.5  # default mean and std of images that are not RGB
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """All that is needed to build an encoder again and to feed it: what a run stores of it."""
+    """How to build an encoder and normalize its images; stored in every run.
+
+    name: timm's; model_args: overrides of timm's arguments; mean, std: one value per channel, of
+    pixels in 0..1.
+    """
 
     name: str
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -31,8 +36,8 @@ class EncoderSpec:
     def build(self, *, pretrained: bool = False, **overrides: Any) -> VisionTransformer:
         """A timm ViT that returns all tokens after its final norm: [b, prefix + patches, width].
 
-        Raises MoceError if timm has no such model, refuses the arguments, or builds something
-        whose blocks cannot take experts.
+        Raises MoceError if timm has no such model or rejects the arguments, or if moce does not
+        support what it builds (see `check_plain`).
         """
         arguments = {"num_classes": 0, "global_pool": "", **self.model_args, **overrides}
         if not timm.is_model(self.name):
@@ -41,7 +46,7 @@ class EncoderSpec:
             raise MoceError(f"timm has no model '{self.name}'{hint} (timm.list_models() lists all)")
         try:
             vit = timm.create_model(self.name, pretrained=pretrained, **arguments)
-        except OSError:  # from the hub: the caller knows what was asked of it
+        except OSError:  # from the hub: the caller reports it
             raise
         except Exception as error:  # timm checks few arguments: anything may come back
             reason = str(error) or type(error).__name__
@@ -58,7 +63,7 @@ class EncoderSpec:
         )
 
 
-# Why models and blocks of other kinds will not do, by a part of their name.
+# Why models and blocks of other classes are not supported, by a substring of the class name.
 UNFIT = [
     (
         "Eva",
@@ -72,7 +77,7 @@ UNFIT_ANY = "other networks have no tokens to mask, or no FFN per block to make 
 
 
 def check_plain(vit: nn.Module, name: str) -> VisionTransformer:
-    """`vit` itself. Raises MoceError, with the reason, unless it has plain blocks and positions."""
+    """Return `vit`. Raises MoceError with the reason unless blocks and positions are plain ones."""
     kind = type(vit).__name__
     if type(vit) is not VisionTransformer:
         why = next((why for part, why in UNFIT if part in kind), UNFIT_ANY)
@@ -109,9 +114,9 @@ def check_plain(vit: nn.Module, name: str) -> VisionTransformer:
 def per_channel(
     name: str, asked: tuple[float, ...] | None, usual: tuple[float, ...], channels: int
 ) -> tuple[float, ...]:
-    """One value per channel: as asked (one for all, or each), else the usual ones, else OTHERWISE.
+    """One value per channel: `asked` (one for all, or one each), else `usual`, else OTHERWISE.
 
-    Raises MoceError if what is asked fits neither way.
+    Raises MoceError if `asked` has another number of values.
     """
     if asked is None:
         return tuple(usual) if len(usual) == channels else (OTHERWISE,) * channels
@@ -123,7 +128,7 @@ def per_channel(
 
 
 def choose_attention(module: nn.Module, device: torch.device, precision: str) -> None:
-    """Leave attention to torch's fused kernel, but for bf16 on CPUs, where it is slow for short inputs."""
+    """Use torch's fused attention, except for bf16 on CPUs, where it is slow for short inputs."""
     if device.type == "cpu" and precision == "bf16":
         use_plain_attention(module)
 
@@ -140,7 +145,7 @@ def sincos_positions(grid: tuple[int, int], width: int, num_prefix: int = 0) -> 
     """Fixed 2-D sine-cosine position embedding, [1, prefix + patches, width], float32.
 
     Layout [sin w, cos w, sin h, cos h]; rows of prefix tokens are zero; frequencies
-    10000^(-k / (width / 4)). Raises MoceError if the width is no multiple of 4.
+    10000^(-k / (width / 4)), as in MAE. Raises MoceError if the width is no multiple of 4.
     """
     if width % 4:
         raise MoceError(f"sine-cosine positions need a width that is a multiple of 4, not {width}")
@@ -180,12 +185,31 @@ def initialize_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def encode_tokens(vit: VisionTransformer, images: Tensor, keep: Tensor | None = None) -> Tensor:
+def encode_tokens(
+    vit: VisionTransformer,
+    images: Tensor,
+    keep: Tensor | None = None,
+    routings: Mapping[int, Any] | None = None,
+) -> Tensor:
     """Tokens after the final norm, [b, prefix + kept patches, width].
 
-    images: [b, c, h, w], normalized. keep: [b, n] int64 indices of the patches that are seen
-    (None: all, equal to `vit.forward_features`). Positions are added before masking, prefix
-    tokens after it (MAE, section 3).
+    Args:
+        images: [b, c, h, w], normalized.
+        keep: [b, n] int64, indices of the visible patches. None: all, which equals
+            `vit.forward_features`.
+        routings: the `Routing` of every MoE block, by the block's number.
+    """
+    tokens = embed_images(vit, images, keep)
+    for number, block in enumerate(vit.blocks):
+        routing = () if routings is None or number not in routings else (routings[number],)
+        tokens = run_block(block, tokens, *routing, checkpointing=vit.grad_checkpointing)
+    return vit.norm(tokens)
+
+
+def embed_images(vit: VisionTransformer, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The first block's input, [b, prefix + kept patches, width]; arguments as `encode_tokens`.
+
+    Positions are added before masking, prefix tokens after it (MAE, section 3).
     """
     positions = positions_of(vit)
     grid = positions[:, -vit.patch_embed.num_patches :]
@@ -200,14 +224,13 @@ def encode_tokens(vit: VisionTransformer, images: Tensor, keep: Tensor | None = 
             prefix_tokens = prefix_tokens + positions[:, : vit.num_prefix_tokens]
         expanded = prefix_tokens.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         tokens = torch.cat([expanded, tokens], dim=1)
-    tokens = vit.norm_pre(vit.pos_drop(tokens))
-    return vit.norm(run_blocks(vit.blocks, tokens, vit.grad_checkpointing))
+    return vit.norm_pre(vit.pos_drop(tokens))
 
 
 def embed_patches(vit: VisionTransformer, images: Tensor, keep: Tensor) -> Tensor:
-    """What `vit.patch_embed` makes of the patches `keep` [b, n]: their tokens, [b, n, width].
+    """`vit.patch_embed` of the patches `keep` [b, n] only: their tokens, [b, n, width].
 
-    One matrix product of the kept patches, where the convolution would also do the hidden ones.
+    One matrix product over the kept patches; the convolution would compute the hidden ones, too.
     """
     embed = vit.patch_embed
     patches = take(patchify(images, embed.patch_size), keep)
@@ -235,14 +258,15 @@ def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
 
 def positions_of(vit: VisionTransformer) -> Tensor:
     """The position embedding, [1, (prefix +) patches, width]."""
-    assert vit.pos_embed is not None  # check_plain has seen to it
+    assert vit.pos_embed is not None  # ensured by check_plain
     return vit.pos_embed
 
 
 def pool_tokens(vit: VisionTransformer, tokens: Tensor, pooling: str) -> Tensor:
     """One feature per image, [b, width]: the mean of the patch tokens, or the class token.
 
-    tokens: [b, prefix + patches, width] of `vit`. Raises MoceError if it has no class token.
+    tokens: [b, prefix + patches, width] of `vit`; pooling: mean or cls. Raises MoceError for cls
+    if the encoder has no class token.
     """
     if pooling == "cls":
         if vit.cls_token is None:
@@ -257,7 +281,7 @@ def input_size(vit: VisionTransformer) -> tuple[int, int]:
 
 
 def input_channels(vit: VisionTransformer) -> int:
-    """How many channels the images of an encoder have."""
+    """Number of channels of the images an encoder takes."""
     return vit.patch_embed.proj.in_channels
 
 

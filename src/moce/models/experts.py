@@ -1,23 +1,27 @@
-"""Layers with several experts, one of which works on each whole image: FFNs, or whole blocks."""
+"""Expert layers and MoE blocks: every image is computed by the expert that its routing names."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from moce.runtime.device import bincount
 from moce.runtime.distributed import world_size
 
+B = TypeVar("B", bound=Block)
+
 
 @dataclass
 class Routing:
-    """expert: [b] int64, the expert of every image; gate: [b] float32, the scale of its output.
+    """Where the images of a batch go in one MoE block.
 
-    counts: images of every expert, if they have been counted.
+    expert: [b] int64, the expert of every image; gate: [b] float32, the scale of its output;
+    counts: images per expert, if already known.
     """
 
     expert: Tensor
@@ -26,54 +30,67 @@ class Routing:
 
 
 class ExpertLayer(nn.Module):
-    """Experts that start as copies of one layer, and the routing of the batch at hand.
+    """Experts that start as copies of one layer (upcycling).
 
-    The encoder calls it with tokens alone, so the routing of the batch is set before (`routing`).
-    Experts are separate modules. One without images in a step gets no gradient at all, so the
-    optimizer leaves it where it is: neither momentum nor weight decay moves an idle expert.
+    Experts are separate modules. An expert without images in a step gets no gradient at all, so
+    the optimizer skips it: neither momentum nor weight decay moves an idle expert.
     """
 
-    OF_A_PASS = ("routing",)
-
     def __init__(self, layer: nn.Module, num_experts: int) -> None:
-        """Experts start as copies of the trained `layer` (upcycling)."""
         super().__init__()
         self.experts = nn.ModuleList(copy.deepcopy(layer) for _ in range(num_experts))
-        self.routing: Routing | None = None
 
-    def mixed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Every image by its expert, [b, n, d], and its gate, [b, 1, 1]. Raises if no routing is set."""
-        if self.routing is None:
-            raise RuntimeError("set .routing before calling an expert layer")
-        routing = self.routing
-        mixed = apply_experts(self.experts, tokens, routing.expert, routing.counts)
-        return mixed, routing.gate[:, None, None].to(mixed.dtype)
+    def _apply_routed(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Outputs of each image's expert, [b, n, d], and its gate, [b, 1, 1]."""
+        outputs = apply_experts(self.experts, tokens, routing.expert, routing.counts)
+        return outputs, routing.gate[:, None, None].to(outputs.dtype)
 
 
 class ExpertFFN(ExpertLayer):
-    """Stands in for a ViT block's FFN (the paper's experts)."""
+    """Replaces the FFN of a ViT block (the paper's experts)."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, routing: Routing) -> Tensor:
         """tokens: [b, n, d]. Returns gate * expert(tokens), [b, n, d]."""
-        mixed, gate = self.mixed(tokens)
-        return mixed * gate
+        outputs, gate = self._apply_routed(tokens, routing)
+        return outputs * gate
 
 
 class ExpertBlock(ExpertLayer):
-    """Stands in for a whole ViT block: attention and norms, too, are each expert's own."""
+    """Replaces a whole ViT block: attention and norms belong to the experts, too."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, routing: Routing) -> Tensor:
         """tokens: [b, n, d]. Returns tokens + gate * (expert(tokens) - tokens), [b, n, d]."""
-        mixed, gate = self.mixed(tokens)
-        return tokens + gate * (mixed - tokens)
+        outputs, gate = self._apply_routed(tokens, routing)
+        return tokens + gate * (outputs - tokens)
+
+
+class MoEBlock(Block):
+    """A timm block whose FFN is an `ExpertFFN`; built by `replace_ffn`."""
+
+    def forward(self, tokens: Tensor, routing: Routing) -> Tensor:  # type: ignore[override]
+        """tokens: [b, n, d], of images that go where `routing` says. Returns [b, n, d]."""
+        tokens = tokens + self.drop_path1(self.ls1(self.attn(self.norm1(tokens))))
+        return tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens), routing)))
+
+
+def replace_ffn(block: Block, ffn: nn.Module, cls: type[B]) -> B:
+    """A block of class `cls` with the layers of `block`, not copied, and another FFN.
+
+    The layers keep their names and order, so the state dict's names outside the FFN stay the same.
+    """
+    made = cls.__new__(cls)
+    nn.Module.__init__(made)  # not the block's own __init__, which would create new layers
+    for name, layer in block.named_children():
+        made.add_module(name, ffn if name == "mlp" else layer)
+    made.training = block.training
+    return made
 
 
 def routings(experts: list[Tensor], gates: list[Tensor], num_experts: int) -> list[Routing]:
-    """The routing of every MoE block, from [b] each, with its counts.
+    """The routing of every MoE block, counts included. experts, gates: [b] per block.
 
-    Counts say how large each expert's slice is, so that the host has to know them, and a GPU is
-    waited for: once for all blocks of a forward pass. It cannot be less: routes change with the
-    gates, in every step.
+    The CPU needs the counts, as sizes of the experts' slices, so it waits for the GPU: once for
+    all blocks of a forward pass. Caching cannot avoid it, as routes change with the gates.
     """
     counts = torch.stack([bincount(expert, num_experts) for expert in experts]).tolist()
     return [Routing(*each) for each in zip(experts, gates, counts, strict=True)]
@@ -82,26 +99,30 @@ def routings(experts: list[Tensor], gates: list[Tensor], num_experts: int) -> li
 def apply_experts(
     experts: nn.ModuleList, rows: Tensor, expert: Tensor, counts: list[int] | None = None
 ) -> Tensor:
-    """Every row of `rows` [m, ...] by its own expert, `expert` [m] int64, in the rows' order.
+    """Every row by its own expert, in the order of the rows.
 
-    Sorted by expert, each one works on one contiguous slice: as cheap as a dense FFN. Of several
-    processes all experts work in each, on no rows if need be: their gradients are averaged.
+    Sorted by expert, each expert computes one contiguous slice: as cheap as a dense FFN. With
+    several processes all experts compute in each process, if need be on no rows, because their
+    gradients are averaged.
 
-    counts: rows of each expert (default: counted here, for which a GPU is waited for).
+    Args:
+        rows: [m, ...], images or tokens.
+        expert: [m] int64, the expert of every row.
+        counts: rows per expert. If None they are counted here, for which the CPU waits for a GPU.
     """
     order = expert.argsort(stable=True)
     sizes = bincount(expert, len(experts)).tolist() if counts is None else counts
     slices = rows.index_select(0, order).split(sizes)
     outputs = [
-        work(part)
-        for work, part in zip(experts, slices, strict=True)
+        layer(part)
+        for layer, part in zip(experts, slices, strict=True)
         if part.shape[0] > 0 or world_size() > 1
     ]
     return torch.cat(outputs).index_select(0, order.argsort())
 
 
 def divergence(layer: nn.Module) -> float:
-    """How far experts have moved apart: RMS distance from their mean over the mean's norm."""
+    """How far the experts have moved apart: RMS distance from their mean over the mean's norm."""
     experts = cast(nn.ModuleList, layer.experts)
     vectors = torch.stack([nn.utils.parameters_to_vector(e.parameters()) for e in experts])
     center = vectors.detach().float().mean(dim=0)

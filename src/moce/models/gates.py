@@ -1,7 +1,7 @@
 """Cluster-conditional gates: one float32 table of K clusters by E experts per MoE block.
 
 A gate reads the embedding of an image's cluster, never a token (arXiv 2402.05382, section 3.2),
-so all it can say about an image is one of K rows: the whole gate is a table, made once a step.
+so it has K possible outputs: the whole gate is a table, computed once per step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class ClusterGate(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         """weight: [E, D], the initial W."""
         super().__init__()
-        # Fused optimizers read weights and moments as flat memory: one layout, whatever came in.
+        # Fused optimizers read weights and moments as flat memory, so fix the layout.
         self.weight = nn.Parameter(weight.float().clone(memory_format=torch.contiguous_format))
 
     def table(self, clusters: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -33,7 +33,7 @@ def squared_cv(values: Tensor, dim: int = -1) -> Tensor:
 
 
 def balance_loss(table: Tensor, weights: Tensor) -> Tensor:
-    """CV^2 of the experts' importance: 0 when all share the work alike (section 3.2).
+    """CV^2 of the experts' importance: 0 when all experts get equal work (section 3.2).
 
     table: [K, E] clean probabilities; weights: [K] images per cluster, of the batch or the data.
     """
@@ -41,7 +41,7 @@ def balance_loss(table: Tensor, weights: Tensor) -> Tensor:
 
 
 def imbalance_loss(table: Tensor, counts: Tensor) -> Tensor:
-    """Minus the mean over images of CV^2 of their gate: -(E - 1) when every gate is certain.
+    """Minus the mean over images of CV^2 of their gate: -(E - 1) when every gate is one-hot.
 
     table: [K, E] clean probabilities; counts: [K] images of each cluster in the batch.
     """
@@ -55,12 +55,16 @@ def random_gate(num_experts: int, width: int, std: float, generator: torch.Gener
 
 
 def gate_for(clusters: Tensor, groups: Tensor, num_experts: int, confidence: float) -> Tensor:
-    """Gate weights [E, D] that send every group of clusters to an expert of its own.
+    """Gate weights [E, D] that route every group of clusters to its own expert.
 
-    clusters: [K, D] unit embeddings; groups: [K] int64 in 0..E-1. The weights are the least
-    squares solution for one-hot logits, scaled by bisection so that the mean over clusters of
-    the largest probability is `confidence`. (Rows along the groups' means, the simpler choice,
-    send a cluster to the nearest mean, and left one of four experts with 6 % of the images.)
+    The weights are the least-squares solution for one-hot logits, scaled by bisection to the
+    wanted confidence. (Rows along the groups' means, a simpler choice, route a cluster to the
+    nearest mean, and left one of four experts with 6 % of the images.)
+
+    Args:
+        clusters: [K, D] unit embeddings.
+        groups: [K] int64 in 0..E-1, the expert of every cluster.
+        confidence: mean over clusters of the largest probability.
     """
     wanted = nn.functional.one_hot(groups, num_experts).double() - 1 / num_experts
     weight = (torch.linalg.pinv(clusters.double(), rtol=1e-3) @ wanted).T

@@ -1,7 +1,8 @@
-"""The masked autoencoder (He et al., arXiv 2111.06377): mask, encode what is left, predict the rest."""
+"""The masked autoencoder (He et al., arXiv 2111.06377): mask patches, encode the rest, predict them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,10 @@ from moce.models.encoder import (
 
 @dataclass(frozen=True)
 class MAESpec:
-    """All that is needed to build a masked autoencoder again."""
+    """How to build a masked autoencoder; stored in every run.
+
+    mask_ratio: share of the patches that are removed; norm_pix: predict pixels normalized per patch.
+    """
 
     encoder: EncoderSpec
     decoder_dim: int
@@ -50,7 +54,11 @@ class MAESpec:
 
 @dataclass
 class Reconstruction:
-    """loss: scalar; prediction: [b, m, p*p*c] of the removed patches, removed: [b, m], their places."""
+    """Output of `MAE`.
+
+    loss: scalar; prediction: [b, m, p*p*c], of the removed patches; removed: [b, m] int64, their
+    indices in the image.
+    """
 
     loss: Tensor
     prediction: Tensor
@@ -58,7 +66,7 @@ class Reconstruction:
 
 
 class MAE(nn.Module):
-    """Encoder (a timm ViT) and decoder; `forward` gives the reconstruction loss of a batch."""
+    """A timm ViT as the encoder, and a light decoder. Raises MoceError if no patch can be masked."""
 
     def __init__(
         self,
@@ -83,25 +91,44 @@ class MAE(nn.Module):
     def patch_size(self) -> tuple[int, int]:
         return self.encoder.patch_embed.patch_size
 
-    def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
-        """images: [b, c, h, w], normalized; noise: [b, n] uniform, the smallest are kept."""
+    def forward(
+        self, images: Tensor, noise: Tensor, routings: Mapping[int, Any] | None = None
+    ) -> Reconstruction:
+        """Mask, encode and reconstruct a batch.
+
+        Args:
+            images: [b, c, h, w], normalized.
+            noise: [b, n] uniform; the patches with the smallest noise are kept.
+            routings: as in `encode_tokens`, for a mixture.
+        """
         keep, removed = random_mask(noise, self.mask_ratio)
-        prediction = self.decoder(encode_tokens(self.encoder, images, keep), keep, removed)
+        return self.reconstruct(
+            encode_tokens(self.encoder, images, keep, routings), images, keep, removed
+        )
+
+    def reconstruct(
+        self, tokens: Tensor, images: Tensor, keep: Tensor, removed: Tensor
+    ) -> Reconstruction:
+        """Predict the removed patches from encoded tokens [b, prefix + k, width].
+
+        images: [b, c, h, w], normalized; keep: [b, k] and removed: [b, m], from `random_mask`.
+        """
+        prediction = self.decoder(tokens, keep, removed)
         patches = take(patchify(images.float(), self.patch_size), removed)
         loss = mse_loss(prediction.float(), patch_target(patches, self.norm_pix))
         return Reconstruction(loss, prediction, removed)
 
 
 def num_kept(patches: int, ratio: float) -> int:
-    """How many of an image's patches the encoder sees when the share `ratio` is hidden."""
+    """Number of an image's patches that the encoder sees when the share `ratio` is removed."""
     return max(1, int(patches * (1 - ratio)))
 
 
 def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """Remove the share `ratio` of the patches: those with the largest noise (MAE, section 3).
 
-    noise: [b, n]. Returns the places of those that are kept, [b, int(n * (1 - ratio))], and of those
-    that are removed, [b, m], int64 and in the order of their noise.
+    noise: [b, n]. Returns the indices of the kept patches, [b, num_kept(n, ratio)], and of the
+    removed ones, [b, m], int64, in ascending order of the noise.
     """
     order = noise.argsort(dim=1, stable=True)
     kept = num_kept(noise.shape[1], ratio)
@@ -109,7 +136,7 @@ def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
 
 def unpatchify(patches: Tensor, patch: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify` for images of `size` (h, w)."""
+    """Inverse of `patchify` for images of `size` (h, w): [b, n, p*p*c] to [b, c, h, w]."""
     batch, rows, columns = patches.shape[0], size[0] // patch[0], size[1] // patch[1]
     split = patches.reshape(batch, rows, columns, patch[0], patch[1], -1)
     return split.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, *size)
@@ -118,13 +145,13 @@ def unpatchify(patches: Tensor, patch: tuple[int, int], size: tuple[int, int]) -
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (unbiased, with 1e-6 under the root) of every patch, [b, n, 1]."""
     mean = patches.mean(dim=-1, keepdim=True)
-    # As patches.var, which takes up to 40 times as long on a CPU.
+    # Equals patches.var, which is up to 40 times slower on a CPU.
     squares = (patches - mean).square().sum(dim=-1, keepdim=True)
     return mean, (squares / (patches.shape[-1] - 1) + 1e-6).sqrt()
 
 
 def patch_target(patches: Tensor, norm_pix: bool) -> Tensor:
-    """What the decoder is to predict: pixels, or pixels normalized by their patch's statistics."""
+    """The decoder's target: pixels [b, n, p*p*c], with `norm_pix` normalized per patch."""
     if not norm_pix:
         return patches
     mean, deviation = patch_statistics(patches)

@@ -1,23 +1,30 @@
-"""MoCE: a masked autoencoder whose chosen FFNs are experts, routed by the image's cluster.
+"""MoCE: a masked autoencoder with experts in some blocks, routed by the image's cluster.
 
-Source: arXiv 2402.05382. Read with gates.py (who decides) and experts.py (who works).
+Source: arXiv 2402.05382. See gates.py for the gates and experts.py for the expert layers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from moce.errors import MoceError
 from moce.models.encoder import encode_tokens
-from moce.models.experts import ExpertBlock, ExpertFFN, ExpertLayer, routings
+from moce.models.experts import (
+    ExpertBlock,
+    ExpertFFN,
+    ExpertLayer,
+    MoEBlock,
+    Routing,
+    replace_ffn,
+    routings,
+)
 from moce.models.gates import ClusterGate, balance_loss, imbalance_loss
 from moce.models.mae import MAE, MAESpec
 from moce.runtime.device import bincount
@@ -25,7 +32,10 @@ from moce.runtime.device import bincount
 
 @dataclass(frozen=True)
 class MoCESpec:
-    """All that is needed to build a MoCE again, with weights to be loaded."""
+    """How to build a MoCE, whose weights are then loaded; stored in every run.
+
+    blocks: numbers of the MoE blocks; cluster_dim: width of the cluster embeddings.
+    """
 
     mae: MAESpec
     blocks: tuple[int, ...]
@@ -60,13 +70,17 @@ class MoCESpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoCESpec:
-        parts = {"mae": MAESpec.from_dict(values["mae"]), "blocks": tuple(values["blocks"])}
-        return cls(**{**values, **parts})
+        typed = {"mae": MAESpec.from_dict(values["mae"]), "blocks": tuple(values["blocks"])}
+        return cls(**{**values, **typed})
 
 
 @dataclass
 class MoCEOutput:
-    """Scalars, and balance and imbalance summed over MoE blocks; prediction, removed as in MAE."""
+    """Output of `MoCE`.
+
+    reconstruction: scalar loss; balance, imbalance: scalar gate losses, summed over MoE blocks;
+    prediction, removed: as in `Reconstruction`.
+    """
 
     reconstruction: Tensor
     balance: Tensor
@@ -76,7 +90,10 @@ class MoCEOutput:
 
 
 class MoCE(nn.Module):
-    """`mae` with experts in `blocks`, gates over cluster embeddings, and the routing between them."""
+    """A masked autoencoder with experts in some blocks and gates over cluster embeddings.
+
+    The gates turn an image's cluster into the routing that the MoE blocks are called with.
+    """
 
     clusters: Tensor
     cluster_sizes: Tensor
@@ -92,13 +109,20 @@ class MoCE(nn.Module):
         balance_scope: str = "dataset",
         expert_scope: str = "ffn",
     ) -> None:
-        """Turns `mae` into a mixture in place: pass a copy to keep the original.
+        """Change `mae` into a mixture in place: pass a copy to keep the original.
 
-        expert_scope: what an expert is, the block's FFN (ffn, the paper's) or the whole block.
-        Raises MoceError for whole blocks under gate_scale prob, which no dense block could equal.
+        Args:
+            mae: the trained masked autoencoder whose layers the experts copy.
+            blocks: numbers of the encoder blocks that get experts.
+            gate_weights: [E, D] per MoE block, or a single one that all blocks share.
+            clusters: [K, D] unit embeddings.
+            cluster_sizes: [K] training images per cluster.
+            gate_scale: straight_through (outputs are scaled by 1) or prob (by the probability).
+            balance_scope: weights of the balance loss: images per cluster in the dataset or in
+                the batch.
+            expert_scope: experts replace the block's ffn (the paper) or the whole block.
 
-        gate_weights: one [E, D] per MoE block, or a single one shared by all; clusters: [K, D]
-        unit embeddings; cluster_sizes: [K] images of each cluster in the training data.
+        Raises MoceError for whole blocks with gate_scale prob: no dense block could equal them.
         """
         super().__init__()
         if expert_scope == "block" and gate_scale != "straight_through":
@@ -116,7 +140,8 @@ class MoCE(nn.Module):
             if expert_scope == "block":
                 mae.encoder.blocks[layer] = ExpertBlock(block, self.num_experts)
             else:
-                block.mlp = ExpertFFN(block.mlp, self.num_experts)
+                ffn = ExpertFFN(block.mlp, self.num_experts)
+                mae.encoder.blocks[layer] = replace_ffn(block, ffn, MoEBlock)
 
     @property
     def experts(self) -> list[ExpertLayer]:
@@ -126,46 +151,39 @@ class MoCE(nn.Module):
 
     def tables(self, noise: Tensor | None = None) -> list[Tensor]:
         """One [K, E] table per MoE block. noise: [gates, K, E], or None for the clean tables."""
-        made = [
+        tables = [
             cast(ClusterGate, gate).table(self.clusters, None if noise is None else noise[index])
             for index, gate in enumerate(self.gates)
         ]
-        return made * (len(self.blocks) // len(made))
+        return tables * (len(self.blocks) // len(tables))
 
     def routes(self) -> Tensor:
-        """[K, blocks] int64: every cluster's expert in every MoE block, by the clean tables."""
+        """[K, blocks] int64: the expert of every cluster in every MoE block, by the clean tables."""
         return torch.stack([table.argmax(dim=1) for table in self.tables()], dim=1)
 
     def gains(self) -> Tensor:
-        """[K, blocks] float32: the value by which each cluster's experts' outputs are scaled."""
+        """[K, blocks] float32: the scale of the expert's output for every cluster and MoE block."""
         return torch.stack([self._gate(table)[1] for table in self.tables()], dim=1)
 
     def _gate(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Every cluster's expert and the scale of its output, [K] each."""
+        """The expert of every cluster and the scale of its output, [K] each."""
         probability, expert = table.max(dim=1)
         if self.gate_scale == "straight_through":
             return expert, probability / probability.detach()  # value 1, gradient of log p
         return expert, probability
 
-    @contextmanager
-    def routed(self, clusters: Tensor, noise: Tensor | None = None) -> Iterator[None]:
-        """Within the context the encoder computes for images of these clusters, [b] int64.
+    def route(self, clusters: Tensor, noise: Tensor | None = None) -> dict[int, Routing]:
+        """The routing of every MoE block, by its number, for images of these clusters, [b] int64.
 
-        The noisy tables decide route and scale.
+        noise: [gates, K, E], added to the logits that decide expert and scale; None: clean gates.
         """
         chosen = [self._gate(table) for table in self.tables(noise)]
-        made = routings(
+        found = routings(
             [expert[clusters] for expert, _ in chosen],
             [gate[clusters] for _, gate in chosen],
             self.num_experts,
         )
-        for layer, routing in zip(self.experts, made, strict=True):
-            layer.routing = routing
-        try:
-            yield
-        finally:
-            for layer in self.experts:
-                layer.routing = None
+        return dict(zip(self.blocks, found, strict=True))
 
     def forward(
         self,
@@ -175,16 +193,20 @@ class MoCE(nn.Module):
         gate_noise: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> MoCEOutput:
-        """images, noise: as in MAE; clusters: [b] int64; gate_noise: [gates, K, E].
+        """Losses of a batch.
 
-        counts: [K] images of each cluster in the global batch (default: in this one). The gate
-        losses are those of the global batch whatever part of it is passed, so that the average
-        over micro-batches and ranks counts them once a step.
+        The gate losses are those of the global batch, whichever part of it is passed, so that
+        their mean over micro-batches and processes counts them once per step.
+
+        Args:
+            images, noise: as in `MAE`.
+            clusters: [b] int64, the cluster of every image.
+            gate_noise: [gates, K, E] or None, as in `route`.
+            counts: [K] images per cluster in the global batch (default: in this one).
         """
         if counts is None:
             counts = bincount(clusters, self.clusters.shape[0])
-        with self.routed(clusters, gate_noise):
-            output = self.mae(images, noise)
+        output = self.mae(images, noise, self.route(clusters, gate_noise))
         with torch.autocast(images.device.type, enabled=False):
             tables = self.tables()
             work = self.cluster_sizes if self.balance_scope == "dataset" else counts
@@ -194,29 +216,36 @@ class MoCE(nn.Module):
 
     def features(self, images: Tensor, clusters: Tensor) -> Tensor:
         """Tokens of unmasked images after the final norm, [b, prefix + patches, width]."""
-        with self.routed(clusters):
-            return encode_tokens(self.mae.encoder, images)
+        return encode_tokens(self.mae.encoder, images, routings=self.route(clusters))
 
     def dense_encoder(self, shares: Tensor, gains: Tensor) -> VisionTransformer:
-        """A plain encoder whose FFNs (or blocks) are the experts averaged by `shares`, scaled by `gains`.
+        """A plain timm encoder in which every expert layer is replaced by a mean of its experts.
 
-        shares: [blocks, E], rows sum to 1 (one-hot: that expert alone); gains: [blocks, E], the
-        scale of each expert's output, folded into its last linear layer. With one-hot shares
-        and the right gain it computes what the routed model computes.
+        With one-hot shares and the matching gains it computes what the routed model computes.
+
+        Args:
+            shares: [blocks, E], weights of the experts; rows sum to 1 (one-hot: that expert alone).
+            gains: [blocks, E], scales of the experts' outputs, folded into their last linear layer.
         """
-        # A memo tells deepcopy what to put in the place of an object: here, of expert layers.
-        memo: dict[int, Any] = {
-            id(layer): merge_experts(layer, share, gain)
-            for layer, share, gain in zip(self.experts, shares, gains, strict=True)
-        }
-        return copy.deepcopy(self.mae.encoder, memo)
+        encoder = self.mae.encoder
+        # deepcopy takes an object's copy from the memo if it is there: here, the MoE blocks'.
+        memo: dict[int, Any] = {}
+        for number, layer, share, gain in zip(
+            self.blocks, self.experts, shares, gains, strict=True
+        ):
+            block: Any = encoder.blocks[number]
+            merged: Any = merge_experts(layer, share, gain)
+            if isinstance(block, MoEBlock):
+                merged = copy.deepcopy(replace_ffn(block, merged, Block))
+            memo[id(block)] = merged
+        return copy.deepcopy(encoder, memo)
 
 
 def merge_experts(layer: ExpertLayer, share: Tensor, gain: Tensor) -> nn.Module:
-    """One FFN or block: the experts' parameters averaged by `share` [E], outputs scaled by `gain` [E].
+    """One FFN or block whose parameters are the experts', averaged by `share` [E].
 
-    Gains of whole blocks are 1. Raises MoceError for a gain that an FFN of an unknown kind cannot
-    take: one that does not end in a linear layer `fc2`, as all of timm's do.
+    gain: [E], scales of the experts' outputs, folded into `fc2`; 1 for whole blocks. Raises
+    MoceError for another gain if the FFN does not end in a linear layer `fc2`, as all of timm's do.
     """
     if not hasattr(layer.experts[0], "fc2") and not torch.allclose(gain, torch.ones_like(gain)):
         kind = type(layer.experts[0]).__name__
@@ -240,7 +269,7 @@ def default_blocks(depth: int) -> tuple[int, ...]:
 
 
 def check_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
-    """`blocks` sorted. Raises MoceError if one is missing from a ViT of this depth or named twice."""
+    """`blocks` sorted. Raises MoceError if a ViT of this depth has no such block, or one is given twice."""
     if not blocks or len(set(blocks)) < len(blocks) or not all(0 <= b < depth for b in blocks):
         raise MoceError(f"moe_blocks {list(blocks)} must be distinct numbers from 0 to {depth - 1}")
     return tuple(sorted(blocks))

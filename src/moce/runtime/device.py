@@ -1,4 +1,4 @@
-"""Where to compute and in what precision, decided once per run and recorded in its config."""
+"""Device and precision of a run, and host-to-device copies."""
 
 from __future__ import annotations
 
@@ -6,28 +6,23 @@ import atexit
 import os
 import time
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from moce.config import RuntimeSettings
 from moce.errors import MoceError
 from moce.runtime.distributed import destroy_process_group, run_on_rank0
+from moce.runtime.fabric import open_fabric
 from moce.runtime.launch import ALONE, launch
 
-if TYPE_CHECKING:
-    pass
-from torch import Tensor
-
-from moce.runtime.fabric import open_fabric
-
 MATMUL_SIZE = 1024
-LONG = 0.5  # seconds of one product, after which it is not repeated
-BF16_GAIN = 1.3  # bf16 is taken if its matrix products are this much faster than float32's
+MAX_SECONDS = 0.5  # a product that takes longer is not repeated
+BF16_GAIN = 1.3  # choose bf16 if its matrix products are this much faster than float32's
 
 
 def resolve_device(wanted: str) -> torch.device:
-    """The device of a setting (auto: the first accelerator, else the CPU). Raises MoceError if absent."""
+    """The torch device for auto (CUDA, MPS, else CPU), cpu, cuda or mps. Raises MoceError if absent."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": _has_mps()}
     if wanted == "auto":
         wanted = next(name for name in ("cuda", "mps", "cpu") if available[name])
@@ -37,11 +32,11 @@ def resolve_device(wanted: str) -> torch.device:
 
 
 def _own_device(kind: str) -> torch.device:
-    """The device of this process, one of several: each process of a node has one of its GPUs."""
+    """The device of one of several processes: every process of a node has its own GPU."""
     if kind == "cpu":
         return torch.device("cpu")
     local, devices = launch().local, torch.cuda.device_count() if kind == "cuda" else 1
-    if kind == "cuda" and devices == 1 and _bound(local):
+    if kind == "cuda" and devices == 1 and _has_own_gpu(local):
         return torch.device(kind, 0)
     if local > devices:
         slurm = ", give the node more (--gpus-per-node), let all see them (--gpu-bind=none)"
@@ -52,8 +47,8 @@ def _own_device(kind: str) -> torch.device:
     return torch.device(kind, launch().local_rank)
 
 
-def _bound(local: int) -> bool:
-    """Whether Slurm has left each process a GPU of its own, all it sees (--gpus-per-task=1)."""
+def _has_own_gpu(local: int) -> bool:
+    """Whether Slurm gave each process a GPU of its own, the only one it sees (--gpus-per-task=1)."""
     if launch().by != "srun":
         return False
     return int(os.environ.get("SLURM_GPUS_ON_NODE", local)) >= local
@@ -64,7 +59,7 @@ def _has_mps() -> bool:
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
-    """float32 or bf16; auto measures on CPUs and asks CUDA devices."""
+    """float32 or bf16; auto: bf16 where a CUDA device supports it or a CPU is measured to be faster."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
@@ -76,8 +71,8 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
 
 @lru_cache
 def _cpu_precision(threads: int) -> str:
-    """Measured once per number of threads: at most some tenths of a second, also without bf16 units."""
-    for size in (128, MATMUL_SIZE):  # bf16 in software would take seconds at full size
+    """Measured once per number of threads; takes a few tenths of a second at most."""
+    for size in (128, MATMUL_SIZE):  # small first: emulated bf16 would take seconds at full size
         bf16, float32 = (
             matmul_rate(torch.device("cpu"), dtype, size)
             for dtype in (torch.bfloat16, torch.float32)
@@ -90,7 +85,7 @@ def _cpu_precision(threads: int) -> str:
 def matmul_rate(
     device: torch.device, dtype: torch.dtype, size: int = MATMUL_SIZE, repeats: int = 5
 ) -> float:
-    """Best of a few square matrix products, in FLOP/s."""
+    """Speed of a square float matrix product in FLOP/s, the best of a few."""
     left = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(repeats + 1):
@@ -99,7 +94,7 @@ def matmul_rate(
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-        if best > LONG:
+        if best > MAX_SECONDS:
             break
     return 2 * size**3 / best
 
@@ -121,34 +116,34 @@ def prepare(settings: RuntimeSettings) -> tuple[torch.device, str]:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which networks run outside training."""
+    """The autocast context of networks outside training."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-# Of a GPU's free memory, up to which data are kept there. Little, for it is looked at before there
-# are gradients, AdamW's averages and, the most, what a forward pass keeps for the backward pass.
-RESIDENT_SHARE = 0.25
+# Share of a GPU's free memory that cached data may take. Small, because gradients, AdamW's averages
+# and activations, the largest, are allocated later.
+CACHE_SHARE = 0.25
 
 
 def fits_on(device: torch.device, num_bytes: int) -> bool:
-    """Whether so much data may stay on a device: on a CUDA device with room to spare."""
+    """Whether data of `num_bytes` may be cached on a device: on CUDA devices with enough free memory."""
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
-    return num_bytes <= RESIDENT_SHARE * free
+    return num_bytes <= CACHE_SHARE * free
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`. What is computed on a CUDA device meanwhile is not waited for."""
+    """`values` on `device`; the copy to a CUDA device is asynchronous."""
     if device.type == "cuda" and not values.is_cuda:
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
 
 
 def bincount(numbers: Tensor, count: int) -> Tensor:
-    """How often 0 .. count - 1 are among `numbers` [m] int64: [count] int64.
+    """How often 0 .. count - 1 occur in `numbers` [m] int64: [count] int64.
 
-    As `bincount`, which on a CUDA device would wait for it, to look for the largest.
+    Unlike torch.bincount it does not synchronize with a CUDA device.
     """
     if numbers.device.type == "cpu":
         return numbers.bincount(minlength=count)

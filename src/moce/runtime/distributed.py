@@ -1,7 +1,7 @@
-"""Several processes of one run: which one this is, and sums over all. One process: all of it is free.
+"""Communication between the processes of a run; with one process all of it is a no-op.
 
-torchrun (or Slurm) starts the processes; Lightning Fabric opens the group (hardware.py). What is
-on the CPU goes by gloo, what is on accelerators by nccl.
+torchrun or Slurm starts the processes, and Lightning Fabric opens the process group (fabric.py).
+CPU tensors go through gloo, those on accelerators through nccl.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """How many processes share this run."""
+    """Number of processes of this run."""
     return dist.get_world_size() if _is_distributed() else 1
 
 
 def rank() -> int:
-    """Which of them this is, 0 .. world() - 1."""
+    """Number of this process, 0 .. world_size() - 1."""
     return dist.get_rank() if _is_distributed() else 0
 
 
 def is_rank0() -> bool:
-    """Whether this process is the one that writes files and talks; known before the group is open."""
+    """Whether this process writes files and messages; known before the group is open."""
     return launched_as_rank0()
 
 
 def is_local_rank0() -> bool:
-    """Whether this process is the one of its node that does what is to be done once a node."""
+    """Whether this is the first process of its node."""
     return launch().local_rank == 0
 
 
 def all_reduce(values: Tensor) -> Tensor:
-    """`values` summed over all processes, in place; any shape and type, the same everywhere."""
+    """Sum `values` over all processes, in place. Shape and dtype must be the same in all."""
     if _is_distributed():
         dist.all_reduce(values)
     return values
 
 
 def all_reduce_autograd(values: Tensor) -> Tensor:
-    """`values` summed over all processes, as a new tensor that gradients pass through."""
+    """`values` summed over all processes, as a new tensor with gradients."""
     return _AllReduce.apply(values) if _is_distributed() else values
 
 
@@ -61,38 +61,45 @@ class _AllReduce(torch.autograd.Function):
         return all_reduce(gradients[0].clone())
 
 
+def broadcast(values: Tensor) -> Tensor:
+    """Set `values` to those of rank 0, in place. Shape and dtype must be the same in all processes."""
+    if _is_distributed():
+        dist.broadcast(values, 0)
+    return values
+
+
 def barrier() -> None:
-    """Return when every process has come here."""
+    """Wait until all processes have reached this call."""
     all_reduce(torch.zeros(()))
 
 
 def run_on_rank0(make: Callable[[], T]) -> T:
-    """What `make` returns in the main process, which alone calls it; for small plain values."""
+    """Call `make` on rank 0 only and return its result, a small picklable value, in all processes."""
     if not _is_distributed():
         return make()
-    held: list[Any] = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(held)
-    return held[0]
+    result: list[Any] = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(result)
+    return result[0]
 
 
 def run_on_local_rank0(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process of each node, which alone calls it."""
+    """Call `make` in the first process of each node and return its result in all of that node."""
     if not _is_distributed():
         return make()
-    mine = (launch().node, is_local_rank0(), make() if is_local_rank0() else None)
-    everyones: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyones, mine)
-    return next(value for node, first, value in everyones if first and node == mine[0])
+    own = (launch().node, is_local_rank0(), make() if is_local_rank0() else None)
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, own)
+    return next(value for node, first, value in gathered if first and node == own[0])
 
 
 def shard_range(count: int) -> slice:
-    """This process's part of `count` things in their order; the parts differ by at most one."""
-    here, of = rank(), world_size()
-    return slice(count * here // of, count * (here + 1) // of)
+    """This process's slice of `count` items; sizes differ by at most one between processes."""
+    own, size = rank(), world_size()
+    return slice(count * own // size, count * (own + 1) // size)
 
 
 def destroy_process_group() -> None:
-    """Take leave of the other processes, at the end of the program."""
+    """Close the process group, at the end of the program."""
     if _is_distributed():
         dist.destroy_process_group()
 
@@ -102,7 +109,7 @@ def _is_distributed() -> bool:
 
 
 def agreed_signal(received: signal.Signals | None) -> signal.Signals | None:
-    """A signal if any process has received one, so that all stop after the same step."""
+    """A signal if any process has received one, so that all processes stop after the same step."""
     if world_size() == 1:
         return received
     anyone = int(all_reduce(torch.tensor(int(received is not None)))) > 0

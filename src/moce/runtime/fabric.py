@@ -1,4 +1,4 @@
-"""Lightning Fabric with DDP or FSDP2."""
+"""Lightning Fabric: device, precision, and DDP or FSDP2 for several processes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from moce.runtime.launch import ALONE, launch
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# For another process, which may be decoding all images. One that has ended is noticed at once.
-LONGEST_WAIT = timedelta(hours=6)
+# Another process may be decoding all images meanwhile. One that has ended is noticed at once.
+TIMEOUT = timedelta(hours=6)
 
 
 def open_fabric(device: torch.device, precision: str, strategy: str = "ddp") -> Fabric:
-    """Lightning Fabric (imported here: it takes seconds); the first call opens the group of processes.
+    """A launched Fabric (imported here, as that takes seconds); the first call opens the process group.
 
-    strategy: with several processes, what each holds: ddp, all of the module, or fsdp, a share of it.
+    precision: float32 or bf16; strategy, for several processes: ddp, each holds the whole model, or
+    fsdp, each holds a shard. Raises MoceError if Slurm's settings do not fit.
     """
     from lightning_fabric import Fabric
 
@@ -32,22 +33,22 @@ def open_fabric(device: torch.device, precision: str, strategy: str = "ddp") -> 
         accelerator=device.type,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         devices=1,
-        **({} if launch() is ALONE else _shared_by_all(device, strategy)),
+        **({} if launch() is ALONE else _distributed_arguments(device, strategy)),
     )
     fabric.launch()
     return fabric
 
 
-def _shared_by_all(device: torch.device, strategy: str) -> dict[str, Any]:
-    """What Fabric is to know of several processes."""
+def _distributed_arguments(device: torch.device, strategy: str) -> dict[str, Any]:
+    """Arguments of Fabric for several processes."""
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
     started = launch()
-    # Sums of what is on the CPU go by gloo, beside nccl.
+    # gloo beside nccl, for CPU tensors.
     group: dict[str, Any] = {
         "process_group_backend": "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        "timeout": LONGEST_WAIT,
+        "timeout": TIMEOUT,
     }
     strategies: dict[str, Callable[[], Strategy]] = {
         "ddp": lambda: DDPStrategy(broadcast_buffers=False, **group),
@@ -57,12 +58,12 @@ def _shared_by_all(device: torch.device, strategy: str) -> dict[str, Any]:
     }
     by = {"torchrun": TorchElasticEnvironment, "srun": SLURMEnvironment}
     chosen: Any = strategies[strategy]()
-    # Fabric looks up a process's device at its place on the node. Here every process says which is
-    # its own: where each sees one GPU only, all of them are called cuda:0.
+    # Fabric takes a process's device by its local rank. Where each process sees one GPU only, all
+    # are called cuda:0, so give every rank this process's own device.
     chosen.parallel_devices = [device] * started.local
     try:
         environment = by[started.by]()
-    except RuntimeError as error:  # Slurm's settings are not as Fabric needs them
+    except RuntimeError as error:  # Slurm's settings do not fit
         raise MoceError(" ".join(str(error).split())) from None
     return {
         "num_nodes": started.world_size // started.local,

@@ -1,6 +1,6 @@
-"""How this process was started: alone, or as one of several by torchrun or by Slurm's srun.
+"""Rank and world size from torchrun or Slurm's srun, read from the environment.
 
-Read from the environment, without torch, so that it is known before anything heavy is imported.
+Does not import torch, so that it is known before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from moce.errors import MoceError
 
 @dataclass(frozen=True)
 class Launch:
-    """world: processes of the run; local: those on each node; rank, local_rank and node: which this is."""
+    """How this process was started.
+
+    world_size: processes of the run; rank: number of this one; local: processes on each node;
+    local_rank: number on its node; node: number of the node; by: torchrun, srun, or "" (alone).
+    """
 
     world_size: int
     rank: int
@@ -27,13 +31,13 @@ class Launch:
 
 
 ALONE = Launch(1, 0, 1, 0, 0, "")
-# By what has started the processes: a variable that it alone sets, and those that say the rest.
-STARTERS = {
+# By launcher: a variable that only it sets, and the variables of the fields of `Launch`.
+LAUNCHERS = {
     "torchrun": (
         "TORCHELASTIC_RUN_ID",
         ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"),
     ),
-    # Without srun, a Slurm script is one process, whatever SLURM_NTASKS says: it has no step.
+    # Without srun a Slurm script has no step and is one process, whatever SLURM_NTASKS is.
     "srun": (
         "SLURM_STEP_ID",
         ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "", "SLURM_LOCALID", "SLURM_NODEID"),
@@ -43,9 +47,9 @@ STARTERS = {
 
 @lru_cache
 def launch() -> Launch:
-    """How this process was started. Raises MoceError if the nodes have unlike numbers of processes."""
-    for by, (sign, names) in STARTERS.items():
-        if sign in os.environ:
+    """How this process was started. Raises MoceError if nodes differ in their number of processes."""
+    for by, (variable, names) in LAUNCHERS.items():
+        if variable in os.environ:
             world_size, rank, local, local_rank, node = (int(os.environ.get(n, 0)) for n in names)
             if world_size > 1:
                 return Launch(
@@ -65,22 +69,22 @@ def _per_node(world_size: int) -> int:
 
 
 def launched_as_rank0() -> bool:
-    """Whether this process is the one that writes files and talks to the user."""
+    """Whether this process writes files and messages to the user."""
     return launch().rank == 0
 
 
 def leave(status: int) -> NoReturn:
-    """End this process at once: to take leave of the others could take for ever, if one is gone."""
+    """End this process at once: closing the process group could hang if another process is gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def first_to_fail() -> bool:
-    """Whether no other process of the run has failed before: only the first says why.
+    """Whether no other process of the run has failed before this one: only the first reports why.
 
-    The others fail because it is gone, or of the same mistake. Told by a counter in the store that
-    the processes found each other by; True where it cannot be asked.
+    The others fail because it is gone, or for the same reason. Uses a counter in the store of the
+    process group; if the store cannot be reached, True on rank 0.
     """
     if launch() is ALONE:
         return True

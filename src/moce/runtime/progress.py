@@ -1,4 +1,4 @@
-"""What a waiting user sees: a bar on a terminal, now and then a line elsewhere."""
+"""Progress bars and messages to the user: a bar on a terminal, an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
 def log(message: str) -> None:
-    """Tell the user something in one line, on standard error; of several processes, the main one does."""
+    """Print a line to standard error, on rank 0 only."""
     if is_rank0():
         console.print(message, markup=False, soft_wrap=True)
 
 
 class Meter:
-    """Progress of one job: `advance` after every step, with a few words on how it goes.
+    """Progress of one job: call `advance` after every step, optionally with a short note.
 
-    The bar comes after `wait` seconds: a job that has ended by then leaves no trace.
+    The bar appears after `wait` seconds; a job that has ended by then shows nothing.
     """
 
     def __init__(self, title: str, total: int, done: int, wait: float) -> None:
@@ -58,7 +58,7 @@ class Meter:
 
 @contextmanager
 def meter(title: str, total: int, done: int = 0, wait: float = 0.0) -> Iterator[Meter]:
-    """A Meter on show within the context, its bar after `wait` seconds."""
+    """A Meter whose bar is shown within the context, after `wait` seconds."""
     shown = Meter(title, total, done, wait)
     try:
         if not wait:

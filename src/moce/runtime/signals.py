@@ -1,4 +1,4 @@
-"""What signals do while moce works. Light: the command line needs it before anything is imported."""
+"""Ctrl-C and SIGTERM: finish the step, save, stop. Light: imported before anything heavy is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 @contextmanager
 def handled_by(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
-    """Within the context these signals go to `handler` (on the main thread; elsewhere: nothing)."""
+    """Within the context `handler` handles these signals (on the main thread; elsewhere a no-op)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -42,7 +42,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 class StopRequest:
-    """`received`: the signal that asked to stop, if any. Ctrl-C after it stops at once."""
+    """received: the signal that asked to stop, or None. A Ctrl-C after it raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -50,13 +50,13 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
-            _tell("stopping and saving; Ctrl-C again stops at once, without saving")
+            _write("stopping and saving; Ctrl-C again stops at once, without saving")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
 
-def _tell(message: str) -> None:
-    """A line on standard error, past the buffers that the signal may have come into."""
+def _write(message: str) -> None:
+    """Write a line to standard error, unbuffered: the signal may have interrupted a buffered write."""
     if not launched_as_rank0():
         return
     with suppress(OSError, ValueError, AttributeError):
@@ -65,7 +65,7 @@ def _tell(message: str) -> None:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Within the context the signals only set `received` (on the main thread; elsewhere: nothing)."""
+    """Within the context signals only set `received` (on the main thread; elsewhere a no-op)."""
     request = StopRequest()
     with handled_by(request._handle, signal.SIGINT, signal.SIGTERM):
         yield request

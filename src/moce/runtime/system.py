@@ -1,4 +1,4 @@
-"""What the operating system says of this machine: processors, memory, their limits, disk space."""
+"""CPU cores, memory and disk space of this machine, cgroup limits included."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 CGROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc")
-UNKNOWN_MEMORY = 4 * 2**30  # bytes, where the system does not tell
-# What control groups call their memory's limit, its use, and the files in it that can be given up.
+UNKNOWN_MEMORY = 4 * 2**30  # bytes, where the system does not report it
+# By cgroup version: files of the memory limit and usage, and the statistic of reclaimable cache.
 MEMORY_FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -18,16 +18,16 @@ MEMORY_FILES = {
 
 
 def usable_cores() -> int:
-    """Cores this process may run on: fewer than there are, if it is bound to some of them."""
+    """Cores this process may run on (its CPU affinity)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_limit(root: Path = CGROUPS) -> float | None:
-    """Cores' worth of time that a container leaves to its processes; None without a limit.
+    """CPU time limit of this container, in cores; None without a limit.
 
-    Read from cgroups, version 2 (cpu.max) or 1 (cpu.cfs_quota_us), as a container sees its own.
+    From cgroups, version 2 (cpu.max) or 1 (cpu.cfs_quota_us).
     """
     text = _read(root / "cpu.max").split()
     if len(text) != 2:
@@ -40,23 +40,23 @@ def cpu_limit(root: Path = CGROUPS) -> float | None:
 
 
 def worker_threads() -> int:
-    """How many threads that compute are of use: the cores, or what a container leaves of them."""
+    """Number of useful compute threads: the cores, or the container's limit."""
     limit = cpu_limit()
     return max(1, min(usable_cores(), math.ceil(limit) if limit else usable_cores()))
 
 
 def free_memory(root: Path = CGROUPS, proc: Path = PROC) -> int:
-    """Bytes of memory that can be taken before the system or a container ends this process.
+    """Bytes of memory that can be allocated before the system or a container kills this process.
 
-    The page cache counts as free, for the system gives it up; where limits are nested the tightest
-    counts, as in jobs of Slurm inside a container.
+    Page cache counts as free, as the system reclaims it. Of nested limits (Slurm jobs inside a
+    container) the tightest counts.
     """
-    rooms = (_room(folder, version) for folder, version in _memory_groups(root, proc))
-    return max(0, min([_available(proc), *(room for room in rooms if room is not None)]))
+    left = (_remaining(folder, version) for folder, version in _memory_groups(root, proc))
+    return max(0, min([_available(proc), *(size for size in left if size is not None)]))
 
 
 def _available(proc: Path) -> int:
-    """What the whole machine has; without /proc what is unused, which leaves out the cache."""
+    """Available bytes of the whole machine; without /proc, unused bytes, page cache excluded."""
     available = _field(_read(proc / "meminfo"), "MemAvailable:")
     if available is not None:
         return available * 1024
@@ -67,9 +67,9 @@ def _available(proc: Path) -> int:
 
 
 def _memory_groups(root: Path, proc: Path) -> list[tuple[Path, int]]:
-    """The folders of this process's control group and of those around it, with their version.
+    """The folders of this process's cgroup and its parents, with the cgroup version.
 
-    A container sees its own group as the root, whatever /proc calls it.
+    In a container its own group is the root, whatever /proc calls it.
     """
     folders = []
     for line in _read(proc / "self" / "cgroup").splitlines():
@@ -85,18 +85,18 @@ def _memory_groups(root: Path, proc: Path) -> list[tuple[Path, int]]:
     return folders or [(root, 2), (root / "memory", 1)]
 
 
-def _room(group: Path, version: int) -> int | None:
-    """What is left to one control group; None without a limit."""
+def _remaining(group: Path, version: int) -> int | None:
+    """Bytes left to one cgroup; None without a limit."""
     limit, used, inactive = MEMORY_FILES[version]
     try:
-        room = int(_read(group / limit)) - int(_read(group / used))
+        left = int(_read(group / limit)) - int(_read(group / used))
     except ValueError:  # "max", or no such files
         return None
-    return room + (_field(_read(group / "memory.stat"), inactive) or 0)
+    return left + (_field(_read(group / "memory.stat"), inactive) or 0)
 
 
 def _field(text: str, name: str) -> int | None:
-    """The number behind a name, in a file of one name a line."""
+    """The number after `name` in a text of lines "name number"."""
     for line in text.splitlines():
         words = line.split()
         if len(words) >= 2 and words[0] == name and words[1].isdigit():
@@ -105,7 +105,7 @@ def _field(text: str, name: str) -> int | None:
 
 
 def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name as the system has it."""
+    """The processor's name as the system reports it."""
     for line in _read(info).splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -113,7 +113,7 @@ def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def existing(path: Path) -> Path:
-    """A path, or the nearest folder above it that is there."""
+    """The path if it exists, else its nearest existing parent."""
     path = path.absolute()
     while not os.path.exists(path):  # noqa: PTH110 - pathlib's raises for names that are too long
         path = path.parent
@@ -121,7 +121,7 @@ def existing(path: Path) -> Path:
 
 
 def disk_free(path: Path) -> int:
-    """Free bytes where a path is, or would be."""
+    """Free bytes on the disk of a path that may not exist yet."""
     return shutil.disk_usage(existing(path)).free
 
 

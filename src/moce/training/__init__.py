@@ -1,1 +1,1 @@
-"""One step-based loop for every stage: optimizer, schedule, checkpoints, logs."""
+"""Training: the loop, its objectives, optimizer, checkpoints and logs."""

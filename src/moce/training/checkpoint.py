@@ -1,87 +1,100 @@
-"""Checkpoints: all that a run goes on from after one step in one safetensors file, written atomically.
+"""Checkpoints: the state of a run after a step in one safetensors file, written atomically.
 
-Each holds a checksum of its tensors. A damaged one is passed over for the one before it.
+Each holds a checksum of its tensors; if the newest is damaged, the previous one is loaded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moce.errors import MoceError
+from moce.errors import MoceError, NotFinite
 from moce.runs.files import CHECKSUM, checksum, read_tensor_metadata, read_tensors, write_tensors
 from moce.runs.model import STATE
+from moce.runtime.distributed import all_reduce, is_rank0
+from moce.runtime.fsdp import full_optimizer_state, full_state, load_full_state
 from moce.runtime.progress import log
+from moce.training.metrics import remedy
 
-KEPT = 2
+KEPT = 2  # checkpoints
 
 
 @dataclass
 class Checkpoint:
     """What a checkpoint holds beside the model and the optimizer.
 
-    step: steps done; window: sums since the last logged row; memory: of the stage's diagnostics.
+    step: steps done; window: sums since the last logged row; diagnostics: state of the objective's.
     """
 
     step: int
     window: dict[str, Tensor] = field(default_factory=dict)
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(
     folder: Path, state: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write the state after `state.step` steps; the newest KEPT files stay."""
-    (folder / STATE).mkdir(exist_ok=True)
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for index, values in optimizer.state_dict()["state"].items():
+    """Write the state after `state.step` steps and keep the newest KEPT files. Call on all ranks.
+
+    Raises NotFinite if the weights or the optimizer's averages are not finite: a finite loss can
+    still have led to a step that overflows. MoceError: the file cannot be written.
+    """
+    tensors = {f"model.{name}": value for name, value in full_state(model).items()}
+    for index, values in full_optimizer_state(model, optimizer).items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    _check_finite(folder, tensors)
+    if not is_rank0():
+        return
     tensors |= {f"window.{name}": value for name, value in state.window.items()}
-    tensors |= {f"memory.{name}": value for name, value in state.memory.items()}
+    tensors |= {f"memory.{name}": value for name, value in state.diagnostics.items()}
+    (folder / STATE).mkdir(exist_ok=True)
     path = folder / STATE / f"step_{state.step:09d}.safetensors"
     try:
         write_tensors(path, tensors, {CHECKSUM: checksum(tensors)})
     except MoceError as error:
         raise MoceError(
-            f"{error}; the checkpoint before it stays: mend that and go on with --resume"
+            f"{error}; the previous checkpoint is kept: fix this, then --resume"
         ) from None
     for old in _checkpoints(folder)[:-KEPT]:
         old.unlink()
 
 
+def _check_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
+    wrong = torch.tensor(int(not all(value.isfinite().all() for value in tensors.values())))
+    if int(all_reduce(wrong)):
+        raise NotFinite(f"the weights are not finite; {remedy(folder)}")
+
+
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Checkpoint | None:
-    """Load the newest sound checkpoint in place; None without a checkpoint.
+    """Load the newest checkpoint that is not damaged, in place; None if there are no checkpoints.
 
-    Raises MoceError if it is of another model, or if there are checkpoints but all are damaged.
+    Raises MoceError if it does not fit the model, or if all checkpoints are damaged.
     """
     found = _newest_sound(folder)
     if found is None:
         return None
     path, tensors = found
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in _under("optimizer.", tensors).items():
+        index, name = key.split(".", 1)
+        # Cloned, to be aligned in memory as the optimizer's own: sums may depend on that.
+        state.setdefault(int(index), {})[name] = value.clone()
     try:
-        model.load_state_dict(_under("model.", tensors))
+        load_full_state(model, optimizer, _under("model.", tensors), state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise MoceError(f"{path} is of another model: {reason}") from None
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in _under("optimizer.", tensors).items():
-        index, name = key.split(".", 1)
-        # A copy, for its memory is aligned as the optimizer's own: sums may depend on that.
-        state.setdefault(int(index), {})[name] = value.clone()
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
     step = int(path.stem.removeprefix("step_"))
     return Checkpoint(step, _under("window.", tensors), _under("memory.", tensors))
 
 
 def _newest_sound(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
-    """The newest checkpoint that is whole, and its tensors; None if there are no checkpoints."""
+    """The newest checkpoint that is not damaged, and its tensors; None if there are no checkpoints."""
     paths = _checkpoints(folder)
     for path in reversed(paths):
         try:

@@ -1,13 +1,8 @@
-"""How a module and its optimizer are held: whole in every process, or a share in each (FSDP).
-
-The loop trains `model` by `optimizer`. What it reads, saves and loads is the stage's own module and a
-plain optimizer for it, which `gather` and `scatter` keep in step with the shares.
-"""
+"""Idle experts: no optimizer update for experts that got no image in any process."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +11,13 @@ from moce.models.experts import ExpertLayer
 from moce.models.token_moe import TokenExpertFFN
 from moce.runtime.distributed import all_reduce, world_size
 
-if TYPE_CHECKING:
-    pass
-
 
 class IdleExperts:
-    """Experts without an image in any process: the optimizer is to leave them where they are.
+    """Drops the gradients of idle experts, so that the optimizer skips them.
 
-    With several processes every expert computes in each of them, if need be on no image, so that
-    all gradients are there to be averaged. Those of idle experts are zero, not missing; with them
-    weight decay and momentum would move the expert.
+    With several processes every expert computes in each process, if need be on no image, so that
+    all gradients exist to be averaged. Those of idle experts are then zero instead of None, and
+    weight decay and momentum would move the expert. With one process there is nothing to do.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,13 +26,13 @@ class IdleExperts:
         self._images = torch.zeros(len(self._experts), dtype=torch.int64)
         if world_size() > 1:
             for number, expert in enumerate(self._experts):
-                expert.register_forward_pre_hook(partial(self._note, number))
+                expert.register_forward_pre_hook(partial(self._count, number))
 
-    def _note(self, number: int, expert: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _count(self, number: int, expert: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._images[number] += inputs[0].shape[0]
 
     def drop_gradients(self) -> None:
-        """After the backward passes of a step: no gradient where there was no image."""
+        """Set the gradients of idle experts to None; call after the backward passes of a step."""
         if world_size() == 1 or not self._experts:
             return
         for expert, images in zip(self._experts, all_reduce(self._images).tolist(), strict=True):

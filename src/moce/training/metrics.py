@@ -1,4 +1,4 @@
-"""metrics.jsonl, timings.jsonl and, behind a flag, TensorBoard events: a row per logged step."""
+"""Running means of the losses; metrics.jsonl, timings.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from moce.runs.model import METRICS, TIMINGS
 from moce.runtime.distributed import all_reduce, is_rank0
 from moce.training.thread_parallel import Losses
 
-STEPS = "steps"  # beside the sums in the state of a window
+STEPS = "steps"  # key of the step count in a window's state
 
 Row = dict[str, Any]
 
 
 class MetricLog:
-    """Appends rows to the logs of a run; rows past the step a run resumes from are dropped.
+    """Appends rows to metrics.jsonl and timings.jsonl of a run, on rank 0 only.
 
-    Two files: metrics.jsonl is the same for the same settings, timings.jsonl is of the clock. The main
-    process writes, the others write nothing.
+    metrics.jsonl is reproducible, timings.jsonl depends on the clock. Rows after `resumed_step` are
+    dropped from both.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resumed_step: int) -> None:
@@ -53,7 +53,10 @@ class MetricLog:
 
 
 def open_board(folder: Path, resumed_step: int) -> Any:
-    """A TensorBoard writer; events past `resumed_step` are hidden. Raises MoceError without it."""
+    """A TensorBoard writer; events after `resumed_step` are hidden.
+
+    Raises MoceError if TensorBoard is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -64,7 +67,7 @@ def open_board(folder: Path, resumed_step: int) -> Any:
 
 
 def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a nested row, named by their path: {"gates": {"9": ...}} gives gates/9/..."""
+    """The numbers of a nested row, named by their path: {"gates": {"9": ...}} becomes gates/9/..."""
     flat: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, dict):
@@ -75,9 +78,10 @@ def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class Window:
-    """Sums since the last logged row; they stay on the device until a row is asked for.
+    """Sums of losses since the last logged row, kept on the device.
 
-    steps: how many are summed. After a resume they began in the process before, the times in this.
+    steps: number of summed steps. After a resume some of them are from the previous process; times
+    are of this process only.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -90,13 +94,13 @@ class Window:
         self._start, self._waited, self.steps, self._untimed = time.perf_counter(), 0.0, 0, 0
 
     def state(self) -> dict[str, Tensor]:
-        """The sums and how many steps they are of."""
+        """The sums and the number of steps, for a checkpoint."""
         return {**{f"sum.{k}": v for k, v in self._sums.items()}, STEPS: torch.tensor(self.steps)}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from the `state` of another window; of an older version it may be empty.
+        """Continue from another window's `state`, which may be empty in old checkpoints.
 
-        It holds the sums of all processes: the main one goes on with them, the others from zero.
+        It holds the sums over all processes: rank 0 continues from them, the others from zero.
         """
         sums = {k.removeprefix("sum."): v for k, v in state.items() if k.startswith("sum.")}
         own = 1 if is_rank0() else 0
@@ -105,33 +109,34 @@ class Window:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time within as waiting for data."""
+        """Count the time within the context as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     def add(self, losses: Losses, share: float) -> None:
-        self._sums = {  # in the order of the losses, which a loaded state does not keep
+        """Add the losses of a micro-batch that is this share of its batch."""
+        self._sums = {  # in the order of the losses; a loaded state has another order
             name: self._sums.get(name, 0) + value.detach().float() * share
             for name, value in losses.items()
         }
         self._finite &= losses["loss"].detach().isfinite()
 
     def collect(self) -> None:
-        """Bring the sums of all processes into the main one; before they are read or saved."""
+        """Sum over all processes into rank 0; call before reading or saving the sums."""
         for value in self._sums.values():
             all_reduce(value)
             if not is_rank0():
                 value.zero_()
 
     def row(self, step: int, count: int, batch_size: int, rate: float) -> dict[str, Any]:
-        """Means since the last row: the same in every run of these settings."""
+        """Means since the last row, reproducible. count: training images; rate: learning rate."""
         means = {name: value.item() / self.steps for name, value in self._sums.items()}
         epoch = round(step * batch_size / count, 4)
         return {"step": step, "epoch": epoch, **means, "lr": rate}
 
     def times(self, step: int, batch_size: int) -> dict[str, Any]:
-        """How fast this process went since the last row."""
+        """Speed of this process since the last row: images per second, seconds per step."""
         seconds, steps = time.perf_counter() - self._start, self.steps - self._untimed
         return {
             "step": step,
@@ -141,13 +146,13 @@ class Window:
         }
 
     def check_finite(self, folder: Path) -> None:
-        """Raise NotFinite if any loss since the start was not finite; called before anything is written."""
+        """Raise NotFinite if a loss since the start was not finite; call before writing anything."""
         if int(all_reduce((~self._finite).long())):
             raise NotFinite(f"the loss is not finite; {remedy(folder)}")
 
 
 def remedy(folder: Path) -> str:
-    """What to try when numbers overflow."""
+    """Advice for the user when numbers overflow."""
     return (
         f"{folder} keeps the last good state. Start again (--overwrite) with a lower --base-lr, "
         "a longer --warmup, --clip-grad 1 or --precision float32"

@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices only, and warm-up followed by a cosine."""
+"""AdamW with weight decay on matrices only; warm-up and cosine schedule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ ParameterGroup = dict[str, Any]
 def parameter_groups(
     parameters: Iterable[nn.Parameter], weight_decay: float, lr_scale: float = 1.0
 ) -> list[ParameterGroup]:
-    """Two groups: matrices, with decay; biases, norms and other vectors, without (as MAE)."""
+    """AdamW groups: matrices with weight decay; biases, norms and other vectors without (as MAE).
+
+    Frozen parameters are left out. lr_scale: factor of the learning rate.
+    """
     trained = [p for p in parameters if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]
     vectors = [p for p in trained if p.ndim <= 1]
@@ -27,12 +30,15 @@ def parameter_groups(
 
 
 def adamw(groups: list[ParameterGroup], beta2: float) -> torch.optim.AdamW:
-    """Fused AdamW: with many experts the plain loop over parameters costs several times as much."""
+    """Fused AdamW: with many experts a loop over the parameters takes several times as long."""
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), fused=True)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float, final: float) -> float:
-    """Rate of step 0..total-1: linear over the share `warmup` of the steps, then a cosine to `final`."""
+    """Learning rate of step 0..total-1: linear warm-up, then a cosine from `peak` to `final`.
+
+    warmup: share of the steps, 0..1.
+    """
     rising = warmup * total
     if step < rising:
         return peak * (step + 1) / (rising + 1)
@@ -41,6 +47,6 @@ def learning_rate(step: int, total: int, peak: float, warmup: float, final: floa
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group its share (`lr_scale`) of the rate."""
+    """Set the learning rate of every group: the rate times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)

@@ -1,8 +1,8 @@
-"""A batch in parts on CPUs: each core takes whole parts, forward and backward.
+"""CPU data parallelism: a batch in chunks, computed by replicas of the model in threads.
 
-Cores that share every operation wait for each other at each, and do nothing while Python is between two.
-A part's tensors, which are small, stay in the cache, and what a backward pass needs is there for
-the parts at hand only.
+Each core computes whole chunks, forward and backward. Cores that share every operation would wait
+for each other after each, and be idle while Python runs in between. The tensors of a chunk are
+small enough to stay in the cache, and activations are kept for the current chunks only.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from moce.runtime.threads import num_worker_threads, run_in_threads
 
 Losses = dict[str, Tensor]
-LossOfChunk = Callable[[nn.Module, slice], Losses]
+ChunkLoss = Callable[[nn.Module, slice], Losses]
 
-PART = 2**18  # numbers in the tokens of a part: 1 MiB of float32
+CHUNK_NUMBERS = 2**18  # values in the tokens of a chunk: 1 MiB of float32
 
 
-def chunks_of(count: int, size: int, thread_parallel: int) -> list[slice]:
-    """A batch of `count` images in parts of about `size`, as many for each lane if there are enough."""
+def chunks_of(count: int, size: int, num_threads: int) -> list[slice]:
+    """Slices of a batch of `count` images, about `size` each, equally many per thread if possible."""
     number = -(-count // size)
-    number = min(count, -(-number // thread_parallel) * thread_parallel)
+    number = min(count, -(-number // num_threads) * num_threads)
     return [slice(i * count // number, (i + 1) * count // number) for i in range(number)]
 
 
 def replica(module: nn.Module) -> nn.Module:
-    """A copy of a module that has the same weights and buffers in memory, and gradients of its own."""
+    """A copy of a module that shares its parameters' and buffers' memory but has its own gradients."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad)
@@ -42,15 +42,20 @@ def replica(module: nn.Module) -> nn.Module:
 
 
 def has_dropout(module: nn.Module) -> bool:
-    """Whether layers draw numbers of their own, which lanes would do in no certain order."""
+    """Whether layers draw random numbers in training, whose order would depend on the threads."""
     rates = [getattr(m, name, 0.0) for m in module.modules() for name in ("p", "drop_prob")]
     return module.training and any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 class ThreadParallel:
-    """As many threads as cores, or a few cores to each, with a twin of the module for each.
+    """Worker threads, each with a replica of the module; a context manager.
 
-    Use as a context. Sums are in the order of the parts, so that they are the same in every run.
+    Gradients and losses are summed in a fixed order, so every run gives the same numbers.
+
+    Args:
+        module: accumulates the gradients.
+        wrap: makes the callable used in training from a replica (as `Fabric.setup_module`).
+        backward: computes the gradients of a loss (as `Fabric.backward`).
     """
 
     def __init__(
@@ -59,13 +64,12 @@ class ThreadParallel:
         wrap: Callable[[nn.Module], Any] = lambda m: m,
         backward: Callable[[Tensor], None] = Tensor.backward,
     ) -> None:
-        """wrap: what makes of a twin what is called in training; backward: of a loss, as it needs."""
-        self.count = num_worker_threads()
-        replicas = [replica(module) for _ in range(self.count - 1)]
+        self.num_threads = num_worker_threads()
+        replicas = [replica(module) for _ in range(self.num_threads - 1)]
         self._models = [wrap(module), *(wrap(other) for other in replicas)]
         self._backward = backward
-        self._pool = ThreadPoolExecutor(self.count, "lane")
-        self._gradients = [list(each.parameters()) for each in (module, *replicas)]
+        self._pool = ThreadPoolExecutor(self.num_threads, "thread_parallel")
+        self._parameters = [list(each.parameters()) for each in (module, *replicas)]
 
     def __enter__(self) -> ThreadParallel:
         return self
@@ -78,38 +82,45 @@ class ThreadParallel:
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def backward(self, loss: LossOfChunk, count: int, size: int, scale: float = 1.0) -> Losses:
-        """Add the gradients of a batch of `count` images, in parts of about `size`, to the module's.
+    def backward(self, loss: ChunkLoss, count: int, size: int, scale: float = 1.0) -> Losses:
+        """Add the gradients of a batch to those of the module.
 
-        loss: of a twin and a part of the batch to named scalars, means over the images of the part
-        or the same for all. Returns their means over the batch. scale: of the gradients.
+        Args:
+            loss: named scalars of a model and a slice of the batch, "loss" among them; each a mean
+                over the images of the slice, or the same for all slices.
+            count: images in the batch.
+            size: images per chunk, about.
+            scale: factor of the gradients.
+
+        Returns the means of the losses over the batch.
         """
-        parts = chunks_of(count, size, self.count)
-
-        stopped = Event()  # by Ctrl-C or an error: no lane begins another part
+        chunks = chunks_of(count, size, self.num_threads)
+        stopped = Event()  # by Ctrl-C or an error: no thread starts another chunk
 
         def worker(number: int) -> list[Losses]:
             found = []
-            for part in parts[number :: self.count]:
+            for chunk in chunks[number :: self.num_threads]:
                 if stopped.is_set():
                     break
-                with _set_by_errors(stopped):
-                    losses = loss(self._models[number], part)
-                    share = (part.stop - part.start) / count
+                with _set_on_error(stopped):
+                    losses = loss(self._models[number], chunk)
+                    share = (chunk.stop - chunk.start) / count
                     self._backward(losses["loss"] * (share * scale))
                 found.append({name: value.detach() * share for name, value in losses.items()})
             return found
 
-        with _set_by_errors(stopped):
+        with _set_on_error(stopped):
             found = [
-                losses for each in run_in_threads(self._pool, worker, self.count) for losses in each
+                losses
+                for each in run_in_threads(self._pool, worker, self.num_threads)
+                for losses in each
             ]
-        self._collect()
-        return {name: sum_of([losses[name] for losses in found]) for name in found[0]}
+        self._reduce_gradients()
+        return {name: torch.stack([losses[name] for losses in found]).sum(0) for name in found[0]}
 
-    def _collect(self) -> None:
-        """Add the gradients of the twins to the module's own."""
-        for own, *others in zip(*self._gradients, strict=True):
+    def _reduce_gradients(self) -> None:
+        """Add the gradients of the replicas to the module's own."""
+        for own, *others in zip(*self._parameters, strict=True):
             for other in others:
                 if other.grad is None:
                     continue
@@ -118,13 +129,9 @@ class ThreadParallel:
 
 
 @contextmanager
-def _set_by_errors(event: Event) -> Iterator[None]:
+def _set_on_error(event: Event) -> Iterator[None]:
     try:
         yield
     except BaseException:  # Ctrl-C, too
         event.set()
         raise
-
-
-def sum_of(values: list[Tensor]) -> Tensor:
-    return torch.stack(values).sum(dim=0)

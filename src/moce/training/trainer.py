@@ -1,11 +1,13 @@
-"""The training loop of every stage. A stage says what a step's loss is; the loop does the rest."""
+"""The training loop: step, log, checkpoint, resume. An `Objective` defines what is trained."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,60 +17,86 @@ from moce.config import TrainingSettings
 from moce.data.dataset import ImageDataset
 from moce.data.loader import Batch, BatchOrder, cached_on_gpu, prefetched, shard_micro_batches
 from moce.data.rng import Stream, keyed_generator
-from moce.errors import Interrupted, MoceError, NotFinite
+from moce.errors import Interrupted, MoceError
 from moce.models.activation_checkpoint import set_checkpointing
 from moce.models.encoder import choose_attention
 from moce.runs.model import INFO, write_config
-from moce.runtime.distributed import agreed_signal, all_reduce, barrier, is_rank0, rank, world_size
+from moce.runtime.distributed import (
+    agreed_signal,
+    all_reduce,
+    barrier,
+    broadcast,
+    is_rank0,
+    rank,
+    world_size,
+)
 from moce.runtime.fabric import open_fabric
-from moce.runtime.fsdp import Replicated, Sharded
+from moce.runtime.fsdp import full_state
 from moce.runtime.progress import log, meter
 from moce.runtime.signals import stop_request
 from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from moce.training.gate_stats import Diagnostics
 from moce.training.idle_experts import IdleExperts
-from moce.training.metrics import MetricLog, Window, remedy
+from moce.training.metrics import MetricLog, Window
 from moce.training.optimizer import ParameterGroup, adamw, learning_rate, set_learning_rate
 from moce.training.thread_parallel import Losses, ThreadParallel, has_dropout
 
 
 @dataclass
 class Step:
-    """What a stage may know when it computes a loss.
+    """What a loss may depend on beside the micro-batch.
 
-    The number of the step and its whole batch's rows, on the CPU; which part of it the micro-batch is, and how
-    many of the micro-batch's images only lead it (see `Stage.mixes`).
+    number: of the step, from 0; rows: [batch size] int64, the whole batch, on the CPU;
+    micro_batch: number of the micro-batch; num_leading: how many of its first images only serve
+    mixup (see `Objective.uses_mixup`).
     """
 
     number: int
     rows: Tensor
-    part: int = 0
-    led_by: int = 0
+    micro_batch: int = 0
+    num_leading: int = 0
 
 
 @dataclass
-class Objective:
-    """One kind of training.
+class Objective(ABC):
+    """One kind of training: a subclass implements `loss`.
 
-    module: what is trained and saved. loss: from the module as called in training, a micro-batch
-    and the step to named scalars, "loss" among them, each a mean over the images of the
-    micro-batch or the same for all micro-batches. diagnostics: numbers to log beside the losses.
-    memory: what diagnostics keeps from one row to the next, so that checkpoints can hold it. mixes:
-    whether it mixes each image with the one before it; of several processes, each then has that
-    image, too, before its own. part: about how many images are worth computing apart from the
-    others; None: the losses are not the means over those of a batch's parts. order: of a batch's
-    images, so that those of a part have much in common.
+    Args:
+        name: shown beside the progress bar.
+        model: the network that is trained, and saved in checkpoints. With FSDP it stays whole, on
+            the CPU, and is up to date in diagnostics and after `fit`.
+        images: the training images.
+        parameter_groups: for AdamW; `lr_scale` is a factor of the learning rate.
+        chunk_size: images per chunk for `ThreadParallel`. None: the loss must not be chunked.
+        diagnostics: values to log beside the losses.
     """
 
-    title: str
-    module: nn.Module
+    name: str
+    model: nn.Module
     images: ImageDataset
-    groups: list[ParameterGroup]
-    loss: Callable[[nn.Module, Batch, Step], Losses]
-    diagnostics: Callable[[], dict[str, Any]] = field(default=dict)
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    uses_mixup: bool = False
-    part: int | None = None
-    order: Callable[[Batch], Tensor] | None = None
+    parameter_groups: list[ParameterGroup]
+    chunk_size: int | None = None
+    diagnostics: Diagnostics | None = None
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
+        """Named scalars of a micro-batch, "loss" among them.
+
+        Each is a mean over the images, or the same for all micro-batches of the step. `model` is
+        `self.model` as it is called in training (wrapped, sharded or a replica).
+        """
+
+    @property
+    def uses_mixup(self) -> bool:
+        """Whether `loss` mixes every image with the one before it.
+
+        With several processes each then gets that image, too, before its own.
+        """
+        return False
+
+    def chunk_order(self, batch: Batch) -> Tensor | None:
+        """Order [b] int64 of a batch's images before it is chunked; None: as they come."""
+        return None
 
 
 def total_steps(settings: TrainingSettings, count: int) -> int:
@@ -79,15 +107,17 @@ def total_steps(settings: TrainingSettings, count: int) -> int:
 def fit(
     objective: Objective, settings: TrainingSettings, device: torch.device, precision: str
 ) -> None:
-    """Train `stage.module` in place; leaves config, metrics and checkpoints in the run folder.
+    """Train `objective.model` in place; config, metrics and checkpoints go to `settings.out`.
 
-    Raises NotFinite, with the last good state on disk, when the loss is not finite, and
-    Interrupted, with the current state on disk, when the user or the system asks to stop.
+    Raises NotFinite when the loss or the weights are not finite; the last good state is on disk.
+    Raises Interrupted when the user or the system asks to stop; the current state is on disk.
     """
-    _Loop(objective, settings, device, precision).run()
+    _Trainer(objective, settings, device, precision).run()
 
 
-class _Loop:
+class _Trainer:
+    """model: the network as it is called; its `module` is `objective.model`, or under FSDP a shard."""
+
     def __init__(
         self, objective: Objective, settings: TrainingSettings, device: torch.device, precision: str
     ) -> None:
@@ -98,31 +128,41 @@ class _Loop:
         )
         self.total = total_steps(settings, self.count)
         self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
-        shared = settings.strategy == "fsdp" and world_size() > 1
-        self.fabric = open_fabric(device, precision, "fsdp" if shared else "ddp")
-        choose_attention(objective.module, device, precision)
-        set_checkpointing(objective.module, settings.grad_checkpointing)
-        check_share(settings)
-        self.plain = adamw(objective.groups, settings.beta2)  # of the module itself: what is saved
-        self.held = (Sharded if shared else Replicated)(self.fabric, objective.module, self.plain)
-        self.model, self.optimizer = self.held.model, self.held.optimizer
+        self.sharded = settings.strategy == "fsdp" and world_size() > 1
+        self.fabric = open_fabric(device, precision, "fsdp" if self.sharded else "ddp")
+        choose_attention(objective.model, device, precision)
+        set_checkpointing(objective.model, settings.grad_checkpointing)
+        check_batch_size(settings)
+        self.model, self.optimizer = self._setup()
         self.idle = IdleExperts(self.model)
         self.window = Window(device)
         self.done = self._load() if settings.resume else 0
         check_agreed(self.done)
-        self.held.scatter()
+
+    def _setup(self) -> tuple[Any, torch.optim.Optimizer]:
+        """Wrap the model for its device and processes, and create its optimizer."""
+        objective = self.objective
+        module = copy.deepcopy(objective.model) if self.sharded else objective.model
+        names = {parameter: name for name, parameter in objective.model.named_parameters()}
+        model = self.fabric.setup_module(module)
+        parameters = dict(module.named_parameters())  # FSDP replaces them
+        groups = [
+            {**group, "params": [parameters[names[parameter]] for parameter in group["params"]]}
+            for group in objective.parameter_groups
+        ]
+        return model, adamw(groups, self.settings.beta2)
 
     def run(self) -> None:
         if self.done:
             log(f"resuming {self.folder} after step {self.done} of {self.total}")
         write_config(self.folder, self.settings)
         self.model.train()
-        led = self.objective.uses_mixup and world_size() > 1
-        parts = self.order.parts(self.done, self.total, self.settings.micro_batch_size, led)
+        leading = self.objective.uses_mixup and world_size() > 1
+        rows = self.order.parts(self.done, self.total, self.settings.micro_batch_size, leading)
         with (
             closing(self._open_log()) as metric_log,
-            meter(self.objective.title, self.total, self.done) as progress,
-            closing(prefetched(self.images, parts, self.fabric.device)) as batches,
+            meter(self.objective.name, self.total, self.done) as progress,
+            closing(prefetched(self.images, rows, self.fabric.device)) as batches,
             stop_request() as stop,
             self._thread_parallel() as self.thread_parallel,
         ):
@@ -141,26 +181,45 @@ class _Loop:
                 progress.advance(note)
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
-        set_checkpointing(self.objective.module.eval(), False)
+        self._finish()
 
     def _open_log(self) -> MetricLog:
         return MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
 
     def _log(self, metric_log: MetricLog, step: int, rate: float) -> str:
-        """Write the row of a step; a few words on it."""
+        """Write the row of a step. Returns a summary for the progress bar."""
         self.window.check_finite(self.folder)
         self.window.collect()
-        if self.objective.diagnostics is not dict:  # they read the module
-            self.held.gather_module()
         row = self.window.row(step, self.count, self.settings.batch_size, rate)
         times = self.window.times(step, self.settings.batch_size)
         self.window.reset()
-        metric_log.write(row | self.objective.diagnostics(), times)
+        metric_log.write(row | self._diagnostics(), times)
         return _note(row, times)
 
+    def _diagnostics(self) -> dict[str, Any]:
+        """On rank 0, which alone writes the row."""
+        if self.objective.diagnostics is None:
+            return {}
+        if self.sharded:
+            self._update_model()
+        return self.objective.diagnostics() if is_rank0() else {}
+
+    def _update_model(self) -> None:
+        """Under FSDP: copy the weights to `objective.model` of rank 0."""
+        weights = full_state(self.model.module)
+        if is_rank0():
+            self.objective.model.load_state_dict(weights)
+
+    def _finish(self) -> None:
+        if self.sharded:
+            self._update_model()
+            for value in self.objective.model.state_dict().values():
+                broadcast(value)
+        set_checkpointing(self.objective.model.eval(), False)
+
     def _load(self) -> int:
-        """Go back to the newest checkpoint; the number of steps done."""
-        found = load_checkpoint(self.folder, self.objective.module, self.plain)
+        """Load the newest checkpoint. Returns the number of steps done."""
+        found = load_checkpoint(self.folder, self.model.module, self.optimizer)
         if found is None:
             if (self.folder / INFO).is_file():
                 raise MoceError(
@@ -169,26 +228,17 @@ class _Loop:
                 )
             return 0
         self.window.load(found.window)
-        self.objective.memory.update(found.memory)
+        if self.objective.diagnostics is not None:
+            self.objective.diagnostics.state.update(found.diagnostics)
         return found.step
 
     def _save(self, step: int) -> None:
-        self.held.gather()
         self.window.collect()
-        self._check_finite()
-        if is_rank0():
-            state = Checkpoint(step, self.window.state(), self.objective.memory)
-            save_checkpoint(self.folder, state, self.objective.module, self.plain)
-        barrier()
-
-    def _check_finite(self) -> None:
-        """A finite loss can still have made a step that overflows: look before saving."""
         self.window.check_finite(self.folder)
-        averages = [value for values in self.plain.state.values() for value in values.values()]
-        held = (*self.objective.module.state_dict().values(), *averages)
-        wrong = torch.tensor(int(not all(value.isfinite().all() for value in held)))
-        if int(all_reduce(wrong)):
-            raise NotFinite(f"the weights are not finite; {remedy(self.folder)}")
+        diagnostics = self.objective.diagnostics
+        state = Checkpoint(step, self.window.state(), diagnostics.state if diagnostics else {})
+        save_checkpoint(self.folder, state, self.model.module, self.optimizer)
+        barrier()
 
     def _set_rate(self, number: int) -> float:
         settings = self.settings
@@ -198,25 +248,28 @@ class _Loop:
         return rate
 
     def _step(self, number: int, batches: Iterator[Batch]) -> None:
-        """Forward and backward over the next micro-batches, which make one batch; then a step."""
-        # Layers that draw their own randomness (drop path) draw the same after a resume.
-        place = number * world_size() + rank()  # no two processes drop the same
+        """Forward and backward over the micro-batches of a batch, then an optimizer step."""
+        # Layers with random numbers (drop path) draw the same after a resume, but not the same in
+        # two processes.
+        place = number * world_size() + rank()
         seed = keyed_generator(self.settings.seed, Stream.STEP, place).initial_seed()
         torch.manual_seed(seed)
         rows, _ = self.order(number)
-        step = Step(number, rows, led_by=int(self.objective.uses_mixup and world_size() > 1))
-        parts = shard_micro_batches(len(rows), self.settings.micro_batch_size)
-        for step.part, part in enumerate(parts):
+        leading = int(self.objective.uses_mixup and world_size() > 1)
+        step = Step(number, rows, num_leading=leading)
+        micro_batches = shard_micro_batches(len(rows), self.settings.micro_batch_size)
+        for step.micro_batch, own in enumerate(micro_batches):
             with self.window.waiting():
                 batch = next(batches)
-            share = (part.stop - part.start) / len(rows)
-            with self.fabric.no_backward_sync(self.model, enabled=step.part < len(parts) - 1):
-                # Gradients are averaged over the processes, and are to be summed.
+            share = (own.stop - own.start) / len(rows)
+            last = step.micro_batch == len(micro_batches) - 1
+            with self.fabric.no_backward_sync(self.model, enabled=not last):
+                # DDP and FSDP average the gradients over the processes; the sum is needed.
                 losses = self._backward(batch, step, share * world_size())
             self.window.add(losses, share)
         self.idle.drop_gradients()
         if self.settings.clip_grad is not None:
-            norm = self.settings.clip_grad  # what is not finite is found when losses are read
+            norm = self.settings.clip_grad  # values that are not finite are found when logging
             self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=norm, error_if_nonfinite=False
             )
@@ -225,45 +278,40 @@ class _Loop:
         self.window.steps += 1
 
     def _thread_parallel(self) -> AbstractContextManager[ThreadParallel | None]:
-        """What computes the parts of a batch, on a CPU that this process has for itself."""
-        apart = (
-            self.objective.part is not None
-            and self.fabric.device.type == "cpu"
-            and world_size() == 1
-        )
-        if not apart or has_dropout(self.objective.module):
+        """Computes a batch in chunks; on a CPU with a single process."""
+        alone = self.fabric.device.type == "cpu" and world_size() == 1
+        model = self.objective.model
+        if self.objective.chunk_size is None or not alone or has_dropout(model):
             return nullcontext()
-        return ThreadParallel(self.objective.module, self.fabric.setup_module, self.fabric.backward)
+        return ThreadParallel(model, self.fabric.setup_module, self.fabric.backward)
 
     def _backward(self, batch: Batch, step: Step, scale: float) -> Losses:
-        """The losses of a micro-batch, and its gradients, scaled, added to those there are."""
-        loss, thread_parallel = self.objective.loss, self.thread_parallel
-        if thread_parallel is None or self.objective.part is None:
-            losses = loss(self.model, batch, step)
+        """The losses of a micro-batch; its gradients, times `scale`, are accumulated."""
+        objective, size = self.objective, self.objective.chunk_size
+        if self.thread_parallel is None or size is None:
+            losses = objective.loss(self.model, batch, step)
             self.fabric.backward(losses["loss"] * scale)
             return losses
-        if self.objective.order is not None:
-            batch = batch.take(self.objective.order(batch))
-        of_part = lambda model, part: loss(model, batch.take(part), step)  # noqa: E731
-        return thread_parallel.backward(of_part, len(batch.rows), self.objective.part, scale)
+        order = objective.chunk_order(batch)
+        if order is not None:
+            batch = batch.take(order)
+        loss = lambda model, chunk: objective.loss(model, batch.take(chunk), step)  # noqa: E731
+        return self.thread_parallel.backward(loss, len(batch.rows), size, scale)
 
 
 def _note(row: dict[str, Any], times: dict[str, Any]) -> str:
-    """The words beside the progress bar."""
+    """The summary beside the progress bar."""
     wait = 100 * times["data_wait_s"] / max(times["step_s"], 1e-9)
     return f"loss {row['loss']:.4f}, {times['images_per_s']:.0f} images/s, data wait {wait:.1f}%"
 
 
-def check_share(settings: TrainingSettings) -> None:
-    """Raise MoceError if a process would have no image in some forward pass."""
-    size, parts = (
-        settings.batch_size,
-        shard_micro_batches(settings.batch_size, settings.micro_batch_size),
-    )
-    shortest = torch.tensor([part.stop - part.start for part in parts]).amin()
-    idle = int(all_reduce((shortest == 0).long()))
-    if idle:
-        of = f", {settings.micro_batch_size} a pass" if settings.micro_batch_size else ""
+def check_batch_size(settings: TrainingSettings) -> None:
+    """Raise MoceError if a process would get no image in some forward pass."""
+    size, micro = settings.batch_size, settings.micro_batch_size
+    own = shard_micro_batches(size, micro)
+    shortest = torch.tensor(min(part.stop - part.start for part in own))
+    if int(all_reduce((shortest == 0).long())):
+        of = f", {micro} a pass" if micro else ""
         raise MoceError(
             f"a batch of {size} images{of} leaves some of {world_size()} processes without an image in a "
             "forward pass; start fewer processes, or give another batch_size or micro_batch_size"
@@ -271,7 +319,7 @@ def check_share(settings: TrainingSettings) -> None:
 
 
 def check_agreed(done: int) -> None:
-    """Raise MoceError if the processes have found different checkpoints to go on from."""
+    """Raise MoceError if the processes have found different checkpoints to resume from."""
     total = int(all_reduce(torch.tensor(done)))
     differ = int(all_reduce(torch.tensor(int(total != done * world_size()))))
     if differ:

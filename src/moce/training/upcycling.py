@@ -1,4 +1,4 @@
-"""From a trained MAE and its clusters to a mixture: experts that are copies, gates that know groups."""
+"""Upcycling: turn a trained MAE into a MoCE or TokenMoE whose experts are copies of its FFNs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec, check_blocks, default_blocks
 from moce.models.token_moe import TokenMoE, TokenMoESpec
 
-SDR_CONFIDENCE = 0.99  # of a fixed gate: only its argmax matters
+SDR_CONFIDENCE = 0.99  # of fixed gates: only their argmax matters
 
 
 def blocks_of(settings: TrainSettings, mae: MAE) -> tuple[int, ...]:
-    """The blocks that get experts. Raises MoceError if the encoder has no such block."""
+    """Numbers of the blocks that get experts. Raises MoceError if the encoder lacks one."""
     depth = len(mae.encoder.blocks)
     return check_blocks(settings.moe_blocks or default_blocks(depth), depth)
 
@@ -35,9 +35,10 @@ def check_experts(settings: TrainSettings, clusters: ClusterModel) -> None:
 def upcycle(
     settings: TrainSettings, spec: MAESpec, mae: MAE, clusters: ClusterModel, sizes: Tensor
 ) -> tuple[MoCESpec, MoCE]:
-    """A mixture whose experts are copies of the FFNs of `mae`, which becomes part of it.
+    """A MoCE whose experts are copies of layers of `mae`, which is changed in place.
 
-    sizes: [K] int64, the images of every cluster among those it is to be trained on.
+    sizes: [K] int64, training images per cluster. Raises MoceError if there are more experts than
+    clusters, or for blocks that the encoder lacks.
     """
     check_experts(settings, clusters)
     moce_spec = MoCESpec(
@@ -66,9 +67,9 @@ def upcycle(
 
 
 def initial_gate(settings: TrainSettings, centroids: Tensor, number: int) -> Tensor:
-    """Weights [E, D] of gate 0, 1, ...: every gate groups the clusters in its own way.
+    """Initial weights [E, D] of gate `number`; every gate starts from its own grouping of clusters.
 
-    A gate that is the only one groups the centroids themselves, not a projection of them.
+    A single gate groups the centroids themselves, several gates group random projections of them.
     """
     fixed = settings.method == "sdr"
     if not fixed and settings.gate_init == "random":
@@ -86,7 +87,7 @@ def initial_gate(settings: TrainSettings, centroids: Tensor, number: int) -> Ten
 def upcycle_by_token(
     settings: TrainSettings, spec: MAESpec, mae: MAE
 ) -> tuple[TokenMoESpec, TokenMoE]:
-    """The token-routed baseline, with experts in the same blocks."""
+    """The token-routed baseline, with experts in the same blocks; changes `mae` in place."""
     token_spec = TokenMoESpec(
         spec, blocks_of(settings, mae), settings.num_experts, settings.gate_scale
     )

@@ -1,4 +1,4 @@
-"""What all micro-batches of a step share is made once, and counts need no look for the largest."""
+"""Tensors and images on their way to and from devices; nothing is computed or copied twice."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from moce.data.loader import brought_back, fetch, in_order
 from moce.models.experts import apply_experts
 from moce.runs.files import clone_shared_tensors
 from moce.runtime.device import bincount, fits_on, to_device
-from moce.training import objectives as stages
+from moce.training import objectives
 from moce.training.trainer import Step
 
 CPU = torch.device("cpu")
 
 
-def test_a_tally_is_a_bincount() -> None:
+def test_bincount_is_that_of_torch() -> None:
     numbers = torch.randint(7, (100,))
     assert torch.equal(bincount(numbers, 9), numbers.bincount(minlength=9))
     assert bincount(torch.zeros(0, dtype=torch.int64), 3).tolist() == [0, 0, 0]
@@ -27,24 +27,24 @@ def test_a_tally_is_a_bincount() -> None:
     assert on_device.shape == (9,) and on_device.dtype == torch.int64
 
 
-def test_what_gates_are_given_is_made_once_a_step(monkeypatch) -> None:
+def test_gate_inputs_are_computed_once_per_step(monkeypatch) -> None:
     made = []
-    noise = stages.gate_noise
-    monkeypatch.setattr(stages, "gate_noise", lambda *a: made.append(a[2]) or noise(*a))
+    noise = objectives.gate_noise
+    monkeypatch.setattr(objectives, "gate_noise", lambda *a: made.append(a[2]) or noise(*a))
     moce, images = tiny_moce(tiny_mae()).train(), demo_images()
     cluster_of = torch.arange(len(images)) % CLUSTERS
     settings = TrainSettings(data="-", mae="-", out="-")
-    stage = stages.moce_objective(moce, tiny_encoder(), images, cluster_of, settings)
+    objective = objectives.MoCEObjective(moce, tiny_encoder(), images, cluster_of, settings)
     rows = torch.arange(16)
     for number in (0, 1):
         step = Step(number, rows)
-        for step.part in range(4):
-            own = rows[4 * step.part : 4 * step.part + 4]
-            stage.loss(moce, fetch(images, own, torch.zeros_like(own), CPU), step)
+        for step.micro_batch in range(4):
+            own = rows[4 * step.micro_batch : 4 * step.micro_batch + 4]
+            objective.loss(moce, fetch(images, own, torch.zeros_like(own), CPU), step)
     assert made == [0, 1]
 
 
-def test_experts_take_counts_that_are_known() -> None:
+def test_known_counts_give_the_same_expert_outputs() -> None:
     layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
     rows, expert = torch.randn(5, 4), torch.tensor([2, 0, 2, 2, 0])
     known = apply_experts(layers, rows, expert, [2, 0, 3])
@@ -61,7 +61,7 @@ def test_a_scale_first_asked_for_under_inference_mode_can_be_trained_with() -> N
     assert torch.equal(images, expected.clone())
 
 
-def test_what_is_there_is_not_sent() -> None:
+def test_a_tensor_already_on_the_device_is_not_copied() -> None:
     values = torch.ones(3)
     assert to_device(values, CPU) is values
 
@@ -69,18 +69,18 @@ def test_what_is_there_is_not_sent() -> None:
 def test_images_in_order_are_read_ahead_and_leaving_early_is_clean() -> None:
     images, taken = demo_images(), []
 
-    class Told(type(images)):  # type: ignore[misc]
+    class Watched(type(images)):  # type: ignore[misc]
         def take(self, rows):
             taken.append(rows)
             return super().take(rows)
 
-    told = Told(**vars(images))
-    batches = in_order(told, 6, CPU, (16, 16), slice(5, 40))
+    watched = Watched(**vars(images))
+    batches = in_order(watched, 6, CPU, (16, 16), slice(5, 40))
     first = next(batches)
     assert torch.equal(first, images.pixels[5:11])
     batches.close()
     assert 1 <= len(taken) <= 3 and not [t for t in threading.enumerate() if "prefetch" in t.name]
-    parts = list(in_order(told, 6, CPU, (16, 16), slice(5, 40)))
+    parts = list(in_order(watched, 6, CPU, (16, 16), slice(5, 40)))
     assert [len(part) for part in parts] == [6] * 5 + [5]
     assert torch.equal(torch.cat(parts), images.pixels[5:40])
 
