@@ -1,0 +1,1 @@
+"""Run folders: what a command leaves and the next one reads."""
