@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import FileSettings, PretrainSettings, expand
-from moce.config.load import explicitly_set
+from moce.config.facts import facts_of
+from moce.config.usage import explicitly_set
 from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
@@ -19,11 +22,6 @@ from moce.runtime.progress import log
 from moce.weights.build import ModelOverrides, build_mae, read_weights
 from moce.weights.from_runs import load_mae
 
-OF_A_RUN = frozenset(
-    {"model", "model_args", "img_size", "mean", "std", "mask_ratio", "norm_pix"}
-    | {"decoder_dim", "decoder_depth", "decoder_heads", "allow_missing", "allow_unexpected"}
-)
-OF_THE_DECODER = frozenset({"decoder_dim", "decoder_depth"})
 SIZES = frozenset({"img_size", "patch_size"})
 COUNTS = SIZES | {"in_chans", "embed_dim", "depth", "num_heads"}
 FIXED = frozenset({"num_classes", "global_pool", "fc_norm", "checkpoint_path", "cache_dir"})
@@ -39,7 +37,7 @@ def start_from(
     path = expand(Path(reference))
     run = moce_run(path)
     if run is not None:
-        refuse_given(settings, OF_A_RUN, f"run {reference}")
+        refuse_given(settings, f"run {reference}")
         return load_mae(run)
     check_arguments(settings.model_args)
     if path.exists():
@@ -56,7 +54,7 @@ def from_file(path: Path, settings: FileSettings | PretrainSettings) -> tuple[MA
     """The model of a file or folder of other libraries, and whether its decoder came along."""
     weights = read_weights(path)
     if weights.decoder:
-        refuse_given(settings, OF_THE_DECODER, f"decoder in {path}")
+        refuse_given(settings, f"decoder in {path}", {"decoder"})
     spec, mae, notes = build_mae(weights, overrides_of(settings))
     for note in notes:
         log(note)
@@ -100,14 +98,7 @@ def timm_spec(vit: VisionTransformer, name: str, overrides: ModelOverrides) -> M
 
 def overrides_of(settings: FileSettings | PretrainSettings) -> ModelOverrides:
     """What the settings ask of the model: only what was given counts as asked."""
-    names = explicitly_set(settings) & {
-        "model",
-        "mean",
-        "std",
-        "mask_ratio",
-        "norm_pix",
-        "decoder_heads",
-    }
+    names = explicitly_set(settings) & {field.name for field in fields(ModelOverrides)}
     asked = {name: getattr(settings, name) for name in names}
     arguments = dict(settings.model_args)
     if settings.img_size is not None:
@@ -115,12 +106,7 @@ def overrides_of(settings: FileSettings | PretrainSettings) -> ModelOverrides:
     form = [getattr(settings, f"decoder_{part}", None) for part in ("dim", "depth", "heads")]
     if None not in form:
         asked["decoder"] = tuple(form)
-    return ModelOverrides(
-        model_args=arguments,
-        allow_missing=settings.allow_missing,
-        allow_unexpected=settings.allow_unexpected,
-        **asked,
-    )
+    return ModelOverrides(**{**asked, "model_args": arguments})
 
 
 def check_arguments(model_args: dict[str, Any]) -> None:
@@ -145,9 +131,12 @@ def _is_count(value: object) -> bool:
 
 
 def refuse_given(
-    settings: FileSettings | PretrainSettings, names: frozenset[str], origin: str
+    settings: FileSettings | PretrainSettings,
+    origin: str,
+    comes_with: Set[str] = frozenset({"run", "decoder"}),
 ) -> None:
-    """Raise MoceError if the user gave what comes from the origin."""
-    unwanted = sorted(explicitly_set(settings) & names)
+    """Raise MoceError if a setting was given that comes from the origin, by its `comes_with`."""
+    known = {n for n, facts in facts_of(settings).items() if facts.get("comes_with") in comes_with}
+    unwanted = sorted(explicitly_set(settings) & known)
     if unwanted:
         raise MoceError(f"{unwanted[0]} comes from the {origin}; leave it out")
