@@ -1,8 +1,9 @@
-"""Settings and the command line: help, recipes, and mistakes told in one line."""
+"""Settings and the command line: help, recipes, and mistakes reported in one line."""
 
 from __future__ import annotations
 
 import json
+import pydoc
 import re
 import subprocess
 import sys
@@ -13,12 +14,17 @@ import pytest
 import yaml
 from builders import PRETRAIN, RUNTIME, TINY_ARGS, copy_run
 from commands import QUIET, run_command
+from tools.build_stub import STUB, stub
 
 import moce
 from moce import config
 from moce.commands.registry import COMMANDS
-from moce.config.load import parse
+from moce.commands.setup import known_outputs
+from moce.config.facts import facts_of
+from moce.config.load import parse, renamed
+from moce.config.usage import check_used
 from moce.errors import MoceError
+from moce.runs.folder import check_folder
 
 TINY = [*commands.TINY, *QUIET]
 
@@ -74,7 +80,7 @@ def test_settings_cannot_be_changed_and_survive_yaml() -> None:
     )
     with pytest.raises(ValueError):
         settings.seed = 3
-    content = yaml.safe_load(yaml.safe_dump(settings.model_dump(mode="json", by_alias=True)))
+    content = yaml.safe_load(yaml.safe_dump(settings.model_dump(mode="json")))
     assert parse(config.TrainSettings, content) == settings
 
 
@@ -98,26 +104,21 @@ def test_help_describes_every_setting_and_gives_an_example(command: str, capsys)
     shown = flat(capsys.readouterr().out)
     for name, field in COMMANDS[command].settings.model_fields.items():
         assert flat(field.description) in shown, name
-        option = (
-            name
-            if name in COMMANDS[command].positional
-            else (field.alias or name).replace("_", "-")
-        )
+        option = name if name in COMMANDS[command].positional else name.replace("_", "-")
         assert option in shown or option.upper() in shown
     assert flat("example: " + COMMANDS[command].example) in shown
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_are_valid_commands(command: str) -> None:
-    from moce.cli import _values, build_parser
+    from moce.cli import build_parser, settings_of
 
     options = vars(build_parser().parse_args(COMMANDS[command].example.split()[1:]))
     options.pop("command")
-    settings = COMMANDS[command].settings
-    parse(settings, _values(settings, options))
+    parse(COMMANDS[command].settings, settings_of(COMMANDS[command], options))
 
 
-def test_help_of_all_names_every_verb(capsys) -> None:
+def test_help_lists_every_command(capsys) -> None:
     assert run_command(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(command in shown for command in COMMANDS)
@@ -140,7 +141,7 @@ def test_importing_is_light(statement: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_package_offers_every_verb() -> None:
+def test_package_has_a_function_for_every_command() -> None:
     for command in COMMANDS:
         assert command in moce.__all__
 
@@ -221,7 +222,7 @@ def test_full_output_folder_names_the_two_ways_on(runs, tmp_path: Path, capsys) 
     assert (run / "model.json").read_bytes() != before
 
 
-def test_advice_names_only_flags_that_the_verb_has(runs, capsys) -> None:
+def test_advice_names_only_flags_that_the_command_has(runs, capsys) -> None:
     """cluster can resume, customize cannot."""
     for command, words in (
         ("cluster", [runs.data, "--mae", runs.mae, "--num-clusters", 4]),
@@ -235,7 +236,7 @@ def test_advice_names_only_flags_that_the_verb_has(runs, capsys) -> None:
 def test_overwrite_never_empties_a_folder_of_other_things(runs, tmp_path: Path, capsys) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     assert run_command(["pretrain", runs.data, "--out", tmp_path, *TINY, "--overwrite"]) == 2
-    assert "other things" in one_line(capsys)
+    assert "files that moce did not write" in one_line(capsys)
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
@@ -276,3 +277,145 @@ def test_bare_resume_keeps_the_settings_of_the_run(runs, tmp_path: Path) -> None
     run = copy_run(runs.mae, tmp_path / "run")
     assert run_command(["pretrain", runs.data, "--out", run, "--resume"]) == 0
     assert run_command(["pretrain", runs.data, "--out", run, "--resume", "--epochs", 3]) == 2
+
+
+# --- facts of settings ------------------------------------------------------------------------------
+
+
+def test_facts_name_settings_that_exist() -> None:
+    for kind in config.settings_classes():
+        for facts in facts_of(kind).values():
+            others = {*facts.get("used_with", ()), *filter(None, [facts.get("replaces")])}
+            assert others <= kind.model_fields.keys(), kind
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"clusters": "c"}, None),
+        ({}, "add --clusters: method moce needs it"),
+        ({"method": "subset", "clusters": "c"}, "add --task: method subset needs it"),
+        ({"clusters": "c", "gate_init_std": 0.1}, "gate_init centroids does not use it"),
+        ({"method": "token_moe", "gate_init_std": 0.1}, None),
+        ({"method": "sdr", "clusters": "c", "gate_init_std": 0.1}, "method sdr does not use it"),
+        ({"method": "mae", "moe_blocks": (1,), "shared_gate": True}, "does not use them"),
+        ({"method": "mae", "num_experts": 8}, None),  # the default
+    ],
+    ids=str,
+)
+def test_settings_without_effect_are_refused(values: dict, message: str | None) -> None:
+    settings = parse(config.TrainSettings, {"data": "x", "mae": "m", "out": "o", **values})
+    if message is None:
+        check_used(settings, settings)
+    else:
+        with pytest.raises(MoceError, match=message):
+            check_used(settings, settings)
+
+
+def test_overwrite_takes_runs_within_a_run_and_nothing_else(tmp_path: Path) -> None:
+    """As headroom and evaluate leave them."""
+    for name in ("config.yaml", "all/metrics.jsonl", "all/timings.jsonl", "all/state/x.safetensors",
+                 "backbones/a/task/selection.json", "backbones/a/task/README.md"):  # fmt: skip
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    check_folder(tmp_path, known_outputs(), overwrite=True)
+    for name in ("all/notes.txt", "mine/README.md", "backbones/a/README.md"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+        with pytest.raises(MoceError, match="did not write"):
+            check_folder(tmp_path, known_outputs(), overwrite=True)
+        path.unlink()
+
+
+# --- runs and recipes of moce 0.1.0 -----------------------------------------------------------------
+
+OLD_NAMES = {
+    "max_iterations": "max_rounds",
+    "allow_unexpected": "allow_surplus",
+    "cache_on_gpu": "resident",
+    "neighbors": "neighbours",
+}
+
+
+def test_old_names_are_known() -> None:
+    assert renamed() == {old: new for new, old in OLD_NAMES.items()}
+
+
+def as_written_by_0_1_0(run: Path) -> Path:
+    """The run with a config.yaml of the old form."""
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    old = {OLD_NAMES.get(name, name): value for name, value in content.items()}
+    assert old.keys() != content.keys()
+    (run / "config.yaml").write_text(yaml.safe_dump(old, sort_keys=False))
+    return run
+
+
+def test_a_run_of_0_1_0_resumes_and_is_a_recipe(runs, tmp_path: Path) -> None:
+    run = as_written_by_0_1_0(copy_run(runs.clusters, tmp_path / "run"))
+    words = ["cluster", runs.data, "--mae", runs.mae, "--resume"]
+    assert run_command([*words, "--out", run]) == 0
+    assert run_command([*words, "--out", run, "--max-iterations", 3]) == 2
+    run = as_written_by_0_1_0(copy_run(runs.clusters, tmp_path / "recipe"))
+    out = tmp_path / "again"
+    assert run_command(["cluster", "--config", run / "config.yaml", "--out", out]) == 0
+    assert (out / "model.json").is_file()
+
+
+def test_old_names_elsewhere_say_what_they_are_now(runs, tmp_path: Path, capsys) -> None:
+    for command, old, new in (
+        ("cluster", "--max-rounds", "--max-iterations"),
+        ("pretrain", "--no-resident", "--no-cache-on-gpu"),
+        ("probe", "--neighbours=3", "--neighbors"),
+    ):
+        assert run_command([command, runs.data, old, *([] if "=" in old else ["3"])]) == 2
+        assert f"{old.split('=')[0]} is now {new} (see moce {command} --help)" in one_line(capsys)
+    with pytest.raises(MoceError, match="setting 'max_rounds' is now 'max_iterations'"):
+        moce.cluster("x", mae="m", out="o", max_rounds=3)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{max_rounds: 3, max_iterations: 4}")
+    assert run_command(["cluster", "x", "--config", recipe]) == 2
+    assert "give one of them" in one_line(capsys)
+
+
+# --- the typed functions ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_function_shows_every_setting(command: str) -> None:
+    shown = pydoc.render_doc(getattr(moce, command), renderer=pydoc.plaintext)
+    for name, field in COMMANDS[command].settings.model_fields.items():
+        assert flat(field.description) in flat(shown), name
+        assert f"{name}: " in shown.splitlines()[2]
+    assert shown.splitlines()[2].endswith("Result")
+
+
+def test_the_stub_is_current() -> None:
+    assert STUB.read_text() == stub(), "run: python -m tools.build_stub"
+
+
+def test_type_checkers_know_settings_and_results(tmp_path: Path) -> None:
+    program = tmp_path / "use.py"
+    program.write_text(
+        "import moce\n"
+        "loss: float = moce.pretrain('x', out='o', epochs=3, device='cpu').loss\n"
+        "moce.report('a', 'b', max_images=3)\n"
+        "moce.pretrain('x', out='o', epoch=3)\n"
+        "moce.pretrain('x', out='o', device='tpu')\n"
+        "moce.cluster('x', out='o')\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--follow-imports=silent",
+               "--ignore-missing-imports", "--config-file=", str(program)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if ": error: " in line]
+    assert [int(line.split(":")[1]) for line in lines] == [4, 5, 6], done.stdout + done.stderr
+
+
+def test_functions_bind_their_arguments_as_python_does() -> None:
+    with pytest.raises(TypeError, match="multiple values for argument 'data'"):
+        moce.pretrain("x", data="y")
+    with pytest.raises(TypeError, match="too many positional"):
+        moce.pretrain("x", "y")
+    with pytest.raises(MoceError, match="'data' is missing"):
+        moce.pretrain(out="o")

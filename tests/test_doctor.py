@@ -49,7 +49,7 @@ def test_it_shows_versions_devices_precision_threads_disk_rates_and_extras(
     for extra in ("onnx", "tensorboard", "hf", "tiff"):
         assert f"extra {extra}" in shown
     assert "extra dev" not in shown and "cpu (" in shown
-    assert "nothing to mend" in shown or "to mend:" in shown
+    assert "nothing to fix" in shown or "to fix:" in shown
     assert not (tmp_path / "not").exists()
 
 
@@ -68,7 +68,7 @@ def test_a_package_that_is_too_old_or_missing_makes_it_unusable(
     monkeypatch.setattr(doctor, "_requirements", lambda: needed)
     assert run_command(["doctor", "--out", tmp_path]) == 1
     shown = capsys.readouterr().out
-    assert f"! torch is {doctor._version('torch')}, and moce needs >=99: pip install -U" in shown
+    assert f"! torch is {doctor._version('torch')}, but moce needs >=99: pip install -U" in shown
     assert "! no-such-package is not installed" in shown and "! timm" not in shown
 
 
@@ -77,7 +77,7 @@ def test_a_place_that_cannot_be_written_to_is_unusable(tmp_path: Path, monkeypat
     assert "is a file" in moce.doctor(out=tmp_path / "file" / "runs").unusable[0]
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
     result = moce.doctor(out=tmp_path)
-    assert "cannot be written to" in result.unusable[0] and result.exit_status == 1
+    assert "is not writable" in result.unusable[0] and result.exit_status == 1
 
 
 def test_a_missing_extra_is_shown_with_the_command_and_is_no_fault(monkeypatch, tmp_path) -> None:
@@ -85,7 +85,7 @@ def test_a_missing_extra_is_shown_with_the_command_and_is_no_fault(monkeypatch, 
     monkeypatch.setattr(doctor, "_requirements", lambda: needed)
     result = moce.doctor(out=tmp_path)
     assert result.extras["onnx"] == ["no-such-package"] and result.exit_status == 0
-    assert "pip install 'moce[onnx]' (lacks no-such-package)" in result.summary()
+    assert "pip install 'moce[onnx]' (missing: no-such-package)" in result.summary()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_missing_extra_is_shown_with_the_command_and_is_no_fault(monkeypatch, 
     [
         ({}, None),
         ({"threads": 1, "omp_num_threads": "1"}, "leaves 7 of 8 cores idle"),
-        ({"threads": 4}, "only 4 of 8 cores are used; give --threads 8"),
+        ({"threads": 4}, "only 4 of 8 cores are used; add --threads 8"),
         ({"cpu_limit": 2.0}, "8 threads share 2 cores' worth of time: set OMP_NUM_THREADS=2"),
         ({"cpu_limit": 0.5}, "8 threads share 0.5 cores' worth of time: set OMP_NUM_THREADS=1"),
         ({"cpu_limit": 2.0, "threads": 2, "omp_num_threads": "2"}, None),

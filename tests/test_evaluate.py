@@ -334,7 +334,7 @@ def test_an_evaluation_and_a_headroom_run_can_be_overwritten(
     assert len(rows_of(out)) == 1
     (out / "finetune" / "notes").mkdir(parents=True)
     (out / "finetune" / "notes" / "mine.txt").write_text("x")
-    with pytest.raises(MoceError, match="other things"):
+    with pytest.raises(MoceError, match="files that moce did not write"):
         evaluate(runs, write_suite(tmp_path), out, f"a={runs.mae}", overwrite=True)
     for _ in range(2):
         moce.headroom(
@@ -371,7 +371,7 @@ def test_a_changed_suite_is_noticed_and_more_can_be_asked_for(runs: Runs, tmp_pa
         ("probe", {"solvr": "sgd"}, "probe: unknown setting 'solvr'"),
         ("probe", {"draws": 5}, "must not set draws"),
         ("finetune", {"epochs": -1}, "finetune: setting 'epochs'"),
-        ("finetune", {"base_lr": 1e-3, "lr_grid": [1e-3]}, "base_lr beside lr_grid"),
+        ("finetune", {"base_lr": 1e-3, "lr_grid": [1e-3]}, "base_lr and lr_grid"),
     ],
 )
 def test_wrong_sections_are_found_at_once(tmp_path: Path, section, values, message: str) -> None:

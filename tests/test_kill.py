@@ -134,7 +134,7 @@ def test_a_second_ctrl_c_stops_at_once(runs: Runs, tmp_path: Path) -> None:
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert "interrupted; go on with --resume" in told(process, 130)
+    assert "interrupted; resume with --resume" in told(process, 130)
 
 
 SLOW_IMAGES = (

@@ -298,4 +298,4 @@ def test_the_verbs_take_a_packed_file(folder, store, tmp_path, monkeypatch) -> N
 
 
 def test_an_interruption_names_the_way_on() -> None:
-    assert str(Interrupted(2, "runs/a", "step 4")).endswith("go on with --resume")
+    assert str(Interrupted(2, "runs/a", "step 4")).endswith("resume with --resume")

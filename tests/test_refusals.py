@@ -23,9 +23,9 @@ SETTINGS: dict[str, Case] = {
     "empty data": (lambda w: w.pretrain(""), "no images named"),
     "no output": (lambda w: ["pretrain", w.runs.data], "'out' is missing"),
     "unknown flag": (lambda w: w.pretrain(None, "--epoch", 3), "did you mean --epochs"),
-    "unknown verb": (lambda w: ["pretain", w.runs.data], "did you mean 'pretrain'"),
-    "a verb like none": (lambda w: ["xyzzy"], "pretrain, cluster, train"),
-    "a flag before the verb": (lambda w: ["--seed", 3, "doctor"], "--seed is no verb"),
+    "unknown command": (lambda w: ["pretain", w.runs.data], "did you mean 'pretrain'"),
+    "a command like none": (lambda w: ["xyzzy"], "pretrain, cluster, train"),
+    "a flag before the command": (lambda w: ["--seed", 3, "doctor"], "expected a command before --seed"),
     "a flag without its value": (lambda w: w.pretrain(None, "--steps"), "--steps"),
     "several mistakes": (
         lambda w: w.pretrain(None, "--epochs", "many", "--mask-ratio", 2, "--batch-size", 0),
@@ -94,7 +94,7 @@ SETTINGS: dict[str, Case] = {
     # Settings that would be ignored.
     "experts of an MAE": (
         lambda w: w.train("--method", "mae"),
-        "method mae trains on all images, without experts: leave out --clusters and --num-experts"),
+        "leave out --clusters and --num-experts: method mae does not use them"),
     "experts of a subset": (
         lambda w: w.train("--method", "subset", "--task", w.runs.task, "--moe-blocks", 1),
         "leave out --moe-blocks and --num-experts"),
@@ -120,9 +120,9 @@ SETTINGS: dict[str, Case] = {
         "leave out --trust-pickle"),
     "a rate beside a grid of them": (
         lambda w: w.finetune("--base-lr", 1e-2, "--lr-grid", "1e-3,1e-2"),
-        "lr_grid says which rates to try: leave out --base-lr"),
+        "leave out --base-lr: --lr-grid replaces it"),
     "a share of validation without a grid": (
-        lambda w: w.finetune("--val-share", 0.1), "nothing is held out: leave out --val-share"),
+        lambda w: w.finetune("--val-share", 0.1), "leave out --val-share: only --lr-grid uses it"),
     "epochs of headroom": (lambda w: w.headroom("--epochs", 3), "--steps"),
     "assignment of a probe": (
         lambda w: w.customize("--strategy", "probe", "--assign", "nearest"), "--assign"),
@@ -214,7 +214,7 @@ KINDS: dict[str, Case] = {
     "a suite that is gone": (lambda w: w.evaluate(suite="/no/suite.yaml"), "cannot read recipe"),
     "resume nothing": (
         lambda w: ["pretrain", w.runs.data, "--out", w.images("a.png"), "--resume"], "no run to resume"),
-    "resume a run of another verb": (
+    "resume a run of another command": (
         lambda w: [
             *("cluster", w.runs.data, "--mae", w.runs.mae, "--resume"),
             *("--out", copy_run(w.runs.mae, w.folder / "run"))], "resume"),
@@ -247,7 +247,7 @@ OUTPUTS: dict[str, Case] = {
         "--overwrite to replace it, or --resume"),
     "a folder of other things": (
         lambda w: [*w.pretrain(), "--out", w.file("a/precious.txt", "mine").parent, "--overwrite"],
-        "other things"),
+        "files that moce did not write"),
     "its own input": (
         lambda w: [*w.pretrain(w.images("a.png")), "--out", w.folder / "images", "--overwrite"],
         "holds the input"),
@@ -339,7 +339,7 @@ def test_a_wrong_suite_is_refused(name: str, runs, tmp_path: Path, capsys) -> No
 @pytest.mark.parametrize(
     "command", [command for command in COMMANDS if command not in ("demo", "doctor")]
 )
-def test_a_verb_without_arguments_says_what_it_needs(
+def test_a_command_without_arguments_lists_what_it_needs(
     command: str, tmp_path, capsys, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -136,7 +136,7 @@ DAMAGED: dict[str, Case] = {
     "a config of heads that are words": (
         lambda w: w.cluster(mae=_transformers(w, num_attention_heads="x")), "timm cannot build"),
     "a config of sizes that are words": (
-        lambda w: w.cluster(mae=_transformers(w, image_size="x")), "damaged"),
+        lambda w: w.cluster(mae=_transformers(w, image_size="x")), "corrupt"),
     "a config of another library": (
         lambda w: w.cluster(mae=_transformers(w, model_type="swin")), "'swin'"),
     "a config that is no JSON": (

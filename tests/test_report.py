@@ -177,7 +177,7 @@ def test_wrong_folders_are_refused(runs: Runs, tmp_path: Path) -> None:
 def test_damaged_results_are_named(runs: Runs, tmp_path: Path) -> None:
     copy_run(runs.mae, tmp_path / "mae")
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(moce.MoceError, match=r"results\.json is damaged"):
+    with pytest.raises(moce.MoceError, match=r"results\.json is corrupt"):
         gather([tmp_path])
 
 

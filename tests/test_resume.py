@@ -1,4 +1,4 @@
-"""What a run keeps to go on from, what it leaves, and faults. Real kills are in test_kill.py."""
+"""Resuming: what a run keeps and leaves, changed inputs, and faults. Real kills are in test_kill.py."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_subset_and_a_rate_chosen_from_a_grid_resume_alike(runs: Runs, tmp_pat
         same_weights(straight, stopped)
 
 
-def test_a_window_that_is_saved_goes_on_in_the_order_of_its_losses() -> None:
+def test_a_restored_window_continues_in_the_order_of_its_losses() -> None:
     whole, first, second = (Window(torch.device("cpu")) for _ in range(3))
     losses = [{"loss": torch.tensor(x), "area": torch.tensor(x / 3)} for x in (0.1, 0.7, 1.3)]
     for window, few in ((whole, losses), (first, losses[:2])):
@@ -112,7 +112,7 @@ def test_measuring_the_precision_leaves_the_seed_as_it_is(tmp_path: Path, monkey
     monkeypatch.setattr(
         "moce.runtime.device._cpu_precision", lambda threads: f"{torch.rand(threads)}"
     )
-    prepare(settings)
+    prepare(settings.seed, settings.device, settings.precision, settings.threads)
     assert torch.initial_seed() == 3
     drawn = torch.rand(1)
     assert torch.equal(drawn, torch.rand(1, generator=torch.Generator().manual_seed(3)))
@@ -282,8 +282,8 @@ def test_what_the_system_refuses_leaves_nothing_half_written(tmp_path: Path, mon
         (MemoryError(), 1, "out of memory; try a smaller --micro-batch-size"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "micro-batch-size, or --no-cache-on-gpu"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
-        (KeyboardInterrupt(), 130, "interrupted; go on with --resume"),
-        (Terminated(), 143, "interrupted; go on with --resume"),
+        (KeyboardInterrupt(), 130, "interrupted; resume with --resume"),
+        (Terminated(), 143, "interrupted; resume with --resume"),
     ],
 )
 def test_faults_come_out_as_one_line(

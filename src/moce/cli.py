@@ -1,15 +1,14 @@
-"""The command line: flags made from the settings classes, recipes, errors as one line."""
+"""The command line: arguments in, one-line errors and exit codes out."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 import sys
 import traceback
 import typing
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,51 +16,91 @@ from typing import Any, Literal
 from pydantic.fields import FieldInfo
 
 from moce.commands.registry import COMMANDS, Command
-from moce.config import Settings
-from moce.config.load import read_recipe, read_yaml
+from moce.config.load import closest, read_recipe, read_yaml, renamed
+from moce.config.usage import flag, replaced_by
 from moce.errors import MoceError, signal_of
 from moce.runtime.launch import ALONE, first_to_fail, launch, launched_as_rank0, leave
 from moce.runtime.signals import terminable
 
-FAILED = 1
-REPLACES = {"lr_grid": "base_lr"}  # settings, and what of a recipe has no use beside them
-INTERRUPTED = 128  # and the number of the signal, as shells report it
+FAILED, MISTAKE = 1, 2
+INTERRUPTED = 128  # plus the number of the signal, as shells report it
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit status.
 
-    0 done, 1 the system failed it, 2 a mistake to mend, 130 or 143 stopped by Ctrl-C or SIGTERM.
+    0 done, 1 a failure of the system, 2 a mistake of the user, 130 or 143 stopped by Ctrl-C or SIGTERM.
     """
-    options = vars(build_parser().parse_args(arguments))
+    parser = build_parser()
+    options = vars(parser.parse_args(arguments))
     name = options.pop("command")
     if name is None:
-        build_parser().print_help()
-        return 2
+        parser.print_help()
+        return MISTAKE
+    command, as_json = COMMANDS[name], options.pop("json", False)
     try:
         with terminable():
-            result = COMMANDS[name].run(_values(COMMANDS[name].settings, options))
+            result = command.run(settings_of(command, options))
         if launched_as_rank0():
-            _print_result(result, as_json=options.get("json", False))
+            _print_result(result, as_json=as_json)
     except (Exception, KeyboardInterrupt) as error:
-        return _fail(COMMANDS[name], error)
+        return _fail(command, error)
     return getattr(result, "exit_status", 0)
 
 
-def _fail(command: Command, error: BaseException) -> int:
-    """Say why a command has failed; its exit status. Of several processes, the first to fail does.
+def settings_of(command: Command, options: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the recipe, overridden by flags."""
+    recipe, fields = options.pop("config", None), command.settings.model_fields
+    given = {
+        name: _read(name, fields[name], value)
+        for name, value in options.items()
+        if value not in (None, [])
+    }
+    values = {**(read_recipe(recipe) if recipe else {}), **given}
+    replaced = replaced_by(command.settings, values).keys() - given.keys()
+    return {name: value for name, value in values.items() if name not in replaced}
 
-    A defect of moce keeps its traceback.
+
+def _read(name: str, field: FieldInfo, value: Any) -> Any:
+    """Lists are written 9,11 and mappings as YAML; the settings class reads everything else."""
+    if not isinstance(value, str):
+        return value
+    if _holds(field, dict):
+        try:
+            return read_yaml(value)
+        except ValueError:
+            raise MoceError(f"{flag(name)} is not valid YAML: {value[:200]}") from None
+    return [part for part in value.split(",") if part] if _holds(field, tuple) else value
+
+
+def _print_result(result: Any, *, as_json: bool) -> None:
+    if as_json:
+        content = result.to_json() if hasattr(result, "to_json") else asdict(result)
+        text = json.dumps(content, indent=2, default=str)
+    else:
+        text = result.summary()
+    if sys.stdout is not None:  # None if it is closed
+        encoding = sys.stdout.encoding or "utf-8"  # which may have no room for names, or for ±
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def _fail(command: Command, error: BaseException) -> int:
+    """Print why a command failed; its exit status. Of several processes, only the first to fail prints.
+
+    A bug in moce keeps its traceback.
     """
     status = _exit_status(error)
     if status is None and launch() is ALONE:
         raise error
-    if first_to_fail():  # else another process is gone, which has said why
+    if first_to_fail():  # else another process is gone, and has printed why
         if status is None:
             traceback.print_exception(error)
         else:
             label = "error: " if status < INTERRUPTED else ""
-            print(f"moce {command.name}: {label}{_told(error, command)}", file=sys.stderr)
+            print(f"moce {command.name}: {label}{_one_line(error, command)}", file=sys.stderr)
     status = FAILED if status is None else status
     if launch() is not ALONE:
         leave(status)
@@ -69,118 +108,112 @@ def _fail(command: Command, error: BaseException) -> int:
 
 
 def _exit_status(error: BaseException) -> int | None:
-    """The exit status after an error that is told in one line; None if it is a defect of moce."""
+    """The exit status after an error; None for a bug in moce."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED + signal_of(error)
     if isinstance(error, MoceError):
-        return getattr(error, "exit_status", 2)
+        return getattr(error, "exit_status", MISTAKE)
     return FAILED if isinstance(error, OSError) or _is_out_of_memory(error) else None
 
 
-def _told(error: BaseException, command: Command) -> str:
-    """The one line on an error that has an exit status, whatever names are in it."""
+def _one_line(error: BaseException, command: Command) -> str:
+    settings = command.settings.model_fields
     if isinstance(error, KeyboardInterrupt):
-        go_on = "; go on with --resume" if "resume" in command.settings.model_fields else ""
-        return f"interrupted{go_on}"
+        return "interrupted; resume with --resume" if "resume" in settings else "interrupted"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if _is_out_of_memory(error):
-        fields = command.settings.model_fields.keys()
-        sizes = {"micro_batch_size", "batch_size"} & fields
-        smaller = f"; try a smaller --{max(sizes).replace('_', '-')}" if sizes else ""
-        on_gpu = "CUDA" in str(error) and "cache_on_gpu" in fields
+        sizes = {"micro_batch_size", "batch_size"} & settings.keys()
+        smaller = f"; try a smaller {flag(max(sizes))}" if sizes else ""
+        on_gpu = "CUDA" in str(error) and "cache_on_gpu" in settings
         return f"out of memory{smaller}{', or --no-cache-on-gpu' if on_gpu else ''}"
     return " ".join(str(error).split())
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Python's own, torch's on accelerators (told by its name: torch is not imported) and on CPUs."""
+    """Python's error, torch's on accelerators (by its name: torch is not imported) and on CPUs."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
+# --- flags ----------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, with the nearest valid name."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)' \(", message, re.DOTALL)
+        if unknown:
+            near = closest(unknown[1], COMMANDS)
+            hint = f"did you mean '{near}'? " if near else ""
+            message = f"unknown command '{unknown[1]}'; {hint}commands: {', '.join(COMMANDS)}"
+        line = f"{self.prog}: error: {message} (see {self.prog} --help)\n"
+        self.exit(MISTAKE, line if launched_as_rank0() else None)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+            self.error(f"expected a command before {words[0]}")
+        options, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.prog = f"{self.prog} {options.command}" if options.command else self.prog
+            self.error(_describe_unknown(unknown, options.command))
+        return options
+
+
+def _describe_unknown(unknown: list[str], command: str | None) -> str:
+    word = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+    fields = COMMANDS[command].settings.model_fields if command else {}
+    positive = word.replace("--no-", "--", 1)
+    now = renamed().get(positive.lstrip("-").replace("-", "_"))
+    if now in fields:
+        return f"{word} is now {flag(now, positive == word)}"
+    flags = [flag(name) for name in (*fields, "config", "help", "json")]
+    near = closest(word, flags)
+    return f"unknown argument {word}" + (f"; did you mean {near}?" if near else "")
+
+
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands: a flag for every setting."""
     parser = _Parser(
         prog="moce",
-        description="One masked-autoencoder pre-training, a vision backbone for every task.",
+        description="Pre-train one masked autoencoder, get a vision backbone for every task.",
         epilog="Order of work: pretrain, cluster, train, customize, then probe or finetune. "
         "See it all at once: moce demo",
     )
     parser.add_argument("--version", action="version", version=f"moce {version('moce')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for command in COMMANDS.values():
-        _add_command(commands, command)
+        summary = (command.settings.__doc__ or "").strip()
+        _add_flags(
+            commands.add_parser(
+                command.name,
+                help=summary,
+                description=summary,
+                epilog=f"example: {command.example}",
+                argument_default=argparse.SUPPRESS,
+                allow_abbrev=False,
+            ),
+            command,
+        )
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest valid flag when one is unknown."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        told = f"{self.prog}: error: {_nearer(message)} (see {self.prog} --help)\n"
-        self.exit(2, told if launched_as_rank0() else None)
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else args
-        if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
-            self.error(f"{words[0]} is no verb; flags come after it")
-        options, unknown = self.parse_known_args(words, namespace)
-        if unknown:
-            self.prog = f"{self.prog} {options.command}" if options.command else self.prog
-            self.error(_unknown_flags(unknown, options.command))
-        return options
-
-
-def _nearer(message: str) -> str:
-    """argparse's message; of an unknown verb, ours, with the nearest one."""
-    found = re.match(r"argument COMMAND: invalid choice: '(.*?)' \(", message, re.DOTALL)
-    if found is None:
-        return message
-    near = difflib.get_close_matches(found[1], COMMANDS, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"unknown verb '{found[1]}'; {hint}verbs: {', '.join(COMMANDS)}"
-
-
-def _unknown_flags(unknown: list[str], command: str | None) -> str:
-    flags = (
-        [_flag(name)[2:] for name, field in _fields(COMMANDS[command].settings)] if command else []
-    )
-    flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
-    near = difflib.get_close_matches(flag.lstrip("-"), [*flags, "config", "help"], n=1)
-    return f"unknown argument {flag}" + (f"; did you mean --{near[0]}?" if near else "")
-
-
-def _fields(settings: type[Settings]) -> list[tuple[str, FieldInfo]]:
-    return [(field.alias or name, field) for name, field in settings.model_fields.items()]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _add_command(commands: Any, command: Command) -> None:
-    summary = (command.settings.__doc__ or "").strip()
-    parser = commands.add_parser(
-        command.name,
-        help=summary,
-        description=summary,
-        epilog=f"example: {command.example}",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    common = {name for name, _ in _fields(Settings)}
-    for name, field in sorted(_fields(command.settings), key=lambda pair: pair[0] in common):
+def _add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
+    for name, field in command.settings.model_fields.items():
         if name in command.positional:
             many = "*" if typing.get_origin(field.annotation) is tuple else None
-            # Optional here, because a recipe may give it; the settings class insists on it.
+            # Optional here, because a recipe may give it; the settings class requires it.
             parser.add_argument(name, metavar=name.upper(), nargs=many or "?", help=_help(field))
         elif field.annotation is bool:
             action = argparse.BooleanOptionalAction
-            parser.add_argument(_flag(name), dest=name, action=action, help=_help(field))
+            parser.add_argument(flag(name), dest=name, action=action, help=_help(field))
         else:
-            parser.add_argument(_flag(name), dest=name, metavar=_metavar(field), help=_help(field))
+            parser.add_argument(flag(name), dest=name, metavar=_metavar(field), help=_help(field))
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML recipe of settings; flags win over it"
+        "--config", type=Path, metavar="FILE", help="YAML recipe of settings; flags override it"
     )
 
 
@@ -201,71 +234,20 @@ def _show(value: Any) -> str:
 def _metavar(field: FieldInfo) -> str:
     if _holds(field, tuple):
         return "A,B,..."
-    for kind in (field.annotation, *typing.get_args(field.annotation)):
+    for kind in _types_of(field):
         if typing.get_origin(kind) is Literal:
             return "{" + ",".join(typing.get_args(kind)) + "}"
-    for kind, shown in ((float, "X"), (int, "N"), (Path, "PATH"), (dict, "YAML")):
-        if _holds(field, kind) or kind in _bare_types(field):
-            return shown
-    return "NAME"
-
-
-def _bare_types(field: FieldInfo) -> list[Any]:
-    """The types in Annotated[int, ...] | None, without what annotates them."""
-    return [
-        typing.get_args(kind)[0]
-        for kind in typing.get_args(field.annotation)
-        if typing.get_args(kind)
-    ]
-
-
-def _values(settings: type[Settings], options: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the recipe, overridden by those of the flags."""
-    recipe = options.pop("config", None)
-    fields = dict(_fields(settings))
-    given = {
-        n: _read(n, fields[n], value) for n, value in options.items() if value not in (None, [])
-    }
-    values = {**(read_recipe(recipe) if recipe else {}), **given}
-    replaced = {other for name, other in REPLACES.items() if values.get(name)} - given.keys()
-    return {n: value for n, value in values.items() if n not in replaced}
-
-
-def _read(name: str, field: FieldInfo, value: Any) -> Any:
-    """Lists are written 9,11 and mappings as YAML; everything else is for the settings to read."""
-    if not isinstance(value, str):
-        return value
-    if _holds(field, dict):
-        try:
-            return read_yaml(value)
-        except ValueError:
-            raise MoceError(f"{_flag(name)} is not valid YAML: {value[:200]}") from None
-    if _holds(field, tuple):
-        return [part for part in value.split(",") if part]
-    return value
+    metavars = {float: "X", int: "N", Path: "PATH", dict: "YAML"}
+    return next((shown for kind, shown in metavars.items() if _holds(field, kind)), "NAME")
 
 
 def _holds(field: FieldInfo, kind: type) -> bool:
-    """Whether a field is of this kind, or of it or None."""
+    """Whether a field is of this type, or of it or None."""
+    return any(known is kind or typing.get_origin(known) is kind for known in _types_of(field))
+
+
+def _types_of(field: FieldInfo) -> list[Any]:
+    """The type of a field, those of a union, and those within Annotated."""
     kinds = [field.annotation, *typing.get_args(field.annotation)]
-    return any(known is kind or typing.get_origin(known) is kind for known in kinds)
-
-
-def _print_result(result: Any, *, as_json: bool) -> None:
-    if as_json and is_dataclass(result):
-        content = result.to_json() if hasattr(result, "to_json") else asdict(result)  # type: ignore[arg-type]
-        _write(json.dumps(content, indent=2, default=str))
-    else:
-        _write(result.summary())
-
-
-def _write(text: str) -> None:
-    """Print to stdout, whose encoding may have no room for names, or for ±; if it is closed, nowhere."""
-    if sys.stdout is None:
-        return
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    bare = [kind.__origin__ for kind in kinds if typing.get_origin(kind) is typing.Annotated]
+    return [*kinds, *bare]

@@ -23,7 +23,7 @@ from moce.clustering.balanced_kmeans import (
 )
 from moce.clustering.checkpoint import as_row, gathered, load_iteration, save_iteration
 from moce.clustering.feature_store import FeatureFile
-from moce.commands.setup import read_images, resolve
+from moce.commands.setup import read_images, resolve, start_run
 from moce.config import ClusterSettings
 from moce.data.dataset import ImageDataset
 from moce.errors import Interrupted
@@ -32,7 +32,6 @@ from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec
 from moce.runs.assignments import write_assignments
 from moce.runs.model import INFO, STATE, read_model, write_model
-from moce.runs.resume import start_run
 from moce.runtime.device import fits_on
 from moce.runtime.distributed import agreed_signal, barrier, is_rank0, shard_range, world_size
 from moce.runtime.progress import log, meter

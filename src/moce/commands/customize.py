@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moce.commands.setup import pixel_store, refuse_unused
+from moce.commands.setup import open_output, pixel_store, prepare
 from moce.config import CustomizeSettings
+from moce.config.usage import check_used
 from moce.customization.bank import Bank, load
 from moce.customization.model_card import write_choice
 from moce.customization.selection import Choice, route_name
 from moce.data.load import load_images
 from moce.evaluation.evaluator import choose_by_probe
 from moce.evaluation.task import load_task
-from moce.runs.folder import open_folder
 from moce.runs.model import write_skipped
-from moce.runtime.device import prepare
 from moce.runtime.progress import log
 from moce.weights.export import Model, check_format
 
@@ -47,18 +46,14 @@ class CustomizeResult:
 
 
 def run(settings: CustomizeSettings) -> CustomizeResult:
-    if settings.strategy == "probe":
-        names = {"threshold", "assign", "batch_size"}
-        refuse_unused(settings, names, "strategy probe chooses by labels")
-    elif settings.strategy != "auto":
-        refuse_unused(settings, {"threshold"}, f"strategy {settings.strategy} needs no threshold")
+    check_used(settings, settings)
     device, precision = prepare(settings)
     bank = load(settings.run)
     bank.device, bank.precision = device, precision
     choice, skipped = _choose(settings, bank)
     model = Model(bank.encoder_spec, bank.backbone(choice))
     check_format(settings.format, model)
-    folder = open_folder(settings.out, settings)
+    folder = open_output(settings)
     write_skipped(folder, skipped, log)
     load_it = write_choice(folder, settings.format, model, choice, settings.run)
     return CustomizeResult(folder, choice, load_it)

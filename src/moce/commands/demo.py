@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moce.commands import cluster, finetune, pretrain, report, train
+from moce.commands.setup import open_output, prepare
 from moce.config import (
     ClusterSettings,
     DemoSettings,
@@ -29,9 +30,7 @@ from moce.evaluation.evaluator import Comparison, compare_probes
 from moce.evaluation.task import load_task
 from moce.reporting.results_table import results_table
 from moce.runs.files import write_json
-from moce.runs.folder import open_folder
 from moce.runs.model import provenance
-from moce.runtime.device import prepare
 from moce.runtime.progress import log
 from moce.weights.export import Model
 from moce.weights.from_runs import load_backbone
@@ -72,7 +71,7 @@ def run(settings: DemoSettings) -> DemoResult:
             return DemoResult(settings.out, results, settings.out / "report.html")
         settings = settings.model_copy(update={"overwrite": True})
     device, precision = prepare(settings)
-    open_folder(settings.out, settings)
+    open_output(settings)
     runtime = {"device": device.type, "precision": precision}
     demo = _Demo(settings, runtime | {"seed": settings.seed, "threads": settings.threads})
     demo.train()

@@ -1,4 +1,4 @@
-"""moce doctor: what this machine offers, what cannot be used, and what to mend."""
+"""moce doctor: check this machine, and list anything to fix."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ NOT_FOR_USERS = frozenset({"dev"})  # extras
 
 @dataclass
 class DoctorResult:
-    """Rates in GFLOP/s, disk in GB; unusable: why moce cannot work here; advice: what to mend.
+    """Rates are in GFLOP/s, disk space in GB.
 
-    extras: what each needs that is not installed, nothing if it can be used; cpu_limit: cores' worth
-    of time that a container leaves, None without a limit.
+    unusable: why moce cannot run here; advice: what could be better; extras: by extra, the packages
+    that are not installed; cpu_limit: cores' worth of CPU time of a container, None without a limit.
     """
 
     versions: dict[str, str]
@@ -56,7 +56,7 @@ class DoctorResult:
             *self.versions.items(),
             *((f"extra {name}", _extra(name, missing)) for name, missing in self.extras.items()),
             ("devices", "; ".join(self.devices)),
-            ("device taken", self.device),
+            ("device used", self.device),
             ("precision", f"{self.precision}: {self.precision_reason}"),
             ("threads", self._threads()),
             ("matmul float32", f"{self.matmul_float32:.0f} GFLOP/s"),
@@ -64,7 +64,7 @@ class DoctorResult:
             ("disk free", f"{self.disk_free:.0f} GB in {self.disk}"),
         ]
         width = max(len(name) for name, _ in rows)
-        return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), *self._to_mend()])
+        return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), *self._to_fix()])
 
     def _threads(self) -> str:
         limit = "no limit" if self.cpu_limit is None else f"a limit of {self.cpu_limit:g}"
@@ -73,17 +73,17 @@ class DoctorResult:
             f"OMP_NUM_THREADS {self.omp_num_threads or 'not set'}"
         )
 
-    def _to_mend(self) -> list[str]:
+    def _to_fix(self) -> list[str]:
         if not self.unusable and not self.advice:
-            return ["", "nothing to mend"]
+            return ["", "nothing to fix"]
         urgent = [f"! {line}" for line in self.unusable]
-        return ["", "to mend:", *urgent, *(f"- {line}" for line in self.advice)]
+        return ["", "to fix:", *urgent, *(f"- {line}" for line in self.advice)]
 
 
 def _extra(name: str, missing: list[str]) -> str:
     if not missing:
         return "installed"
-    return f"pip install 'moce[{name}]' (lacks {', '.join(missing)})"
+    return f"pip install 'moce[{name}]' (missing: {', '.join(missing)})"
 
 
 def run(settings: DoctorSettings) -> DoctorResult:
@@ -117,7 +117,7 @@ def run(settings: DoctorSettings) -> DoctorResult:
 
 
 def _requirements() -> list[Requirement]:
-    """What moce is declared to need; those of extras have a marker."""
+    """The declared requirements of moce; those of extras have a marker."""
     return [Requirement(text) for text in requires("moce") or []]
 
 
@@ -134,7 +134,7 @@ def _is_met(requirement: Requirement) -> bool:
 
 
 def _extras() -> dict[str, list[str]]:
-    """What every extra lacks."""
+    """By extra, the packages that are not installed."""
     names = set(metadata("moce").get_all("Provides-Extra") or []) - NOT_FOR_USERS
     needs = _requirements()
     return {
@@ -149,7 +149,7 @@ def _extras() -> dict[str, list[str]]:
 
 def _unmet(core: list[Requirement]) -> list[str]:
     return [
-        f"{r.name} is {_version(r.name) or 'not installed'}, and moce needs {r.specifier}: "
+        f"{r.name} is {_version(r.name) or 'not installed'}, but moce needs {r.specifier}: "
         f"pip install -U '{r.name}{r.specifier}'"
         for r in core
         if not _is_met(r)
@@ -169,39 +169,39 @@ def _devices() -> list[str]:
 
 def _reason(device: torch.device, gain: float) -> str:
     if device.type == "cpu":
-        return f"bf16 products are {gain:.1f} times as fast as float32 (taken from {BF16_GAIN})"
+        return f"bf16 products are {gain:.1f} times as fast as float32 (used from {BF16_GAIN})"
     if device.type == "mps":
-        return "mps is taken at float32"
+        return "mps uses float32"
     return f"this {device.type} device {'has' if gain > 1 else 'may lack'} bf16 units"
 
 
 def _unwritable(out: Path) -> list[str]:
     place = existing(out)
     if not place.is_dir():
-        return [f"{place} is a file, so no run can go to {out.absolute()}; name another folder"]
+        return [f"{place} is a file, so {out.absolute()} cannot be created; choose another folder"]
     if not os.access(place, os.W_OK):
-        return [f"{place} cannot be written to; choose another folder for runs"]
+        return [f"{place} is not writable; choose another folder for runs"]
     return []
 
 
-# --- what to mend ---------------------------------------------------------------------------------
+# --- what to fix ----------------------------------------------------------------------------------
 
 
 def _of_threads(result: DoctorResult) -> list[str]:
-    """Threads beyond what the cores or a container allow slow each other down."""
+    """More threads than the cores or a container allow slow each other down."""
     room = min(result.usable_cores, result.cpu_limit or result.usable_cores)
     best = max(1, int(room))
     if result.threads > best:
         return [
             f"{result.threads} threads share {room:g} cores' worth of time: set OMP_NUM_THREADS={best}, "
-            f"or give --threads {best}"
+            f"or use --threads {best}"
         ]
     if result.threads < best and result.omp_num_threads is None:
-        return [f"only {result.threads} of {best} cores are used; give --threads {best}"]
+        return [f"only {result.threads} of {best} cores are used; add --threads {best}"]
     if result.threads < best:
         return [
             f"OMP_NUM_THREADS={result.omp_num_threads} leaves {best - result.threads} of {best} cores "
-            "idle; fine beside other work, else unset it"
+            "idle; fine beside other work, otherwise unset it"
         ]
     return []
 
@@ -209,12 +209,14 @@ def _of_threads(result: DoctorResult) -> list[str]:
 def _of_the_rest(result: DoctorResult) -> list[str]:
     advice = []
     if result.disk_free * 1e9 < LOW_DISK:
-        advice.append("less than 5 GB of disk are free; checkpoints may not fit")
+        advice.append("less than 5 GB of disk space is free; checkpoints may not fit")
     if result.device == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY:
         advice.append(
             "other programs are busy: training can become ten times slower; stop them, or set "
-            "OMP_WAIT_POLICY=passive, which bears them better (and costs a third when alone)"
+            "OMP_WAIT_POLICY=passive, which suffers less from them (but costs a third when alone)"
         )
     if result.device == "cpu" and shutil.which("nvidia-smi"):
-        advice.append("there is an NVIDIA driver, but torch sees no device: is it a CPU build?")
+        advice.append(
+            "an NVIDIA driver is installed, but torch finds no device: is it a CPU build?"
+        )
     return advice

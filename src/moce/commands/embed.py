@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 from torch import Tensor
 
-from moce.commands.setup import check_file, pixel_store
+from moce.commands.setup import check_file, pixel_store, prepare
 from moce.config import EmbedSettings
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
@@ -18,7 +18,6 @@ from moce.errors import MoceError
 from moce.inference.features import feature_batches, feature_width
 from moce.models.encoder import input_channels, input_size
 from moce.runs.files import atomic, make_folder
-from moce.runtime.device import prepare
 from moce.runtime.progress import log
 from moce.weights.from_runs import load_backbone
 

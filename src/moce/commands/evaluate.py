@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moce.commands import finetune
-from moce.commands.setup import pixel_store, resolve
+from moce.commands.setup import open_output, pixel_store, prepare, resolve
 from moce.config import EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.load import parse
 from moce.customization.bank import Bank
@@ -26,10 +26,9 @@ from moce.evaluation.task import Task, load_task
 from moce.models.encoder import input_shape
 from moce.reporting.results_table import suite_table
 from moce.runs.files import read_lines, write_json, write_text
-from moce.runs.folder import check_apart, open_folder
+from moce.runs.folder import check_apart
 from moce.runs.model import CONFIG, provenance, write_config
 from moce.runs.resume import describe_weights, refuse_changes
-from moce.runtime.device import prepare
 from moce.runtime.progress import log
 from moce.weights.export import Model
 from moce.weights.from_runs import Backbone
@@ -60,7 +59,7 @@ def run(settings: EvaluateSettings) -> EvaluateResult:
     weights = describe_weights({c.reference: c.reference for c in candidates})
     _check(settings, suite, candidates)
     before = _check_unchanged(settings, suite, weights)
-    open_folder(settings.out, settings)
+    open_output(settings)
     write_config(settings.out, settings)
     about = {"suite": suite.model_dump(mode="json"), "weights": {**before, **weights}}
     write_json(settings.out / ABOUT, {**about, **provenance()})

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moce.commands.setup import open_output
 from moce.config import ExportSettings
 from moce.customization.bank import Bank, load
 from moce.customization.model_card import clusters_of, write_with_card
 from moce.customization.selection import Choice, route_name
 from moce.errors import MoceError
 from moce.runs.files import write_json
-from moce.runs.folder import open_folder
 from moce.runs.model import provenance, read_info
 from moce.weights.export import Model, check_format
 from moce.weights.from_runs import load_mae
-from moce.weights.resolve import OF_A_RUN, check_arguments, from_file, moce_run, refuse_given
+from moce.weights.resolve import check_arguments, from_file, moce_run, refuse_given
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ExportResult:
 def run(settings: ExportSettings) -> ExportResult:
     model, facts = _model(settings)
     check_format(settings.format, model)
-    folder = open_folder(settings.out, settings)
+    folder = open_output(settings)
     title = f"Exported by moce from {settings.run.name}"
     load_it = write_with_card(folder, settings.format, model, title, facts)
     write_json(folder / "export.json", {**settings.model_dump(mode="json"), **provenance()})
@@ -45,7 +45,7 @@ def _model(settings: ExportSettings) -> tuple[Model, list[str]]:
     run = moce_run(settings.run)
     kind = read_info(run)["kind"] if run else "weights"
     if run:
-        refuse_given(settings, OF_A_RUN, f"run {run}")
+        refuse_given(settings, f"run {run}")
     if run and kind == "moce":
         return _of_experts(settings, run)
     if settings.route is not None or settings.strategy != "route":

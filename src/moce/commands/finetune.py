@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.commands.setup import hint_few_steps, pixel_store, refuse_unused, resolve
+from moce.commands.setup import hint_few_steps, pixel_store, resolve, start_run
 from moce.config import FinetuneSettings
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError, NotFinite
@@ -30,7 +30,6 @@ from moce.evaluation.task import Task, draw_labels, load_task
 from moce.models.encoder import input_shape
 from moce.runs.files import write_json
 from moce.runs.model import STATE, write_model
-from moce.runs.resume import start_run
 from moce.runtime.distributed import is_rank0, run_on_rank0
 from moce.runtime.progress import log
 from moce.training.trainer import fit, total_steps
@@ -52,12 +51,7 @@ class FinetuneResult:
 
 
 def run(settings: FinetuneSettings) -> FinetuneResult:
-    asked = settings
     settings, device = resolve(settings)
-    if settings.lr_grid:
-        refuse_unused(asked, {"base_lr"}, "lr_grid says which rates to try")
-    else:
-        refuse_unused(asked, {"val_share"}, "without --lr-grid nothing is held out")
     backbone = load_backbone(settings.backbone)
     settings = by_size(settings, backbone.vit)
     shape = input_shape(backbone.vit)

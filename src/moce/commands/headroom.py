@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moce.clustering.grouping import group_clusters
-from moce.commands.setup import read_images, refuse_unused, resolve
+from moce.commands.setup import read_images, refuse_unused, resolve, start_run
 from moce.config import HeadroomSettings
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError
@@ -27,7 +27,6 @@ from moce.inference.reconstruction_error import reconstruction_error
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE
 from moce.runs.files import write_json
-from moce.runs.resume import start_run
 from moce.training.objectives import MAEObjective
 from moce.training.trainer import fit, total_steps
 from moce.weights.from_runs import load_clusters

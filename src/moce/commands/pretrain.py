@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moce.commands.setup import read_images, resolve
+from moce.commands.setup import read_images, resolve, start_run
 from moce.config import PretrainSettings
 from moce.data.dataset import ImageDataset
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import last_metrics, write_model
-from moce.runs.resume import start_run
 from moce.training.objectives import MAEObjective
 from moce.training.trainer import fit
 from moce.weights.resolve import check_arguments, from_timm, overrides_of, start_from

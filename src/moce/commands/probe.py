@@ -1,4 +1,4 @@
-"""moce probe: what frozen features are worth on a labeled task."""
+"""moce probe: score frozen features on a labeled task."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from moce.commands.setup import hint_few_steps, pixel_store, refuse_unused
+from moce.commands.setup import hint_few_steps, open_output, pixel_store, prepare
 from moce.config import ProbeSettings
+from moce.config.usage import check_used
 from moce.evaluation.metrics import choose_metric, confusion_counts, score
 from moce.evaluation.probe import Probe, is_sgd
 from moce.evaluation.sgd_probe import steps_of
 from moce.evaluation.task import draw_labels, load_task
 from moce.models.encoder import input_shape
 from moce.runs.files import write_json
-from moce.runs.folder import open_folder
 from moce.runs.model import write_skipped
-from moce.runtime.device import prepare
 from moce.runtime.progress import log
 from moce.weights.from_runs import load_backbone
 
@@ -25,10 +24,10 @@ ADVICE = "see recipes/probe_small.yaml, or use --solver lbfgs"
 
 @dataclass
 class ProbeResult:
-    """values: the metric, in 0..1, of every draw of labels; mean and std of them.
+    """values: the metric, 0..1, of every draw of labels; mean and std are over the draws.
 
-    solver: of kind linear, else None. confusion: test images by true and predicted class, summed
-    over the draws; None where images have several labels.
+    solver: None for kind knn. confusion: test images by true and predicted class, summed over the
+    draws; None if images have several labels.
     """
 
     backbone: str
@@ -45,32 +44,17 @@ class ProbeResult:
 
     def summary(self) -> str:
         draws = len(self.values)
-        spread, told = "", f"{self.labels} labels"
-        if draws > 1:  # of one there is none
-            spread, told = f" ± {100 * self.std:.1f}", f"{draws} draws of {told}"
+        spread, shown = "", f"{self.labels} labels"
+        if draws > 1:
+            spread, shown = f" ± {100 * self.std:.1f}", f"{draws} draws of {shown}"
         return (
             f"{self.protocol} probe of {self.backbone} on {self.task}: {self.metric} "
-            f"{100 * self.mean:.1f}{spread} % ({told})"
+            f"{100 * self.mean:.1f}{spread} % ({shown})"
         )
 
 
-OF_SGD = ("epochs", "batch_size", "base_lr", "warmup", "crop_scale", "hflip")
-
-
-def _check(settings: ProbeSettings) -> None:
-    """Raise MoceError if a setting was given that this classifier does not have."""
-    if settings.kind == "knn":
-        refuse_unused(settings, ("solver", *OF_SGD), "kind knn trains nothing")
-    else:
-        refuse_unused(settings, ("neighbors",), "kind linear has no neighbors")
-    if settings.solver == "lbfgs":
-        refuse_unused(settings, OF_SGD, "solver lbfgs takes no steps")
-    if settings.out is None:
-        refuse_unused(settings, ("overwrite",), "nothing is written without --out")
-
-
 def run(settings: ProbeSettings) -> ProbeResult:
-    _check(settings)
+    check_used(settings, settings)
     device, precision = prepare(settings)
     backbone = load_backbone(settings.backbone)
     shape = input_shape(backbone.vit)
@@ -100,7 +84,7 @@ def run(settings: ProbeSettings) -> ProbeResult:
         confusion=confusion_counts(all_scores, task),
     )
     if settings.out is not None:
-        folder = open_folder(settings.out, settings)
+        folder = open_output(settings)
         write_skipped(folder, task.skipped, log)
         write_json(folder / "results.json", asdict(result))
     return result

@@ -1,131 +1,269 @@
-"""The verbs: name, settings, positional arguments and an example. The CLI and the functions read it."""
+"""Names, settings and examples of all commands, and the function that each one calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
+from inspect import Parameter, Signature
+from typing import TYPE_CHECKING, Any
 
 from moce import config
 from moce.config.load import parse
+from moce.config.signature import docstring_of, signature_of
 from moce.errors import MoceError
 from moce.runs.lock import locks_released
 from moce.runtime.launch import launch
 
+if TYPE_CHECKING:
+    from moce.commands.cluster import ClusterResult
+    from moce.commands.convert import ConvertResult
+    from moce.commands.customize import CustomizeResult
+    from moce.commands.demo import DemoResult
+    from moce.commands.doctor import DoctorResult
+    from moce.commands.embed import EmbedResult
+    from moce.commands.evaluate import EvaluateResult
+    from moce.commands.export import ExportResult
+    from moce.commands.finetune import FinetuneResult
+    from moce.commands.headroom import HeadroomResult
+    from moce.commands.pack import PackResult
+    from moce.commands.pretrain import PretrainResult
+    from moce.commands.probe import ProbeResult
+    from moce.commands.report import ReportResult
+    from moce.commands.train import TrainResult
+
 
 @dataclass(frozen=True)
 class Command:
-    """A verb's work is `run(settings)` in moce/verbs/NAME.py.
+    """A command of `moce`, and the function `moce.NAME`.
 
-    shared: whether several processes can do it together.
+    work: imports the command's module and runs it; positional: settings that need no flag;
+    distributed: several processes can share the work.
     """
 
-    name: str
+    work: Callable[[Any], Any]
     settings: type[config.Settings]
     positional: tuple[str, ...]
     example: str
-    shared: bool = False
+    distributed: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.work.__name__
+
+    @property
+    def signature(self) -> Signature:
+        """Of `moce.NAME`: all settings with type and default."""
+        return signature_of(self.settings, self.positional, self.work.__annotations__["return"])
 
     def run(self, values: dict[str, Any]) -> Any:
-        """Validate the values, then import the verb and do its work."""
+        """Validate the values, then do the work. Raises MoceError for any mistake in them."""
         settings = parse(self.settings, values)
-        if launch().world_size > 1 and not self.shared:
+        if launch().world_size > 1 and not self.distributed:
             raise MoceError(
-                f"this is work for one process, and {launch().by} has started {launch().world_size}; "
-                f"run it without {launch().by}"
+                f"moce {self.name} runs in one process, but {launch().by} started "
+                f"{launch().world_size}; run it without {launch().by}"
             )
         with locks_released():
-            return import_module(f"moce.commands.{self.name}").run(settings)
+            return self.work(settings)
+
+    def function(self) -> Callable[..., Any]:
+        """`moce.NAME`: the settings are its arguments, as `help` and completion show."""
+
+        signature = signature_of(
+            self.settings, self.positional, self.work.__annotations__["return"]
+        )
+        first = [signature.parameters[name] for name in self.positional]
+        others = Parameter("settings", Parameter.VAR_KEYWORD)  # checked by `run`, with better hints
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            values = Signature([*first, others]).bind_partial(*args, **kwargs).arguments
+            settings = values.pop("settings", {})
+            return self.run({**values, **settings})
+
+        call.__name__ = call.__qualname__ = self.name
+        call.__module__ = "moce"
+        call.__doc__ = docstring_of(self.settings, signature)
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
 
 
-COMMANDS = {
-    command.name: command
-    for command in (
-        Command(
-            "pack",
-            config.PackSettings,
-            ("data",),
-            "moce pack photos/ --size 256 --out photos.moce",
-        ),
-        Command(
-            "pretrain",
-            config.PretrainSettings,
-            ("data",),
-            "moce pretrain photos/ --out runs/mae --model vit_base_patch16_224 --epochs 400",
-            shared=True,
-        ),
-        Command(
-            "cluster",
-            config.ClusterSettings,
-            ("data",),
-            "moce cluster photos/ --mae runs/mae --num-clusters 64 --out runs/clusters",
-            shared=True,
-        ),
-        Command(
-            "train",
-            config.TrainSettings,
-            ("data",),
-            "moce train photos/ --mae runs/mae --clusters runs/clusters --num-experts 8 "
-            "--out runs/moce",
-            shared=True,
-        ),
-        Command(
-            "headroom",
-            config.HeadroomSettings,
-            ("data",),
-            "moce headroom photos/ --mae runs/mae --clusters runs/clusters --out runs/headroom",
-        ),
-        Command(
-            "customize",
-            config.CustomizeSettings,
-            ("run", "images"),
-            "moce customize runs/moce birds/ --out backbones/birds",
-        ),
-        Command(
-            "export",
-            config.ExportSettings,
-            ("run",),
-            "moce export runs/moce --route 2-0 --format transformers --out backbones/route",
-        ),
-        Command(
-            "convert",
-            config.ConvertSettings,
-            ("weights",),
-            "moce convert mae_pretrain_vit_base.pth --out mae_base.safetensors",
-        ),
-        Command(
-            "embed",
-            config.EmbedSettings,
-            ("backbone", "data"),
-            "moce embed backbones/birds birds/ --out birds.parquet",
-        ),
-        Command(
-            "finetune",
-            config.FinetuneSettings,
-            ("backbone", "data"),
-            "moce finetune backbones/birds birds/ --out runs/birds --epochs 100",
-            shared=True,
-        ),
-        Command(
-            "probe",
-            config.ProbeSettings,
-            ("backbone", "data"),
-            "moce probe backbones/birds birds/ --kind linear --draws 3 --num-labels 200",
-        ),
-        Command(
-            "evaluate",
-            config.EvaluateSettings,
-            ("suite",),
-            "moce evaluate recipes/suites/paper11.yaml --out runs/eval "
-            "--backbones mae+=runs/mae_plus,moce=runs/moce",
-        ),
-        Command(
-            "report",
-            config.ReportSettings,
-            ("runs",),
-            "moce report runs/mae runs/clusters runs/moce --out report.html",
-        ),
-        Command("demo", config.DemoSettings, (), "moce demo --out runs/demo"),
-        Command("doctor", config.DoctorSettings, (), "moce doctor"),
-    )
-}
+COMMANDS: dict[str, Command] = {}
+
+
+def command(*given: Any, **more: Any) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Register the function of a command; the arguments are those of `Command` after `work`."""
+
+    def register(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        COMMANDS[work.__name__] = Command(work, *given, **more)
+        return work
+
+    return register
+
+
+# The imports are in the functions, so that `moce --help` does not import torch.
+
+
+@command(
+    config.PackSettings,
+    ("data",),
+    "moce pack photos/ --size 256 --out photos.moce",
+)
+def pack(settings: config.PackSettings) -> PackResult:
+    from moce.commands.pack import run
+
+    return run(settings)
+
+
+@command(
+    config.PretrainSettings,
+    ("data",),
+    "moce pretrain photos/ --out runs/mae --model vit_base_patch16_224 --epochs 400",
+    distributed=True,
+)
+def pretrain(settings: config.PretrainSettings) -> PretrainResult:
+    from moce.commands.pretrain import run
+
+    return run(settings)
+
+
+@command(
+    config.ClusterSettings,
+    ("data",),
+    "moce cluster photos/ --mae runs/mae --num-clusters 64 --out runs/clusters",
+    distributed=True,
+)
+def cluster(settings: config.ClusterSettings) -> ClusterResult:
+    from moce.commands.cluster import run
+
+    return run(settings)
+
+
+@command(
+    config.TrainSettings,
+    ("data",),
+    "moce train photos/ --mae runs/mae --clusters runs/clusters --num-experts 8 --out runs/moce",
+    distributed=True,
+)
+def train(settings: config.TrainSettings) -> TrainResult:
+    from moce.commands.train import run
+
+    return run(settings)
+
+
+@command(
+    config.HeadroomSettings,
+    ("data",),
+    "moce headroom photos/ --mae runs/mae --clusters runs/clusters --out runs/headroom",
+)
+def headroom(settings: config.HeadroomSettings) -> HeadroomResult:
+    from moce.commands.headroom import run
+
+    return run(settings)
+
+
+@command(
+    config.CustomizeSettings,
+    ("run", "images"),
+    "moce customize runs/moce birds/ --out backbones/birds",
+)
+def customize(settings: config.CustomizeSettings) -> CustomizeResult:
+    from moce.commands.customize import run
+
+    return run(settings)
+
+
+@command(
+    config.ExportSettings,
+    ("run",),
+    "moce export runs/moce --route 2-0 --format transformers --out backbones/route",
+)
+def export(settings: config.ExportSettings) -> ExportResult:
+    from moce.commands.export import run
+
+    return run(settings)
+
+
+@command(
+    config.ConvertSettings,
+    ("weights",),
+    "moce convert mae_pretrain_vit_base.pth --out mae_base.safetensors",
+)
+def convert(settings: config.ConvertSettings) -> ConvertResult:
+    from moce.commands.convert import run
+
+    return run(settings)
+
+
+@command(
+    config.EmbedSettings,
+    ("backbone", "data"),
+    "moce embed backbones/birds birds/ --out birds.parquet",
+)
+def embed(settings: config.EmbedSettings) -> EmbedResult:
+    from moce.commands.embed import run
+
+    return run(settings)
+
+
+@command(
+    config.FinetuneSettings,
+    ("backbone", "data"),
+    "moce finetune backbones/birds birds/ --out runs/birds --epochs 100",
+    distributed=True,
+)
+def finetune(settings: config.FinetuneSettings) -> FinetuneResult:
+    from moce.commands.finetune import run
+
+    return run(settings)
+
+
+@command(
+    config.ProbeSettings,
+    ("backbone", "data"),
+    "moce probe backbones/birds birds/ --kind linear --draws 3 --num-labels 200",
+)
+def probe(settings: config.ProbeSettings) -> ProbeResult:
+    from moce.commands.probe import run
+
+    return run(settings)
+
+
+@command(
+    config.EvaluateSettings,
+    ("suite",),
+    "moce evaluate recipes/suites/paper11.yaml --out runs/eval "
+    "--backbones mae+=runs/mae_plus,moce=runs/moce",
+)
+def evaluate(settings: config.EvaluateSettings) -> EvaluateResult:
+    from moce.commands.evaluate import run
+
+    return run(settings)
+
+
+@command(
+    config.ReportSettings,
+    ("runs",),
+    "moce report runs/mae runs/clusters runs/moce --out report.html",
+)
+def report(settings: config.ReportSettings) -> ReportResult:
+    from moce.commands.report import run
+
+    return run(settings)
+
+
+@command(
+    config.DemoSettings,
+    (),
+    "moce demo --out runs/demo",
+)
+def demo(settings: config.DemoSettings) -> DemoResult:
+    from moce.commands.demo import run
+
+    return run(settings)
+
+
+@command(config.DoctorSettings, (), "moce doctor")
+def doctor(settings: config.DoctorSettings) -> DoctorResult:
+    from moce.commands.doctor import run
+
+    return run(settings)

@@ -1,53 +1,155 @@
-"""What every verb with a run folder does first, before it writes anything."""
+"""What every command does first: device, output folder, images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
+from itertools import chain
+from operator import or_
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.config import CustomizeSettings, EmbedSettings, ProbeSettings, RunSettings, Settings
-from moce.config.load import explicitly_set
+from moce.config import (
+    CustomizeSettings,
+    EmbedSettings,
+    ProbeSettings,
+    RunSettings,
+    RuntimeSettings,
+    Settings,
+    settings_classes,
+)
+from moce.config.facts import facts_of
+from moce.config.usage import check_used, explicitly_set, flag
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images, temporary_file
 from moce.data.readers.factory import paths_of
 from moce.errors import MoceError
 from moce.models.encoder import input_channels, input_size
-from moce.runs.folder import check_folder
-from moce.runs.model import CONFIG
+from moce.runs.folder import RUN, Outputs, check_folder, open_folder
+from moce.runs.model import write_config, write_skipped
 from moce.runs.resume import (
-    R,
-    _as_started,
-    _resumes,
+    check_inputs,
     check_unchanged,
+    describe_images,
+    describe_weights,
+    recorded_settings,
+    resumes,
+    write_inputs,
 )
-from moce.runtime.device import prepare
+from moce.runtime import device
 from moce.runtime.progress import log
 
+R = TypeVar("R", bound=RunSettings)
+
 FEW_STEPS = 500  # below which the published recipes for labeled tasks stop half trained
+
+
+# --- settings and device --------------------------------------------------------------------------
+
+
+def prepare(settings: RuntimeSettings) -> tuple[torch.device, str]:
+    """Set threads and seed; (device, precision), resolved."""
+    return device.prepare(settings.seed, settings.device, settings.precision, settings.threads)
 
 
 def resolve(settings: R) -> tuple[R, torch.device]:
     """The settings with device and precision resolved, and the device. Writes nothing.
 
-    A resumed run keeps the settings it was started with where none are given now. Raises
-    MoceError if some are given that differ.
+    A resumed run keeps its recorded settings where none are given now. Raises MoceError if some
+    differ that must not, or are not used.
     """
-    check_folder(settings.out, settings)
-    resumed = _resumes(settings) and (settings.out / CONFIG).is_file()
-    if resumed:
-        settings = _as_started(settings)
-    device, precision = prepare(settings)
-    settings = settings.model_copy(update={"device": device.type, "precision": precision})
+    asked, resumed = settings, False
+    check_output(settings)
+    if resumes(settings):
+        settings, resumed = recorded_settings(settings), True
+    check_used(settings, asked)
+    where, precision = prepare(settings)
+    settings = settings.model_copy(update={"device": where.type, "precision": precision})
     if resumed:
         check_unchanged(settings.out, settings)
-    return settings, device
+    return settings, where
+
+
+def refuse_unused(settings: Settings, names: Iterable[str], reason: str) -> None:
+    """Raise MoceError if a setting was given that would be ignored."""
+    unused = sorted(explicitly_set(settings) & set(names))
+    if unused:
+        flags = " and ".join(flag(name, getattr(settings, name)) for name in unused)
+        raise MoceError(f"{reason}: leave out {flags}")
+
+
+def hint_few_steps(settings: Settings, steps: int, advice: str) -> None:
+    """Log advice where the default batch of a published recipe leaves few steps for few images."""
+    if steps < FEW_STEPS and "batch_size" not in settings.model_fields_set:
+        log(f"only {steps} steps: the defaults are made for many images; for few, {advice}")
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+
+def known_outputs() -> Outputs:
+    """The names of files and folders that commands write to output folders."""
+    return reduce(or_, (Outputs(kind.proofs, kind.files) for kind in settings_classes()), RUN)
+
+
+def inputs_of(settings: Settings) -> list[tuple[str, Path]]:
+    """Every setting that names an input, with each path that it names."""
+    found: list[tuple[str, Path]] = []
+    for name, facts in facts_of(settings).items():
+        value = getattr(settings, name)
+        if value is not None and "input" in facts:
+            paths = paths_of(value) if facts["input"] == "images" else [Path(value)]
+            found += [(name, path) for path in paths]
+    return found
+
+
+def check_output(settings: Settings) -> None:
+    """Raise MoceError unless the output folder can be written to; nothing is changed."""
+    check_folder(*_place_of(settings), **_mode_of(settings))
+
+
+def open_output(settings: Settings) -> Path:
+    """Create or empty the output folder, and lock it; called once all inputs are checked."""
+    return open_folder(*_place_of(settings), **_mode_of(settings))
+
+
+def _place_of(settings: Any) -> tuple[Path, Outputs]:
+    return settings.out, known_outputs()
+
+
+def _mode_of(settings: Any) -> dict[str, Any]:
+    return {
+        "overwrite": settings.overwrite,
+        "resume": getattr(settings, "resume", None),
+        "inputs": inputs_of(settings) if settings.overwrite else (),
+    }
+
+
+def start_run(settings: RunSettings, *sets: ImageDataset) -> None:
+    """Open the folder of a run that can be resumed, and record its settings and inputs.
+
+    Raises MoceError, before anything is written, if a resumed run was started with other inputs.
+    """
+    weights = {
+        name: getattr(settings, name)
+        for name, facts in facts_of(settings).items()
+        if facts.get("input") == "weights" and getattr(settings, name)
+    }
+    labeled = chain.from_iterable(zip(s.ids, s.labels, strict=True) for s in sets)
+    inputs = {"data": describe_images(labeled), **describe_weights(weights)}
+    if resumes(settings):
+        check_inputs(settings.out, inputs)
+    open_output(settings)
+    write_config(settings.out, settings)  # first: it marks the folder as a run
+    write_inputs(settings.out, inputs)
+    write_skipped(settings.out, [pair for images in sets for pair in images.skipped], log)
 
 
 def check_file(out: Path, example: str, data: str, *, overwrite: bool) -> None:
-    """Raise MoceError unless the file `out` may be made from the images `data`. example: a name for it."""
+    """Raise MoceError unless the images `data` can be written to the file `out`. example: its name."""
     if out.is_dir():
         raise MoceError(f"{out} is a folder; give a file to write, such as {out / example}")
     if out.exists() and not overwrite:
@@ -56,26 +158,11 @@ def check_file(out: Path, example: str, data: str, *, overwrite: bool) -> None:
         raise MoceError(f"{out} is the input; choose another file")
 
 
-def refuse_unused(settings: Settings, names: Iterable[str], reason: str) -> None:
-    """Raise MoceError if a setting was given that would be ignored."""
-    unused = sorted(explicitly_set(settings) & set(names))
-    if unused:
-        flags = " and ".join(_flag(name, getattr(settings, name)) for name in unused)
-        raise MoceError(f"{reason}: leave out {flags}")
-
-
-def _flag(name: str, value: object) -> str:
-    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
-
-
-def hint_few_steps(settings: Settings, steps: int, advice: str) -> None:
-    """Say it where the default batch of a published recipe leaves few steps for few images."""
-    if steps < FEW_STEPS and "batch_size" not in settings.model_fields_set:
-        log(f"only {steps} steps: the defaults are made for many images; for few, {advice}")
+# --- images ---------------------------------------------------------------------------------------
 
 
 def read_images(settings: RunSettings, data: str, vit: VisionTransformer) -> ImageDataset:
-    """The images of a DATA argument as an encoder takes them."""
+    """The images of a DATA argument in the size and channels of an encoder."""
     return load_images(
         data,
         input_size(vit),
@@ -86,6 +173,6 @@ def read_images(settings: RunSettings, data: str, vit: VisionTransformer) -> Ima
 
 
 def pixel_store(settings: RunSettings | ProbeSettings | EmbedSettings | CustomizeSettings) -> Path:
-    """Where pixels go that the memory has no room for: a passing file beside what is written."""
+    """The temporary file, beside the output, for pixels that do not fit into memory."""
     out = settings.out
     return temporary_file() if out is None else out.with_name(f".{out.name}.pixels")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moce.commands.pretrain import save_mae
-from moce.commands.setup import pixel_store, read_images, refuse_unused, resolve
+from moce.commands.setup import pixel_store, read_images, resolve, start_run
 from moce.config import TrainSettings
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
@@ -23,35 +23,12 @@ from moce.models.encoder import input_channels, input_size
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.runs.model import last_metrics, write_model
-from moce.runs.resume import start_run
 from moce.runtime.progress import log
 from moce.training.objectives import MAEObjective, MoCEObjective, TokenMoEObjective
 from moce.training.trainer import Objective, fit, total_steps
 from moce.training.upcycling import check_experts, upcycle, upcycle_by_token
 from moce.weights.from_runs import load_clusters
 from moce.weights.resolve import start_from
-
-NEEDS_CLUSTERS = frozenset({"moce", "sdr", "subset"})
-OF_GATES = frozenset(
-    {"gate_init", "gate_confidence", "gate_init_std", "gate_lr_scale", "gate_noise"}
-)
-OF_GATES |= {"shared_gate", "balance_weight", "imbalance_weight", "balance_scope"}
-OF_EXPERTS = OF_GATES | {"num_experts", "moe_blocks", "expert_scope", "gate_scale"}
-OF_A_TASK = frozenset({"task", "task_share"})
-OF_TOKEN_GATES = frozenset({"gate_init_std", "gate_lr_scale", "balance_weight"})
-# By method: what it has no use for, and why.
-UNUSED: dict[str, tuple[frozenset[str], str]] = {
-    "moce": (OF_A_TASK, "trains on all images"),
-    "mae": (OF_EXPERTS | OF_A_TASK | {"clusters"}, "trains on all images, without experts"),
-    "subset": (OF_EXPERTS, "trains without experts"),
-    "sdr": (OF_GATES | OF_A_TASK, "trains on all images, with gates fixed beforehand"),
-    "token_moe": (
-        (OF_GATES - OF_TOKEN_GATES) | OF_A_TASK | {"clusters", "expert_scope"},
-        "routes the tokens of all images",
-    ),
-}
-# By gate_init: the setting of the other one.
-OF_ANOTHER_START = {"centroids": "gate_init_std", "random": "gate_confidence"}
 
 
 @dataclass
@@ -69,29 +46,10 @@ class TrainResult:
 
 
 def run(settings: TrainSettings) -> TrainResult:
-    asked = settings
     settings, device = resolve(settings)
-    _check(settings, asked)
     spec, mae = start_from(settings.mae, settings)
     images = read_images(settings, settings.data, mae.encoder)
     return METHODS[settings.method](_Job(settings, device, spec, mae, images))
-
-
-def _check(settings: TrainSettings, asked: TrainSettings) -> None:
-    """Raise MoceError if the method lacks a setting, or was asked for one that it has no use for.
-
-    Only what is asked for now is refused, not what a resumed run has in its config.yaml.
-    """
-    method = settings.method
-    unused, reason = UNUSED[method]
-    refuse_unused(asked, unused, f"method {method} {reason}")
-    if method == "moce":
-        other = OF_ANOTHER_START[settings.gate_init]
-        refuse_unused(asked, {other}, f"gate_init {settings.gate_init} has its own start")
-    if method in NEEDS_CLUSTERS and settings.clusters is None:
-        raise MoceError(f"method {method} needs clusters: add --clusters RUN (of moce cluster)")
-    if method == "subset" and settings.task is None:
-        raise MoceError("method subset needs a task: add --task IMAGES")
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""The settings of every verb: names, types, defaults, units. Flags, recipes and functions read them here.
+"""The settings of every command: name, type, default, unit and facts, defined once.
 
-One class per verb; `moce.parsing` checks values against them. Nothing heavy is imported, so that
-`moce --help` is quick.
+Flags, recipes, keyword arguments and help texts are made from these classes; `moce.config.load`
+validates values against them. Nothing heavy is imported, so that `moce --help` is fast.
 """
 
 from moce.config.base import (
@@ -45,6 +45,12 @@ from moce.config.tools import (
     ReportSettings,
 )
 
+
+def settings_classes() -> list[type[Settings]]:
+    """The classes above."""
+    return [value for name, value in globals().items() if name.endswith("Settings")]
+
+
 __all__ = [
     "BalanceScope",
     "CentroidUpdate",
@@ -83,4 +89,5 @@ __all__ = [
     "TrainingSettings",
     "WeightsSettings",
     "expand",
+    "settings_classes",
 ]

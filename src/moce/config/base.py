@@ -1,26 +1,55 @@
-"""Types and what verbs have in common: where to compute, what to write, how to train."""
+"""Types and settings that commands share."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from moce.config.facts import setting
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """What a caller in Python may pass, where it is more than the type of the setting."""
+
+    hint: str
+
 
 def expand(path: Path) -> Path:
-    """A path with ~ as the home folder, also where no shell has seen to it."""
+    """A path with ~ replaced by the home folder, for callers that are no shell."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for unknown users
 
 
-def _possible(path: Path) -> Path:
+def _check_path(path: Path) -> Path:
     if "\0" in str(path):
-        raise ValueError("no path has a zero byte in it")
+        raise ValueError("a path must not contain a zero byte")
     return expand(path)
 
 
-Folder = Annotated[Path, AfterValidator(_possible)]
+def _number_to_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float) else value
+
+
+def _path_to_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _join_sources(value: Any) -> Any:
+    """A path, or a list of sources, as one DATA argument."""
+    if not isinstance(value, list | tuple):
+        return _path_to_text(value)
+    parts = [str(part) for part in value]
+    comma = next((part for part in parts if "," in part and "{" not in part), None)
+    if comma is not None and len(parts) > 1:
+        raise ValueError(f"'{comma}' contains a comma: list the sources in a file, @FILE")
+    return ",".join(parts)
+
+
+Folder = Annotated[Path, AfterValidator(_check_path)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 MOST = 1e9  # of numbers without a limit of their own: products of such are still finite floats
@@ -29,41 +58,27 @@ NonNegative = Annotated[float, Field(ge=0, le=MOST)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Index = Annotated[int, Field(ge=0, le=2**62)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
-
-
-def _one_or_several(value: Any) -> Any:
-    """A single number as a list of one."""
-    return (value,) if isinstance(value, int | float) else value
-
-
-def _text(value: Any) -> Any:
-    """A path as it is written."""
-    return str(value) if isinstance(value, Path) else value
-
-
-def _joined(value: Any) -> Any:
-    """A path, or a list of sources, as one DATA argument."""
-    if isinstance(value, Path):
-        return str(value)
-    if not isinstance(value, list | tuple):
-        return value
-    parts = [str(part) for part in value]
-    comma = next((part for part in parts if "," in part and "{" not in part), None)
-    if comma is not None and len(parts) > 1:
-        raise ValueError(f"'{comma}' has a comma in it: name it in a list of lines, @FILE")
-    return ",".join(parts)
-
-
-Channels = Annotated[tuple[Fraction, ...], BeforeValidator(_one_or_several), Field(min_length=1)]
-Deviations = Annotated[tuple[Positive, ...], BeforeValidator(_one_or_several), Field(min_length=1)]
-Data = Annotated[str, BeforeValidator(_joined)]
-Reference = Annotated[str, BeforeValidator(_text)]  # a path or a name
+Numbers = Accepts("float | Sequence[float]")
+Channels = Annotated[
+    tuple[Fraction, ...], Numbers, BeforeValidator(_number_to_tuple), Field(min_length=1)
+]
+Deviations = Annotated[
+    tuple[Positive, ...], Numbers, BeforeValidator(_number_to_tuple), Field(min_length=1)
+]
+Data = Annotated[str, Accepts("Data"), BeforeValidator(_join_sources)]
+Reference = Annotated[str, Accepts("str | Path"), BeforeValidator(_path_to_text)]
 IMAGES = (
     "images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a saved Hugging "
-    "Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain; several with commas "
-    "between, or one per line of @FILE"
+    "Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain; separate several by "
+    "commas, or list them in @FILE, one per line"
 )
 LABELED = "labeled images: class folders (train/ and test/ if split), or another source with labels"
+BACKBONE = "backbone: a customized folder, an MAE run folder or a timm name (not fine-tuned)"
+
+EXPORTED = frozenset(  # what a folder for another library may hold
+    {"config.json", "README.md", "architecture.json", "model.onnx"}
+    | {"preprocessing.json", "preprocessor_config.json"}
+)
 
 Strategy = Literal["auto", "route", "merge", "generalist", "probe"]
 Format = Literal["timm", "transformers", "torch", "onnx"]
@@ -86,91 +101,91 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
-    json_output: bool = Field(
-        False, alias="json", exclude=True, description="print the result as JSON"
-    )
+    # What a command writes to its output folder, beside the files of every run (runs/folder.py), so
+    # that --overwrite deletes nothing else. proofs: names that nobody but moce writes.
+    proofs: ClassVar[frozenset[str]] = frozenset()
+    files: ClassVar[frozenset[str]] = frozenset()
 
 
 class RuntimeSettings(Settings):
-    """Where a verb runs."""
+    """Where and how a command computes."""
 
-    seed: Index = Field(0, description="seed of everything random")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
-    precision: Literal["auto", "float32", "bf16"] = Field(
-        "auto", description="arithmetic of the networks; auto picks bf16 where it is faster"
+    seed: Index = setting(0, "seed of all random numbers")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to compute on")
+    precision: Literal["auto", "float32", "bf16"] = setting(
+        "auto", "dtype of the networks' arithmetic; auto picks bf16 where it is faster"
     )
-    threads: Threads | None = Field(
-        None, description="CPU threads (default: OMP_NUM_THREADS, or all cores)"
+    threads: Threads | None = setting(
+        None, "CPU threads (default: OMP_NUM_THREADS, or all cores)", may_change=True
     )
 
 
 class DataSettings(RuntimeSettings):
-    """A verb that reads images."""
+    """A command that reads images."""
 
-    max_skipped: Fraction = Field(
-        0.5, description="largest share of the images that may be unreadable; beyond it, stop"
+    max_skipped: Fraction = setting(
+        0.5, "stop if a larger share of the images cannot be read", may_change=True
     )
 
 
 class RunSettings(DataSettings):
-    """A verb that leaves a run folder."""
+    """A command that writes a run folder."""
 
-    out: Folder = Field(description="folder to write the run to")
-    overwrite: bool = Field(False, description="replace what is in the output folder")
+    out: Folder = setting(description="folder to write the run to", may_change=True)
+    overwrite: bool = setting(False, "replace the contents of the output folder", may_change=True)
 
 
 class ResidentSettings(Settings):
-    """A verb that goes through its data again and again."""
+    """A command that reads its data many times."""
 
-    cache_on_gpu: bool = Field(
+    cache_on_gpu: bool = setting(
         True,
-        description="keep the data on the GPU (pixels, or the features of a clustering) if they take "
-        "at most a quarter of its free memory",
+        "keep the data (pixels, or features when clustering) on the GPU if they take at most a "
+        "quarter of its free memory",
+        may_change=True,
+        was="resident",
     )
 
 
 class TrainingSettings(RunSettings, ResidentSettings):
-    """A verb that optimizes a network step by step."""
+    """A command that trains a network step by step."""
 
-    resume: bool = Field(False, description="go on from the last checkpoint of the output folder")
-    epochs: Positive = Field(400, description="passes over the images (fractions allowed)")
-    steps: Count | None = Field(
-        None, description="optimizer steps, whatever the number of images (default: by epochs)"
+    resume: bool = setting(
+        False, "resume from the last checkpoint in the output folder", may_change=True
     )
-    batch_size: Count = Field(
-        256, description="images per optimizer step, over all processes and micro-batches"
+    epochs: Positive = setting(400, "passes over the images (fractions allowed)")
+    steps: Count | None = setting(None, "optimizer steps (default: from epochs)")
+    batch_size: Count = setting(
+        256, "images per optimizer step, over all processes and micro-batches"
     )
-    micro_batch_size: Count | None = Field(
+    micro_batch_size: Count | None = setting(
         None,
-        description="images per forward pass of each process; gradients add up to one batch "
+        "images per forward pass of each process; gradients are accumulated over a batch "
         "(default: all)",
     )
-    base_lr: Positive = Field(
-        1.5e-4, description="learning rate per 256 images; the rate is base_lr * batch_size / 256"
+    base_lr: Positive = setting(
+        1.5e-4, "learning rate per 256 images; the rate is base_lr * batch_size / 256"
     )
-    weight_decay: NonNegative = Field(
-        0.05, description="AdamW weight decay (none on biases, norms)"
-    )
-    beta2: OpenFraction = Field(0.95, description="AdamW second-moment decay")
-    clip_grad: Positive | None = Field(
-        None, description="largest norm of a step's gradient; a longer one is scaled down to it"
-    )
-    warmup: Fraction = Field(0.05, description="share of the steps with rising learning rate")
-    min_lr: NonNegative = Field(0.0, description="learning rate at the end of the cosine")
-    crop_scale: Fraction = Field(0.2, description="smallest random crop, share of the image's area")
-    hflip: bool = Field(True, description="mirror half of the images")
-    grad_checkpointing: bool = Field(
+    weight_decay: NonNegative = setting(0.05, "AdamW weight decay (none on biases, norms)")
+    beta2: OpenFraction = setting(0.95, "AdamW second-moment decay")
+    clip_grad: Positive | None = setting(None, "clip the gradient to this norm")
+    warmup: Fraction = setting(0.05, "share of the steps with a rising learning rate")
+    min_lr: NonNegative = setting(0.0, "learning rate at the end of the cosine")
+    crop_scale: Fraction = setting(0.2, "smallest random crop, as a share of the image's area")
+    hflip: bool = setting(True, "flip half of the images horizontally")
+    grad_checkpointing: bool = setting(
         False,
-        description="less memory for one more forward pass: what is within a block is computed again "
-        "for the backward pass",
+        "save memory: recompute the activations of each block in the backward pass",
+        may_change=True,
     )
-    strategy: Processes = Field(
+    strategy: Processes = setting(
         "auto",
-        description="with several processes, what each holds: ddp, the whole network, or fsdp, a share "
-        "of it; auto: ddp (one process: no difference)",
+        "with several processes, each holds the whole network (ddp) or a share of it (fsdp); "
+        "auto: ddp",
+        may_change=True,
     )
-    log_every: Count = Field(
-        20, description="steps between lines of metrics.jsonl and timings.jsonl"
+    log_every: Count = setting(
+        20, "steps between lines of metrics.jsonl and timings.jsonl", may_change=True
     )
-    save_every: Count = Field(500, description="steps between checkpoints")
-    tensorboard: bool = Field(False, description="also write TensorBoard events")
+    save_every: Count = setting(500, "steps between checkpoints", may_change=True)
+    tensorboard: bool = setting(False, "also write TensorBoard events")

@@ -1,38 +1,55 @@
-"""From plain values to settings: all mistakes in one message, with the nearest valid name."""
+"""YAML and keyword arguments to validated settings: all mistakes in one message."""
 
 from __future__ import annotations
 
 import difflib
 import reprlib
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from moce.config import Settings
+from moce.config import Settings, settings_classes
+from moce.config.facts import facts_of
 from moce.errors import MoceError
 
 S = TypeVar("S", bound=Settings)
-_shown = reprlib.Repr()  # YAML can say in a few lines what no screen has room for
+_shown = reprlib.Repr()  # a few lines of YAML can make a value that no screen has room for
 _shown.maxstring = _shown.maxother = 200
 
 
+# --- validation -----------------------------------------------------------------------------------
+
+
 def parse(kind: type[S], values: dict[str, Any]) -> S:
-    """Validate `values` as settings of `kind`. Raises MoceError naming every mistake at once."""
+    """Validate `values` as settings of `kind`. Raises MoceError that lists every mistake."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         mistakes = _without_consequences(error.errors())
-        told = [_describe(mistake, _names_at(kind, mistake["loc"][:-1])) for mistake in mistakes]
-        for place in dict.fromkeys(m["loc"][:-1] for m in mistakes if _like_none(kind, m)):
-            of = f" of {'.'.join(map(str, place))}" if place else ""
-            told.append(f"valid settings{of}: {', '.join(_names_at(kind, place))}")
-        raise MoceError("; ".join(told)) from None
+    lines, valid = [], {}
+    for mistake in mistakes:
+        *place, name = mistake["loc"]
+        known = _names_at(kind, place)
+        near = closest(str(name), known)
+        lines.append(_describe(mistake, near))
+        if mistake["type"] == "extra_forbidden" and near is None:
+            valid[".".join(map(str, place))] = known
+    for of, names in valid.items():
+        lines.append(f"valid settings{of and f' of {of}'}: {', '.join(names)}")
+    raise MoceError("; ".join(lines))
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like an unknown one, if any is."""
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def _without_consequences(mistakes: list[Any]) -> list[Any]:
-    """Without lists that are too short only because what is in them is wrong."""
+    """Drop "too short" of lists that are too short only because their items are wrong."""
     places = [mistake["loc"] for mistake in mistakes]
 
     def follows(mistake: Any) -> bool:
@@ -43,39 +60,54 @@ def _without_consequences(mistakes: list[Any]) -> list[Any]:
     return [mistake for mistake in mistakes if not follows(mistake)]
 
 
-def _names_at(kind: type[Settings], place: tuple[int | str, ...]) -> list[str]:
-    """The names that are valid at a place such as ("tasks", 0) of settings; none if it holds no settings."""
+def _names_at(kind: type[Settings], place: list[int | str]) -> list[str]:
+    """The valid names at a place such as ("tasks", 0) of settings; none if it holds no settings."""
     for part in place:
         if isinstance(part, int):
             continue
-        field = kind.model_fields.get(str(part))
+        field = kind.model_fields.get(part)
         inner = (field.annotation, *get_args(field.annotation)) if field else ()
         found = [t for t in inner if isinstance(t, type) and issubclass(t, Settings)]
         if not found:
             return []
         kind = found[0]
-    return [field.alias or name for name, field in kind.model_fields.items()]
+    return list(kind.model_fields)
 
 
-def _like_none(kind: type[Settings], mistake: Any) -> bool:
-    """Whether it is an unknown name that is like no valid one."""
-    known = _names_at(kind, mistake["loc"][:-1])
-    name = str(mistake["loc"][-1]) if mistake["loc"] else ""
-    return mistake["type"] == "extra_forbidden" and not difflib.get_close_matches(name, known, n=1)
-
-
-def _describe(mistake: Any, known: list[str]) -> str:
-    name = ".".join(str(part) for part in mistake["loc"])
-    if mistake["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
-        return f"unknown setting '{name}'" + (f" (did you mean '{near[0]}'?)" if near else "")
+def _describe(mistake: Any, near: str | None) -> str:
+    name = ".".join(map(str, mistake["loc"]))
     if mistake["type"] == "missing":
         return f"setting '{name}' is missing"
-    return f"setting '{name}': {mistake['msg'].lower()} (got {_shown.repr(mistake['input'])})"
+    if mistake["type"] != "extra_forbidden":
+        return f"setting '{name}': {mistake['msg'].lower()} (got {_shown.repr(mistake['input'])})"
+    if name in renamed():
+        return f"setting '{name}' is now '{renamed()[name]}'"
+    return f"unknown setting '{name}'" + (f" (did you mean '{near}'?)" if near else "")
+
+
+# --- names of moce 0.1.0 --------------------------------------------------------------------------
+
+
+@cache
+def renamed() -> dict[str, str]:
+    """The settings with another name in moce 0.1.0: its name then, and now."""
+    facts = [pair for kind in settings_classes() for pair in facts_of(kind).items()]
+    return {fact["was"]: name for name, fact in facts if "was" in fact}
+
+
+def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a file that moce 0.1.0 may have written. Raises MoceError if two have one name."""
+    twice = [old for old in values if renamed().get(old) in values]
+    if twice:
+        raise MoceError(f"setting '{twice[0]}' is now '{renamed()[twice[0]]}': give one of them")
+    return {renamed().get(name, name): value for name, value in values.items()}
+
+
+# --- YAML -----------------------------------------------------------------------------------------
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a YAML recipe. Raises MoceError if it is missing or no mapping of settings."""
+    """Read a YAML recipe. Raises MoceError if it is missing or not a mapping of settings."""
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -83,22 +115,22 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise MoceError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
-        raise MoceError(f"recipe {path} must hold 'setting: value' lines")
-    return content
+        raise MoceError(f"recipe {path} must consist of 'setting: value' lines")
+    return with_new_names(content)
 
 
 def read_yaml(text: str) -> Any:
-    """What YAML says, of plain values only. Raises ValueError, its message in one line, if it is none."""
+    """Parse YAML of plain values only. Raises ValueError with a message in one line."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError, LookupError) as error:  # values of !!int and others, too
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # !!int of a word raises ValueError
         raise ValueError(" ".join(str(error).split())) from None
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that is given twice, of which YAML's own takes the last."""
+    """Refuses duplicate names; YAML's own loader takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -109,9 +141,3 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
-
-
-def explicitly_set(settings: Settings) -> set[str]:
-    """Settings unlike their defaults: a resumed run has read all of them from its config.yaml."""
-    fields = type(settings).model_fields
-    return {n for n in settings.model_fields_set if getattr(settings, n) != fields[n].default}

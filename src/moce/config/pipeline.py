@@ -1,12 +1,13 @@
-"""Settings of the stages: pretrain, cluster, train, headroom and customize."""
+"""Settings of pretrain, cluster, train, headroom and customize."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from moce.config.base import (
+    EXPORTED,
     IMAGES,
     BalanceScope,
     CentroidUpdate,
@@ -33,179 +34,255 @@ from moce.config.base import (
     Strategy,
     TrainingSettings,
 )
+from moce.config.facts import setting
 
 
 class WeightsSettings(Settings):
-    """What a verb may be told of the weights it starts from."""
+    """A command that reads weights of other libraries."""
 
-    allow_missing: tuple[str, ...] = Field(
+    allow_missing: tuple[str, ...] = setting(
         (),
-        description="patterns of weights that a file of other libraries may lack, e.g. norm.*; "
-        "they start fresh",
+        "glob patterns of weights that may be missing, e.g. norm.*; they are initialized",
+        comes_with="run",
     )
-    allow_unexpected: tuple[str, ...] = Field(
-        (), description="patterns of weights that such a file may have beyond the model's"
+    allow_unexpected: tuple[str, ...] = setting(
+        (),
+        "glob patterns of unexpected weights to ignore",
+        comes_with="run",
+        was="allow_surplus",
     )
 
 
 class FileSettings(WeightsSettings):
-    """What weights of other libraries cannot say of themselves."""
+    """What a file of weights does not contain."""
 
-    model: str | None = Field(
-        None, description="timm architecture of a weights file (default: as its tensors say)"
+    model: str | None = setting(
+        None,
+        "timm architecture of a weights file (default: inferred from tensor shapes)",
+        comes_with="run",
     )
-    model_args: dict[str, Any] = Field(
-        {}, description='timm model arguments for a weights file, e.g. {"num_heads": 2}'
+    model_args: dict[str, Any] = setting(
+        {}, 'timm model arguments for a weights file, e.g. {"num_heads": 2}', comes_with="run"
     )
-    img_size: Count | None = Field(
-        None, description="image side in pixels for a weights file (default: its own)"
+    img_size: Count | None = setting(
+        None, "image side in pixels for a weights file (default: its own)", comes_with="run"
     )
-    decoder_heads: Count | None = Field(
-        None, description="attention heads of the decoder in a weights file (default: 16)"
+    decoder_heads: Count | None = setting(
+        None,
+        "attention heads of the decoder in a weights file (default: 16)",
+        comes_with="run",
     )
 
 
 class MAESettings(FileSettings):
-    """A verb that reads a masked autoencoder: a run of moce, or weights of other libraries."""
+    """A command that starts from a masked autoencoder: a run of moce, or other weights."""
 
-    mae: Folder = Field(
-        description="run of moce pretrain, or weights of other libraries: a file, a folder, a timm name"
+    mae: Folder = setting(
+        description="run of moce pretrain, or weights of another library: a file, a folder, a timm "
+        "name",
+        input="weights",
     )
 
 
 class PretrainSettings(TrainingSettings, WeightsSettings):
     """Pre-train a masked autoencoder on unlabeled images (stage 0)."""
 
-    data: Data = Field(description=IMAGES)
-    model: str = Field("vit_base_patch16_224", description="encoder: any plain timm ViT")
-    model_args: dict[str, Any] = Field(
-        {}, description='timm model arguments, e.g. {"embed_dim": 128, "depth": 6}'
+    data: Data = setting(description=IMAGES, input="images")
+    model: str = setting("vit_base_patch16_224", "encoder: any plain timm ViT", comes_with="run")
+    model_args: dict[str, Any] = setting(
+        {}, 'timm model arguments, e.g. {"embed_dim": 128, "depth": 6}', comes_with="run"
     )
-    img_size: Count | None = Field(None, description="image side in pixels (default: the model's)")
-    init: Reference | None = Field(
+    img_size: Count | None = setting(
+        None, "image side in pixels (default: the model's)", comes_with="run"
+    )
+    init: Reference | None = setting(
         None,
-        description="start from a moce MAE run; weights of other libraries: a file, a folder or a "
-        "timm name; or 'pretrained', the timm model's own weights",
+        "start from a moce MAE run; weights of another library: a file, a folder or a timm name; or "
+        "'pretrained', the timm model's own weights",
+        input="weights",
     )
-    mean: Channels = Field(
+    mean: Channels = setting(
         (0.485, 0.456, 0.406),
-        description="mean of the channels, 0..1, that pixels are centered on: one value or as many "
-        "as the encoder takes (default for other than 3: 0.5)",
+        "mean of the channels, 0..1, to normalize pixels by: one value or one per channel "
+        "(default for other than 3: 0.5)",
+        comes_with="run",
     )
-    std: Deviations = Field(
+    std: Deviations = setting(
         (0.229, 0.224, 0.225),
-        description="deviation of the channels that pixels are scaled by (default for other than "
+        "standard deviation of the channels, to normalize pixels by (default for other than "
         "3 channels: 0.5)",
+        comes_with="run",
     )
-    mask_ratio: OpenFraction = Field(0.75, description="share of patches hidden")
-    norm_pix: bool = Field(True, description="predict pixels normalized per patch")
-    decoder_dim: Count = Field(512, description="decoder width")
-    decoder_depth: Count = Field(8, description="decoder blocks")
-    decoder_heads: Count = Field(16, description="decoder attention heads")
+    mask_ratio: OpenFraction = setting(0.75, "share of patches masked", comes_with="run")
+    norm_pix: bool = setting(True, "predict pixels normalized per patch", comes_with="run")
+    decoder_dim: Count = setting(512, "decoder width", comes_with="decoder")
+    decoder_depth: Count = setting(8, "decoder blocks", comes_with="decoder")
+    decoder_heads: Count = setting(16, "decoder attention heads", comes_with="run")
 
 
 class ClusterSettings(RunSettings, MAESettings, ResidentSettings):
     """Group the images into balanced clusters by an MAE's features (stage 1)."""
 
-    data: Data = Field(description=IMAGES)
-    resume: bool = Field(False, description="go on from what the output folder holds")
-    num_clusters: Count = Field(256, description="number of clusters K")
-    pooling: ClusterPooling = Field(
+    files = frozenset({"assignments.parquet"})
+
+    data: Data = setting(description=IMAGES, input="images")
+    resume: bool = setting(False, "resume the run in the output folder", may_change=True)
+    num_clusters: Count = setting(256, "number of clusters K")
+    pooling: ClusterPooling = setting(
         "mean",
-        description="image feature: mean of patch tokens, cls, the class token, or pixels, the mean "
-        "colors of a 16 x 16 grid",
+        "image feature: mean of patch tokens; cls, the class token; or pixels, the mean colors of "
+        "a 16 x 16 grid",
     )
-    epsilon: Positive = Field(
-        0.01, ge=1e-30, description="entropy weight of the balanced assignment"
+    epsilon: Annotated[Positive, Field(ge=1e-30)] = setting(
+        0.01, "entropy weight of the balanced assignment"
     )
-    update: CentroidUpdate = Field(
-        "hard", description="centroids: mean of assigned images (hard) or Q-weighted mean (soft)"
+    update: CentroidUpdate = setting(
+        "hard", "centroids: mean of assigned images (hard) or Q-weighted mean (soft)"
     )
-    marginal_tolerance: Positive = Field(
-        0.01, description="largest relative error of a cluster's mass in Sinkhorn-Knopp"
+    marginal_tolerance: Positive = setting(
+        0.01, "largest relative error of a cluster's mass in Sinkhorn-Knopp"
     )
-    max_iterations: Count = Field(
+    max_iterations: Count = setting(
         50,
-        description="most rounds of assignment and centroid update, on a sample and on all images",
+        "most iterations of assignment and centroid update, on a sample and on all images",
+        was="max_rounds",
     )
-    chunk_size: Count = Field(4096, description="images whose scores are worked on at once")
-    batch_size: Count = Field(256, description="images per forward pass")
+    chunk_size: Count = setting(4096, "images whose scores are computed at once")
+    batch_size: Count = setting(256, "images per forward pass")
 
 
 class TrainSettings(TrainingSettings, MAESettings):
     """Train cluster-conditional experts from an MAE (stage 2), or a baseline for as long."""
 
-    data: Data = Field(description=IMAGES)
-    clusters: Folder | None = Field(
-        None, description="run folder of moce cluster (not for methods mae and token_moe)"
+    data: Data = setting(description=IMAGES, input="images")
+    clusters: Folder | None = setting(
+        None,
+        "run folder of moce cluster (not for methods mae and token_moe)",
+        input="weights",
+        used_with={"method": ("moce", "sdr", "subset")},
+        needed=True,
     )
-    method: Method = Field(
+    method: Method = setting(
         "moce",
-        description="moce: experts; baselines for the same steps: mae (MAE+, no experts), token_moe "
-        "(the gate reads tokens), sdr (experts of clusters fixed beforehand), subset (mae on the "
+        "moce: experts; baselines for the same steps: mae (MAE+, no experts), token_moe (the gate "
+        "reads tokens), sdr (the experts of clusters are fixed beforehand), subset (mae on the "
         "images of one task's clusters only)",
     )
-    task: Data | None = Field(None, description="the task's images (for method subset)")
-    task_share: Fraction = Field(
-        0.9, description="share of the task's images whose clusters method subset trains on"
+    task: Data | None = setting(
+        None,
+        "the task's images (for method subset)",
+        input="images",
+        used_with={"method": ("subset",)},
+        needed=True,
     )
-    num_experts: Count = Field(8, description="experts E per MoE block")
-    moe_blocks: tuple[Index, ...] | None = Field(
-        None, description="encoder blocks with experts, e.g. 9,11 (default: the last two odd ones)"
+    task_share: Fraction = setting(
+        0.9,
+        "share of the task's images whose clusters method subset trains on",
+        used_with={"method": ("subset",)},
     )
-    expert_scope: Literal["ffn", "block"] = Field(
-        "ffn", description="what an expert is: the block's FFN (the paper's), or the whole block"
+    num_experts: Count = setting(
+        8, "experts E per MoE block", used_with={"method": ("moce", "sdr", "token_moe")}
     )
-    gate_scale: GateScale = Field(
+    moe_blocks: tuple[Index, ...] | None = setting(
+        None,
+        "encoder blocks with experts, e.g. 9,11 (default: the last two odd ones)",
+        used_with={"method": ("moce", "sdr", "token_moe")},
+    )
+    expert_scope: Literal["ffn", "block"] = setting(
+        "ffn",
+        "what an expert is: the block's FFN (as in the paper), or the whole block",
+        used_with={"method": ("moce", "sdr")},
+    )
+    gate_scale: GateScale = setting(
         "straight_through",
-        description="scale of an expert's output: straight_through (value 1) or prob (the paper's)",
+        "scale of an expert's output: straight_through (value 1) or prob (as in the paper)",
+        used_with={"method": ("moce", "sdr", "token_moe")},
     )
-    gate_init: GateInit = Field(
-        "centroids", description="gates start from groups of centroids, or at random"
+    gate_init: GateInit = setting(
+        "centroids",
+        "initialize gates from groups of centroids, or at random",
+        used_with={"method": ("moce",)},
     )
-    gate_confidence: OpenFraction = Field(
-        0.8, description="mean largest gate probability at the start (gate_init centroids)"
+    gate_confidence: OpenFraction = setting(
+        0.8,
+        "mean largest gate probability at the start (gate_init centroids)",
+        used_with={"method": ("moce",), "gate_init": ("centroids",)},
     )
-    gate_init_std: Positive = Field(
-        0.02, description="standard deviation of gate weights (gate_init random)"
+    gate_init_std: Positive = setting(
+        0.02,
+        "standard deviation of initial gate weights (gate_init random)",
+        used_with={"method": ("moce", "token_moe"), "gate_init": ("random",)},
     )
-    gate_lr_scale: Positive = Field(1.0, description="gates' learning rate over the others'")
-    gate_noise: bool = Field(True, description="add noise N(0, 1/E^2) to gate logits in training")
-    shared_gate: bool = Field(False, description="one gate, so one route, for all MoE blocks")
-    balance_weight: NonNegative = Field(0.01, description="weight of the balance loss")
-    imbalance_weight: NonNegative = Field(0.01, description="weight of the imbalance loss")
-    balance_scope: BalanceScope = Field(
-        "dataset", description="experts' work counted over the data set's clusters or the batch"
+    gate_lr_scale: Positive = setting(
+        1.0,
+        "learning rate of the gates over that of the other weights",
+        used_with={"method": ("moce", "token_moe")},
+    )
+    gate_noise: bool = setting(
+        True,
+        "add noise N(0, 1/E^2) to gate logits in training",
+        used_with={"method": ("moce",)},
+    )
+    shared_gate: bool = setting(
+        False, "one gate, so one route, for all MoE blocks", used_with={"method": ("moce",)}
+    )
+    balance_weight: NonNegative = setting(
+        0.01, "weight of the balance loss", used_with={"method": ("moce", "token_moe")}
+    )
+    imbalance_weight: NonNegative = setting(
+        0.01, "weight of the imbalance loss", used_with={"method": ("moce",)}
+    )
+    balance_scope: BalanceScope = setting(
+        "dataset",
+        "count the images of each expert over the data set's clusters or over the batch",
+        used_with={"method": ("moce",)},
     )
 
 
 class HeadroomSettings(TrainingSettings, MAESettings):
-    """Estimate, before training experts, whether these images and this MAE leave them anything to gain."""
+    """Estimate, before training experts, how much these images and this MAE could gain from them."""
 
-    data: Data = Field(description=IMAGES)
-    clusters: Folder = Field(description="run folder of moce cluster")
-    steps: Count | None = Field(
-        800, description="optimizer steps on all images; a group alone takes its share of them"
+    proofs = frozenset({"results.json"})
+
+    data: Data = setting(description=IMAGES, input="images")
+    clusters: Folder = setting(description="run folder of moce cluster", input="weights")
+    steps: Count | None = setting(
+        800, "optimizer steps on all images; each group alone gets its share of them"
     )
-    num_groups: Count = Field(4, description="groups of clusters, each trained on alone")
+    num_groups: Count = setting(4, "groups of clusters, each trained on alone")
 
 
 class CustomizeSettings(DataSettings):
-    """Pick the expert for a task and export a dense timm backbone (stage 3)."""
+    """Pick the experts for a task and export a dense timm backbone (stage 3)."""
 
-    run: Folder = Field(description="run folder of moce train")
-    images: Data = Field(description="the task's images (labels are used by strategy probe only)")
-    out: Folder = Field(description="folder to write the backbone to")
-    overwrite: bool = Field(False, description="replace what is in the output folder")
-    strategy: Strategy = Field(
+    proofs = frozenset({"selection.json"})
+    files = EXPORTED
+
+    run: Folder = setting(description="run folder of moce train", input="weights")
+    images: Data = setting(
+        description="the task's images (only strategy probe uses labels)", input="images"
+    )
+    out: Folder = setting(description="folder to write the backbone to")
+    overwrite: bool = setting(False, "replace the contents of the output folder")
+    strategy: Strategy = setting(
         "auto",
-        description="route: winner's experts; merge: averaged by the task's votes; "
-        "generalist: by the training data's; auto: route when the winner is clear, else merge; "
-        "probe: whichever classifies the images' labels best on frozen features",
+        "route: the winner's experts; merge: averaged by the task's votes; generalist: averaged by "
+        "the training data's; auto: route if the winner is clear, else merge; probe: whichever "
+        "classifies the images' labels best on frozen features",
     )
-    threshold: Fraction = Field(0.5, description="vote share from which auto takes the winner")
-    format: Format = Field("timm", description="library that the folder is for")
-    assign: Literal["balanced", "nearest"] = Field(
-        "balanced", description="cluster of an image: as in training, or the nearest centroid"
+    threshold: Fraction = setting(
+        0.5,
+        "vote share from which auto takes the winner",
+        used_with={"strategy": ("auto",)},
     )
-    batch_size: Count = Field(256, description="images per forward pass")
+    format: Format = setting("timm", "library to write the folder for")
+    assign: Literal["balanced", "nearest"] = setting(
+        "balanced",
+        "cluster of an image: as in training, or the nearest centroid",
+        used_with={"strategy": ("auto", "route", "merge", "generalist")},
+    )
+    batch_size: Count = setting(
+        256,
+        "images per forward pass",
+        used_with={"strategy": ("auto", "route", "merge", "generalist")},
+    )

@@ -1,4 +1,4 @@
-"""Settings of the verbs around the stages: pack, convert, export, report, demo and doctor."""
+"""Settings of pack, convert, export, report, demo and doctor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from moce.config.base import (
+    EXPORTED,
     IMAGES,
+    Accepts,
     Count,
     Data,
     Folder,
@@ -17,38 +19,44 @@ from moce.config.base import (
     RuntimeSettings,
     Settings,
 )
+from moce.config.facts import setting
 from moce.config.pipeline import FileSettings
 
 
-def _size_text(value: Any) -> Any:
-    """224 or (224, 192), as a call in Python gives them, in the way they are written in a recipe."""
+def _size_to_text(value: Any) -> Any:
+    """224 or (224, 192), as passed in Python, as written in a recipe."""
     if isinstance(value, list | tuple):
         return "x".join(map(str, value))
     return str(value) if isinstance(value, int) else value
 
 
-Size = Annotated[str, BeforeValidator(_size_text), Field(pattern=r"^[1-9]\d{0,4}(x[1-9]\d{0,4})?$")]
+Size = Annotated[
+    str,
+    Accepts("str | int | Sequence[int]"),
+    BeforeValidator(_size_to_text),
+    Field(pattern=r"^[1-9]\d{0,4}(x[1-9]\d{0,4})?$"),
+]
 
 
 class PackSettings(Settings):
-    """Decode and resize images once, into one file that every verb takes as DATA."""
+    """Decode and resize images once, into one file that every command takes as DATA."""
 
-    data: Data = Field(description=IMAGES)
-    size: Size | None = Field(
+    data: Data = setting(description=IMAGES, input="images")
+    size: Size | None = setting(
         None,
-        description="size in pixels, one number or HEIGHTxWIDTH; the model's input or, for crops, "
-        "some 1.15 times as much",
+        "size in pixels, one number or HEIGHTxWIDTH: the model's input size, or about 1.15 times "
+        "it for random crops",
     )
-    channels: Count = Field(
-        3, description="1 (gray), 3 (color) or as many as all images have; as the encoder takes"
+    channels: Count = setting(
+        3, "channels of the images, as the encoder takes them: 1 (gray), 3 (color) or more"
     )
-    out: Folder | None = Field(None, description="file to write, such as photos.moce")
-    overwrite: bool = Field(False, description="replace the file, and what an interruption left")
-    verify: bool = Field(
-        False, description="read all pixels back and compare checksums; without --out those of DATA"
+    out: Folder | None = setting(None, "file to write, such as photos.moce")
+    overwrite: bool = setting(False, "replace the file, and what an interrupted run left")
+    verify: bool = setting(
+        False, "read all pixels back and compare checksums (without --out: those of DATA)"
     )
-    workers: Count | None = Field(
-        None, description="images decoded at the same time (default: all usable cores)"
+    workers: Count | None = setting(
+        None, "images decoded at the same time (default: all usable cores)"
     )
 
     @property
@@ -61,62 +69,71 @@ class PackSettings(Settings):
 class ReportSettings(Settings):
     """Draw run folders as one self-contained HTML page."""
 
-    runs: tuple[Folder, ...] = Field(description="run folders, or a folder that holds some")
-    out: Folder = Field(Path("report.html"), description="file to write")
-    max_images: Count = Field(12, description="pictures per row of a montage")
+    runs: tuple[Folder, ...] = setting(description="run folders, or a folder of run folders")
+    out: Folder = setting(Path("report.html"), "file to write")
+    max_images: Count = setting(12, "pictures per row of a montage")
 
 
 class ExportSettings(FileSettings):
     """Write a trained model as a folder that another library loads."""
 
-    run: Folder = Field(
-        description="run of moce train or pretrain, a customized folder, or a file of weights"
+    proofs = frozenset({"export.json"})
+    files = EXPORTED
+
+    run: Folder = setting(
+        description="run of moce train or pretrain, a customized folder, or a file of weights",
+        input="weights",
     )
-    out: Folder = Field(description="folder to write the model to")
-    format: Format = Field("timm", description="library that the folder is for")
-    route: str | None = Field(
+    out: Folder = setting(description="folder to write the model to")
+    format: Format = setting("timm", "library to write the folder for")
+    route: str | None = setting(
         None,
-        description="experts of a MoCE run, one per MoE block, e.g. 2-0 (moce customize names them)",
+        "experts of a MoCE run, one per MoE block, e.g. 2-0 (moce customize prints them)",
     )
-    strategy: Literal["route", "generalist"] = Field(
-        "route", description="of a MoCE run: one route, or all experts averaged (generalist)"
+    strategy: Literal["route", "generalist"] = setting(
+        "route", "of a MoCE run: one route, or all experts averaged (generalist)"
     )
-    overwrite: bool = Field(False, description="replace what is in the output folder")
+    overwrite: bool = setting(False, "replace the contents of the output folder")
 
 
 class ConvertSettings(Settings):
     """Convert weights of any library that moce reads to one safetensors file."""
 
-    weights: Folder = Field(description="file or folder of weights, or a run of moce")
-    out: Folder = Field(
-        description="file to write, FILE.safetensors: names of timm and facebookresearch/mae"
+    weights: Folder = setting(
+        description="file or folder of weights, or a run of moce", input="weights"
     )
-    trust_pickle: bool = Field(
-        False, description="read a .pth file by pickle, which runs whatever code it holds"
+    out: Folder = setting(
+        description="file to write, FILE.safetensors, with the names of timm and "
+        "facebookresearch/mae"
     )
-    overwrite: bool = Field(False, description="replace the output file")
+    trust_pickle: bool = setting(
+        False, "read a .pth file by pickle, which can run any code in the file"
+    )
+    overwrite: bool = setting(False, "replace the output file")
 
 
 class DemoSettings(RuntimeSettings):
     """Run every stage on the embedded images and compare MAE, MAE+ and MoCE on six tasks."""
 
-    out: Folder = Field(Path("runs/demo"), description="folder to write the runs to")
-    overwrite: bool = Field(False, description="replace what is in the output folder")
-    reuse: bool = Field(
-        False,
-        description="show what is there if the same settings and version made it, else run anew",
+    proofs = frozenset({"demo.json", "results.json", "mae", "clusters", "moce", "mae_plus"})
+    files = frozenset({"report.html"})
+
+    out: Folder = setting(Path("runs/demo"), "folder to write the runs to")
+    overwrite: bool = setting(False, "replace the contents of the output folder")
+    reuse: bool = setting(
+        False, "show the existing results if settings and version are the same, else run again"
     )
-    tasks: tuple[str, ...] = Field((), description="tasks to run (default: all embedded ones)")
-    pretrain_epochs: Positive = Field(18, description="epochs of the MAE")
-    train_epochs: Positive = Field(8, description="epochs of MoCE and of MAE+")
-    num_clusters: Count = Field(48, description="clusters K")
-    num_experts: Count = Field(4, description="experts E per MoE block")
-    num_labels: Count = Field(150, description="labeled images per draw")
-    draws: Count = Field(3, description="draws of labels per probe")
-    finetune_epochs: Positive = Field(16, description="epochs of each fine-tune")
+    tasks: tuple[str, ...] = setting((), "tasks to run (default: all embedded ones)")
+    pretrain_epochs: Positive = setting(18, "epochs of the MAE")
+    train_epochs: Positive = setting(8, "epochs of MoCE and of MAE+")
+    num_clusters: Count = setting(48, "clusters K")
+    num_experts: Count = setting(4, "experts E per MoE block")
+    num_labels: Count = setting(150, "labeled images per draw")
+    draws: Count = setting(3, "draws of labels per probe")
+    finetune_epochs: Positive = setting(16, "epochs of each fine-tune")
 
 
 class DoctorSettings(Settings):
-    """Report versions, devices, precision, threads, disk space and what to mend."""
+    """Check versions, devices, precision, threads and disk space, and list anything to fix."""
 
-    out: Folder = Field(Path(), description="folder whose free disk space is looked at")
+    out: Folder = setting(Path(), "folder to check for free disk space")

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from moce.config import FinetuneSettings, Metric, ProbeSettings, Role, Settings
+from moce.config import EvaluateSettings, FinetuneSettings, Metric, ProbeSettings, Role, Settings
 from moce.config.base import Count
-from moce.config.load import parse, read_recipe
+from moce.config.facts import facts_of
+from moce.config.load import parse, read_recipe, with_new_names
+from moce.config.usage import replaced_by
 from moce.data.readers.factory import located
 from moce.errors import MoceError
 
-# Settings of the single verbs that `moce evaluate` gives itself.
-OWN = frozenset(
-    {"backbone", "data", "out", "overwrite", "resume", "json", "kind", "metric", "num_labels"}
-    | {"draw", "draws", "seed", "device", "precision", "threads"}
-)
+Section = Annotated[dict[str, Any], AfterValidator(with_new_names)]
 
 
 class SuiteTask(Settings):
@@ -35,8 +33,8 @@ class Suite(Settings):
 
     name: str
     tasks: tuple[SuiteTask, ...] = Field(min_length=1)
-    probe: dict[str, Any] = Field({})
-    finetune: dict[str, Any] = Field({})
+    probe: Section = Field({})
+    finetune: Section = Field({})
     draws: Count = 1
     labels: Count | None = None
 
@@ -63,12 +61,20 @@ def read_suite(path: Path, root: Path) -> Suite:
 
 
 def _check_section(path: Path, name: str, kind: type[Settings], values: dict[str, Any]) -> None:
-    """Raise MoceError unless a section holds settings of its verb that the evaluation leaves alone."""
-    own = sorted(OWN & values.keys())
-    if own:
-        raise MoceError(f"suite {path}: {name} must not set {own[0]}: that is for the evaluation")
-    if name == "finetune" and {"base_lr", "lr_grid"} <= values.keys():
-        raise MoceError(f"suite {path}: finetune has base_lr beside lr_grid: leave out one of them")
+    """Raise MoceError unless a section holds settings of its command that `moce evaluate` leaves alone."""
+    own = EvaluateSettings.model_fields.keys() | {
+        setting
+        for setting, facts in facts_of(kind).items()
+        if "input" in facts or facts.get("set_by_evaluate")
+    }
+    wrong = sorted(own & values.keys())
+    if wrong:
+        raise MoceError(f"suite {path}: {name} must not set {wrong[0]}: moce evaluate sets it")
+    for setting, other in replaced_by(kind, values).items():
+        if setting in values:
+            raise MoceError(
+                f"suite {path}: {name} has {setting} and {other}: leave out one of them"
+            )
     fill = {"backbone": "", "data": "", **({"out": "x"} if name == "finetune" else {})}
     try:
         parse(kind, {**fill, **values})

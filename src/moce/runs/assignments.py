@@ -1,19 +1,21 @@
 """assignments.parquet: image id to cluster."""
 
 from __future__ import annotations
-from moce.errors import MoceError
+
 from pathlib import Path
-from torch import Tensor
-from moce.runs.files import atomic
-from moce.errors import raise_if_corrupt
-from moce.runtime.distributed import is_rank0
+
 import pyarrow.parquet
+from torch import Tensor
+
+from moce.errors import MoceError, raise_if_corrupt
+from moce.runs.files import atomic
+from moce.runtime.distributed import is_rank0
 
 ASSIGNMENTS = "assignments.parquet"
 
 
 def write_assignments(run: Path, ids: list[str], clusters: Tensor) -> None:
-    """Store the cluster of every training image by its identity."""
+    """Write the cluster of every training image, [n] int64, by id; on rank 0."""
     if not is_rank0():
         return
     table = pyarrow.table({"id": ids, "cluster": clusters.cpu().numpy()})
@@ -22,7 +24,10 @@ def write_assignments(run: Path, ids: list[str], clusters: Tensor) -> None:
 
 
 def read_assignments(run: Path) -> dict[str, int]:
-    """The cluster of every training image of a `moce cluster` run, by identity."""
+    """The cluster of every training image of a `moce cluster` run, by id.
+
+    Raises MoceError if the file is missing or corrupt.
+    """
     try:
         table = pyarrow.parquet.read_table(run / ASSIGNMENTS)
     except (OSError, pyarrow.ArrowInvalid) as error:
@@ -30,5 +35,5 @@ def read_assignments(run: Path) -> dict[str, int]:
     with raise_if_corrupt(run / ASSIGNMENTS):
         names, clusters = table["id"].to_pylist(), table["cluster"].to_pylist()
         if not all(isinstance(c, int) and c >= 0 for c in clusters):
-            raise ValueError("its clusters are not numbers from 0 on")
+            raise ValueError("clusters must be integers from 0 on")
         return dict(zip(names, clusters, strict=True))

@@ -1,24 +1,27 @@
 """Atomic writes; JSON, JSON lines and safetensors."""
 
 from __future__ import annotations
-from typing import Any
-from collections.abc import Iterator
-from moce.errors import MoceError
-from pathlib import Path
-from torch import Tensor
-from contextlib import contextmanager
+
 import hashlib
-from moce.runtime.distributed import is_rank0
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from moce.errors import MoceError
+from moce.runtime.distributed import is_rank0
 
 CHECKSUM = "sha256"
 
 
 def clone_shared_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, copied only where two share their memory: safetensors takes no such."""
+    """The tensors on the CPU, cloned where two share memory, which safetensors refuses."""
     ready: dict[str, Tensor] = {}
     known: set[int] = set()
     for name, tensor in tensors.items():
@@ -30,7 +33,7 @@ def clone_shared_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder that files go to, if it is not there. Raises MoceError if it cannot be made."""
+    """Create a folder if it does not exist. Raises MoceError if it cannot be created."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -39,9 +42,9 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place if all went well.
+    """Write to a temporary file beside `path` that replaces it at the end.
 
-    Raises MoceError if it cannot be written; nothing is left of it then.
+    Raises MoceError if it cannot be written; no temporary file remains then.
     """
     with writing(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -51,7 +54,7 @@ def atomic(path: Path) -> Iterator[Path]:
             yield temporary
             temporary.chmod(0o644)
             with temporary.open("r+b") as file:
-                os.fsync(file.fileno())  # on disk before it has its name, should the power fail
+                os.fsync(file.fileno())  # before the rename, in case the power fails
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -59,7 +62,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the system says against writing to `path` becomes a MoceError that names it."""
+    """Raise an OSError within the context as a MoceError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -67,29 +70,30 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Add a line of JSON to a file. A process killed meanwhile may leave a part of it."""
+    """Append a line of JSON to a file. A killed process may leave an incomplete line."""
     line = json.dumps(content, allow_nan=False) + "\n"
     with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(line)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file. As all that is written to a run: of several processes, the main one does."""
+    """Write a file atomically, on rank 0."""
     if not is_rank0():
         return
     with atomic(path) as temporary:
-        # A path may hold bytes that are no text; they are written as \udcff.
+        # A path may contain bytes that are not text; they are written as \udcff.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write an indented JSON file atomically, on rank 0."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Save tensors by name as safetensors; of several processes, the main one does."""
+    """Save tensors by name as safetensors, on rank 0."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -103,7 +107,7 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by name. Raises MoceError if the file is missing or damaged."""
+    """Tensors by name. Raises MoceError if the file is missing or corrupt."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -114,7 +118,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensor_metadata(path: Path) -> dict[str, str]:
-    """What `write_tensors` was told beside the tensors. Raises MoceError as `read_tensors`."""
+    """The `metadata` of `write_tensors`. Raises MoceError as `read_tensors`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -125,7 +129,7 @@ def read_tensor_metadata(path: Path) -> dict[str, str]:
 
 
 def read_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, if any, up to the first that is damaged or lacks `key`."""
+    """The objects of a JSON lines file, if it exists, up to the first that is corrupt or lacks `key`."""
     rows: list[dict[str, Any]] = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -140,7 +144,7 @@ def read_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names and bytes, in the order of the names."""
+    """SHA-256 of the names and bytes of tensors, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())

@@ -1,7 +1,7 @@
-"""One process writes to an output folder at a time.
+"""One writer per output folder (flock).
 
-The lock is the system's own (flock on the folder): it ends with the process, leaves no file, and
-does nothing where there is no such lock.
+The lock is flock on the folder: it ends with the process and leaves no file. It does nothing on
+systems without flock.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-_locked: dict[Path, int] = {}  # folders this process writes to, and their open descriptors
+_locked: dict[Path, int] = {}  # folders that this process has locked: open file descriptors
 
 
 def lock_folder(path: Path) -> None:
-    """Keep other processes out of an output folder. Raises MoceError if one is writing to it."""
+    """Lock an output folder for this process. Raises MoceError if another process writes to it."""
     if fcntl is None or path.resolve() in _locked:
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -33,7 +33,7 @@ def lock_folder(path: Path) -> None:
         raise MoceError(
             f"another process is writing to {path}; wait for it, or choose another output folder"
         ) from None
-    except OSError:  # some network file systems know no locks
+    except OSError:  # some network file systems do not support locks
         os.close(descriptor)
         return
     _locked[path.resolve()] = descriptor
@@ -41,7 +41,7 @@ def lock_folder(path: Path) -> None:
 
 @contextmanager
 def locks_released() -> Iterator[None]:
-    """Folders claimed within the context are free again after it."""
+    """Release the locks taken within the context at its end."""
     before = set(_locked)
     try:
         yield

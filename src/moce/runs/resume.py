@@ -1,108 +1,92 @@
-"""What a run is made from, beside its settings: a resumed run must go on with the same.
+"""Same settings and inputs as before, or refuse to resume.
 
-state/inputs.json holds a line per input: how many images, with a checksum of their names and labels,
-and checksums of the weights it starts from. What the pixels show is not looked at.
+state/inputs.json has a line per input: how many images, with a checksum of their names and labels,
+and checksums of the weights that the run starts from. Pixels are not compared.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from moce.config import Settings, expand
-from moce.data.dataset import ImageDataset
-from moce.errors import MoceError
-from moce.runs.model import STATE
-from moce.runs.files import write_json
-from moce.config import EvaluateSettings
-from moce.config import RunSettings
-from typing import TypeVar
-from moce.runs.folder import open_folder
+from moce.config import RunSettings, expand
+from moce.config.facts import facts_of
 from moce.config.load import parse
-from moce.runs.model import read_config
-from moce.runtime.progress import log
-from moce.runs.model import write_config
-from moce.runs.model import write_skipped
+from moce.config.usage import replaced_by
+from moce.errors import MoceError
+from moce.runs.files import write_json
+from moce.runs.model import CONFIG, STATE, read_config
 
-FREE_TO_CHANGE = frozenset(
-    {"resume", "overwrite", "out", "threads", "log_every", "save_every"}
-    | {"max_skipped", "strategy", "cache_on_gpu", "grad_checkpointing"}
-)
-# Each row of an evaluation stands for itself: a resumed one may be asked for others.
-ROWS_TO_MAKE = frozenset({"backbones", "protocols", "tasks", "role", "root"})
 R = TypeVar("R", bound=RunSettings)
 
 FILE = "inputs.json"
-STARTS = ("init", "mae", "clusters", "backbone")  # settings that name weights to start from
 SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".parquet"}
 SHOWN = 12  # digits of a checksum
 
 
-def describe_inputs(settings: Settings, *sets: ImageDataset) -> dict[str, str]:
-    """By the name of a setting, in words and checksums, what it stands for now."""
-    found = {"data": f"{sum(map(len, sets))} images {_digest_of_names(sets)}"}
-    given = {name: getattr(settings, name, None) for name in STARTS}
-    return found | describe_weights({name: value for name, value in given.items() if value})
+# --- settings -------------------------------------------------------------------------------------
+
+
+def resumes(settings: RunSettings) -> bool:
+    """Whether there is a run to resume, and the settings ask for it."""
+    return bool(getattr(settings, "resume", False)) and (settings.out / CONFIG).is_file()
+
+
+def recorded_settings(settings: R) -> R:
+    """The settings in config.yaml, overridden by those given now."""
+    given = settings.model_dump(mode="json", include=settings.model_fields_set)
+    for name in ("device", "precision"):
+        if given.get(name) == "auto":
+            del given[name]
+    return parse(type(settings), {**read_config(settings.out), **given})
+
+
+def check_unchanged(folder: Path, settings: RunSettings) -> None:
+    """Raise MoceError, showing the difference, if a setting that must not change has changed."""
+    before, now = read_config(folder), settings.model_dump(mode="json")
+    facts, replaced = facts_of(settings), replaced_by(type(settings), now)
+    # A setting that an older version did not have was off.
+    changed = [
+        f"{name} was {before.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if not facts[name].get("may_change")
+        and name not in replaced
+        and before.get(name) != value
+        and (name in before or value)
+    ]
+    if changed:
+        raise MoceError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def describe_images(ids_and_labels: Iterable[tuple[str, Any]]) -> str:
+    """The number of images, with a checksum of their ids and labels."""
+    digest, count = hashlib.sha256(), 0
+    for identity, label in ids_and_labels:
+        digest.update(json.dumps([identity, label]).encode())
+        count += 1
+    return f"{count} images {digest.hexdigest()[:SHOWN]}"
 
 
 def describe_weights(references: dict[str, Any]) -> dict[str, str]:
-    """By the same names, what files or folders of weights hold; names of models are left out."""
+    """By the same names, checksums of the files that paths of weights hold; other names are left out."""
     files = {name: _files_of(expand(Path(value))) for name, value in references.items()}
-    return {name: f"weights {_digest_of_files(found)}" for name, found in files.items() if found}
-
-
-def check_inputs(folder: Path, now: dict[str, str]) -> None:
-    """Raise MoceError, showing the difference, if a run began with other inputs."""
-    path = folder / STATE / FILE
-    if path.is_file():
-        refuse_changes(folder, _read(path), now)
-
-
-def refuse_changes(folder: Path, before: dict[str, str], now: dict[str, str]) -> None:
-    """Raise MoceError, showing the difference, if one of the inputs from `before` is another `now`."""
-    changed = [
-        f"{name} was {was}, is {now.get(name, 'gone')}"
-        for name, was in before.items()
-        if was != now.get(name)
-    ]
-    if changed:
-        raise MoceError(
-            f"cannot resume {folder}, its inputs have changed: {'; '.join(changed)}; put them back, "
-            "or start again with --overwrite"
-        )
-
-
-def write_inputs(folder: Path, now: dict[str, str]) -> None:
-    (folder / STATE).mkdir(exist_ok=True)
-    write_json(folder / STATE / FILE, now)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MoceError(f"cannot read {path}: {error}") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _digest_of_names(sets: tuple[ImageDataset, ...]) -> str:
-    digest = hashlib.sha256()
-    for images in sets:
-        for identity, label in zip(images.ids, images.labels, strict=True):
-            digest.update(json.dumps([identity, label]).encode())
-    return digest.hexdigest()[:SHOWN]
+    return {name: f"weights {_digest(found)}" for name, found in files.items() if found}
 
 
 def _files_of(path: Path) -> list[Path]:
-    """Those that hold weights (or the clusters of images) in a folder; none for the name of a model."""
+    """The files of weights (or of the clusters of images) at a path; none for the name of a model."""
     if path.is_dir():
         return sorted(child for child in path.iterdir() if child.suffix in SUFFIXES)
     return [path] if path.is_file() else []
 
 
-def _digest_of_files(files: list[Path]) -> str:
+def _digest(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -110,48 +94,33 @@ def _digest_of_files(files: list[Path]) -> str:
     return digest.hexdigest()[:SHOWN]
 
 
-def check_unchanged(folder: Path, settings: Settings) -> None:
-    """Raise MoceError, showing the difference, if a resumed run's settings are not those it began with."""
-    before, now = read_config(folder), settings.model_dump(mode="json", by_alias=True)
-    free = FREE_TO_CHANGE | (ROWS_TO_MAKE if isinstance(settings, EvaluateSettings) else set())
-    free |= {"base_lr"} if getattr(settings, "lr_grid", ()) else set()  # the grid's choice is there
-    # A setting that an older version did not know was off.
+def write_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """Record the inputs of a run, described as above."""
+    (folder / STATE).mkdir(exist_ok=True)
+    write_json(folder / STATE / FILE, inputs)
+
+
+def check_inputs(folder: Path, now: dict[str, str]) -> None:
+    """Raise MoceError, showing the difference, if a run was started with other inputs."""
+    path = folder / STATE / FILE
+    if not path.is_file():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MoceError(f"cannot read {path}: {error}") from None
+    refuse_changes(folder, before if isinstance(before, dict) else {}, now)
+
+
+def refuse_changes(folder: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Raise MoceError, showing the difference, if an input in `before` is not the same `now`."""
     changed = [
-        f"{name} was {before.get(name)!r}, is {value!r}"
-        for name, value in now.items()
-        if name not in free and before.get(name) != value and (name in before or value)
+        f"{name} was {was}, is {now.get(name, 'gone')}"
+        for name, was in before.items()
+        if was != now.get(name)
     ]
     if changed:
-        raise MoceError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
-
-
-def _as_started(settings: R) -> R:
-    """The settings of config.yaml, overridden by those that were given now."""
-    given = settings.model_dump(mode="json", by_alias=True, include=settings.model_fields_set)
-    for name in ("device", "precision"):
-        if given.get(name) == "auto":
-            del given[name]
-    return parse(type(settings), {**read_config(settings.out), **given})
-
-
-def open_run(settings: RunSettings) -> Path:
-    """The output folder, ready to write to: called when all inputs have been found good."""
-    return open_folder(settings.out, settings)
-
-
-def start_run(settings: RunSettings, *sets: ImageDataset) -> None:
-    """Open the folder of a run that can be resumed, and note what it is made from: images and weights.
-
-    Raises MoceError, before anything is written, if a resumed run was made from other ones.
-    """
-    inputs = describe_inputs(settings, *sets)
-    if _resumes(settings):
-        check_inputs(settings.out, inputs)
-    open_run(settings)
-    write_config(settings.out, settings)  # first: it says what the folder is
-    write_inputs(settings.out, inputs)
-    write_skipped(settings.out, [pair for images in sets for pair in images.skipped], log)
-
-
-def _resumes(settings: RunSettings) -> bool:
-    return bool(getattr(settings, "resume", False))
+        raise MoceError(
+            f"cannot resume {folder}, its inputs have changed: {'; '.join(changed)}; restore them, or "
+            "start over with --overwrite"
+        )

@@ -10,7 +10,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from moce.config import RuntimeSettings
 from moce.errors import MoceError
 from moce.runtime.distributed import destroy_process_group, run_on_rank0
 from moce.runtime.fabric import open_fabric
@@ -99,20 +98,22 @@ def matmul_rate(
     return 2 * size**3 / best
 
 
-def prepare(settings: RuntimeSettings) -> tuple[torch.device, str]:
-    """Set threads and seed, and meet the other processes; (device, precision), resolved alike in all."""
-    if settings.threads is not None:  # else torch's choice: OMP_NUM_THREADS, or all cores
-        torch.set_num_threads(settings.threads)
+def prepare(
+    seed: int, device: str, precision: str, threads: int | None
+) -> tuple[torch.device, str]:
+    """Set threads and seed, and connect the processes; (device, precision), the same on all ranks."""
+    if threads is not None:  # else torch's choice: OMP_NUM_THREADS, or all cores
+        torch.set_num_threads(threads)
     elif launch() is not ALONE and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // launch().local))
-    device = resolve_device(settings.device)
+    resolved = resolve_device(device)
     if launch() is not ALONE:
-        open_fabric(device, "float32")
+        open_fabric(resolved, "float32")
         atexit.register(destroy_process_group)
-    precision = run_on_rank0(lambda: resolve_precision(settings.precision, device))
-    # Last: measuring draws random numbers, how many depends on the clock.
-    torch.manual_seed(settings.seed)
-    return device, precision
+    dtype = run_on_rank0(lambda: resolve_precision(precision, resolved))
+    # Last: the measurement draws random numbers, and how many depends on the clock.
+    torch.manual_seed(seed)
+    return resolved, dtype
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

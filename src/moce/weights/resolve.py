@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Set
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 
 from moce.config import FileSettings, PretrainSettings, expand
-from moce.config.load import explicitly_set
+from moce.config.facts import facts_of
+from moce.config.usage import explicitly_set
 from moce.errors import MoceError
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import CONFIG, INFO, WEIGHTS
@@ -19,11 +21,6 @@ from moce.weights.formats.timm import pretrained
 from moce.weights.from_runs import load_mae
 from moce.weights.types import MAEWeights
 
-OF_A_RUN = frozenset(
-    {"model", "model_args", "img_size", "mean", "std", "mask_ratio", "norm_pix"}
-    | {"decoder_dim", "decoder_depth", "decoder_heads", "allow_missing", "allow_unexpected"}
-)
-OF_THE_DECODER = frozenset({"decoder_dim", "decoder_depth"})
 SIZES = frozenset({"img_size", "patch_size"})
 COUNTS = SIZES | {"in_chans", "embed_dim", "depth", "num_heads"}
 FIXED = frozenset({"num_classes", "global_pool", "fc_norm", "checkpoint_path", "cache_dir"})
@@ -39,7 +36,7 @@ def start_from(
     path = expand(Path(reference))
     run = moce_run(path)
     if run is not None:
-        refuse_given(settings, OF_A_RUN, f"run {reference}")
+        refuse_given(settings, f"run {reference}")
         return load_mae(run)
     check_arguments(settings.model_args)
     if path.exists():
@@ -55,7 +52,7 @@ def from_file(path: Path, settings: FileSettings | PretrainSettings) -> tuple[MA
     """The model of a file or folder of other libraries, and whether it has a decoder of its own."""
     weights = read_weights(path)
     if weights.decoder:
-        refuse_given(settings, OF_THE_DECODER, f"decoder in {path}")
+        refuse_given(settings, f"decoder in {path}", {"decoder"})
     return *_build(weights, overrides_of(settings)), bool(weights.decoder)
 
 
@@ -84,14 +81,7 @@ def moce_run(path: Path) -> Path | None:
 
 def overrides_of(settings: FileSettings | PretrainSettings) -> ModelOverrides:
     """The model settings that differ from their defaults."""
-    names = explicitly_set(settings) & {
-        "model",
-        "mean",
-        "std",
-        "mask_ratio",
-        "norm_pix",
-        "decoder_heads",
-    }
+    names = explicitly_set(settings) & {field.name for field in fields(ModelOverrides)}
     asked = {name: getattr(settings, name) for name in names}
     arguments = dict(settings.model_args)
     if settings.img_size is not None:
@@ -99,12 +89,7 @@ def overrides_of(settings: FileSettings | PretrainSettings) -> ModelOverrides:
     form = [getattr(settings, f"decoder_{part}", None) for part in ("dim", "depth", "heads")]
     if None not in form:
         asked["decoder"] = tuple(form)
-    return ModelOverrides(
-        model_args=arguments,
-        allow_missing=settings.allow_missing,
-        allow_unexpected=settings.allow_unexpected,
-        **asked,
-    )
+    return ModelOverrides(**{**asked, "model_args": arguments})
 
 
 def check_arguments(model_args: dict[str, Any]) -> None:
@@ -129,9 +114,12 @@ def _is_count(value: object) -> bool:
 
 
 def refuse_given(
-    settings: FileSettings | PretrainSettings, names: frozenset[str], origin: str
+    settings: FileSettings | PretrainSettings,
+    origin: str,
+    comes_with: Set[str] = frozenset({"run", "decoder"}),
 ) -> None:
-    """Raise MoceError if the user set what `origin` already determines."""
-    unwanted = sorted(explicitly_set(settings) & names)
+    """Raise MoceError if a setting was given that `origin` determines, by its `comes_with`."""
+    known = {n for n, facts in facts_of(settings).items() if facts.get("comes_with") in comes_with}
+    unwanted = sorted(explicitly_set(settings) & known)
     if unwanted:
         raise MoceError(f"{unwanted[0]} comes from the {origin}; leave it out")

@@ -1,0 +1,871 @@
+"""Made by tools/build_stub.py from the settings classes in moce/config; do not edit."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from moce.commands.cluster import ClusterResult
+from moce.commands.convert import ConvertResult
+from moce.commands.customize import CustomizeResult
+from moce.commands.demo import DemoResult
+from moce.commands.doctor import DoctorResult
+from moce.commands.embed import EmbedResult
+from moce.commands.evaluate import EvaluateResult
+from moce.commands.export import ExportResult
+from moce.commands.finetune import FinetuneResult
+from moce.commands.headroom import HeadroomResult
+from moce.commands.pack import PackResult
+from moce.commands.pretrain import PretrainResult
+from moce.commands.probe import ProbeResult
+from moce.commands.report import ReportResult
+from moce.commands.train import TrainResult
+from moce.customization.bank import Bank
+from moce.errors import MoceError as MoceError
+
+Data = str | Path | Sequence[str | Path]  # a DATA argument, or several sources
+
+__version__: str
+__all__: list[str]
+
+def load(run: str | Path) -> Bank:
+    """Load a `moce train` run, ready to `.select` and `.customize`."""
+
+def cluster(
+    data: Data,
+    *,
+    mae: str | Path,
+    out: str | Path,
+    cache_on_gpu: bool = True,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    model: str | None = None,
+    model_args: dict[str, Any] = {},
+    img_size: int | None = None,
+    decoder_heads: int | None = None,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    overwrite: bool = False,
+    resume: bool = False,
+    num_clusters: int = 256,
+    pooling: Literal["mean", "cls", "pixels"] = "mean",
+    epsilon: float = 0.01,
+    update: Literal["hard", "soft"] = "hard",
+    marginal_tolerance: float = 0.01,
+    max_iterations: int = 50,
+    chunk_size: int = 4096,
+    batch_size: int = 256,
+) -> ClusterResult:
+    """Group the images into balanced clusters by an MAE's features (stage 1).
+
+    Args:
+        data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
+            separate several by commas, or list them in @FILE, one per line
+        mae (str | Path): run of moce pretrain, or weights of another library: a file, a folder, a
+            timm name
+        out (str | Path): folder to write the run to
+        cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
+            the GPU if they take at most a quarter of its free memory
+        allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
+            e.g. norm.*; they are initialized
+        allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        model (str | None, default None): timm architecture of a weights file (default: inferred
+            from tensor shapes)
+        model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
+            {"num_heads": 2}
+        img_size (int | None, default None): image side in pixels for a weights file (default: its
+            own)
+        decoder_heads (int | None, default None): attention heads of the decoder in a weights file
+            (default: 16)
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        overwrite (bool, default False): replace the contents of the output folder
+        resume (bool, default False): resume the run in the output folder
+        num_clusters (int, default 256): number of clusters K
+        pooling (Literal['mean', 'cls', 'pixels'], default 'mean'): image feature: mean of patch
+            tokens; cls, the class token; or pixels, the mean colors of a 16 x 16 grid
+        epsilon (float, default 0.01): entropy weight of the balanced assignment
+        update (Literal['hard', 'soft'], default 'hard'): centroids: mean of assigned images (hard)
+            or Q-weighted mean (soft)
+        marginal_tolerance (float, default 0.01): largest relative error of a cluster's mass in
+            Sinkhorn-Knopp
+        max_iterations (int, default 50): most iterations of assignment and centroid update, on a
+            sample and on all images
+        chunk_size (int, default 4096): images whose scores are computed at once
+        batch_size (int, default 256): images per forward pass
+    """
+
+def convert(
+    weights: str | Path, *, out: str | Path, trust_pickle: bool = False, overwrite: bool = False
+) -> ConvertResult:
+    """Convert weights of any library that moce reads to one safetensors file.
+
+    Args:
+        weights (str | Path): file or folder of weights, or a run of moce
+        out (str | Path): file to write, FILE.safetensors, with the names of timm and
+            facebookresearch/mae
+        trust_pickle (bool, default False): read a .pth file by pickle, which can run any code in
+            the file
+        overwrite (bool, default False): replace the output file
+    """
+
+def customize(
+    run: str | Path,
+    images: Data,
+    *,
+    out: str | Path,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    overwrite: bool = False,
+    strategy: Literal["auto", "route", "merge", "generalist", "probe"] = "auto",
+    threshold: float = 0.5,
+    format: Literal["timm", "transformers", "torch", "onnx"] = "timm",
+    assign: Literal["balanced", "nearest"] = "balanced",
+    batch_size: int = 256,
+) -> CustomizeResult:
+    """Pick the experts for a task and export a dense timm backbone (stage 3).
+
+    Args:
+        run (str | Path): run folder of moce train
+        images (Data): the task's images (only strategy probe uses labels)
+        out (str | Path): folder to write the backbone to
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        overwrite (bool, default False): replace the contents of the output folder
+        strategy (Literal['auto', 'route', 'merge', 'generalist', 'probe'], default 'auto'): route:
+            the winner's experts; merge: averaged by the task's votes; generalist: averaged by the
+            training data's; auto: route if the winner is clear, else merge; probe: whichever
+            classifies the images' labels best on frozen features
+        threshold (float, default 0.5): vote share from which auto takes the winner
+        format (Literal['timm', 'transformers', 'torch', 'onnx'], default 'timm'): library to write
+            the folder for
+        assign (Literal['balanced', 'nearest'], default 'balanced'): cluster of an image: as in
+            training, or the nearest centroid
+        batch_size (int, default 256): images per forward pass
+    """
+
+def demo(
+    *,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    out: str | Path = "runs/demo",
+    overwrite: bool = False,
+    reuse: bool = False,
+    tasks: Sequence[str] = (),
+    pretrain_epochs: float = 18,
+    train_epochs: float = 8,
+    num_clusters: int = 48,
+    num_experts: int = 4,
+    num_labels: int = 150,
+    draws: int = 3,
+    finetune_epochs: float = 16,
+) -> DemoResult:
+    """Run every stage on the embedded images and compare MAE, MAE+ and MoCE on six tasks.
+
+    Args:
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        out (str | Path, default 'runs/demo'): folder to write the runs to
+        overwrite (bool, default False): replace the contents of the output folder
+        reuse (bool, default False): show the existing results if settings and version are the same,
+            else run again
+        tasks (Sequence[str], default ()): tasks to run (default: all embedded ones)
+        pretrain_epochs (float, default 18): epochs of the MAE
+        train_epochs (float, default 8): epochs of MoCE and of MAE+
+        num_clusters (int, default 48): clusters K
+        num_experts (int, default 4): experts E per MoE block
+        num_labels (int, default 150): labeled images per draw
+        draws (int, default 3): draws of labels per probe
+        finetune_epochs (float, default 16): epochs of each fine-tune
+    """
+
+def doctor(*, out: str | Path = ".") -> DoctorResult:
+    """Check versions, devices, precision, threads and disk space, and list anything to fix.
+
+    Args:
+        out (str | Path, default '.'): folder to check for free disk space
+    """
+
+def embed(
+    backbone: str | Path,
+    data: Data,
+    *,
+    out: str | Path,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    pooling: Literal["mean", "cls"] = "mean",
+    batch_size: int = 256,
+    overwrite: bool = False,
+) -> EmbedResult:
+    """Write one feature per image to a parquet file: columns id, label, split, embedding.
+
+    Args:
+        backbone (str | Path): backbone: a customized folder, an MAE run folder or a timm name (not
+            fine-tuned)
+        data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
+            separate several by commas, or list them in @FILE, one per line
+        out (str | Path): file to write, FILE.parquet
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        pooling (Literal['mean', 'cls'], default 'mean'): feature: mean of patch tokens, or cls, the
+            class token
+        batch_size (int, default 256): images per forward pass
+        overwrite (bool, default False): replace the output file
+    """
+
+def evaluate(
+    suite: str | Path,
+    *,
+    out: str | Path,
+    backbones: Sequence[str],
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    overwrite: bool = False,
+    protocols: Sequence[Literal["linear", "knn", "finetune"]] = ("linear",),
+    tasks: Sequence[str] = (),
+    role: Literal["development", "held_out"] | None = None,
+    root: str | Path = ".",
+    draws: int | None = None,
+    finetune_draws: int = 1,
+    resume: bool = False,
+) -> EvaluateResult:
+    """Compare backbones, and MoCE runs customized for each task, on a suite of labeled tasks.
+
+    Args:
+        suite (str | Path): YAML file of tasks, e.g. recipes/suites/paper11.yaml
+        out (str | Path): folder to write the run to
+        backbones (Sequence[str]): what to compare, NAME=REFERENCE each; for a MoCE run also
+            NAME=RUN@SELECTION, one of auto, route, merge, generalist, probe (by labels), random
+            (route), oracle (best route)
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        overwrite (bool, default False): replace the contents of the output folder
+        protocols (Sequence[Literal['linear', 'knn', 'finetune']], default ('linear',)): linear and
+            knn probes on frozen features, finetune
+        tasks (Sequence[str], default ()): tasks of the suite to run (default: all)
+        role (Literal['development', 'held_out'] | None, default None): only the suite's tasks of
+            this role
+        root (str | Path, default '.'): folder that relative paths of the suite start from
+        draws (int | None, default None): random draws of the labels (default: the suite's)
+        finetune_draws (int, default 1): how many of these draws to fine-tune on
+        resume (bool, default False): resume an interrupted evaluation
+    """
+
+def export(
+    run: str | Path,
+    *,
+    out: str | Path,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    model: str | None = None,
+    model_args: dict[str, Any] = {},
+    img_size: int | None = None,
+    decoder_heads: int | None = None,
+    format: Literal["timm", "transformers", "torch", "onnx"] = "timm",
+    route: str | None = None,
+    strategy: Literal["route", "generalist"] = "route",
+    overwrite: bool = False,
+) -> ExportResult:
+    """Write a trained model as a folder that another library loads.
+
+    Args:
+        run (str | Path): run of moce train or pretrain, a customized folder, or a file of weights
+        out (str | Path): folder to write the model to
+        allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
+            e.g. norm.*; they are initialized
+        allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        model (str | None, default None): timm architecture of a weights file (default: inferred
+            from tensor shapes)
+        model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
+            {"num_heads": 2}
+        img_size (int | None, default None): image side in pixels for a weights file (default: its
+            own)
+        decoder_heads (int | None, default None): attention heads of the decoder in a weights file
+            (default: 16)
+        format (Literal['timm', 'transformers', 'torch', 'onnx'], default 'timm'): library to write
+            the folder for
+        route (str | None, default None): experts of a MoCE run, one per MoE block, e.g. 2-0 (moce
+            customize prints them)
+        strategy (Literal['route', 'generalist'], default 'route'): of a MoCE run: one route, or all
+            experts averaged (generalist)
+        overwrite (bool, default False): replace the contents of the output folder
+    """
+
+def finetune(
+    backbone: str | Path,
+    data: Data,
+    *,
+    out: str | Path,
+    cache_on_gpu: bool = True,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    overwrite: bool = False,
+    resume: bool = False,
+    epochs: float = 100,
+    steps: int | None = None,
+    batch_size: int = 1024,
+    micro_batch_size: int | None = 256,
+    base_lr: float = 0.0005,
+    weight_decay: float = 0.05,
+    beta2: float = 0.999,
+    clip_grad: float | None = None,
+    warmup: float = 0.05,
+    min_lr: float = 1e-06,
+    crop_scale: float = 0.08,
+    hflip: bool = True,
+    grad_checkpointing: bool = False,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    log_every: int = 20,
+    save_every: int = 500,
+    tensorboard: bool = False,
+    num_labels: int | None = None,
+    draw: int = 0,
+    metric: Literal["accuracy", "mean_per_class", "map11"] | None = None,
+    lr_grid: Sequence[float] = (),
+    val_share: float = 0.2,
+    layer_decay: float = 0.65,
+    drop_path: float = 0.1,
+    rand_augment: str = "rand-m9-mstd0.5-inc1",
+    random_erasing: float = 0.25,
+    mixup: float = 0.8,
+    cutmix: float = 1.0,
+    smoothing: float = 0.1,
+) -> FinetuneResult:
+    """Train a backbone end to end on a labeled task.
+
+    Args:
+        backbone (str | Path): backbone: a customized folder, an MAE run folder or a timm name (not
+            fine-tuned)
+        data (Data): labeled images: class folders (train/ and test/ if split), or another source
+            with labels
+        out (str | Path): folder to write the run to
+        cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
+            the GPU if they take at most a quarter of its free memory
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        overwrite (bool, default False): replace the contents of the output folder
+        resume (bool, default False): resume from the last checkpoint in the output folder
+        epochs (float, default 100): passes over the images, fractions allowed; 50 from ViT-L on
+        steps (int | None, default None): optimizer steps (default: from epochs)
+        batch_size (int, default 1024): images per optimizer step, over all micro-batches
+        micro_batch_size (int | None, default 256): images per forward pass; gradients are
+            accumulated over a batch
+        base_lr (float, default 0.0005): learning rate per 256 images; the rate is base_lr *
+            batch_size / 256; 1e-3 from ViT-L on
+        weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
+        beta2 (float, default 0.999): AdamW second-moment decay
+        clip_grad (float | None, default None): clip the gradient to this norm
+        warmup (float, default 0.05): share of the steps with a rising learning rate; 0.1 from ViT-L
+            on
+        min_lr (float, default 1e-06): learning rate at the end of the cosine
+        crop_scale (float, default 0.08): smallest random crop, as a share of the image's area
+        hflip (bool, default True): flip half of the images horizontally
+        grad_checkpointing (bool, default False): save memory: recompute the activations of each
+            block in the backward pass
+        strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
+            holds the whole network (ddp) or a share of it (fsdp); auto: ddp
+        log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        save_every (int, default 500): steps between checkpoints
+        tensorboard (bool, default False): also write TensorBoard events
+        num_labels (int | None, default None): labeled images to train on (default: all)
+        draw (int, default 0): which random draw of the labels, as numbered by moce probe
+        metric (Literal['accuracy', 'mean_per_class', 'map11'] | None, default None): accuracy,
+            mean_per_class or map11 (default: map11 where an image can have several labels, else
+            accuracy)
+        lr_grid (Sequence[float], default ()): base_lr values to choose from: each is trained on
+            some of the training images and scored on the rest, then the best is trained on all of
+            them
+        val_share (float, default 0.2): share of the training images that lr_grid is scored on
+        layer_decay (float, default 0.65): learning rate of a block over that of the next; 0.75 from
+            ViT-L on
+        drop_path (float, default 0.1): stochastic depth rate of the last block; ViT-L 0.2, ViT-H
+            0.3
+        rand_augment (str, default 'rand-m9-mstd0.5-inc1'): timm's RandAugment policy, applied image
+            by image on the CPU ('': off)
+        random_erasing (float, default 0.25): probability that a rectangle of an image is replaced
+            by noise
+        mixup (float, default 0.8): mixup alpha (0: off)
+        cutmix (float, default 1.0): cutmix alpha (0: off)
+        smoothing (float, default 0.1): label smoothing (one label per image)
+    """
+
+def headroom(
+    data: Data,
+    *,
+    mae: str | Path,
+    out: str | Path,
+    clusters: str | Path,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    model: str | None = None,
+    model_args: dict[str, Any] = {},
+    img_size: int | None = None,
+    decoder_heads: int | None = None,
+    cache_on_gpu: bool = True,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    overwrite: bool = False,
+    resume: bool = False,
+    epochs: float = 400,
+    steps: int | None = 800,
+    batch_size: int = 256,
+    micro_batch_size: int | None = None,
+    base_lr: float = 0.00015,
+    weight_decay: float = 0.05,
+    beta2: float = 0.95,
+    clip_grad: float | None = None,
+    warmup: float = 0.05,
+    min_lr: float = 0.0,
+    crop_scale: float = 0.2,
+    hflip: bool = True,
+    grad_checkpointing: bool = False,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    log_every: int = 20,
+    save_every: int = 500,
+    tensorboard: bool = False,
+    num_groups: int = 4,
+) -> HeadroomResult:
+    """Estimate, before training experts, how much these images and this MAE could gain from them.
+
+    Args:
+        data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
+            separate several by commas, or list them in @FILE, one per line
+        mae (str | Path): run of moce pretrain, or weights of another library: a file, a folder, a
+            timm name
+        out (str | Path): folder to write the run to
+        clusters (str | Path): run folder of moce cluster
+        allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
+            e.g. norm.*; they are initialized
+        allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        model (str | None, default None): timm architecture of a weights file (default: inferred
+            from tensor shapes)
+        model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
+            {"num_heads": 2}
+        img_size (int | None, default None): image side in pixels for a weights file (default: its
+            own)
+        decoder_heads (int | None, default None): attention heads of the decoder in a weights file
+            (default: 16)
+        cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
+            the GPU if they take at most a quarter of its free memory
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        overwrite (bool, default False): replace the contents of the output folder
+        resume (bool, default False): resume from the last checkpoint in the output folder
+        epochs (float, default 400): passes over the images (fractions allowed)
+        steps (int | None, default 800): optimizer steps on all images; each group alone gets its
+            share of them
+        batch_size (int, default 256): images per optimizer step, over all processes and
+            micro-batches
+        micro_batch_size (int | None, default None): images per forward pass of each process;
+            gradients are accumulated over a batch (default: all)
+        base_lr (float, default 0.00015): learning rate per 256 images; the rate is base_lr *
+            batch_size / 256
+        weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
+        beta2 (float, default 0.95): AdamW second-moment decay
+        clip_grad (float | None, default None): clip the gradient to this norm
+        warmup (float, default 0.05): share of the steps with a rising learning rate
+        min_lr (float, default 0.0): learning rate at the end of the cosine
+        crop_scale (float, default 0.2): smallest random crop, as a share of the image's area
+        hflip (bool, default True): flip half of the images horizontally
+        grad_checkpointing (bool, default False): save memory: recompute the activations of each
+            block in the backward pass
+        strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
+            holds the whole network (ddp) or a share of it (fsdp); auto: ddp
+        log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        save_every (int, default 500): steps between checkpoints
+        tensorboard (bool, default False): also write TensorBoard events
+        num_groups (int, default 4): groups of clusters, each trained on alone
+    """
+
+def pack(
+    data: Data,
+    *,
+    size: str | int | Sequence[int] | None = None,
+    channels: int = 3,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+    workers: int | None = None,
+) -> PackResult:
+    """Decode and resize images once, into one file that every command takes as DATA.
+
+    Args:
+        data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
+            separate several by commas, or list them in @FILE, one per line
+        size (str | int | Sequence[int] | None, default None): size in pixels, one number or
+            HEIGHTxWIDTH: the model's input size, or about 1.15 times it for random crops
+        channels (int, default 3): channels of the images, as the encoder takes them: 1 (gray), 3
+            (color) or more
+        out (str | Path | None, default None): file to write, such as photos.moce
+        overwrite (bool, default False): replace the file, and what an interrupted run left
+        verify (bool, default False): read all pixels back and compare checksums (without --out:
+            those of DATA)
+        workers (int | None, default None): images decoded at the same time (default: all usable
+            cores)
+    """
+
+def pretrain(
+    data: Data,
+    *,
+    out: str | Path,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    cache_on_gpu: bool = True,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    overwrite: bool = False,
+    resume: bool = False,
+    epochs: float = 400,
+    steps: int | None = None,
+    batch_size: int = 256,
+    micro_batch_size: int | None = None,
+    base_lr: float = 0.00015,
+    weight_decay: float = 0.05,
+    beta2: float = 0.95,
+    clip_grad: float | None = None,
+    warmup: float = 0.05,
+    min_lr: float = 0.0,
+    crop_scale: float = 0.2,
+    hflip: bool = True,
+    grad_checkpointing: bool = False,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    log_every: int = 20,
+    save_every: int = 500,
+    tensorboard: bool = False,
+    model: str = "vit_base_patch16_224",
+    model_args: dict[str, Any] = {},
+    img_size: int | None = None,
+    init: str | Path | None = None,
+    mean: float | Sequence[float] = (0.485, 0.456, 0.406),
+    std: float | Sequence[float] = (0.229, 0.224, 0.225),
+    mask_ratio: float = 0.75,
+    norm_pix: bool = True,
+    decoder_dim: int = 512,
+    decoder_depth: int = 8,
+    decoder_heads: int = 16,
+) -> PretrainResult:
+    """Pre-train a masked autoencoder on unlabeled images (stage 0).
+
+    Args:
+        data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
+            separate several by commas, or list them in @FILE, one per line
+        out (str | Path): folder to write the run to
+        allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
+            e.g. norm.*; they are initialized
+        allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
+            the GPU if they take at most a quarter of its free memory
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        overwrite (bool, default False): replace the contents of the output folder
+        resume (bool, default False): resume from the last checkpoint in the output folder
+        epochs (float, default 400): passes over the images (fractions allowed)
+        steps (int | None, default None): optimizer steps (default: from epochs)
+        batch_size (int, default 256): images per optimizer step, over all processes and
+            micro-batches
+        micro_batch_size (int | None, default None): images per forward pass of each process;
+            gradients are accumulated over a batch (default: all)
+        base_lr (float, default 0.00015): learning rate per 256 images; the rate is base_lr *
+            batch_size / 256
+        weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
+        beta2 (float, default 0.95): AdamW second-moment decay
+        clip_grad (float | None, default None): clip the gradient to this norm
+        warmup (float, default 0.05): share of the steps with a rising learning rate
+        min_lr (float, default 0.0): learning rate at the end of the cosine
+        crop_scale (float, default 0.2): smallest random crop, as a share of the image's area
+        hflip (bool, default True): flip half of the images horizontally
+        grad_checkpointing (bool, default False): save memory: recompute the activations of each
+            block in the backward pass
+        strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
+            holds the whole network (ddp) or a share of it (fsdp); auto: ddp
+        log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        save_every (int, default 500): steps between checkpoints
+        tensorboard (bool, default False): also write TensorBoard events
+        model (str, default 'vit_base_patch16_224'): encoder: any plain timm ViT
+        model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
+            "depth": 6}
+        img_size (int | None, default None): image side in pixels (default: the model's)
+        init (str | Path | None, default None): start from a moce MAE run; weights of another
+            library: a file, a folder or a timm name; or 'pretrained', the timm model's own weights
+        mean (float | Sequence[float], default (0.485, 0.456, 0.406)): mean of the channels, 0..1,
+            to normalize pixels by: one value or one per channel (default for other than 3: 0.5)
+        std (float | Sequence[float], default (0.229, 0.224, 0.225)): standard deviation of the
+            channels, to normalize pixels by (default for other than 3 channels: 0.5)
+        mask_ratio (float, default 0.75): share of patches masked
+        norm_pix (bool, default True): predict pixels normalized per patch
+        decoder_dim (int, default 512): decoder width
+        decoder_depth (int, default 8): decoder blocks
+        decoder_heads (int, default 16): decoder attention heads
+    """
+
+def probe(
+    backbone: str | Path,
+    data: Data,
+    *,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    kind: Literal["linear", "knn"] = "linear",
+    solver: Literal["sgd", "lbfgs"] = "sgd",
+    metric: Literal["accuracy", "mean_per_class", "map11"] | None = None,
+    num_labels: int | None = None,
+    draws: int = 1,
+    pooling: Literal["mean", "cls"] | None = None,
+    neighbors: int = 20,
+    epochs: float = 90,
+    batch_size: int = 16384,
+    micro_batch_size: int = 256,
+    base_lr: float = 0.1,
+    warmup: float = 0.1111,
+    crop_scale: float = 0.08,
+    hflip: bool = True,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+) -> ProbeResult:
+    """Score frozen features on a labeled task with a linear or nearest-neighbor classifier.
+
+    Args:
+        backbone (str | Path): backbone: a customized folder, an MAE run folder or a timm name (not
+            fine-tuned)
+        data (Data): labeled images: class folders (train/ and test/ if split), or another source
+            with labels
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        kind (Literal['linear', 'knn'], default 'linear'): classifier
+        solver (Literal['sgd', 'lbfgs'], default 'sgd'): kind linear by sgd: MAE's recipe, LARS on
+            augmented images; or by lbfgs: logistic regression on features computed once, its
+            strength cross-validated
+        metric (Literal['accuracy', 'mean_per_class', 'map11'] | None, default None): accuracy,
+            mean_per_class or map11 (default: map11 where an image can have several labels, else
+            accuracy)
+        num_labels (int | None, default None): labeled images per draw (default: all)
+        draws (int, default 1): random draws of the labels
+        pooling (Literal['mean', 'cls'] | None, default None): feature: mean of patch tokens, or
+            cls, the class token (default: cls for solver sgd if the encoder has one, else mean)
+        neighbors (int, default 20): neighbors k (kind knn)
+        epochs (float, default 90): passes over the images (solver sgd)
+        batch_size (int, default 16384): images per optimizer step, at most all there are (solver
+            sgd)
+        micro_batch_size (int, default 256): images per forward pass
+        base_lr (float, default 0.1): learning rate per 256 images; the rate is base_lr * images per
+            step / 256 (solver sgd)
+        warmup (float, default 0.1111): share of the steps with a rising learning rate (solver sgd)
+        crop_scale (float, default 0.08): smallest random crop, as a share of the image's area
+            (solver sgd)
+        hflip (bool, default True): flip half of the images horizontally (solver sgd)
+        out (str | Path | None, default None): folder to write results.json to
+        overwrite (bool, default False): replace the contents of the output folder
+    """
+
+def report(
+    *runs: str | Path, out: str | Path = "report.html", max_images: int = 12
+) -> ReportResult:
+    """Draw run folders as one self-contained HTML page.
+
+    Args:
+        runs (str | Path): run folders, or a folder of run folders
+        out (str | Path, default 'report.html'): file to write
+        max_images (int, default 12): pictures per row of a montage
+    """
+
+def train(
+    data: Data,
+    *,
+    mae: str | Path,
+    out: str | Path,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    model: str | None = None,
+    model_args: dict[str, Any] = {},
+    img_size: int | None = None,
+    decoder_heads: int | None = None,
+    cache_on_gpu: bool = True,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    overwrite: bool = False,
+    resume: bool = False,
+    epochs: float = 400,
+    steps: int | None = None,
+    batch_size: int = 256,
+    micro_batch_size: int | None = None,
+    base_lr: float = 0.00015,
+    weight_decay: float = 0.05,
+    beta2: float = 0.95,
+    clip_grad: float | None = None,
+    warmup: float = 0.05,
+    min_lr: float = 0.0,
+    crop_scale: float = 0.2,
+    hflip: bool = True,
+    grad_checkpointing: bool = False,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    log_every: int = 20,
+    save_every: int = 500,
+    tensorboard: bool = False,
+    clusters: str | Path | None = None,
+    method: Literal["moce", "mae", "token_moe", "sdr", "subset"] = "moce",
+    task: Data | None = None,
+    task_share: float = 0.9,
+    num_experts: int = 8,
+    moe_blocks: Sequence[int] | None = None,
+    expert_scope: Literal["ffn", "block"] = "ffn",
+    gate_scale: Literal["straight_through", "prob"] = "straight_through",
+    gate_init: Literal["centroids", "random"] = "centroids",
+    gate_confidence: float = 0.8,
+    gate_init_std: float = 0.02,
+    gate_lr_scale: float = 1.0,
+    gate_noise: bool = True,
+    shared_gate: bool = False,
+    balance_weight: float = 0.01,
+    imbalance_weight: float = 0.01,
+    balance_scope: Literal["dataset", "batch"] = "dataset",
+) -> TrainResult:
+    """Train cluster-conditional experts from an MAE (stage 2), or a baseline for as long.
+
+    Args:
+        data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
+            separate several by commas, or list them in @FILE, one per line
+        mae (str | Path): run of moce pretrain, or weights of another library: a file, a folder, a
+            timm name
+        out (str | Path): folder to write the run to
+        allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
+            e.g. norm.*; they are initialized
+        allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        model (str | None, default None): timm architecture of a weights file (default: inferred
+            from tensor shapes)
+        model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
+            {"num_heads": 2}
+        img_size (int | None, default None): image side in pixels for a weights file (default: its
+            own)
+        decoder_heads (int | None, default None): attention heads of the decoder in a weights file
+            (default: 16)
+        cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
+            the GPU if they take at most a quarter of its free memory
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        overwrite (bool, default False): replace the contents of the output folder
+        resume (bool, default False): resume from the last checkpoint in the output folder
+        epochs (float, default 400): passes over the images (fractions allowed)
+        steps (int | None, default None): optimizer steps (default: from epochs)
+        batch_size (int, default 256): images per optimizer step, over all processes and
+            micro-batches
+        micro_batch_size (int | None, default None): images per forward pass of each process;
+            gradients are accumulated over a batch (default: all)
+        base_lr (float, default 0.00015): learning rate per 256 images; the rate is base_lr *
+            batch_size / 256
+        weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
+        beta2 (float, default 0.95): AdamW second-moment decay
+        clip_grad (float | None, default None): clip the gradient to this norm
+        warmup (float, default 0.05): share of the steps with a rising learning rate
+        min_lr (float, default 0.0): learning rate at the end of the cosine
+        crop_scale (float, default 0.2): smallest random crop, as a share of the image's area
+        hflip (bool, default True): flip half of the images horizontally
+        grad_checkpointing (bool, default False): save memory: recompute the activations of each
+            block in the backward pass
+        strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
+            holds the whole network (ddp) or a share of it (fsdp); auto: ddp
+        log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        save_every (int, default 500): steps between checkpoints
+        tensorboard (bool, default False): also write TensorBoard events
+        clusters (str | Path | None, default None): run folder of moce cluster (not for methods mae
+            and token_moe)
+        method (Literal['moce', 'mae', 'token_moe', 'sdr', 'subset'], default 'moce'): moce:
+            experts; baselines for the same steps: mae (MAE+, no experts), token_moe (the gate reads
+            tokens), sdr (the experts of clusters are fixed beforehand), subset (mae on the images
+            of one task's clusters only)
+        task (Data | None, default None): the task's images (for method subset)
+        task_share (float, default 0.9): share of the task's images whose clusters method subset
+            trains on
+        num_experts (int, default 8): experts E per MoE block
+        moe_blocks (Sequence[int] | None, default None): encoder blocks with experts, e.g. 9,11
+            (default: the last two odd ones)
+        expert_scope (Literal['ffn', 'block'], default 'ffn'): what an expert is: the block's FFN
+            (as in the paper), or the whole block
+        gate_scale (Literal['straight_through', 'prob'], default 'straight_through'): scale of an
+            expert's output: straight_through (value 1) or prob (as in the paper)
+        gate_init (Literal['centroids', 'random'], default 'centroids'): initialize gates from
+            groups of centroids, or at random
+        gate_confidence (float, default 0.8): mean largest gate probability at the start (gate_init
+            centroids)
+        gate_init_std (float, default 0.02): standard deviation of initial gate weights (gate_init
+            random)
+        gate_lr_scale (float, default 1.0): learning rate of the gates over that of the other
+            weights
+        gate_noise (bool, default True): add noise N(0, 1/E^2) to gate logits in training
+        shared_gate (bool, default False): one gate, so one route, for all MoE blocks
+        balance_weight (float, default 0.01): weight of the balance loss
+        imbalance_weight (float, default 0.01): weight of the imbalance loss
+        balance_scope (Literal['dataset', 'batch'], default 'dataset'): count the images of each
+            expert over the data set's clusters or over the batch
+    """
