@@ -18,18 +18,18 @@ from moce.runs.model import read_metrics
 
 CLOSE = 1e-5
 EPSILON = 0.01  # of the clusterings
-# 8 clusters, a sample of 64 of 160 images: both stages. A sweep that sleeps leaves time to be stopped.
+# 8 clusters, a sample of 64 of 160 images: both stages. A pass that sleeps leaves time to be stopped.
 PROGRAM = """
 import sys
 import time
-import moce.clustering.balanced as balanced
+import moce.clustering.balanced_kmeans as balanced
 from moce.cli import main
 
-def slowly(*words, sweep=balanced.sweep, **options):
+def slowly(*arguments, score_pass=balanced.score_pass, **options):
     time.sleep({pause})
-    return sweep(*words, **options)
+    return score_pass(*arguments, **options)
 
-balanced.SAMPLE, balanced.sweep = 8, slowly
+balanced.SAMPLE, balanced.score_pass = 8, slowly
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -113,10 +113,12 @@ def test_stopped_by_sigterm_and_resumed_by_two_and_by_one(data: Path, runs, tmp_
 
 
 @pytest.mark.slow
-def test_too_many_clusters_are_told_once(data: Path, runs, tmp_path: Path) -> None:
+def test_too_many_clusters_are_refused_once(data: Path, runs, tmp_path: Path) -> None:
     wrong = {**settings(data, runs, tmp_path / "run"), "num_clusters": 500}
     going = torchrun(*moce_words("cluster", wrong))
     _, told = going.communicate(timeout=120)
     assert going.returncode != 0
-    assert len(said(told)) == 1 and "500 clusters need as many images" in said(told)[0], told
+    assert len(said(told)) == 1 and "500 clusters need as many distinct images" in said(told)[0], (
+        told
+    )
     assert not (tmp_path / "run").exists()
