@@ -18,7 +18,7 @@ from rich.console import Console
 import moce
 from moce.data.dataset import ImageDataset
 from moce.data.from_python import as_image_dataset
-from moce.data.load import Decoding, decode_into, load_images
+from moce.data.load import decode_all, decode_into, load_images
 from moce.data.loader import all_on_device
 from moce.data.readers.factory import open_source
 from moce.data.readers.packed import open_packed
@@ -94,7 +94,7 @@ def test_rows_that_are_not_there_are_errors(images: ImageDataset) -> None:
 def test_a_part_that_is_sent_to_a_device_is_all_that_is_there(
     images: ImageDataset, expected, monkeypatch
 ) -> None:
-    monkeypatch.setattr("moce.data.loader.SENT_TOGETHER", 3 * 16 * 16 * 3)  # three at a time
+    monkeypatch.setattr("moce.data.loader.COPY_BYTES", 3 * 16 * 16 * 3)  # three at a time
     part = all_on_device(images.subset(range(1, 20, 2)), CPU)
     assert torch.equal(part.pixels, expected[1::2]) and part.ids == images.ids[1::2]
     assert torch.equal(part.take(torch.tensor([4, 1])), expected[[9, 3]])
@@ -106,7 +106,7 @@ def test_a_part_that_is_sent_to_a_device_is_all_that_is_there(
 def test_no_more_images_are_asked_for_than_the_threads_need(folder: Path, monkeypatch) -> None:
     """A million of them waiting to be decoded would fill gigabytes."""
     monkeypatch.setattr("moce.data.load.worker_threads", lambda: 2)
-    monkeypatch.setattr("moce.data.load.ASKED_AHEAD", 3)
+    monkeypatch.setattr("moce.data.load.AHEAD_PER_THREAD", 3)
     samples = open_source(str(folder))[1:2] * 50
     given = []
 
@@ -123,8 +123,7 @@ def test_no_more_images_are_asked_for_than_the_threads_need(folder: Path, monkey
         assert hold.wait(20)
 
     monkeypatch.setattr("moce.data.load.decode_into", decode)
-    work = Decoding(Counted(samples), (50, 3, *SIZE), 1.0, "x")
-    thread = threading.Thread(target=work.into, args=(np.zeros(1),))
+    thread = threading.Thread(target=decode_all, args=(Counted(samples), np.zeros(1)))
     thread.start()
     assert started.wait(20)
     thread.join(0.2)
@@ -138,7 +137,7 @@ def test_long_decoding_tells_how_it_goes(folder: Path, monkeypatch, capsys) -> N
     load_images(str(folder), SIZE)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("moce.runtime.progress.LINE_EVERY", 0.0)
-    monkeypatch.setattr("moce.data.load.TOLD_EVERY", 10)
+    monkeypatch.setattr("moce.data.load.REPORT_EVERY", 10)
     load_images(str(folder), SIZE)
     told = capsys.readouterr().err
     assert "read images 10/23" in told and "s left, 2 unreadable" in told

@@ -138,20 +138,20 @@ def test_a_second_ctrl_c_stops_at_once(runs: Runs, tmp_path: Path) -> None:
 
 
 SLOW_IMAGES = (
-    "import time, pathlib, moce.data.decoding as decoding\n"
-    "decode = decoding.decode_into\n"
+    "import time, pathlib, moce.data.load as load\n"
+    "decode = load.decode_into\n"
     "def slow(*given):\n"
     "    pathlib.Path(MARK).touch(); time.sleep(0.2)\n"
     "    return decode(*given)\n"
-    "decoding.decode_into = slow"
+    "load.decode_into = slow"
 )
 SLOW_CLUSTERS = (
-    "import time, pathlib, moce.clustering.balanced as balanced\n"
-    "sweep = balanced.sweep\n"
+    "import time, pathlib, moce.clustering.balanced_kmeans as balanced\n"
+    "score_pass = balanced.score_pass\n"
     "def slow(*given, **more):\n"
     "    pathlib.Path(MARK).touch(); time.sleep(0.5)\n"
-    "    return sweep(*given, **more)\n"
-    "balanced.sweep = slow"
+    "    return score_pass(*given, **more)\n"
+    "balanced.score_pass = slow"
 )
 
 
@@ -199,7 +199,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(runs: Runs, tmp_pat
 def test_a_packed_file_that_is_cut_short_in_mid_run_is_told(runs: Runs, tmp_path: Path) -> None:
     packed, out = tmp_path / "photos.moce", tmp_path / "run"
     assert start("pack", runs.data, "--size", 16, "--out", packed).wait(300) == 0
-    code = "import moce.data.images as images\nimages.MEMORY_SHARE = 0.0"
+    code = "import moce.data.load as load\nload.MEMORY_SHARE = 0.0"
     words = words_of("pretrain", runs, out)
     process = start("pretrain", packed, *words[2:], code=code)
     wait_for(process, lambda: list(out.glob("state/step_*")))

@@ -105,7 +105,7 @@ def test_programs_called_images_are_not_run(tmp_path: Path) -> None:
     picture().save(tmp_path / "b.png")
     images = load_images(str(tmp_path), (16, 16))
     assert images.ids == ["b.png"]
-    assert images.skipped == [("a.png", "ValueError: not an image, or of a kind that is not read")]
+    assert images.skipped == [("a.png", "ValueError: not an image, or of an unsupported format")]
 
 
 def raw_png(depth: int, color_type: int, row: bytes, transparent: bytes) -> bytes:

@@ -149,7 +149,7 @@ def test_ctrl_c_leaves_a_state_that_the_same_command_goes_on_from(
         assert main(command) == 128 + signal.SIGINT
     assert "12 of 42 images" in capsys.readouterr().err
     assert main(command) == 0
-    assert "going on after 12 of 42" in capsys.readouterr().err
+    assert "resuming after 12 of 42" in capsys.readouterr().err
     assert same(load_images(str(tmp_path / "a.moce"), SIZE), load_images(str(folder), SIZE))
 
 
@@ -201,7 +201,7 @@ def test_mistakes_are_refused_in_one_line(folder, store, tmp_path) -> None:
         ({"out": tmp_path / "a"}, "--size"),
         ({"size": 16, "out": store}, "--overwrite"),
         ({"size": 16, "out": tmp_path}, "is a folder"),
-        ({"verify": True}, "no packed file"),
+        ({"verify": True}, "not a packed file"),
         ({"size": "16x", "out": tmp_path / "a"}, "size"),
         ({"size": 0, "out": tmp_path / "a"}, "size"),
         ({"size": "99999", "out": tmp_path / "a"}, "free"),
@@ -251,7 +251,7 @@ def test_prefetched_batches_are_those_fetched_one_by_one(store, memory_share, mo
     monkeypatch.setattr("moce.data.load.MEMORY_SHARE", memory_share)
     images = load_images(str(store), SIZE)
     order = BatchOrder(len(images), 12, seed=3)
-    parts = list(order.parts(2, 9, 5))
+    parts = list(order.micro_batches(2, 9, 5))
     assert [len(rows) for rows, _ in parts] == [5, 5, 2] * 7
     assert torch.equal(torch.cat([rows for rows, _ in parts[:3]]), order(2)[0])
     batches = list(prefetched(images, parts, CPU))
@@ -268,7 +268,7 @@ def test_an_error_while_prefetching_reaches_the_trainer_and_leaving_early_is_cle
     next(batches)
     with pytest.raises(IndexError):
         next(batches)
-    endless = prefetched(images, BatchOrder(40, 4, 0).parts(0, 10**9, None), CPU)
+    endless = prefetched(images, BatchOrder(40, 4, 0).micro_batches(0, 10**9, None), CPU)
     next(endless)
     endless.close()
 

@@ -16,7 +16,7 @@ import moce
 from moce.config import PretrainSettings
 from moce.data.from_python import as_image_dataset
 from moce.data.load import load_images
-from moce.data.readers.factory import is_named, located, open_source, parts_of, paths_of
+from moce.data.readers.factory import is_named, located, open_source, paths_of, sources_of
 from moce.data.readers.tar import expand_braces
 from moce.errors import MoceError
 
@@ -115,7 +115,7 @@ def test_relative_sources_of_a_suite_start_from_its_root(tmp_path: Path) -> None
     assert located("a,hf:x,@l.txt", tmp_path) == f"{tmp_path}/a,hf:x,@{tmp_path}/l.txt"
     assert paths_of("a,demo:digits,s-{0..1}.tar") == [Path("a"), Path("s-0.tar"), Path("s-1.tar")]
     assert is_named("hf:x") and not is_named("photos")
-    assert [part.data for part in parts_of("s-{a,b}.tar")] == ["s-{a,b}.tar"]
+    assert [source.data for source in sources_of("s-{a,b}.tar")] == ["s-{a,b}.tar"]
 
 
 # --- folders --------------------------------------------------------------------------------------

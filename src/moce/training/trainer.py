@@ -118,7 +118,7 @@ class _Loop:
         write_config(self.folder, self.settings)
         self.model.train()
         led = self.objective.uses_mixup and world_size() > 1
-        parts = self.order.parts(self.done, self.total, self.settings.micro_batch_size, led)
+        parts = self.order.micro_batches(self.done, self.total, self.settings.micro_batch_size, led)
         with (
             closing(self._open_log()) as metric_log,
             meter(self.objective.title, self.total, self.done) as progress,
