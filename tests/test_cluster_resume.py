@@ -1,7 +1,8 @@
-"""moce cluster: killed or stopped at any moment it ends as if it had not been; features stream."""
+"""moce cluster resumes after a kill or signal at any moment with the same result; streamed features."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -20,14 +21,14 @@ from moce.clustering.feature_store import FeatureFile, mean_of
 from moce.commands import cluster
 from moce.errors import Interrupted, MoceError
 from moce.models.cluster_model import unit
-from moce.runs.files import read_tensors
+from moce.runs.files import CHECKSUM, checksum, read_tensors, write_tensors
 from moce.runs.model import read_info, read_metrics, write_model
 
 COMPARED = ("model.safetensors", "assignments.parquet", "metrics.jsonl")
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it, and nothing is put in order."""
+    """Stands for SIGKILL: nothing catches it, nothing cleans up."""
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ def same(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-# Where a kill may come: after so many calls of a function of a module or class.
+# When to kill: after so many calls of a function of a module or class.
 MOMENTS = [
     (feature_store.FeatureFile, "_sync", 1),
     (feature_store.FeatureFile, "_sync", 4),
@@ -111,7 +112,7 @@ def straight(inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("place", "name", "number"), MOMENTS)
-def test_killed_run_ends_as_an_uninterrupted_one(
+def test_killed_run_ends_like_an_uninterrupted_one(
     inputs, straight: Path, tmp_path: Path, monkeypatch, place, name: str, number: int
 ) -> None:
     monkeypatch.setattr(feature_store, "SAVE_EVERY", 0.0)
@@ -126,14 +127,14 @@ def test_killed_run_ends_as_an_uninterrupted_one(
     assert sum(again.sizes) == 160
 
 
-def test_a_packed_file_is_read_on_where_it_was(inputs, tmp_path: Path, monkeypatch) -> None:
-    """Its rows are read by number, so those of a part must not be counted from zero."""
+def test_a_packed_file_is_resumed_at_the_right_row(inputs, tmp_path: Path, monkeypatch) -> None:
+    """Its rows are read by number, so those of a slice must not be counted from zero."""
     monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)
     monkeypatch.setattr(feature_store, "SAVE_EVERY", 0.0)
     packed = Inputs(moce.pack(inputs.data, size=16, out=tmp_path / "images.moce").file, inputs.mae)
     run(packed, tmp_path / "straight")
     with monkeypatch.context() as patch:
-        patch.setattr(FeatureFile, "_sync", counted(FeatureFile._note, 4, kill))
+        patch.setattr(FeatureFile, "_sync", counted(FeatureFile._sync, 4, kill))
         with pytest.raises(Killed):
             run(packed, tmp_path / "run")
     run(packed, tmp_path / "run", resume=True)
@@ -181,6 +182,19 @@ def test_damaged_state_is_ignored(inputs, straight: Path, tmp_path: Path, monkey
     same(straight, tmp_path / "run")
 
 
+def test_state_of_version_0_1_0_is_read(tmp_path: Path) -> None:
+    tensors = {name: torch.rand(3) for name in ("centroids", "potentials", "guide")}
+    tensors["assignment"] = torch.arange(5, dtype=torch.int32)
+    numbers = {"stage": 1, "number": 2, "step": 7, "settled": True, "moved": 0.25}
+    metadata = {"round": json.dumps(numbers), CHECKSUM: checksum(tensors)}
+    (tmp_path / "state").mkdir()
+    write_tensors(tmp_path / "state" / checkpoint.OLD_FILE, tensors, metadata)
+    state = checkpoint.load_iteration(tmp_path, 5, torch.device("cpu"))
+    assert state is not None and (state.step, state.converged, state.moved) == (7, True, 0.25)
+    assert torch.equal(state.sample_potentials, tensors["guide"])
+    assert torch.equal(state.assignment, tensors["assignment"])
+
+
 def test_resuming_a_finished_run_gives_its_result(inputs, straight: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
     result = run(inputs, straight, resume=True)
@@ -223,7 +237,7 @@ def test_iterations_are_logged_without_times(straight: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", [0, 10**9])
-def test_scores_that_are_not_kept_give_the_same_clusters(
+def test_scores_without_a_cache_give_the_same_clusters(
     inputs, straight: Path, tmp_path: Path, monkeypatch, cache: int
 ) -> None:
     monkeypatch.setattr(sinkhorn, "CACHE_BYTES", cache)

@@ -15,7 +15,8 @@ import moce
 from moce.clustering import balanced_kmeans as balanced
 from moce.clustering.balanced_kmeans import balanced_kmeans
 from moce.clustering.feature_store import mean_of
-from moce.clustering.sinkhorn import balance
+from moce.clustering.features import Rows
+from moce.clustering.sinkhorn import Scores, balanced_potentials
 from moce.data.load import load_images
 from moce.inference.features import extract_features
 from moce.models.cluster_model import ClusterModel, assign, scores, unit
@@ -25,6 +26,20 @@ from moce.weights.from_runs import load_clusters
 
 def q_of(features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float) -> Tensor:
     return scores(features, centroids, potentials, epsilon).softmax(dim=1) / len(features)
+
+
+def balance(
+    features: Tensor,
+    centroids: Tensor,
+    epsilon: float,
+    tolerance: float = 1e-2,
+    max_steps: int = 1000,
+    chunk_size: int = 4096,
+) -> Tensor:
+    """Balanced potentials, [K], from zeros."""
+    scores = Scores(Rows(features, chunk_size=chunk_size), centroids, epsilon, cache=True)
+    zeros = features.new_zeros(len(centroids))
+    return balanced_potentials(scores, zeros, tolerance, max_steps)
 
 
 def model_of(found, epsilon: float = 0.01) -> ClusterModel:

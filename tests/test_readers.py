@@ -1,4 +1,4 @@
-"""Kinds of sources: lists, single files, arrays, tar shards, Hugging Face; odd and hostile ones."""
+"""Readers: lists, single files, arrays, tar shards, Hugging Face; unusual and hostile ones."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_list_names_sources_from_its_own_folder(tmp_path: Path, monkeypatch) -
     assert ids("@all.txt") == ["cats/a.png", "one.png"]  # wherever it is read from
 
 
-def test_single_files_are_called_as_they_are_written(tmp_path: Path, monkeypatch) -> None:
+def test_ids_of_single_files_are_their_paths_as_written(tmp_path: Path, monkeypatch) -> None:
     put(tmp_path / "a" / "1.png"), put(tmp_path / "b" / "1.png")
     monkeypatch.chdir(tmp_path)
     assert ids("a/1.png,b/1.png") == ["a/1.png", "b/1.png"]
@@ -250,7 +250,7 @@ def test_what_is_whole_of_a_broken_archive_is_read(tmp_path: Path) -> None:
         open_source(str(tmp_path / "z.tar"))
 
 
-def test_images_behind_a_damaged_header_of_an_archive_are_told(tmp_path: Path) -> None:
+def test_images_behind_a_damaged_header_of_an_archive_are_listed(tmp_path: Path) -> None:
     """tarfile takes it for the end."""
     path = tar(tmp_path / "a.tar", {f"{n}.png": png(COLORS[0]) for n in range(3)})
     whole = path.read_bytes()
@@ -309,7 +309,7 @@ def test_images_of_too_many_pixels_are_skipped(tmp_path: Path, monkeypatch) -> N
     assert images.ids == ["b.png"] and "more than 300" in images.skipped[0][1]
 
 
-# --- from a source to a run -----------------------------------------------------------------------
+# --- from DATA to a run -----------------------------------------------------------------------
 
 
 def test_a_tar_pattern_and_a_hugging_face_folder_are_pretrained_on(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moce.clustering.features import CHUNK_SIZE, Rows, chunks
+from moce.clustering.features import Rows, chunks
 
 GRAM_ROWS = 2**17  # rows that estimate the Hessian of a Newton step; fewer make it a poor one
 MASS_ROWS = 2**16  # rows that estimate the column masses while centroids still move
@@ -186,23 +186,6 @@ def column_masses(scores: Scores, potentials: Tensor) -> Masses:
     for where, _, score in scores.chunks(potentials):
         masses.add(where, score, score.amax(dim=1))
     return masses.total()
-
-
-def balance(
-    features: Tensor,
-    centroids: Tensor,
-    epsilon: float,
-    tolerance: float = 1e-2,
-    max_steps: int = 1000,
-    chunk_size: int = CHUNK_SIZE,
-) -> Tensor:
-    """Dual potentials v [K] under which all clusters have the same mass.
-
-    features: [n, D], centroids: [K, D], of one floating dtype. tolerance: largest relative error of
-    a cluster's mass to stop at.
-    """
-    scores = Scores(Rows(features, chunk_size=chunk_size), centroids, epsilon, cache=True)
-    return balanced_potentials(scores, features.new_zeros(len(centroids)), tolerance, max_steps)
 
 
 def balanced_potentials(
