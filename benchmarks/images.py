@@ -6,8 +6,8 @@
 
 Files are random crops of scikit-learn's two sample photographs: 500 x 400 JPEGs for training at
 224, 32 x 32 PNGs for training at 32. Every candidate returns float32 batches after a random resized
-crop (bicubic, antialiased, scale 0.2 to 1), a flip and normalization. They
-alternate in one process tree; each row of results/images.json is one pass of one candidate. Needs: pip install 'moce[hf]'.
+crop (bicubic, antialiased, scale 0.2 to 1), a flip and normalization. They alternate in one process
+tree; each row of results/images.json is one pass of one candidate. Needs: pip install 'moce[hf]'.
 """
 
 from __future__ import annotations
