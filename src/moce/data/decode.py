@@ -103,8 +103,11 @@ def to_pixels(image: Raster, size: Box, channels: int = 3) -> np.ndarray:
     Converts between gray and color. Any other number of channels must be the image's own; 4 are
     those of an image with alpha. Raises ValueError if the channels do not match.
     """
-    is_array = isinstance(image, np.ndarray)
-    planes = _array_planes(image, channels) if is_array else _planes(image, channels)
+    planes = (
+        _array_planes(image, channels)
+        if isinstance(image, np.ndarray)
+        else _planes(image, channels)
+    )
     return np.concatenate([_filled(plane, size) for plane in planes])
 
 
