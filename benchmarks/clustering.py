@@ -1,15 +1,14 @@
-"""How long balanced clustering takes and how good it is, beside faiss, scikit-learn and POT.
+"""Time and quality of balanced clustering, compared with faiss, scikit-learn and POT.
 
-    python -m benchmarks.clustering                  # 200,000 features: some minutes on an idle machine
-    python -m benchmarks.clustering --case large     # 1.28 million: 3.9 GB on the disk, an hour
+    python -m benchmarks.clustering                  # 200,000 features: some minutes
+    python -m benchmarks.clustering --case large     # 1.28 million: 3.9 GB on disk, an hour
     python -m benchmarks.clustering --only moce,faiss
 
 Features [n, 768] of unit norm around planted clusters of unequal size, in a mapped float32 file.
-Every candidate runs in a process of its own. A pass is one sweep over all features: assignment
-and update, or one iteration of Sinkhorn-Knopp. Memory is the largest that a process holds of its own
-(RssAnon), beyond what it held before: pages of the file are not in it. The bare matrix product of
-features and centroids, in chunks, is the floor, measured in the same process right after moce's
-passes and faiss's. Needs: pip install faiss-cpu pot
+Every candidate runs in its own process. A pass goes once over all features: assignment and update,
+or one Sinkhorn-Knopp step. Memory is the peak of the process's own memory (RssAnon) above its
+start, without pages of the file. The floor is the bare matrix product of features and centroids, in
+chunks, measured in the same process as moce's and faiss's passes. Needs: pip install faiss-cpu pot
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from benchmarks.measure import machine
 from moce.clustering.balanced_kmeans import Callbacks, Iteration, balanced_kmeans
-from moce.clustering.features import Rows, without_copies
-from moce.clustering.sinkhorn import Similarities, column_masses, score_pass
+from moce.clustering.features import Rows, mask_duplicates
+from moce.clustering.score_pass import score_pass
+from moce.clustering.sinkhorn import Scores, column_masses
 
 PACKAGES = ("moce", "torch", "faiss-cpu", "scikit-learn", "POT")
 RESULTS = Path(__file__).parent / "results" / "clustering.json"
@@ -42,7 +42,7 @@ EPSILON = 0.01
 
 @dataclass(frozen=True)
 class Case:
-    """count: features; planted: clusters they were made around; ours: clusters to be found."""
+    """count: features. planted: clusters they are generated from. clusters: number to find."""
 
     name: str
     count: int
@@ -60,10 +60,10 @@ SINKHORN_COUNT = 20_000  # POT holds several n x K matrices in float64
 
 
 def write_features(path: Path, case: Case) -> None:
-    """Unit features, centered; beside them the planted cluster of each.
+    """Centered unit features, and the planted cluster of each in a .npy file.
 
-    Centers come in families of eight; sizes are lognormal; the noise is partly along 64 directions
-    that all share.
+    Centers come in families of eight, sizes are lognormal, and part of the noise is along 64 shared
+    directions.
     """
     random = np.random.default_rng(0)
     family = random.standard_normal((max(1, case.planted // 8), case.width))
@@ -94,7 +94,7 @@ def open_features(path: Path, case: Case) -> np.ndarray:
 
 
 class Memory:
-    """The most memory of its own (RssAnon) that this process holds within the context."""
+    """Peak of this process's own memory (RssAnon) within the context."""
 
     def __enter__(self) -> Memory:
         self.start = self.peak = anonymous_bytes()
@@ -126,7 +126,7 @@ def anonymous_bytes() -> int:
 
 @dataclass
 class Found:
-    """What a candidate came to. seconds: of each pass, by kind; total: of the whole clustering."""
+    """The result of a candidate. seconds: of each pass, by kind. total: of the whole clustering."""
 
     total: float
     seconds: dict[str, list[float]]
@@ -136,32 +136,32 @@ class Found:
 
 
 def run_moce(features: np.ndarray, case: Case) -> Found:
-    """The whole clustering, as `moce cluster` does it."""
+    """The clustering of `moce cluster`."""
     tensor = torch.from_numpy(features)
     iterations: list[Iteration] = []
     ends: list[float] = []
-    sweeps = [0]
+    passes_made = [0]
 
-    def on_round(state: Iteration) -> None:
+    def on_iteration(state: Iteration) -> None:
         iterations.append(state)
         ends.append(time.perf_counter())
 
-    def on_sweep() -> None:
-        sweeps[0] += 1
+    def on_pass() -> None:
+        passes_made[0] += 1
 
     with Memory() as memory:
         start = time.perf_counter()
-        found = balanced_kmeans(tensor, case.clusters, watch=Callbacks(on_round, on_sweep))
+        found = balanced_kmeans(tensor, case.clusters, callbacks=Callbacks(on_iteration, on_pass))
         total = time.perf_counter() - start
     whole = [i for i, state in enumerate(iterations) if state.stage == 1]
     between = [ends[i] - ends[i - 1] for i in whole if i - 1 in whole]
     passes = {
-        "rounds on the sample": len(iterations) - len(whole),
-        "rounds on all": len(whole),
-        "sweeps of every kind": sweeps[0],
+        "iterations on the sample": len(iterations) - len(whole),
+        "iterations on all": len(whole),
+        "passes in all": passes_made[0],
     }
     seconds = {
-        "round on all": between,
+        "iteration on all": between,
         "everything before": [ends[whole[0]] - start],
         "everything after": [total - (ends[-1] - start)],
     }
@@ -202,7 +202,7 @@ def run_sklearn(features: np.ndarray, case: Case) -> Found:
 
 
 def run_pot(features: np.ndarray, case: Case) -> Found:
-    """Sinkhorn-Knopp alone, on a part, to moce's centroids of that part: the matrix fits no more."""
+    """Sinkhorn-Knopp alone, on a subset that fits into memory, with moce's centroids of it."""
     import ot
 
     part = np.array(features[:SINKHORN_COUNT])
@@ -222,7 +222,7 @@ def run_pot(features: np.ndarray, case: Case) -> Found:
     return Found(total, seconds, memory.gigabytes, plan.argmax(axis=1), {"iterations": iterations})
 
 
-CONTENDERS: dict[str, Callable[[np.ndarray, Case], Found]] = {
+CANDIDATES: dict[str, Callable[[np.ndarray, Case], Found]] = {
     "moce": run_moce,
     "faiss": run_faiss,
     "scikit-learn": run_sklearn,
@@ -230,10 +230,10 @@ CONTENDERS: dict[str, Callable[[np.ndarray, Case], Found]] = {
 }
 
 
-def contend(name: str, path: Path, case: Case) -> dict[str, Any]:
-    """One candidate in this process: times, memory, sizes and agreement with what was planted."""
+def run_candidate(name: str, path: Path, case: Case) -> dict[str, Any]:
+    """Times, memory, sizes and agreement with the planted clusters of one candidate."""
     features, planted = open_features(path, case), np.load(path.with_suffix(".npy"))
-    found = CONTENDERS[name](features, case)
+    found = CANDIDATES[name](features, case)
     planted = planted[: len(found.assignment)]
     sizes = np.bincount(found.assignment, minlength=case.clusters)
     return {
@@ -251,7 +251,7 @@ def contend(name: str, path: Path, case: Case) -> dict[str, Any]:
     }
 
 
-# --- passes, in turns ---------------------------------------------------------------------------------
+# --- single passes ------------------------------------------------------------------------------------
 
 
 def bare_product(features: torch.Tensor, centroids: torch.Tensor) -> None:
@@ -273,7 +273,7 @@ def faiss_pass(features: np.ndarray, centroids: np.ndarray) -> Callable[[], None
 
 
 def time_passes(path: Path, case: Case, repeats: int) -> list[dict[str, Any]]:
-    """Seconds of single passes, in turns in one process."""
+    """Seconds of single passes, alternating in one process."""
     array = open_features(path, case)
     features = torch.from_numpy(array)
     rows = Rows(features)
@@ -281,18 +281,18 @@ def time_passes(path: Path, case: Case, repeats: int) -> list[dict[str, Any]]:
     centroids = features[::step][: case.clusters].clone()
     potentials = torch.zeros(case.clusters)
     assignment = torch.zeros(case.count, dtype=torch.int32)
-    kept = Similarities(rows, centroids, EPSILON, keep=True)
-    column_masses(kept, potentials)
+    cached = Scores(rows, centroids, EPSILON, cache=True)
+    column_masses(cached, potentials)
 
     def fused() -> None:
-        similarities = Similarities(rows, centroids, EPSILON, keep=False)
-        score_pass(similarities, potentials, assignment, exact=False)
+        scores = Scores(rows, centroids, EPSILON, cache=False)
+        score_pass(scores, potentials, assignment, exact=False)
 
     runs: dict[str, Callable[[], Any]] = {
         "bare product": lambda: bare_product(features, centroids),
-        "moce, a round": fused,
-        "moce, Sinkhorn, scores kept": lambda: column_masses(kept, potentials),
-        "moce, copies told apart": lambda: without_copies(rows),
+        "moce, an iteration": fused,
+        "moce, Sinkhorn, scores cached": lambda: column_masses(cached, potentials),
+        "moce, find duplicates": lambda: mask_duplicates(rows),
         "faiss, an iteration": faiss_pass(array, centroids.numpy()),
     }
     found = []
@@ -315,7 +315,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def keep(out: Path, case: Case, part: str, content: Any) -> None:
-    """Put a part of the result into the file, in the place of what was there of it."""
+    """Replace one entry of the result file."""
     result = json.loads(out.read_text()) if out.is_file() else {}
     sample = result.setdefault(case.name, {})
     sample["case"] = asdict(case)
@@ -326,7 +326,7 @@ def keep(out: Path, case: Case, part: str, content: Any) -> None:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What benchmarks.draw puts into docs/performance.md."""
+    """The tables that benchmarks.draw puts into docs/performance.md."""
     parts = []
     for name in ("small", "large"):
         if name in found:
@@ -345,7 +345,7 @@ def case_tables(sample: dict[str, Any]) -> list[str]:
     if "passes" in sample:
         lines.append(f"Passes, revision {machines['passes']['revision']}:")
         lines.append("\n".join(pass_table(sample["passes"])))
-    found = [name for name in CONTENDERS if name in sample]
+    found = [name for name in CANDIDATES if name in sample]
     if not found:
         return lines
     revisions = ", ".join(f"{name} {machines[name]['revision']}" for name in found)
@@ -368,7 +368,7 @@ def pass_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def whole_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Whole clusterings: what they cost and how good they are."""
+    """Cost and quality of whole clusterings."""
     head = (
         "| the whole | features | s | passes over all | GB | sizes | their deviation | ARI | NMI |"
     )
@@ -387,10 +387,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", default="small", choices=CASES)
     parser.add_argument("--only", default="passes,moce,faiss,scikit-learn,POT")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of the single passes")
-    parser.add_argument(
-        "--features", type=Path, help="file to keep the features in (default: passing)"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of the single passes")
+    parser.add_argument("--features", type=Path, help="file for the features (default: temporary)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     case = CASES[options.case]
@@ -401,8 +399,8 @@ def main() -> None:
         for name in options.only.split(","):
             if name == "passes":
                 content = in_own_process(time_passes, path, case, options.repeats)
-            elif name in CONTENDERS:
-                content = in_own_process(contend, name, path, case)
+            elif name in CANDIDATES:
+                content = in_own_process(run_candidate, name, path, case)
                 print(json.dumps(content), flush=True)
             else:
                 continue  # nothing but the features

@@ -1,13 +1,13 @@
-"""How fast images are decoded, packed and made ready for training, beside the usual loaders.
+"""Speed of decoding, packing and loading images, compared with other loaders.
 
-    python -m benchmarks.images            # some minutes on an idle machine; about 1 GB of memory
-    python -m benchmarks.images --short    # a look
-    python -m benchmarks.draw              # the tables of docs/performance.md from the kept numbers
+    python -m benchmarks.images            # some minutes; about 1 GB of memory
+    python -m benchmarks.images --short    # fewer images and repeats
+    python -m benchmarks.draw              # the tables of docs/performance.md from the results
 
 Files are random crops of scikit-learn's two sample photographs: 500 x 400 JPEGs for training at
-224, 32 x 32 PNGs for training at 32. Every candidate gives float32 batches after a random resized
-crop (bicubic, antialiased, scale 0.2 to 1), a flip and normalization. All run in one process tree,
-in turns; each row of results/images.json is one pass of one candidate. Needs: pip install 'moce[hf]'.
+224, 32 x 32 PNGs for training at 32. Every candidate returns float32 batches after a random resized
+crop (bicubic, antialiased, scale 0.2 to 1), a flip and normalization. They alternate in one process
+tree; each row of results/images.json is one pass of one candidate. Needs: pip install 'moce[hf]'.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 import moce
 from benchmarks.measure import FOLDER, machine
 from moce.config import PretrainSettings
-from moce.data import dataset as moce_images
+from moce.data import load
 from moce.data.dataset import ImageDataset
 from moce.data.decode import to_pixels
 from moce.data.load import load_images
@@ -44,12 +44,12 @@ from moce.training.objectives import augmented
 RESULTS = FOLDER / "images.json"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PACKAGES = ("moce", "torch", "torchvision", "timm", "pillow", "numpy", "datasets")
-Pass = Callable[[], int]  # reads every image once; how many there were
+Pass = Callable[[], int]  # reads every image once, returns their number
 
 
 @dataclass(frozen=True)
 class Case:
-    """file: (height, width) and suffix of the files; size: the model's; packed: the packed file's."""
+    """file: (height, width, suffix) of the files. size: of the model. packed: of the packed file."""
 
     name: str
     file: tuple[int, int, str]
@@ -66,7 +66,7 @@ CASES = (
 
 
 def write_files(folder: Path, case: Case) -> Path:
-    """Random crops of the photographs, half of them of each, in two class folders."""
+    """Random crops of two photographs, in one class folder each."""
     random = np.random.default_rng(0)
     height, width, suffix = case.file
     for label, photo in enumerate(load_sample_images().images):
@@ -140,7 +140,7 @@ def torchvision_batches(folder: Path, case: Case, workers: int) -> Pass:
 
 
 class _Transform:
-    """As a class, so that worker processes can be sent it."""
+    """A class, because worker processes need to pickle it."""
 
     def __init__(self, case: Case) -> None:
         self._steps = transform(case)
@@ -162,24 +162,24 @@ def huggingface_batches(folder: Path, case: Case, workers: int) -> Pass:
 
 def packed_images(folder: Path, case: Case, *, mapped: bool) -> ImageDataset:
     file = folder.parent / f"{case.name}.moce"
-    kept = moce_images.MEMORY_SHARE
+    kept = load.MEMORY_SHARE
     try:
-        moce_images.MEMORY_SHARE = 0.0 if mapped else kept
+        load.MEMORY_SHARE = 0.0 if mapped else kept
         return load_images(str(file), (case.size, case.size))
     finally:
-        moce_images.MEMORY_SHARE = kept
+        load.MEMORY_SHARE = kept
 
 
 def moce_batches(folder: Path, case: Case, *, mapped: bool) -> Pass:
-    """What a training step does before its forward pass, over one epoch."""
+    """One epoch of what precedes a training step's forward pass."""
     images = packed_images(folder, case, mapped=mapped)
     settings = PretrainSettings(data="x", out=Path("x"), batch_size=case.batch)
     spec, size = EncoderSpec("", mean=MEAN, std=STD), (case.size, case.size)
     order = BatchOrder(len(images), case.batch, seed=0)
 
     def one_pass() -> int:
-        parts = order.parts(0, len(images) // case.batch, None)
-        batches = prefetched(images, parts, torch.device("cpu"))
+        micro_batches = order.micro_batches(0, len(images) // case.batch, None)
+        batches = prefetched(images, micro_batches, torch.device("cpu"))
         return sum(len(augmented(batch, settings, spec, size)) for batch in batches)
 
     return one_pass
@@ -189,7 +189,7 @@ def moce_batches(folder: Path, case: Case, *, mapped: bool) -> Pass:
 
 
 def training_wait(folder: Path, case: Case, steps: int) -> dict[str, float]:
-    """Share of a step that a small ViT waits for data, from the timings of moce pretrain."""
+    """Share of a step that a small ViT waits for data, by the timings of moce pretrain."""
     patch = case.size // 14 if case.size == 224 else 4
     arguments = {"patch_size": patch, "img_size": case.size, "embed_dim": 96, "depth": 4}
     out = folder.parent / f"run{case.name}"
@@ -220,7 +220,7 @@ def training_wait(folder: Path, case: Case, steps: int) -> dict[str, float]:
 def candidates(
     folder: Path, case: Case, pool: multiprocessing.pool.Pool
 ) -> dict[str, dict[str, Pass]]:
-    """By what is measured and by name. Packing comes first: the loaders read its file."""
+    """By measurement and name. Packs first, because the loaders read the packed file."""
     pack(folder, case)()
     loaders = {
         f"{name}, {workers} workers": make(folder, case, workers)
@@ -242,7 +242,7 @@ def candidates(
 
 
 def measure(runs: dict[str, Pass], repeats: int) -> list[dict]:
-    """One warm-up pass each, then passes in turns."""
+    """One warm-up pass each, then alternating passes."""
     for one_pass in runs.values():
         one_pass()
     rows = []

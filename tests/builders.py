@@ -17,7 +17,7 @@ from moce.data.augment import normalize
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
 from moce.data.loader import all_on_device
-from moce.data.readers.factory import demo_table
+from moce.data.readers.parquet import demo_table
 from moce.models.encoder import EncoderSpec
 from moce.models.gates import gate_for
 from moce.models.mae import MAE, MAESpec

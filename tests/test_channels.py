@@ -1,4 +1,4 @@
-"""Images of 1, 4 and 13 channels: decoding, and every stage with them."""
+"""Images of 1, 4 and 13 channels: decoding, and every command with them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_tiffs_without_tifffile_are_skipped_with_the_remedy(tmp_path: Path, monk
         load_images(str(tmp_path), SIZE, channels=13)
 
 
-# --- the stages -----------------------------------------------------------------------------------
+# --- the commands -----------------------------------------------------------------------------------
 
 
 def write_arrays(path: Path, channels: int, count: int = 48) -> Path:
@@ -122,7 +122,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("channels", [pytest.param(1, marks=SLOW), pytest.param(4, marks=SLOW), 13])
-def test_every_stage_takes_other_channels(tmp_path: Path, channels: int) -> None:
+def test_every_command_takes_other_channels(tmp_path: Path, channels: int) -> None:
     data = write_arrays(tmp_path / "data.npz", channels)
     args = {**TINY_ARGS, "in_chans": channels}
     names = [tmp_path / name for name in ("mae", "clusters", "moce", "backbone", "tuned")]
@@ -145,7 +145,7 @@ def test_every_stage_takes_other_channels(tmp_path: Path, channels: int) -> None
     assert theirs.pretrained_cfg["input_size"] == (channels, 16, 16)
 
 
-def test_images_of_no_fitting_channels_stop_the_run(tmp_path: Path) -> None:
+def test_images_with_the_wrong_channels_stop_the_run(tmp_path: Path) -> None:
     data = write_arrays(tmp_path / "data.npz", 4)
     with pytest.raises(MoceError, match="4 channels for an encoder of 3"):
         moce.pretrain(data, out=tmp_path / "mae", epochs=1, **PRETRAIN)

@@ -18,18 +18,18 @@ from moce.runs.model import read_metrics
 
 CLOSE = 1e-5
 EPSILON = 0.01  # of the clusterings
-# 8 clusters, a sample of 64 of 160 images: both stages. A sweep that sleeps leaves time to be stopped.
+# 8 clusters, a sample of 64 of 160 images: both stages. A pass that sleeps leaves time to be stopped.
 PROGRAM = """
 import sys
 import time
-import moce.clustering.balanced as balanced
+import moce.clustering.balanced_kmeans as balanced
 from moce.cli import main
 
-def slowly(*words, sweep=balanced.sweep, **options):
+def slowly(*arguments, score_pass=balanced.score_pass, **options):
     time.sleep({pause})
-    return sweep(*words, **options)
+    return score_pass(*arguments, **options)
 
-balanced.SAMPLE, balanced.sweep = 8, slowly
+balanced.SAMPLE, balanced.score_pass = 8, slowly
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -85,9 +85,9 @@ def assert_same(one: Path, other: Path) -> None:
 def test_two_processes_find_what_one_finds(data: Path, runs, tmp_path: Path) -> None:
     moce.cluster(**settings(data, runs, tmp_path / "one"))
     words = moce_words("cluster", settings(data, runs, tmp_path / "two"))[2:]
-    going = torchrun(program(tmp_path, 0.0), *words)
-    printed, told = going.communicate(timeout=120)
-    assert going.returncode == 0, told
+    process = torchrun(program(tmp_path, 0.0), *words)
+    printed, output = process.communicate(timeout=120)
+    assert process.returncode == 0, output
     assert printed.count("8 clusters of ") == 1  # the first process alone talks
     assert_same(tmp_path / "one", tmp_path / "two")
 
@@ -96,27 +96,31 @@ def test_two_processes_find_what_one_finds(data: Path, runs, tmp_path: Path) -> 
 def test_stopped_by_sigterm_and_resumed_by_two_and_by_one(data: Path, runs, tmp_path: Path) -> None:
     moce.cluster(**settings(data, runs, tmp_path / "whole"))
     out = tmp_path / "stopped"
-    going = torchrun(program(tmp_path, 0.5), *moce_words("cluster", settings(data, runs, out))[2:])
+    process = torchrun(
+        program(tmp_path, 0.5), *moce_words("cluster", settings(data, runs, out))[2:]
+    )
     wait_until(lambda: len(read_metrics(out)) > 1)
-    going.send_signal(signal.SIGTERM)
-    _, told = going.communicate(timeout=60)
-    assert going.returncode != 0
-    assert len(said(told)) == 1 and "--resume" in said(told)[0], told
+    process.send_signal(signal.SIGTERM)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert len(said(output)) == 1 and "--resume" in said(output)[0], output
     copied = copy_run(out, tmp_path / "copied")
     words = moce_words("cluster", {**settings(data, runs, out), "resume": True})[2:]
-    going = torchrun(program(tmp_path, 0.0), *words)
-    _, told = going.communicate(timeout=120)
-    assert going.returncode == 0, told
+    process = torchrun(program(tmp_path, 0.0), *words)
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 0, output
     moce.cluster(**settings(data, runs, copied), resume=True)
     assert_same(tmp_path / "whole", out)
     assert_same(tmp_path / "whole", copied)
 
 
 @pytest.mark.slow
-def test_too_many_clusters_are_told_once(data: Path, runs, tmp_path: Path) -> None:
+def test_too_many_clusters_are_refused_once(data: Path, runs, tmp_path: Path) -> None:
     wrong = {**settings(data, runs, tmp_path / "run"), "num_clusters": 500}
-    going = torchrun(*moce_words("cluster", wrong))
-    _, told = going.communicate(timeout=120)
-    assert going.returncode != 0
-    assert len(said(told)) == 1 and "500 clusters need as many images" in said(told)[0], told
+    process = torchrun(*moce_words("cluster", wrong))
+    _, output = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert (
+        len(said(output)) == 1 and "500 clusters need as many distinct images" in said(output)[0]
+    ), output
     assert not (tmp_path / "run").exists()

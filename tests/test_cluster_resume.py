@@ -1,7 +1,8 @@
-"""moce cluster: killed or stopped at any moment it ends as if it had not been; features stream."""
+"""moce cluster resumes after a kill or signal at any moment with the same result; streamed features."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,21 +16,19 @@ from builders import RUNTIME, planted_features, shake, tiny_spec, unit_rows, wri
 
 import moce
 from moce.clustering import balanced_kmeans as balanced
-from moce.clustering import checkpoint as iterations
-from moce.clustering import feature_store as feature_file
-from moce.clustering import sinkhorn
+from moce.clustering import checkpoint, feature_store, sinkhorn
 from moce.clustering.feature_store import FeatureFile, mean_of
 from moce.commands import cluster
 from moce.errors import Interrupted, MoceError
 from moce.models.cluster_model import unit
-from moce.runs.files import read_tensors
+from moce.runs.files import CHECKSUM, checksum, read_tensors, write_tensors
 from moce.runs.model import read_info, read_metrics, write_model
 
 COMPARED = ("model.safetensors", "assignments.parquet", "metrics.jsonl")
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it, and nothing is put in order."""
+    """Stands for SIGKILL: nothing catches it, nothing cleans up."""
 
 
 @pytest.fixture(autouse=True)
@@ -86,16 +85,16 @@ def same(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-# Where a kill may come: after so many calls of a function of a module or class.
+# When to kill: after so many calls of a function of a module or class.
 MOMENTS = [
-    (feature_file.FeatureFile, "_note", 1),
-    (feature_file.FeatureFile, "_note", 4),
-    (feature_file, "mean_of", 1),
-    (feature_file, "save_file", 1),
-    (feature_file, "save_file", 2),
-    (feature_file, "unit", 3),
-    (iterations, "write_tensors", 1),
-    (iterations, "write_tensors", 4),
+    (feature_store.FeatureFile, "_sync", 1),
+    (feature_store.FeatureFile, "_sync", 4),
+    (feature_store, "mean_of", 1),
+    (feature_store, "save_file", 1),
+    (feature_store, "save_file", 2),
+    (feature_store, "unit", 3),
+    (checkpoint, "write_tensors", 1),
+    (checkpoint, "write_tensors", 4),
     (cluster, "save_iteration", 9),
     (balanced, "score_pass", 12),
     (cluster, "write_assignments", 1),
@@ -113,11 +112,11 @@ def straight(inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("place", "name", "number"), MOMENTS)
-def test_killed_run_ends_as_an_uninterrupted_one(
+def test_killed_run_ends_like_an_uninterrupted_one(
     inputs, straight: Path, tmp_path: Path, monkeypatch, place, name: str, number: int
 ) -> None:
-    monkeypatch.setattr(feature_file, "RECORD_EVERY", 0.0)
-    monkeypatch.setattr(feature_file, "CENTERED_AT_ONCE", 48)
+    monkeypatch.setattr(feature_store, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(feature_store, "CHUNK_SIZE", 48)
     with monkeypatch.context() as patch:
         patch.setattr(place, name, counted(getattr(place, name), number, kill))
         with pytest.raises(Killed):
@@ -128,14 +127,14 @@ def test_killed_run_ends_as_an_uninterrupted_one(
     assert sum(again.sizes) == 160
 
 
-def test_a_packed_file_is_read_on_where_it_was(inputs, tmp_path: Path, monkeypatch) -> None:
-    """Its rows are read by number, so those of a part must not be counted from zero."""
+def test_a_packed_file_is_resumed_at_the_right_row(inputs, tmp_path: Path, monkeypatch) -> None:
+    """Its rows are read by number, so those of a slice must not be counted from zero."""
     monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)
-    monkeypatch.setattr(feature_file, "RECORD_EVERY", 0.0)
+    monkeypatch.setattr(feature_store, "SAVE_EVERY", 0.0)
     packed = Inputs(moce.pack(inputs.data, size=16, out=tmp_path / "images.moce").file, inputs.mae)
     run(packed, tmp_path / "straight")
     with monkeypatch.context() as patch:
-        patch.setattr(FeatureFile, "_note", counted(FeatureFile._note, 4, kill))
+        patch.setattr(FeatureFile, "_sync", counted(FeatureFile._sync, 4, kill))
         with pytest.raises(Killed):
             run(packed, tmp_path / "run")
     run(packed, tmp_path / "run", resume=True)
@@ -144,7 +143,7 @@ def test_a_packed_file_is_read_on_where_it_was(inputs, tmp_path: Path, monkeypat
 
 def test_features_are_not_extracted_twice(inputs, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cluster, "save_iteration", counted(iterations.save_iteration, 1, kill))
+        patch.setattr(cluster, "save_iteration", counted(checkpoint.save_iteration, 1, kill))
         with pytest.raises(Killed):
             run(inputs, tmp_path / "run")
     monkeypatch.setattr(cluster, "feature_batches", lambda *a, **k: pytest.fail("extracted again"))
@@ -153,10 +152,10 @@ def test_features_are_not_extracted_twice(inputs, tmp_path: Path, monkeypatch) -
 
 @pytest.mark.parametrize(
     ("place", "name", "number", "words"),
-    [(feature_file.FeatureFile, "tensor", 1, "round 0,"), (cluster, "save_iteration", 3, "round 3,"),
+    [(feature_store.FeatureFile, "tensor", 1, "iteration 0,"), (cluster, "save_iteration", 3, "iteration 3,"),
      (cluster, "feature_width", 1, "16 of 160 features")],
 )  # fmt: skip
-def test_signal_saves_and_says_how_to_go_on(
+def test_signal_saves_and_names_the_command_to_resume(
     inputs, straight: Path, tmp_path: Path, monkeypatch, place, name, number: int, words: str
 ) -> None:
     send = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
@@ -170,17 +169,30 @@ def test_signal_saves_and_says_how_to_go_on(
     same(straight, tmp_path / "run")
 
 
-def test_damaged_round_is_passed_over(inputs, straight: Path, tmp_path: Path, monkeypatch) -> None:
+def test_damaged_state_is_ignored(inputs, straight: Path, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cluster, "save_iteration", counted(iterations.save_iteration, 3, kill))
+        patch.setattr(cluster, "save_iteration", counted(checkpoint.save_iteration, 3, kill))
         with pytest.raises(Killed):
             run(inputs, tmp_path / "run")
-    kept = tmp_path / "run" / "state" / iterations.FILE
+    kept = tmp_path / "run" / "state" / checkpoint.FILE
     content = bytearray(kept.read_bytes())
     content[-5] ^= 1
     kept.write_bytes(bytes(content))
     run(inputs, tmp_path / "run", resume=True)
     same(straight, tmp_path / "run")
+
+
+def test_state_of_version_0_1_0_is_read(tmp_path: Path) -> None:
+    tensors = {name: torch.rand(3) for name in ("centroids", "potentials", "guide")}
+    tensors["assignment"] = torch.arange(5, dtype=torch.int32)
+    numbers = {"stage": 1, "number": 2, "step": 7, "settled": True, "moved": 0.25}
+    metadata = {"round": json.dumps(numbers), CHECKSUM: checksum(tensors)}
+    (tmp_path / "state").mkdir()
+    write_tensors(tmp_path / "state" / checkpoint.OLD_FILE, tensors, metadata)
+    state = checkpoint.load_iteration(tmp_path, 5, torch.device("cpu"))
+    assert state is not None and (state.step, state.converged, state.moved) == (7, True, 0.25)
+    assert torch.equal(state.sample_potentials, tensors["guide"])
+    assert torch.equal(state.assignment, tensors["assignment"])
 
 
 def test_resuming_a_finished_run_gives_its_result(inputs, straight: Path) -> None:
@@ -190,8 +202,8 @@ def test_resuming_a_finished_run_gives_its_result(inputs, straight: Path) -> Non
     assert before == {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
 
 
-def test_a_tolerance_that_was_missed_is_told(inputs, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(balanced, "FINAL_ITERATIONS", 1)
+def test_a_missed_tolerance_is_logged(inputs, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(balanced, "FINAL_BALANCE_STEPS", 1)
     run(inputs, tmp_path / "run", marginal_tolerance=1e-9)
     assert "not to the 0.0% of --marginal-tolerance" in capsys.readouterr().err
     assert read_info(tmp_path / "run")["metrics"]["marginal_error"] > 1e-9
@@ -214,7 +226,7 @@ def test_nobody_maps_the_features_when_their_file_goes(inputs, tmp_path: Path, m
     assert not (tmp_path / "run" / "state").exists()
 
 
-def test_rounds_are_logged_without_the_clock(straight: Path) -> None:
+def test_iterations_are_logged_without_times(straight: Path) -> None:
     rows = read_metrics(straight)
     assert {row["stage"] for row in rows} == {0, 1}
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
@@ -225,7 +237,7 @@ def test_rounds_are_logged_without_the_clock(straight: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", [0, 10**9])
-def test_scores_that_are_not_kept_give_the_same_clusters(
+def test_scores_without_a_cache_give_the_same_clusters(
     inputs, straight: Path, tmp_path: Path, monkeypatch, cache: int
 ) -> None:
     monkeypatch.setattr(sinkhorn, "CACHE_BYTES", cache)
@@ -241,10 +253,10 @@ def test_small_chunks_give_the_same_clusters() -> None:
 
 
 def test_features_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(feature_file, "CENTERED_AT_ONCE", 7)
+    monkeypatch.setattr(feature_store, "CHUNK_SIZE", 7)
     raw = unit_rows(50, 8) * 3 + 2
     file = FeatureFile(tmp_path, 50, 8)
-    assert file.fill(raw.split(16), lambda: False)
+    file.fill(raw.split(16), lambda: False)
     mean = file.center()
     assert torch.equal(mean, mean_of(raw))
     assert torch.equal(file.tensor(), unit(raw, mean))

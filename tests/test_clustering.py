@@ -15,7 +15,8 @@ import moce
 from moce.clustering import balanced_kmeans as balanced
 from moce.clustering.balanced_kmeans import balanced_kmeans
 from moce.clustering.feature_store import mean_of
-from moce.clustering.sinkhorn import balance
+from moce.clustering.features import Rows
+from moce.clustering.sinkhorn import Scores, balanced_potentials
 from moce.data.load import load_images
 from moce.inference.features import extract_features
 from moce.models.cluster_model import ClusterModel, assign, scores, unit
@@ -25,6 +26,20 @@ from moce.weights.from_runs import load_clusters
 
 def q_of(features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float) -> Tensor:
     return scores(features, centroids, potentials, epsilon).softmax(dim=1) / len(features)
+
+
+def balance(
+    features: Tensor,
+    centroids: Tensor,
+    epsilon: float,
+    tolerance: float = 1e-2,
+    max_steps: int = 1000,
+    chunk_size: int = 4096,
+) -> Tensor:
+    """Balanced potentials, [K], from zeros."""
+    scores = Scores(Rows(features, chunk_size=chunk_size), centroids, epsilon, cache=True)
+    zeros = features.new_zeros(len(centroids))
+    return balanced_potentials(scores, zeros, tolerance, max_steps)
 
 
 def model_of(found, epsilon: float = 0.01) -> ClusterModel:
@@ -57,7 +72,7 @@ def reference_assignment(similarity: Tensor, epsilon: float) -> Tensor:
 @pytest.mark.parametrize("epsilon", [0.05, 0.2])
 def test_balance_is_sinkhorn_knopp(epsilon: float) -> None:
     features, centroids = unit_rows(60, 8).double(), unit_rows(5, 8, seed=1).double()
-    potentials = balance(features, centroids, epsilon, tolerance=1e-9, max_iterations=20000)
+    potentials = balance(features, centroids, epsilon, tolerance=1e-9, max_steps=20000)
     q = q_of(features, centroids, potentials, epsilon)
     assert (q.sum(dim=0) * 5 - 1).abs().max() < 1e-6
     assert (q.sum(dim=1) * 60 - 1).abs().max() < 1e-6
@@ -66,10 +81,10 @@ def test_balance_is_sinkhorn_knopp(epsilon: float) -> None:
 
 
 def test_balanced_assignment_beats_other_balanced_ones() -> None:
-    """It maximizes Tr(Q^T S) + epsilon H(Q): moving mass round any 2 x 2 square makes it worse."""
+    """It maximizes Tr(Q^T S) + epsilon H(Q): moving mass around any 2 x 2 square makes it worse."""
     features, centroids = unit_rows(40, 8).double(), unit_rows(4, 8, seed=1).double()
     similarity, epsilon = features @ centroids.T, 0.1
-    potentials = balance(features, centroids, epsilon, tolerance=1e-10, max_iterations=20000)
+    potentials = balance(features, centroids, epsilon, tolerance=1e-10, max_steps=20000)
     best = q_of(features, centroids, potentials, epsilon)
 
     def objective(q: Tensor) -> Tensor:
@@ -89,25 +104,25 @@ def test_balanced_assignment_beats_other_balanced_ones() -> None:
 
 
 @pytest.mark.parametrize("copies", [0, 40])
-def test_a_clustering_says_how_far_from_balanced_it_is(copies: int, monkeypatch) -> None:
+def test_a_clustering_reports_how_far_from_balanced_it_is(copies: int, monkeypatch) -> None:
     features, _ = planted_features(12, 30, 16, 0.5)
     features = torch.cat([features, features[:1].repeat(copies, 1)])  # which count once
     assert balanced_kmeans(features, 12, tolerance=1e-2).marginal_error <= 1e-2
-    monkeypatch.setattr(balanced, "FINAL_ITERATIONS", 1)
+    monkeypatch.setattr(balanced, "FINAL_BALANCE_STEPS", 1)
     assert balanced_kmeans(features, 12, tolerance=1e-9).marginal_error > 1e-9
 
 
 def test_balance_stops_within_its_tolerance() -> None:
     features, _ = planted_features(6, 100, 16, 0.1)
     centroids = unit_rows(12, 16, seed=3)
-    potentials = balance(features, centroids, 0.02, tolerance=1e-2, max_iterations=5000)
+    potentials = balance(features, centroids, 0.02, tolerance=1e-2, max_steps=5000)
     columns = q_of(features, centroids, potentials, 0.02).sum(dim=0) * 12
     assert (columns - 1).abs().max() <= 1.01e-2
 
 
 def test_extreme_similarities_over_epsilon_stay_finite() -> None:
     features, _ = planted_features(3, 50, 16, 0.01)
-    potentials = balance(features, unit_rows(8, 16, seed=5), 1e-3, max_iterations=200)
+    potentials = balance(features, unit_rows(8, 16, seed=5), 1e-3, max_steps=200)
     assert torch.isfinite(potentials).all()
 
 

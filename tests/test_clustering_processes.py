@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moce.clustering import balanced_kmeans as balanced
-from moce.clustering.balanced_kmeans import Clustering, Rows, balanced_kmeans
+from moce.clustering.balanced_kmeans import Clustering, balanced_kmeans
 from moce.clustering.feature_store import FeatureFile
-from moce.clustering.features import without_copies
+from moce.clustering.features import Rows, mask_duplicates
 from moce.clustering.init import reseed_empty
 from moce.runtime.distributed import shard_range
 
@@ -35,7 +35,7 @@ def case(name: str) -> tuple[Tensor, int]:
 
 def cluster(features: Tensor, num_clusters: int, *, sampled: bool) -> Clustering:
     balanced.SAMPLE = 16 if sampled else 256
-    return balanced_kmeans(features, num_clusters, chunk_size=64, spread=True)
+    return balanced_kmeans(features, num_clusters, chunk_size=64, sharded=True)
 
 
 def _work(rank: int, folder: str) -> None:
@@ -55,7 +55,7 @@ def _find(folder: Path, rank: int, name: str, sampled: bool) -> None:
     file.fill(features[own].split(50), lambda: False)
     mean = file.center()
     found = cluster(file.tensor(), num_clusters, sampled=sampled)
-    rows, _ = without_copies(Rows(features[own], spread=True))
+    rows, _ = mask_duplicates(Rows(features[own], sharded=True))
     moved = reseed(rows, features)
     tensors = {
         name: getattr(found, name) for name in ("centroids", "potentials", "assignment", "sizes")
@@ -74,7 +74,7 @@ def reseed(rows: Rows, features: Tensor) -> Tensor:
     """Centroids after two of five clusters, which no image is in, have been moved."""
     assignment = (torch.arange(len(features)) % 3).int()
     sizes = torch.tensor([101, 100, 100, 0, 0])
-    return reseed_empty(rows, features[:5].clone(), assignment[rows.own], sizes)
+    return reseed_empty(rows, features[:5].clone(), assignment[rows.shard], sizes)
 
 
 @pytest.mark.parametrize(("name", "sampled"), CASES)
@@ -100,5 +100,5 @@ def test_two_processes_find_what_one_finds(
     if name != "few":  # there near-ties decide, and sums are rounded otherwise
         assert torch.equal(assignment, alone.assignment)
         assert torch.allclose(one["centroids"], alone.centroids, atol=1e-5)
-    rows, _ = without_copies(Rows(features))
+    rows, _ = mask_duplicates(Rows(features))
     assert torch.equal(one["moved"], reseed(rows, features))

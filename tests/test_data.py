@@ -1,4 +1,4 @@
-"""Images in: decoding, identities, crops, keyed randomness, order of training, the embedded set."""
+"""Decoding, ids, crops, counter-based random numbers, batch order."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_resized_crop_is_torchvisions(target: tuple[int, int]) -> None:
 def test_crop_flip_and_normalization_are_torchvisions(
     channels: int, source: tuple[int, int], target: tuple[int, int]
 ) -> None:
-    """The whole way from pixels to what the network sees, image by image."""
+    """From pixels to the network's input, image by image."""
     pixels = torch.randint(0, 256, (24, channels, *source), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0))  # fmt: skip
     numbers = uniform(24, 4 * TRIES + 1)
@@ -151,7 +151,7 @@ def test_normalize_and_denormalize() -> None:
     assert torch.allclose(denormalize(images, mean, std), pixels / 255)
 
 
-# --- keyed randomness -----------------------------------------------------------------------------
+# --- counter-based random numbers -----------------------------------------------------------------------------
 
 
 def test_numbers_of_an_image_do_not_depend_on_its_batch() -> None:
@@ -174,7 +174,7 @@ def test_every_part_of_the_key_matters() -> None:
 
     base = draw()
     others = [draw(seed=1), draw(stream=Stream.CROP), draw(epoch=1), draw(image=1)]
-    # Exchanging two parts of the key is another key, too.
+    # Exchanging two parts of the key gives another key, too.
     others += [draw(epoch=1, image=2), draw(epoch=2, image=1), draw(seed=2), draw(image=2)]
     for number, one in enumerate([base, *others]):
         for other in [base, *others][number + 1 :]:
@@ -331,8 +331,8 @@ def test_identities_are_relative_posix_paths_in_a_fixed_order(tmp_path: Path) ->
     assert load_images(str(tmp_path) + "/", SIZE).ids == images.ids
 
 
-def test_one_broken_image_does_not_pull_a_file_of_pixels_into_memory(tmp_path, monkeypatch) -> None:
-    """Pixels that the memory has no room for stay in their file, whole or not."""
+def test_a_broken_image_does_not_copy_a_pixel_file_into_memory(tmp_path, monkeypatch) -> None:
+    """Pixels that do not fit into memory stay in their file."""
     write_images(tmp_path / "data", per_source=2)
     (tmp_path / "data" / "broken.png").write_bytes(b"")
     monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)

@@ -9,7 +9,7 @@ from builders import CLUSTERS, demo_images, tiny_encoder, tiny_mae, tiny_moce
 
 from moce.config import TrainSettings
 from moce.data.augment import normalize
-from moce.data.loader import brought_back, fetch, in_order
+from moce.data.loader import fetch, in_order, to_cpu
 from moce.models.experts import apply_experts
 from moce.runs.files import clone_shared_tensors
 from moce.runtime.device import bincount, fits_on, to_device
@@ -88,7 +88,7 @@ def test_images_in_order_are_read_ahead_and_leaving_early_is_clean() -> None:
 def test_results_on_the_cpu_come_at_once() -> None:
     made: list[int] = []
     results = (made.append(n) or torch.full((2,), n) for n in range(3))
-    for number, result in enumerate(brought_back(results)):
+    for number, result in enumerate(to_cpu(results)):
         assert made == list(range(number + 1)) and result.tolist() == [number] * 2
 
 

@@ -59,7 +59,7 @@ def test_unreadable_images_are_left_out_and_named(runs, tmp_path: Path, capsys) 
         ("a.parquet", {"data": "nowhere"}, "no such images"),
     ],
 )
-def test_what_cannot_be_is_refused(name: str, changes: dict, message: str, runs, tmp_path) -> None:
+def test_mistakes_are_refused(name: str, changes: dict, message: str, runs, tmp_path) -> None:
     (tmp_path / "there.parquet").write_text("mine")
     (tmp_path / "folder.parquet").mkdir()
     given = {"backbone": runs.mae, "data": runs.task, "out": tmp_path / name, **RUNTIME, **changes}
@@ -69,6 +69,6 @@ def test_what_cannot_be_is_refused(name: str, changes: dict, message: str, runs,
     assert not (tmp_path / "a.parquet").exists()
 
 
-def test_experts_are_to_be_chosen_first(runs, tmp_path: Path) -> None:
+def test_experts_must_be_chosen_first(runs, tmp_path: Path) -> None:
     with pytest.raises(MoceError, match="moce customize"):
         moce.embed(runs.moce, runs.task, out=tmp_path / "a.parquet", **RUNTIME)

@@ -31,7 +31,7 @@ from moce.customization.bank import Bank
 from moce.customization.selection import choose, count_votes
 from moce.data.augment import normalize
 from moce.data.load import load_images
-from moce.data.readers.factory import Sample
+from moce.data.readers.sample import Sample
 from moce.evaluation.task import load_task
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import encode_tokens

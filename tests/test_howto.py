@@ -31,7 +31,7 @@ from conftest import Runs
 import moce
 from moce.cli import main
 from moce.commands.registry import COMMANDS
-from moce.data.readers.factory import demo_table
+from moce.data.readers.parquet import demo_table
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAESpec
 from moce.weights.formats import mae as facebook

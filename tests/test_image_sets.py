@@ -1,4 +1,4 @@
-"""Sets of images and parts of them: in memory, in passing files, in packed files; how they are decoded."""
+"""Image data sets and subsets, in memory, temporary files and packed files; how they are decoded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.console import Console
 import moce
 from moce.data.dataset import ImageDataset
 from moce.data.from_python import as_image_dataset
-from moce.data.load import Decoding, decode_into, load_images
+from moce.data.load import decode_all, decode_into, load_images
 from moce.data.loader import all_on_device
 from moce.data.readers.factory import open_source
 from moce.data.readers.packed import open_packed
@@ -60,7 +60,9 @@ def expected(folder: Path) -> torch.Tensor:
     return torch.from_numpy(pixels[good])
 
 
-def test_a_set_and_its_parts_give_the_pixels_of_their_rows(images: ImageDataset, expected) -> None:
+def test_a_set_and_its_subsets_give_the_pixels_of_their_rows(
+    images: ImageDataset, expected
+) -> None:
     assert images.shape == (20, 3, 16, 16) and len(images.skipped) == 3
     assert torch.equal(images.take(slice(None)), expected)
     assert torch.equal(images.take(slice(18, 25)), expected[18:])
@@ -77,7 +79,7 @@ def test_a_set_and_its_parts_give_the_pixels_of_their_rows(images: ImageDataset,
     assert len(images.subset([]).take(slice(None))) == 0
 
 
-def test_parts_are_not_copied(images: ImageDataset) -> None:
+def test_subsets_are_not_copied(images: ImageDataset) -> None:
     part = images.subset([1, 2, 5]).subset([0, 1])
     assert part.stored.data_ptr() == images.stored.data_ptr()
     with pytest.raises(ValueError, match="take"):
@@ -85,16 +87,16 @@ def test_parts_are_not_copied(images: ImageDataset) -> None:
 
 
 def test_rows_that_are_not_there_are_errors(images: ImageDataset) -> None:
-    """Behind the pixels of a packed file there is its index, which is none."""
+    """In a packed file the index follows the pixels; it must not be read as an image."""
     for part, row in ((images, 20), (images.subset([3, 4]), 2)):
         with pytest.raises(IndexError):
             part.take(torch.tensor([row]))
 
 
-def test_a_part_that_is_sent_to_a_device_is_all_that_is_there(
+def test_a_subset_on_a_device_has_only_its_own_pixels(
     images: ImageDataset, expected, monkeypatch
 ) -> None:
-    monkeypatch.setattr("moce.data.loader.SENT_TOGETHER", 3 * 16 * 16 * 3)  # three at a time
+    monkeypatch.setattr("moce.data.loader.COPY_BYTES", 3 * 16 * 16 * 3)  # three at a time
     part = all_on_device(images.subset(range(1, 20, 2)), CPU)
     assert torch.equal(part.pixels, expected[1::2]) and part.ids == images.ids[1::2]
     assert torch.equal(part.take(torch.tensor([4, 1])), expected[[9, 3]])
@@ -103,10 +105,10 @@ def test_a_part_that_is_sent_to_a_device_is_all_that_is_there(
 # --- decoding -----------------------------------------------------------------------------------------
 
 
-def test_no_more_images_are_asked_for_than_the_threads_need(folder: Path, monkeypatch) -> None:
-    """A million of them waiting to be decoded would fill gigabytes."""
+def test_no_more_images_are_queued_than_the_threads_need(folder: Path, monkeypatch) -> None:
+    """A million queued images would fill gigabytes."""
     monkeypatch.setattr("moce.data.load.worker_threads", lambda: 2)
-    monkeypatch.setattr("moce.data.load.ASKED_AHEAD", 3)
+    monkeypatch.setattr("moce.data.load.AHEAD_PER_THREAD", 3)
     samples = open_source(str(folder))[1:2] * 50
     given = []
 
@@ -123,8 +125,7 @@ def test_no_more_images_are_asked_for_than_the_threads_need(folder: Path, monkey
         assert hold.wait(20)
 
     monkeypatch.setattr("moce.data.load.decode_into", decode)
-    work = Decoding(Counted(samples), (50, 3, *SIZE), 1.0, "x")
-    thread = threading.Thread(target=work.into, args=(np.zeros(1),))
+    thread = threading.Thread(target=decode_all, args=(Counted(samples), np.zeros(1)))
     thread.start()
     assert started.wait(20)
     thread.join(0.2)
@@ -134,11 +135,11 @@ def test_no_more_images_are_asked_for_than_the_threads_need(folder: Path, monkey
     assert len(given) == 50
 
 
-def test_long_decoding_tells_how_it_goes(folder: Path, monkeypatch, capsys) -> None:
+def test_long_decoding_shows_progress(folder: Path, monkeypatch, capsys) -> None:
     load_images(str(folder), SIZE)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("moce.runtime.progress.LINE_EVERY", 0.0)
-    monkeypatch.setattr("moce.data.load.TOLD_EVERY", 10)
+    monkeypatch.setattr("moce.data.load.REPORT_EVERY", 10)
     load_images(str(folder), SIZE)
     told = capsys.readouterr().err
     assert "read images 10/23" in told and "s left, 2 unreadable" in told
@@ -156,7 +157,7 @@ def test_a_bar_waits_until_it_is_worth_it(monkeypatch) -> None:
         assert shown or not screen.getvalue()
 
 
-def test_what_memory_has_no_room_for_goes_to_a_passing_file(
+def test_images_that_do_not_fit_into_memory_go_to_a_temporary_file(
     folder: Path, tmp_path: Path, monkeypatch, expected
 ) -> None:
     monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)
@@ -209,16 +210,16 @@ def test_a_packed_task_of_the_encoders_size_is_not_decoded(
         assert np.array_equal(task.test_labels, usual.test_labels)
 
 
-# --- verbs that need no memory for all pixels -----------------------------------------------------------
+# --- commands that need no memory for all pixels -----------------------------------------------------------
 
 
 def test_probe_evaluate_and_customize_take_more_images_than_memory(
     runs: Runs, tmp_path: Path, monkeypatch
 ) -> None:
-    """The same results, from pixels in passing files that are gone afterwards."""
-    passing = tmp_path / "tmp"
-    passing.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(passing))
+    """The same results from pixels in temporary files, which are removed."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
     suite = tmp_path / "suite.yaml"
     task = {"name": "t", "data": str(runs.task)}
     suite.write_text(json.dumps({"name": "s", "tasks": [task], "probe": {"solver": "lbfgs"}}))
@@ -247,7 +248,7 @@ def test_probe_evaluate_and_customize_take_more_images_than_memory(
             )
         )
     assert found[0] == found[1]
-    assert not list(passing.iterdir())
+    assert not list(temporary.iterdir())
 
 
 # --- streams --------------------------------------------------------------------------------------

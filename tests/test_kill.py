@@ -146,12 +146,12 @@ SLOW_IMAGES = (
     "load.decode_into = slow"
 )
 SLOW_CLUSTERS = (
-    "import time, pathlib, moce.clustering.balanced_kmeans as kmeans\n"
-    "score_pass = kmeans.score_pass\n"
+    "import time, pathlib, moce.clustering.balanced_kmeans as balanced\n"
+    "score_pass = balanced.score_pass\n"
     "def slow(*given, **more):\n"
     "    pathlib.Path(MARK).touch(); time.sleep(0.5)\n"
     "    return score_pass(*given, **more)\n"
-    "kmeans.score_pass = slow"
+    "balanced.score_pass = slow"
 )
 
 

@@ -19,7 +19,7 @@ from experiments.mix32.parts import PICKED_BY, TASKS_OF
 from experiments.mix32.synthetic import colored, rendered_letters
 from tools.image_sources import CIFAR10, Pool
 
-from moce.data.readers.factory import demo_table
+from moce.data.readers.parquet import demo_table
 from moce.evaluation.suite import read_suite
 
 RECIPES = Path(run.__file__).parent

@@ -1,4 +1,4 @@
-"""Odd and broken image files: PngSuite against another decoder, and the files Pillow is tested on."""
+"""Unusual and broken image files: PngSuite against another decoder, and the files Pillow is tested on."""
 
 from __future__ import annotations
 
@@ -99,13 +99,13 @@ def test_odd_bmps_look_as_their_references() -> None:
 
 
 def test_programs_called_images_are_not_run(tmp_path: Path) -> None:
-    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    """Pillow passes PostScript to Ghostscript, whatever the file's name."""
     picture().save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
     picture().save(tmp_path / "b.png")
     images = load_images(str(tmp_path), (16, 16))
     assert images.ids == ["b.png"]
-    assert images.skipped == [("a.png", "ValueError: not an image, or of a kind that is not read")]
+    assert images.skipped == [("a.png", "ValueError: not an image, or of an unsupported format")]
 
 
 def raw_png(depth: int, color_type: int, row: bytes, transparent: bytes) -> bytes:
@@ -138,7 +138,7 @@ def test_a_transparent_color_is_white_at_any_depth(content: bytes, dark: int | N
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif", "tiff"])
-def test_every_kind_of_file_is_read(tmp_path: Path, suffix: str) -> None:
+def test_every_format_is_read(tmp_path: Path, suffix: str) -> None:
     picture((200, 30, 60)).save(tmp_path / f"a.{suffix}")
     found = load_images(str(tmp_path), (16, 16)).pixels[0].float().mean(dim=(1, 2))
     assert np.abs(found.numpy() - [200, 30, 60]).max() < 12

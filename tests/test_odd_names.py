@@ -1,4 +1,4 @@
-"""Images among bad ones, and names of all sorts: nothing ends the run, nothing leads out of its folder."""
+"""Bad images among good ones, and unusual names: nothing ends the run or leaves its folder."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_bad_images_among_good_ones_are_skipped_counted_and_listed(
     assert read_info(world.out)["images"] == 8
 
 
-def test_names_of_all_sorts_go_through_every_verb(runs, tmp_path: Path, capsys) -> None:
-    """In files and classes; the page shows them as text."""
+def test_unusual_names_go_through_every_command(runs, tmp_path: Path, capsys) -> None:
+    """In files and classes; the report shows them as text."""
     world = World(runs, tmp_path)
     folder = world.images(*ODD_NAMES, *(f"{name}.2.png" for name in ODD_NAMES))
     out = tmp_path / "<u>ünï"
@@ -62,7 +62,7 @@ def test_names_of_all_sorts_go_through_every_verb(runs, tmp_path: Path, capsys) 
     assert set(ODD_NAMES) <= set(table["id"].to_pylist())
 
 
-def test_file_names_that_are_no_text(runs, tmp_path: Path, capsys) -> None:
+def test_file_names_that_are_not_text(runs, tmp_path: Path, capsys) -> None:
     """Linux allows any bytes in them."""
     world = World(runs, tmp_path)
     folder = world.images(*(f"{number}.png" for number in range(6)))
@@ -78,8 +78,8 @@ def test_file_names_that_are_no_text(runs, tmp_path: Path, capsys) -> None:
     assert run_command(world.customize("--overwrite", images=folder)) == 0
 
 
-def test_a_label_names_no_place(runs, tmp_path: Path, capsys) -> None:
-    """Classes of a table may be called as paths are; nothing is written by their names."""
+def test_a_label_is_never_a_path(runs, tmp_path: Path, capsys) -> None:
+    """Classes of a table may look like paths; nothing is written to them."""
     world = World(runs, tmp_path)
     content = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(content, "png")

@@ -1,4 +1,4 @@
-"""Clusters made of other images, or by another encoder, than the mixture that is trained with them."""
+"""MoCEs trained with clusters of other images, or of another encoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGER = (32, 32)
 
 @pytest.fixture(scope="module")
 def other(runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture trained on one source of images, by the clusters of all."""
+    """A MoCE trained on one source of images, with the clusters of all."""
     out = tmp_path_factory.mktemp("other") / "moce"
     mnist = runs.data / "mnist"
     settings = {**TRAIN, "gate_init": "random", "gate_init_std": 3.0}
@@ -43,7 +43,7 @@ def test_the_mixture_counts_the_images_it_was_trained_on(other: Path, runs) -> N
     assert all(sum(gate["images_per_expert"]) == len(images) for gate in row.values())
 
 
-def test_routes_that_no_training_image_took_can_still_be_had(other: Path) -> None:
+def test_routes_without_training_images_can_still_be_chosen(other: Path) -> None:
     bank = moce.load(other)
     unused = [route for route, images in bank.routes.items() if images == 0]
     assert unused and not set(unused) & set(candidate_routes(bank))
@@ -54,7 +54,7 @@ def test_routes_that_no_training_image_took_can_still_be_had(other: Path) -> Non
 
 @pytest.fixture(scope="module")
 def larger(runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Clusters by an encoder that sees images twice as large as the mixture does."""
+    """Clusters of an encoder whose input is twice as large as the MoCE's."""
     folder = tmp_path_factory.mktemp("larger")
     arguments = {**TINY_ARGS, "img_size": LARGER[0]}
     settings = {**PRETRAIN, "model_args": arguments, "steps": 2}
@@ -88,7 +88,7 @@ def test_a_customized_backbone_says_how_its_images_are_made(runs) -> None:
 def test_an_evaluation_loads_images_large_enough_for_the_backbone(
     larger: Path, runs, tmp_path: Path, monkeypatch
 ) -> None:
-    """Clusters by a smaller encoder than the backbone: its images are not enlarged ones."""
+    """Clusters of a smaller encoder than the backbone: images are not enlarged for it."""
     mixture = tmp_path / "moce"
     given = {"mae": larger / "mae", "clusters": runs.clusters, "out": mixture, "steps": 2}
     moce.train(runs.data, **given, **TRAIN)

@@ -1,4 +1,4 @@
-"""Packed files: the same images as decoding gives, resumable, checked, and good for every verb."""
+"""Packed files: the same images as decoding gives, resumable, checked, for every command."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_resumed_is_uninterrupted_to_the_byte(folder, tmp_path, small_chunks, ch
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "killed"}
 
 
-def test_ctrl_c_leaves_a_state_that_the_same_command_goes_on_from(
+def test_ctrl_c_leaves_a_state_that_the_same_command_resumes(
     folder, tmp_path, small_chunks, capsys
 ) -> None:
     chunks = Packer.chunks
@@ -149,11 +149,11 @@ def test_ctrl_c_leaves_a_state_that_the_same_command_goes_on_from(
         assert main(command) == 128 + signal.SIGINT
     assert "12 of 42 images" in capsys.readouterr().err
     assert main(command) == 0
-    assert "going on after 12 of 42" in capsys.readouterr().err
+    assert "resuming after 12 of 42" in capsys.readouterr().err
     assert same(load_images(str(tmp_path / "a.moce"), SIZE), load_images(str(folder), SIZE))
 
 
-def test_a_pack_of_other_images_or_size_is_not_gone_on_with(folder, tmp_path, small_chunks) -> None:
+def test_a_pack_of_other_images_or_size_is_not_resumed(folder, tmp_path, small_chunks) -> None:
     work = packer(folder, tmp_path / "a").chunks()
     next(work)
     work.close()
@@ -190,7 +190,7 @@ def test_a_file_cut_short_is_refused_when_opened(store, tmp_path, length) -> Non
 def test_damaged_pixels_are_found_by_verify(store, tmp_path, capsys) -> None:
     assert main(["pack", str(store), "--verify"]) == 0
     bad = damaged(store, tmp_path / "bad.moce", HEADER_BYTES + 7 * 3 * 20 * 24)
-    assert len(load_images(str(bad), SIZE)) == 40  # not looked for every time
+    assert len(load_images(str(bad), SIZE)) == 40  # not checked when opened
     assert main(["pack", str(bad), "--verify"]) == 2
     assert "images 0 to 39 have changed" in capsys.readouterr().err
 
@@ -201,7 +201,7 @@ def test_mistakes_are_refused_in_one_line(folder, store, tmp_path) -> None:
         ({"out": tmp_path / "a"}, "--size"),
         ({"size": 16, "out": store}, "--overwrite"),
         ({"size": 16, "out": tmp_path}, "is a folder"),
-        ({"verify": True}, "no packed file"),
+        ({"verify": True}, "not a packed file"),
         ({"size": "16x", "out": tmp_path / "a"}, "size"),
         ({"size": 0, "out": tmp_path / "a"}, "size"),
         ({"size": "99999", "out": tmp_path / "a"}, "free"),
@@ -227,8 +227,8 @@ def test_images_smaller_than_the_model_are_refused(store: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(10, 12), (10, 10), (5, 10), (10, 6)])
-def test_the_middle_is_taken_as_pillow_takes_it(store: Path, size: tuple[int, int]) -> None:
-    """But for the margin, where Pillow also looks at what lies outside the part that is taken."""
+def test_images_are_center_cropped_as_pillow_does(store: Path, size: tuple[int, int]) -> None:
+    """Except at the margin, where Pillow also uses pixels outside the crop."""
     pixels = load_images(str(store), SIZE).pixels[:12]
     margin = 0 if size == (10, 12) else 2
     for image, ours in zip(pixels, fitted(pixels, size), strict=True):
@@ -247,15 +247,17 @@ def test_reading_in_order_fits_the_images_and_training_crops_them(store: Path) -
 
 
 @pytest.mark.parametrize("memory_share", [0.4, 0.0])
-def test_prefetched_batches_are_those_fetched_one_by_one(store, memory_share, monkeypatch) -> None:
+def test_prefetched_batches_equal_those_fetched_one_by_one(
+    store, memory_share, monkeypatch
+) -> None:
     monkeypatch.setattr("moce.data.load.MEMORY_SHARE", memory_share)
     images = load_images(str(store), SIZE)
     order = BatchOrder(len(images), 12, seed=3)
-    parts = list(order.parts(2, 9, 5))
-    assert [len(rows) for rows, _ in parts] == [5, 5, 2] * 7
-    assert torch.equal(torch.cat([rows for rows, _ in parts[:3]]), order(2)[0])
-    batches = list(prefetched(images, parts, CPU))
-    for (rows, epochs), batch in zip(parts, batches, strict=True):
+    micro_batches = list(order.micro_batches(2, 9, 5))
+    assert [len(rows) for rows, _ in micro_batches] == [5, 5, 2] * 7
+    assert torch.equal(torch.cat([rows for rows, _ in micro_batches[:3]]), order(2)[0])
+    batches = list(prefetched(images, micro_batches, CPU))
+    for (rows, epochs), batch in zip(micro_batches, batches, strict=True):
         expected = fetch(images, rows, epochs, CPU)
         assert torch.equal(batch.pixels, expected.pixels)
         assert torch.equal(batch.rows, rows) and torch.equal(batch.epochs, epochs)
@@ -268,15 +270,15 @@ def test_an_error_while_prefetching_reaches_the_trainer_and_leaving_early_is_cle
     next(batches)
     with pytest.raises(IndexError):
         next(batches)
-    endless = prefetched(images, BatchOrder(40, 4, 0).parts(0, 10**9, None), CPU)
+    endless = prefetched(images, BatchOrder(40, 4, 0).micro_batches(0, 10**9, None), CPU)
     next(endless)
     endless.close()
 
 
-# --- every verb -----------------------------------------------------------------------------------------
+# --- every command -----------------------------------------------------------------------------------------
 
 
-def test_the_verbs_take_a_packed_file(folder, store, tmp_path, monkeypatch) -> None:
+def test_the_commands_take_a_packed_file(folder, store, tmp_path, monkeypatch) -> None:
     """From a mapped file of larger images, and from memory; the folder's clusters fit its file."""
     monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.0)
     mae, clusters, mixture = (tmp_path / name for name in ("mae", "clusters", "moce"))

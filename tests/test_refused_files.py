@@ -244,7 +244,7 @@ IMAGES: dict[str, Case] = {
     "an image of a hundred million pixels": (
         lambda w: w.pretrain(w.file("d/a.png", png(10000, 10000)).parent), "pixels are more than"),
     "a link to itself": (lambda w: w.pretrain(loop(w)), "no readable image"),
-    "a file that is none": (lambda w: w.pretrain(w.file("a.txt", "x")), "none of what can be read"),
+    "a file that is none": (lambda w: w.pretrain(w.file("a.txt", "x")), "not a format that moce reads"),
     "a folder called as a file": (
         lambda w: w.pretrain(w.file("a.parquet/b.txt", "x").parent), "no images in"),
     "a folder called as shards": (
@@ -277,7 +277,7 @@ IMAGES: dict[str, Case] = {
     "an archive that is none": (lambda w: w.pretrain(w.file("a.tar", "x")), "a.tar"),
     "an archive that leads out": (
         lambda w: w.pretrain(tar(w, **{"../a.png": b"x", "/tmp/b.png": b"x"})), "leads out"),
-    "an archive that is a pipe": (lambda w: w.pretrain(pipe(w, "a.tar")), "a.tar is no file"),
+    "an archive that is a pipe": (lambda w: w.pretrain(pipe(w, "a.tar")), "a.tar is not a file"),
     "an archive that claims a terabyte": (
         lambda w: w.pretrain(w.file("a.tar", _huge_member())), "ends within the image"),
     "shards of unending numbers": (

@@ -15,7 +15,8 @@ from builders import middle, picture
 from PIL import Image
 
 from moce.data.load import load_images
-from moce.data.readers.factory import demo_table, demo_tasks, open_source
+from moce.data.readers.factory import open_source
+from moce.data.readers.parquet import demo_table, demo_tasks
 from moce.errors import MoceError
 from moce.evaluation.task import draw_labels, load_task
 

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from builders import write_task
 
-from moce.data.readers.factory import demo_table
+from moce.data.readers.parquet import demo_table
 from moce.errors import MoceError
 from moce.evaluation.task import load_task
 

@@ -1,1 +1,1 @@
-"""Stage 1: balanced clusters of image features, and the model that assigns unseen images to them."""
+"""Stage 1: balanced clusters of image features, and groups of clusters that gates start from."""

@@ -1,11 +1,11 @@
-"""Balanced k-means: alternate a Sinkhorn-Knopp assignment and an update of the centroids.
+"""Balanced k-means: alternate balanced assignment and centroid update.
 
-The hard update and a small epsilon are the defaults: with soft updates and epsilon 0.05,
-centroids merge (4,000 points with 8 modes, K = 64: 12 distinct centroids were left).
+Hard updates and a small epsilon are the defaults: with soft updates and epsilon 0.05, centroids
+merge (4,000 points with 8 modes, K = 64: 12 distinct centroids were left).
 
-Large sets are clustered in two stages: rounds on a sample, which cost little, and then rounds on
-all images from where those ended. A round on all images is one sweep: assignment, sums for the
-centroids and column sums for the potentials come from the same scores.
+Large sets are clustered in two stages: cheap iterations on a sample first, then iterations on all
+images, which start from the result. An iteration on all images is one pass over the features:
+assignment, centroid sums and column sums for the potentials come from the same scores.
 """
 
 from __future__ import annotations
@@ -17,31 +17,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moce.clustering.features import CHUNK_SIZE, Rows, without_copies
+from moce.clustering.features import CHUNK_SIZE, Rows, mask_duplicates
 from moce.clustering.init import draw, fill_empty, plus_plus, reseed_empty
-from moce.clustering.sinkhorn import (
-    Similarities,
-    Sums,
-    balanced_potentials,
-    column_masses,
-    score_pass,
-)
+from moce.clustering.score_pass import Sums, score_pass
+from moce.clustering.sinkhorn import Scores, balanced_potentials, column_masses
 from moce.errors import MoceError
 
-SAMPLE = 256  # images per cluster of the first stage
-SEEDED = 64  # of these, per cluster, that seeds are drawn from
-# While centroids still move, potentials carried over from the last round need few iterations.
-ROUND_ITERATIONS, FINAL_ITERATIONS = 10, 1000
-LAGGING = 0.1  # damping of a step that is made together with one of the centroids
-RESCUES = 5  # tries to fill clusters whose centroids have merged with others
+SAMPLE = 256  # images per cluster in the first stage
+SEED_SAMPLE = 64  # images per cluster to draw seeds from
+CONVERGED = 5e-3  # share of images that change cluster, at which a stage ends
+# While centroids still move, potentials start from the last iteration's and need few steps.
+BALANCE_STEPS, FINAL_BALANCE_STEPS = 10, 1000
+JOINT_DAMPING = 0.1  # of a Newton step made together with a centroid update
+RESCUES = 5  # attempts to fill clusters whose centroids have merged with others
 
 
 @dataclass
 class Clustering:
-    """centroids: [K, D] unit; potentials: [K]; assignment: [n] int64 of the images given; all of one fit.
+    """The result: centroids [K, D] of unit norm, dual potentials [K], and the assignment by them.
 
-    sizes: [K] int64 and similarity, the mean cosine of images and centroids: over all processes.
-    marginal_error: the largest relative error of a cluster's mass, copies of images not counted.
+    assignment: [n] int64, of this process's images. sizes: [K] int64, and similarity, the mean
+    cosine of images and their centroids: of all processes. marginal_error: the largest relative
+    error of a cluster's mass, without duplicates.
     """
 
     centroids: Tensor
@@ -55,17 +52,17 @@ class Clustering:
 
 @dataclass
 class Iteration:
-    """Where a fit stands after a round: all that is needed to go on, and how the round went.
+    """The state after an iteration, complete for resuming, and its statistics.
 
-    step: rounds done in all; number: in this stage, 0 (a sample) or 1 (all images); settled: whether
-    the stage is over. assignment: [n] int32 of this process's images of the stage. guide: [K], the
-    potentials that balance the sample under these centroids (stage 1 after a sample).
+    stage: 0 (on a sample) or 1 (on all images). number: iterations of this stage; step: of both.
+    converged: the stage is over. assignment: [n] int32, of this process's images of the stage.
+    sample_potentials: [K], balance the sample under these centroids (stage 1 after a sample).
     """
 
     stage: int
     number: int
     step: int
-    settled: bool
+    converged: bool
     centroids: Tensor
     potentials: Tensor
     assignment: Tensor
@@ -77,10 +74,10 @@ class Iteration:
 
 @dataclass
 class Callbacks:
-    """Who is told of a fit: of every round, and of every sweep over the images."""
+    """Called after every iteration, and after every pass over the images."""
 
-    on_round: Callable[[Iteration], None] = lambda state: None
-    on_sweep: Callable[[], None] = lambda: None
+    on_iteration: Callable[[Iteration], None] = lambda state: None
+    on_pass: Callable[[], None] = lambda: None
 
 
 def balanced_kmeans(
@@ -91,204 +88,189 @@ def balanced_kmeans(
     update: str = "hard",
     tolerance: float = 1e-2,
     max_iterations: int = 50,
-    settled: float = 5e-3,
     chunk_size: int = CHUNK_SIZE,
     seed: int = 0,
-    spread: bool = False,
+    sharded: bool = False,
     device: torch.device | None = None,
     start: Iteration | None = None,
-    watch: Callbacks | None = None,
+    callbacks: Callbacks | None = None,
 ) -> Clustering:
     """Group unit features [n, D] into clusters of similar size.
 
-    Rounds go on until at most the share `settled` of the images changes cluster, at most
-    `max_iterations` in each stage. Copies of an image share its cluster, and count once in the fit: no
-    split of them could be kept apart. Every cluster has an image and no two centroids are alike.
+    A stage ends when at most the share CONVERGED of the images changes cluster, or after
+    `max_iterations`. Duplicates of an image share its cluster and count once. No cluster of the
+    result is empty, and no two centroids are equal.
 
-    spread: every process of the run gives other features, and all get the same clusters. device:
-    where to compute; features may be larger than its memory, or a file. start: a Round to go on from.
+    tolerance: largest relative error of a cluster's mass. sharded: every process passes other
+    features, and all get the same clusters. device: where to compute; the features may be a mapped
+    file, larger than memory. start: resume from this state.
     Raises MoceError if there are fewer distinct images than clusters or features are not finite.
     """
-    rows = Rows(features, chunk_size=chunk_size, spread=spread, device=device)
-    check_count(rows.count, num_clusters)
-    rows, distinct = without_copies(rows)
+    rows = Rows(features, chunk_size=chunk_size, sharded=sharded, device=device)
+    check_enough(rows.count, num_clusters)
+    rows, distinct = mask_duplicates(rows)
     check_enough(distinct, num_clusters)
-    fit = _Fit(
-        num_clusters, epsilon, update, tolerance, max_iterations, settled, watch or Callbacks()
-    )
+    fit = _Fit(num_clusters, epsilon, update, tolerance, max_iterations, callbacks or Callbacks())
     sample = _sample(rows, distinct, num_clusters, seed)
-    state = start or fit.seeded(sample or rows, seed, stage=0 if sample else 1)
+    state = start or fit.init(sample or rows, seed, stage=0 if sample else 1)
     if sample is not None and state.stage == 0:
-        state = fit.onto_all(rows, sample, fit.iterations(sample, state))
-    state = fit.iterations(rows, state, sample)
+        state = fit.init_from_sample(rows, sample, fit.iterate(sample, state))
+    state = fit.iterate(rows, state, sample)
     return fit.finish(rows, state)
 
 
-def check_count(count: int, num_clusters: int) -> None:
-    """Raise MoceError if there are fewer images than clusters."""
-    if count < num_clusters:
-        raise MoceError(
-            f"{num_clusters} clusters need as many images, and there are {count}; lower num_clusters"
-        )
-
-
 def check_enough(distinct: int, num_clusters: int) -> None:
-    """Raise MoceError unless there are at least `num_clusters` distinct features."""
+    """Raise MoceError if there are fewer distinct images than clusters."""
     if distinct < num_clusters:
         raise MoceError(
-            f"{num_clusters} clusters need as many distinct images, and there are "
-            f"{distinct}; lower num_clusters"
+            f"{num_clusters} clusters need as many distinct images, and there are {distinct}; "
+            "lower num_clusters"
         )
 
 
 def _sample(rows: Rows, distinct: int, num_clusters: int, seed: int) -> Rows | None:
-    """The rows that the first stage works on, the same in all processes; None if there are few anyway."""
+    """The rows of the first stage, the same in all processes; None if there are few anyway."""
     if distinct <= SAMPLE * num_clusters:
         return None
-    which = draw(rows, distinct, SAMPLE * num_clusters, seed)
-    return Rows(rows.pick(which), chunk_size=rows.chunk_size)
+    drawn = draw(rows, distinct, SAMPLE * num_clusters, seed)
+    return Rows(rows.select(drawn), chunk_size=rows.chunk_size)
 
 
-def _from_first(rows: Rows, values: Tensor) -> Tensor:
-    """What the first process has: others may have rounded otherwise."""
-    return rows.total(values.clone() if rows.offset == 0 else torch.zeros_like(values))
-
-
-def _nowhere(rows: Rows) -> Tensor:
-    """An assignment to no cluster."""
+def _unassigned(rows: Rows) -> Tensor:
     return torch.full((len(rows),), -1, dtype=torch.int32)
 
 
 @dataclass
 class _Fit:
-    """The settings of a fit, and its steps."""
+    """The settings of a clustering, and its steps."""
 
     num_clusters: int
     epsilon: float
     update: str
     tolerance: float
     max_iterations: int
-    settled: float
-    watch: Callbacks
+    callbacks: Callbacks
 
-    def seeded(self, rows: Rows, seed: int, stage: int) -> Iteration:
-        """The state before the first round."""
-        distinct = rows.count if rows.weights is None else int(rows.total(rows.weights.sum()))
-        points = rows.pick(draw(rows, distinct, SEEDED * self.num_clusters, seed))
-        centroids = _from_first(rows, plus_plus(points, self.num_clusters, seed))
-        potentials = rows.zeros(self.num_clusters)
-        return Iteration(stage, 0, 0, False, centroids, potentials, _nowhere(rows), potentials)
+    def init(self, rows: Rows, seed: int, stage: int) -> Iteration:
+        """The state before the first iteration: k-means++ centroids, no assignment."""
+        distinct = rows.count if rows.weights is None else int(rows.all_reduce(rows.weights.sum()))
+        points = rows.select(draw(rows, distinct, SEED_SAMPLE * self.num_clusters, seed))
+        centroids = rows.from_first(plus_plus(points, self.num_clusters, seed))
+        zeros = rows.zeros(self.num_clusters)
+        return Iteration(stage, 0, 0, False, centroids, zeros, _unassigned(rows), zeros)
 
-    def onto_all(self, rows: Rows, sample: Rows, state: Iteration) -> Iteration:
-        """Where the rounds on all rows start: where those on the sample ended."""
-        centroids = _from_first(rows, state.centroids)
-        sample_potentials = _from_first(rows, self._guide(sample, centroids, state.potentials))
-        return Iteration(
-            1, 0, state.step, False, centroids, sample_potentials, _nowhere(rows), sample_potentials
-        )
+    def init_from_sample(self, rows: Rows, sample: Rows, state: Iteration) -> Iteration:
+        """The state before the first iteration on all rows, from the last one on the sample."""
+        centroids = rows.from_first(state.centroids)
+        potentials = rows.from_first(self._balance_sample(sample, centroids, state.potentials))
+        assignment = _unassigned(rows)
+        return Iteration(1, 0, state.step, False, centroids, potentials, assignment, potentials)
 
-    def iterations(self, rows: Rows, state: Iteration, sample: Rows | None = None) -> Iteration:
-        """Rounds until they settle."""
-        while not state.settled:
-            state = self._round(rows, state, sample)
-            self.watch.on_round(state)
+    def iterate(self, rows: Rows, state: Iteration, sample: Rows | None = None) -> Iteration:
+        """Iterations until the stage has converged."""
+        while not state.converged:
+            state = self._iteration(rows, state, sample)
+            self.callbacks.on_iteration(state)
         return state
 
-    def _round(self, rows: Rows, state: Iteration, sample: Rows | None) -> Iteration:
-        """Assign all rows; then, unless nearly all stayed, move the centroids.
+    def _iteration(self, rows: Rows, state: Iteration, sample: Rows | None) -> Iteration:
+        """Assign all rows; unless the stage has converged, update the centroids.
 
-        Without a sample the potentials are balanced beforehand, for the scores are kept. With one
-        they are moved with the centroids, so that a round is one sweep: by Newton's method on the
-        sums of all rows, and by as much as the potentials that balance the sample have moved.
+        Without a sample, potentials are balanced before the assignment, on cached scores. With one
+        they are updated after it, so that an iteration is a single pass.
         """
-        centroids, potentials, sample_potentials = (
-            state.centroids,
-            state.potentials,
-            state.sample_potentials,
-        )
-        similarities = self._similarities(rows, centroids, keep=sample is None)
+        scores = Scores(rows, state.centroids, self.epsilon, cache=sample is None)
         if sample is None:
-            potentials = self._balanced(similarities, potentials, ROUND_ITERATIONS)
+            state = replace(state, potentials=self._balance(scores, state.potentials))
         soft, exact = self.update == "soft", sample is None
-        sums = score_pass(similarities, potentials, state.assignment, soft=soft, exact=exact)
-        self.watch.on_sweep()
+        sums = score_pass(scores, state.potentials, state.assignment, soft=soft, exact=exact)
+        self.callbacks.on_pass()
         empty = sums.sizes == 0
-        settled = sums.moved <= self.settled and not bool(empty.any())
-        settled = settled or state.number + 1 == self.max_iterations
-        if not settled:
-            centroids = moved_centroids(sums, centroids)
+        converged = sums.moved <= CONVERGED and not bool(empty.any())
+        converged = converged or state.number + 1 == self.max_iterations
+        if not converged:
+            centroids = updated_centroids(sums, state.centroids)
             centroids = reseed_empty(rows, centroids, state.assignment, sums.sizes)
+            state = replace(state, centroids=centroids)
             if sample is not None:
-                sample_potentials = _from_first(
-                    rows, self._guide(sample, centroids, state.sample_potentials)
-                )
-                potentials = potentials + sums.masses.newton_step(LAGGING).to(potentials)
-                potentials = potentials + sample_potentials - state.sample_potentials
-            potentials = torch.where(empty, potentials.mean(), potentials)
+                state = self._update_potentials(rows, sample, state, sums)
+            potentials = torch.where(empty, state.potentials.mean(), state.potentials)
+            state = replace(state, potentials=potentials)
         return replace(
             state,
             number=state.number + 1,
             step=state.step + 1,
-            settled=settled,
-            centroids=centroids,
-            potentials=potentials,
-            sample_potentials=sample_potentials,
+            converged=converged,
             moved=sums.moved,
             marginal_error=sums.masses.error,
             similarity=sums.similarity,
         )
 
-    def _guide(self, sample: Rows, centroids: Tensor, potentials: Tensor) -> Tensor:
-        """Potentials that balance the sample."""
-        similarities = self._similarities(sample, centroids, keep=True)
-        return self._balanced(similarities, potentials, ROUND_ITERATIONS, lambda: None)
+    def _update_potentials(
+        self, rows: Rows, sample: Rows, state: Iteration, sums: Sums
+    ) -> Iteration:
+        """Potentials for moved centroids without a further pass over all rows.
+
+        A Newton step on the masses of all rows, plus the change of the potentials that balance the
+        sample.
+        """
+        before = state.sample_potentials
+        after = rows.from_first(self._balance_sample(sample, state.centroids, before))
+        potentials = state.potentials + sums.masses.newton_step(JOINT_DAMPING).to(before)
+        return replace(state, potentials=potentials + after - before, sample_potentials=after)
 
     def finish(self, rows: Rows, state: Iteration) -> Clustering:
-        """Balanced potentials under which no cluster is empty, and the assignment by them.
+        """Balance the potentials and assign all rows, so that no cluster is empty.
 
-        Centroids that have merged cannot be told apart by potentials: the empty ones move away
-        first. Raises MoceError if clusters stay empty all the same.
+        Potentials cannot separate centroids that have merged: those of empty clusters are moved
+        first. Raises MoceError if clusters stay empty.
         """
-        centroids, potentials = state.centroids, state.potentials
         for _ in range(RESCUES):
-            similarities = self._similarities(rows, centroids, keep=True)
-            potentials = self._balanced(similarities, potentials, FINAL_ITERATIONS)
-            sums = score_pass(similarities.of_all(), potentials, state.assignment)
-            if bool((sums.sizes == 0).any()):
-                filled = fill_empty(similarities, potentials)
-                if filled is None:
-                    sums = score_pass(similarities, potentials, state.assignment)
-                    centroids = reseed_empty(rows, centroids, state.assignment, sums.sizes)
-                    continue
-                potentials = filled
-                sums = score_pass(similarities.of_all(), potentials, state.assignment)
-            assignment, sizes = state.assignment.long().to(rows.device), sums.sizes.long()
-            masses = sums.masses
-            if rows.weights is not None:  # those of the sweep count copies
-                masses = column_masses(similarities, potentials)
-            return Clustering(
-                centroids, potentials, assignment, sizes, state.step, sums.similarity, masses.error
-            )
+            scores = Scores(rows, state.centroids, self.epsilon, cache=True)
+            potentials = self._balance(scores, state.potentials, FINAL_BALANCE_STEPS)
+            state = replace(state, potentials=potentials)
+            sums = score_pass(scores.with_duplicates(), potentials, state.assignment)
+            if not bool((sums.sizes == 0).any()):
+                return self._result(scores, state, sums)
+            filled = fill_empty(scores, potentials)
+            if filled is not None:
+                state = replace(state, potentials=filled)
+                sums = score_pass(scores.with_duplicates(), filled, state.assignment)
+                return self._result(scores, state, sums)
+            sums = score_pass(scores, potentials, state.assignment)
+            centroids = reseed_empty(rows, state.centroids, state.assignment, sums.sizes)
+            state = replace(state, centroids=centroids)
         raise MoceError(
-            f"cannot fill {len(centroids)} clusters: too many images are alike; use fewer clusters"
+            f"cannot fill {self.num_clusters} clusters: too many images are alike; use fewer "
+            "clusters"
         )
 
-    def _similarities(self, rows: Rows, centroids: Tensor, *, keep: bool) -> Similarities:
-        return Similarities(rows, centroids, self.epsilon, keep=keep)
+    def _result(self, scores: Scores, state: Iteration, sums: Sums) -> Clustering:
+        masses = sums.masses
+        if scores.rows.weights is not None:  # the sums count duplicates
+            masses = column_masses(scores, state.potentials)
+        return Clustering(
+            centroids=state.centroids,
+            potentials=state.potentials,
+            assignment=state.assignment.long().to(scores.rows.device),
+            sizes=sums.sizes.long(),
+            iterations=state.step,
+            similarity=sums.similarity,
+            marginal_error=masses.error,
+        )
 
-    def _balanced(
-        self,
-        similarities: Similarities,
-        potentials: Tensor,
-        iterations: int,
-        on_sweep: Callable[[], None] | None = None,
+    def _balance(
+        self, scores: Scores, potentials: Tensor, max_steps: int = BALANCE_STEPS
     ) -> Tensor:
-        return balanced_potentials(
-            similarities, potentials, self.tolerance, iterations, on_sweep or self.watch.on_sweep
-        )
+        on_pass = self.callbacks.on_pass
+        return balanced_potentials(scores, potentials, self.tolerance, max_steps, on_pass)
+
+    def _balance_sample(self, sample: Rows, centroids: Tensor, potentials: Tensor) -> Tensor:
+        scores = Scores(sample, centroids, self.epsilon, cache=True)
+        return balanced_potentials(scores, potentials, self.tolerance, BALANCE_STEPS)
 
 
-def moved_centroids(sums: Sums, previous: Tensor) -> Tensor:
-    """Unit mean of the features of each cluster, [K, D]; one without any keeps its centroid."""
+def updated_centroids(sums: Sums, previous: Tensor) -> Tensor:
+    """Unit mean of the features of each cluster, [K, D]; unchanged for clusters without any."""
     some = sums.features.norm(dim=1, keepdim=True) > 1e-6
     return torch.where(some, normalize(sums.features, dim=1).to(previous), previous)

@@ -1,11 +1,11 @@
-"""Features of all images in a file of the run's state: larger than memory, kept over a kill.
+"""Extracted features on disk, resumable: larger than memory, kept if the run is killed.
 
-A process holds its share of them (`own_share`). They are extracted batch by batch, then centered and
-scaled to unit norm where they are. What has been done is on record beside them:
+Every process stores its shard of the features. They are extracted batch by batch, then centered and
+scaled to unit norm in place. Files, of rank 0 of 1:
 
-state/features-0-of-1            float32 [n, width], as they come
-state/features-0-of-1.json       how many are extracted, their mean once it is known, whether centered
-state/features-0-of-1.chunk      the chunk that is being centered, in case of a kill in the middle
+state/features-0-of-1            float32 [n, width]
+state/features-0-of-1.json       progress (`Progress`)
+state/features-0-of-1.chunk      the chunk being centered, to redo it after a kill
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -30,13 +31,13 @@ from moce.runs.files import atomic, read_tensors
 from moce.runs.model import STATE
 from moce.runtime.distributed import all_reduce, barrier, rank, world_size
 
-RECORD_EVERY = 10.0  # seconds of extraction that a kill may cost
-CENTERED_AT_ONCE = 16384  # features
+SAVE_EVERY = 10.0  # seconds of extraction that a kill may cost
+CHUNK_SIZE = 16384  # features centered at a time
 
 
 @dataclass
-class Record:
-    """done: rows extracted; mean: of the features of all processes; centered: whether all are unit."""
+class Progress:
+    """done: rows extracted. mean: of all processes' features. centered: all rows are unit."""
 
     done: int = 0
     mean: list[float] | None = None
@@ -44,68 +45,67 @@ class Record:
 
 
 class FeatureFile:
-    """The features of this process's share of the images, [count, width] float32."""
+    """The features of this process's shard of the images, [count, width] float32."""
 
     def __init__(self, folder: Path, count: int, width: int) -> None:
-        """Open the file or begin it. Raises MoceError if the disk has no room for it."""
+        """Open the file in a run folder, or start it. Raises MoceError if the disk has no room."""
         state = folder / STATE
         state.mkdir(parents=True, exist_ok=True)
         self.path = state / f"features-{rank()}-of-{world_size()}"
         self.count, self.width = count, width
-        self.record = self._read()
+        self.progress = self._load_progress()
         self._chunk = self.path.with_suffix(".chunk")
 
     @property
     def done(self) -> int:
         """Rows that are extracted."""
-        return self.record.done
+        return self.progress.done
 
-    def fill(self, batches: Iterable[Tensor], stop: Callable[[], bool]) -> bool:
-        """Append the batches that are still missing; whether all are there: else `stop` said so."""
-        done, recorded = self.done, time.monotonic()
+    def fill(self, batches: Iterable[Tensor], stop: Callable[[], bool]) -> None:
+        """Append the missing batches, until `stop` returns True."""
+        done, saved = self.done, time.monotonic()
         with self.path.open("r+b" if self.path.exists() else "w+b") as file:
             file.seek(done * self.width * 4)
             for batch in batches:
                 file.write(batch.contiguous().numpy().data)
                 done += len(batch)
                 stopped = stop()
-                if stopped or time.monotonic() - recorded > RECORD_EVERY:
-                    self._note(file, done)
-                    recorded = time.monotonic()
+                if stopped or time.monotonic() - saved > SAVE_EVERY:
+                    self._sync(file, done)
+                    saved = time.monotonic()
                 if stopped:
                     break
-            self._note(file, done)
-        return done == self.count
+            self._sync(file, done)
 
-    def _note(self, file: object, done: int) -> None:
-        """Put on record that rows are there, once they are."""
-        file.flush()  # type: ignore[attr-defined]
-        os.fsync(file.fileno())  # type: ignore[attr-defined]
-        self.record.done = done
-        self._write()
+    def _sync(self, file: BinaryIO, done: int) -> None:
+        """Flush the rows to disk, then record that they are there."""
+        file.flush()
+        os.fsync(file.fileno())
+        self.progress.done = done
+        self._save_progress()
 
     def tensor(self) -> Tensor:
-        """All features, [count, width] float32, mapped from the file: what is written to it is kept."""
+        """All features, [count, width] float32, mapped from the file: writes go to the file."""
         mapped = np.memmap(self.path, np.float32, "r+", shape=(self.count, self.width))
         return torch.from_numpy(mapped)
 
     def center(self) -> Tensor:
-        """Center the features of all processes on their mean and scale to unit norm; the mean [width].
+        """Center the features of all processes on their mean, scale to unit norm; the mean [width].
 
-        In place, and only once: after a kill it goes on where it was.
+        In place, and only once; resumes after a kill.
         """
         features = self.tensor()
-        everywhere = all_reduce(torch.tensor(self.record.mean is not None, dtype=torch.int64))
-        if everywhere < world_size():
-            self.record.mean = mean_of(features).tolist()
-            self._write()
-            barrier()  # nobody changes features while somebody may still need the mean
-        assert self.record.mean is not None
-        mean = torch.tensor(self.record.mean)
-        if not self.record.centered:
+        known = all_reduce(torch.tensor(self.progress.mean is not None, dtype=torch.int64))
+        if known < world_size():
+            self.progress.mean = mean_of(features).tolist()
+            self._save_progress()
+            barrier()  # nobody changes features while another process still computes the mean
+        assert self.progress.mean is not None
+        mean = torch.tensor(self.progress.mean)
+        if not self.progress.centered:
             self._center(features, mean)
-            self.record.centered = True
-            self._write()
+            self.progress.centered = True
+            self._save_progress()
             self._chunk.unlink(missing_ok=True)
         return mean
 
@@ -115,24 +115,24 @@ class FeatureFile:
             found = read_tensors(self._chunk)
             done = int(found["end"])
             features[done - len(found["features"]) : done] = found["features"]
-        for part in chunks(self.count - done, CENTERED_AT_ONCE):
-            own = slice(done + part.start, done + part.stop)
-            centered = unit(features[own], mean)
+        for where in chunks(self.count, CHUNK_SIZE, slice(done, self.count)):
+            centered = unit(features[where], mean)
             with atomic(self._chunk) as temporary:
-                save_file({"features": centered, "end": torch.tensor(own.stop)}, temporary)
-            features[own] = centered
+                save_file({"features": centered, "end": torch.tensor(where.stop)}, temporary)
+            features[where] = centered
 
-    def _read(self) -> Record:
-        record = self.path.with_suffix(".json")
-        if not record.is_file() or not self.path.is_file():
+    def _load_progress(self) -> Progress:
+        file = self.path.with_suffix(".json")
+        if not file.is_file() or not self.path.is_file():
             self._check_room()
-            return Record()
+            return Progress()
         try:
-            found = Record(**json.loads(record.read_text(encoding="utf-8")))
+            content = json.loads(file.read_text(encoding="utf-8").replace("centred", "centered"))
+            found = Progress(**content)
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
-            return Record()
-        whole = self.path.stat().st_size >= found.done * self.width * 4
-        return found if whole else Record()
+            return Progress()
+        complete = self.path.stat().st_size >= found.done * self.width * 4
+        return found if complete else Progress()
 
     def _check_room(self) -> None:
         needed = self.count * self.width * 4
@@ -141,16 +141,16 @@ class FeatureFile:
                 f"the features take {needed / 1e9:.1f} GB, more than is free in {self.path.parent}"
             )
 
-    def _write(self) -> None:
+    def _save_progress(self) -> None:
         with atomic(self.path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(asdict(self.record)), encoding="utf-8")
+            temporary.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
 
 
 def mean_of(features: Tensor) -> Tensor:
     """The mean of the features of all processes, [width] float32, summed in float64."""
     sums = torch.zeros(features.shape[1] + 1, dtype=torch.float64)
-    for part in chunks(len(features), CENTERED_AT_ONCE):
-        sums[:-1] += features[part].sum(dim=0, dtype=torch.float64)
+    for where in chunks(len(features), CHUNK_SIZE):
+        sums[:-1] += features[where].sum(dim=0, dtype=torch.float64)
     sums[-1] = len(features)
     all_reduce(sums)
     return (sums[:-1] / sums[-1]).float()

@@ -12,11 +12,11 @@ from moce.clustering.balanced_kmeans import balanced_kmeans
 def group_clusters(
     centroids: Tensor, num_groups: int, seed: int, *, projected: bool = True
 ) -> Tensor:
-    """Group clusters [K, D] into groups of similar size, [K] int64: where a gate starts from.
+    """Groups of similar size of cluster centroids [K, D]: the group of each cluster, [K] int64.
 
-    projected: the groups are those of a random projection to a quarter of the dimensions. On the
-    centroids themselves every seed finds nearly the same groups, and with one split for all MoE
-    blocks there would be only E routes.
+    projected: group a random projection to a quarter of the dimensions. The centroids themselves
+    give nearly the same groups for every seed, and one grouping for all MoE blocks would leave
+    only E routes.
     """
     if num_groups == 1:
         return torch.zeros(centroids.shape[0], dtype=torch.int64)

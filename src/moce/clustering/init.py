@@ -1,4 +1,4 @@
-"""Where k-means starts: k-means++ on a sample, and new places for clusters that have become empty."""
+"""k-means++ and re-seeding of empty clusters."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 
 from moce.clustering.features import Rows
-from moce.clustering.sinkhorn import Similarities
+from moce.clustering.sinkhorn import Scores
 
-FLOOR = 1e-12  # chance of points so near to a seed that their distance is lost in rounding
+FLOOR = 1e-12  # added to squared distances, which may round to 0 near a seed
 
 
 def draw(rows: Rows, distinct: int, count: int, seed: int) -> Tensor:
     """At most `count` of the distinct rows of all processes, [m] numbers in increasing order."""
     generator = torch.Generator().manual_seed(seed)
-    picked = torch.randperm(distinct, generator=generator)[:count].sort().values
+    drawn = torch.randperm(distinct, generator=generator)[:count].sort().values
     if rows.weights is None:
-        return picked
-    return rows.from_all(rows.weights.cpu()).nonzero()[:, 0][picked]
+        return drawn
+    return rows.all_gather(rows.weights.cpu()).nonzero()[:, 0][drawn]
 
 
 def plus_plus(points: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Greedy k-means++ seeds, [K, D], of unit points [m, D]: of a few draws the one that helps most.
+    """Greedy k-means++ seeds, [K, D], of unit points [m, D]: the best of a few draws for each.
 
-    Drawn by squared distance, 2 - 2 cos, in float64; no point is taken twice.
+    Draws by squared distance, 2 - 2 cos, in float64, and takes no point twice.
     """
     generator = torch.Generator().manual_seed(seed)
     wide = points.cpu().double()
@@ -50,75 +50,62 @@ def _distance(points: Tensor, which: Tensor) -> Tensor:
 
 
 def reseed_empty(rows: Rows, centroids: Tensor, assignment: Tensor, sizes: Tensor) -> Tensor:
-    """Move the centroid of every empty cluster to the worst-served image of a large cluster."""
+    """Move the centroid of every empty cluster to the worst-fitting image of a large cluster."""
     empty = (sizes == 0).nonzero()[:, 0].tolist()
     if not empty:
         return centroids
-    fit, owner, sizes = (
-        own_similarity(rows, centroids, assignment),
-        assignment.clone(),
-        sizes.clone(),
-    )
-    centroids = centroids.clone()
+    similarity = _own_similarity(rows, centroids, assignment)
+    assignment, sizes, centroids = assignment.clone(), sizes.clone(), centroids.clone()
     for cluster in empty:
         largest = int(sizes.argmax())
-        _, worst = rows.least(fit.where(owner == largest, torch.inf))
-        centroids[cluster] = rows.pick(torch.tensor([worst]))[0]
-        if rows.own.start <= worst < rows.own.stop:
-            owner[worst - rows.offset] = cluster
+        _, worst = rows.min(similarity.where(assignment == largest, torch.inf))
+        centroids[cluster] = rows.select(torch.tensor([worst]))[0]
+        if rows.shard.start <= worst < rows.shard.stop:
+            assignment[worst - rows.offset] = cluster
         sizes[largest] -= 1
         sizes[cluster] = 1
     return centroids
 
 
-def own_similarity(rows: Rows, centroids: Tensor, assignment: Tensor) -> Tensor:
-    """Cosine of every row to the centroid of its cluster, [n] on the CPU; infinite for copies."""
-    parts = []
-    for part in rows.parts():
-        own = centroids[assignment[part].long().to(centroids.device)]
-        cosine = (rows.chunk(part) * own).sum(dim=1)
-        parts.append(
-            cosine if rows.weights is None else cosine.where(rows.weights[part] > 0, torch.inf)
-        )
-    return torch.cat(parts).cpu()
+def _own_similarity(rows: Rows, centroids: Tensor, assignment: Tensor) -> Tensor:
+    """Cosine of every row to its cluster's centroid, [n] on the CPU; infinite for duplicates."""
+    similarity = []
+    for where in rows.chunks():
+        own = centroids[assignment[where].long().to(centroids.device)]
+        similarity.append((rows.chunk(where) * own).sum(dim=1))
+    return rows.mask(torch.cat(similarity)).cpu()
 
 
-def fill_empty(similarities: Similarities, potentials: Tensor) -> Tensor | None:
-    """Potentials raised just enough that no cluster is empty; None if that cannot be reached.
+def fill_empty(scores: Scores, potentials: Tensor) -> Tensor | None:
+    """Raise potentials just enough that no cluster is empty; None if that is not possible.
 
-    Each empty cluster gets the image that costs it least, from a cluster with more than one.
+    Each empty cluster gets the image that costs least, from a cluster with more than one.
     """
     potentials = potentials.clone()
     for _ in range(4 * len(potentials)):
-        sizes = _sizes(similarities, potentials)
+        sizes = _sizes(scores, potentials)
         empty = (sizes == 0).nonzero()[:, 0]
         if len(empty) == 0:
             return potentials
-        gap = _least_gap(similarities, potentials, int(empty[0]), sizes)
+        gap = _least_gap(scores, potentials, int(empty[0]), sizes)
         potentials[empty[0]] += gap * (1 + 1e-5) + 1e-4
     return None
 
 
-def _sizes(similarities: Similarities, potentials: Tensor) -> Tensor:
+def _sizes(scores: Scores, potentials: Tensor) -> Tensor:
     """Distinct rows of each cluster, [K]."""
-    rows = similarities.rows
+    rows = scores.rows
     sizes = rows.zeros(len(potentials))
-    for part, _, score in similarities.shifted(potentials, features=False):
-        weights = None if rows.weights is None else rows.weights[part]
+    for where, _, score in scores.chunks(potentials):
+        weights = rows.chunk_weights(where)
         sizes += torch.bincount(score.argmax(dim=1), weights, len(potentials))
-    return rows.total(sizes)
+    return rows.all_reduce(sizes)
 
 
-def _least_gap(
-    similarities: Similarities, potentials: Tensor, cluster: int, sizes: Tensor
-) -> float:
-    """By how little `cluster` loses an image to a cluster that has more than that one."""
-    rows = similarities.rows
-    parts = []
-    for part, _, score in similarities.shifted(potentials, features=False):
+def _least_gap(scores: Scores, potentials: Tensor, cluster: int, sizes: Tensor) -> float:
+    """The least score that `cluster` lacks to win an image from a cluster with more than one."""
+    gaps = []
+    for _, _, score in scores.chunks(potentials):
         top, owner = score.max(dim=1)
-        gap = (top - score[:, cluster]).masked_fill(sizes[owner] <= 1, torch.inf)
-        parts.append(
-            gap if rows.weights is None else gap.masked_fill(rows.weights[part] == 0, torch.inf)
-        )
-    return rows.least(torch.cat(parts))[0]
+        gaps.append((top - score[:, cluster]).masked_fill(sizes[owner] <= 1, torch.inf))
+    return scores.rows.min(scores.rows.mask(torch.cat(gaps)))[0]

@@ -18,11 +18,11 @@ from moce.clustering.balanced_kmeans import (
     Clustering,
     Iteration,
     balanced_kmeans,
-    check_count,
     check_enough,
 )
-from moce.clustering.checkpoint import as_row, gathered, load_iteration, save_iteration
+from moce.clustering.checkpoint import load_iteration, metrics_row, save_iteration
 from moce.clustering.feature_store import FeatureFile
+from moce.clustering.features import gather_shards
 from moce.commands.setup import read_images, resolve, start_run
 from moce.config import ClusterSettings
 from moce.data.dataset import ImageDataset
@@ -39,12 +39,12 @@ from moce.runtime.signals import StopRequest, stop_request
 from moce.training.metrics import MetricLog
 from moce.weights.resolve import start_from
 
-FEW = 10  # images per cluster, below which clusters say little
+FEW = 10  # images per cluster that a clustering should have
 
 
 @dataclass
 class ClusterResult:
-    """run: the folder; sizes: images per cluster; similarity: mean cosine of images and centroids."""
+    """run: the folder. sizes: images per cluster. similarity: mean cosine to the own centroid."""
 
     run: Path
     sizes: list[int]
@@ -54,7 +54,7 @@ class ClusterResult:
     def summary(self) -> str:
         return (
             f"{len(self.sizes)} clusters of {min(self.sizes)} to {max(self.sizes)} images "
-            f"after {self.iterations} rounds: {self.run}"
+            f"after {self.iterations} iterations: {self.run}"
         )
 
 
@@ -64,27 +64,25 @@ def run(settings: ClusterSettings) -> ClusterResult:
         return _finished(settings.out)
     spec, mae = start_from(settings.mae, settings)
     images = read_images(settings, settings.data, mae.encoder)
-    _check(settings, images)
+    _check_enough(images, settings.num_clusters)
     start_run(settings, images)
     with stop_request() as stop:
         job = _Job(settings, device, spec.encoder, mae.encoder, images, stop)
         features, mean = job.features()
         found = job.clusters(features)
-    del features  # their file can go only when nobody maps it
+    del features  # their file cannot be removed while it is mapped
     return job.save(found, mean)
 
 
-def _check(settings: ClusterSettings, images: ImageDataset) -> None:
+def _check_enough(images: ImageDataset, num_clusters: int) -> None:
     """Raise MoceError, before anything is written, if there are fewer distinct images than clusters."""
-    count = len(images)
-    check_count(count, settings.num_clusters)
-    check_enough(_count_distinct(images, settings.num_clusters), settings.num_clusters)
-    if count < FEW * settings.num_clusters:
-        log(f"{count} images are few for {settings.num_clusters} clusters; fewer may serve better")
+    check_enough(_count_distinct(images, num_clusters), num_clusters)
+    if len(images) < FEW * num_clusters:
+        log(f"{len(images)} images are few for {num_clusters} clusters; consider fewer clusters")
 
 
 def _count_distinct(images: ImageDataset, enough: int) -> int:
-    """How many images differ in their pixels, counted no further than `enough`."""
+    """The number of images with different pixels; stops counting at `enough`."""
     seen: set[bytes] = set()
     for row in range(len(images)):
         seen.add(hashlib.sha256(images.take(slice(row, row + 1)).numpy().data).digest())
@@ -94,17 +92,19 @@ def _count_distinct(images: ImageDataset, enough: int) -> int:
 
 
 def _finished(folder: Path) -> ClusterResult:
-    """What a run came to that was finished before."""
+    """The result of a run that is already finished."""
     if is_rank0():  # a kill may have left it
         shutil.rmtree(folder / STATE, ignore_errors=True)
     info, tensors = read_model(folder, "clusters")
     sizes, similarity = tensors["sizes"].tolist(), info["clusters"]["similarity"]
-    return ClusterResult(folder, sizes, similarity, info["metrics"]["rounds"])
+    metrics = info["metrics"]
+    iterations = metrics["iterations"] if "iterations" in metrics else metrics["rounds"]  # 0.1.0
+    return ClusterResult(folder, sizes, similarity, iterations)
 
 
 @dataclass
 class _Job:
-    """A clustering under way. Of several processes each has its share of the images."""
+    """A running clustering. Each of several processes has its shard of the images."""
 
     settings: ClusterSettings
     device: torch.device
@@ -115,13 +115,17 @@ class _Job:
     iterations: int = 0
     since: float = field(default_factory=time.monotonic)
 
+    @property
+    def shard(self) -> slice:
+        return shard_range(len(self.images))
+
     def features(self) -> tuple[Tensor, Tensor]:
         """Unit features of this process's images, [n, width] in a file, and the mean of all."""
-        settings, own = self.settings, shard_range(len(self.images))
-        count = own.stop - own.start
+        settings, shard = self.settings, self.shard
+        count = shard.stop - shard.start
         file = FeatureFile(settings.out, count, feature_width(self.encoder, settings.pooling))
         if file.done:
-            log(f"resuming {settings.out}: {file.done} of {count} features are there")
+            log(f"resuming {settings.out}: {file.done} of {count} features are extracted")
         if file.done < count:
             batches = feature_batches(
                 self.encoder,
@@ -131,31 +135,31 @@ class _Job:
                 precision=settings.precision,
                 pooling=settings.pooling,
                 batch_size=settings.batch_size,
-                part=slice(own.start + file.done, own.stop),
+                rows=slice(shard.start + file.done, shard.stop),
             )
             file.fill(batches, lambda: self.stop.received is not None)
-        self._leave_if_asked(f"{file.done} of {count} features")
+        self._raise_if_stopped(f"{file.done} of {count} features")
         mean = file.center()
         return file.tensor(), mean
 
     def clusters(self, features: Tensor) -> Clustering:
-        """Balanced k-means, from the last round that was kept."""
+        """Balanced k-means, resumed from the last saved iteration."""
         settings, count = self.settings, len(self.images)
         start = load_iteration(settings.out, count, self.device) if settings.resume else None
         if start is not None:
             self.iterations = start.step
-            log(f"resuming {settings.out} after round {start.step}")
+            log(f"resuming {settings.out} after iteration {start.step}")
         metric_log = MetricLog(settings.out, tensorboard=False, resumed_step=self.iterations)
         stages = 2 if count > SAMPLE * settings.num_clusters else 1
         with meter("cluster", stages * settings.max_iterations, self.iterations) as progress:
 
-            def on_round(state: Iteration) -> None:
-                self._keep(state, metric_log)
+            def on_iteration(state: Iteration) -> None:
+                self._save_iteration(state, metric_log)
                 progress.advance(f"{state.moved:.1%} of the images moved")
-                self._leave_if_asked(f"round {state.step}")
+                self._raise_if_stopped(f"iteration {state.step}")
 
             return balanced_kmeans(
-                self._placed(features),
+                self._cached_on_gpu(features),
                 settings.num_clusters,
                 epsilon=settings.epsilon,
                 update=settings.update,
@@ -163,42 +167,43 @@ class _Job:
                 max_iterations=settings.max_iterations,
                 chunk_size=settings.chunk_size,
                 seed=settings.seed,
-                spread=True,
+                sharded=True,
                 device=self.device,
                 start=start,
-                watch=Callbacks(on_round, self._on_sweep),
+                callbacks=Callbacks(on_iteration, self._on_pass),
             )
 
-    def _placed(self, features: Tensor) -> Tensor:
-        """The features on a GPU that has room for them; else as they are, to be sent chunk by chunk."""
+    def _cached_on_gpu(self, features: Tensor) -> Tensor:
+        """The features on a GPU with room for them; otherwise they are sent chunk by chunk."""
         fits = self.settings.cache_on_gpu and fits_on(self.device, features.nbytes)
         return features.to(self.device) if fits else features
 
-    def _keep(self, state: Iteration, metric_log: MetricLog) -> None:
-        """Write down a round: its row first, for one that is past the round a run resumes from goes."""
+    def _save_iteration(self, state: Iteration, metric_log: MetricLog) -> None:
+        """Write metrics, then the state: on resume, rows after the saved iteration are removed."""
         now = time.monotonic()
         seconds, self.since, self.iterations = now - self.since, now, state.step
-        metric_log.write(as_row(state), {"step": state.step, "step_s": round(seconds, 5)})
+        metric_log.write(metrics_row(state), {"step": state.step, "step_s": round(seconds, 5)})
         save_iteration(self.settings.out, state, len(self.images))
 
-    def _on_sweep(self) -> None:
-        """One process can stop between rounds; several do only after one, all alike."""
+    def _on_pass(self) -> None:
+        """One process can stop after any pass; several only after an iteration, together."""
         if world_size() == 1:
-            self._leave_if_asked(f"round {self.iterations}")
+            self._raise_if_stopped(f"iteration {self.iterations}")
 
-    def _leave_if_asked(self, done: str) -> None:
+    def _raise_if_stopped(self, done: str) -> None:
         """Raise Interrupted if any process was asked to stop."""
         received = agreed_signal(self.stop.received)
         if received is not None:
             raise Interrupted(received, self.settings.out, done)
 
     def save(self, found: Clustering, mean: Tensor) -> ClusterResult:
-        """Write the finished run; what it was to be resumed from goes."""
-        settings = self.settings
+        """Write the finished run and remove its state."""
+        settings, count = self.settings, len(self.images)
         if found.marginal_error > settings.marginal_tolerance:
             log(
                 f"clusters are balanced to {found.marginal_error:.1%}, not to the "
-                f"{settings.marginal_tolerance:.1%} of --marginal-tolerance; a larger --epsilon may help"
+                f"{settings.marginal_tolerance:.1%} of --marginal-tolerance; a larger --epsilon may "
+                "help"
             )
         model = ClusterModel(
             centroids=found.centroids.cpu(),
@@ -212,17 +217,17 @@ class _Job:
             encoder=self.encoder.cpu(),
         )
         sizes = found.sizes.tolist()
-        assignment = gathered(found.assignment.cpu(), len(self.images))
+        assignment = gather_shards(found.assignment.cpu(), count, self.shard)
         barrier()
         if is_rank0():
             write_assignments(settings.out, self.images.ids, assignment)
             metrics = {
-                "rounds": found.iterations,
+                "iterations": found.iterations,
                 "smallest": min(sizes),
                 "largest": max(sizes),
                 "marginal_error": found.marginal_error,
             }
-            info = {"clusters": model.info(), "metrics": metrics, "images": len(self.images)}
+            info = {"clusters": model.info(), "metrics": metrics, "images": count}
             write_model(settings.out, "clusters", model.tensors(), info)
             shutil.rmtree(settings.out / STATE, ignore_errors=True)
         barrier()

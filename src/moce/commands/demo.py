@@ -24,7 +24,7 @@ from moce.config import (
 )
 from moce.customization.bank import Bank, load
 from moce.customization.model_card import write_choice
-from moce.data.readers.factory import demo_tasks
+from moce.data.readers.parquet import demo_tasks
 from moce.errors import MoceError, raise_if_corrupt
 from moce.evaluation.evaluator import Comparison, compare_probes
 from moce.evaluation.task import load_task

@@ -1,4 +1,4 @@
-"""moce embed: one feature per image, to a parquet file, for search, clustering or any classifier."""
+"""moce embed: one feature per image, in a parquet file, for search, clustering or any classifier."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SUFFIX = ".parquet"
 
 @dataclass
 class EmbedResult:
-    """file: written, a row per image; images: how many; width: of a feature; skipped: (id, reason)."""
+    """file: with a row per image. width: numbers per feature. skipped: (id, reason)."""
 
     file: Path
     images: int
@@ -40,7 +40,7 @@ class EmbedResult:
 
 def run(settings: EmbedSettings) -> EmbedResult:
     if settings.out.suffix != SUFFIX:
-        raise MoceError(f"--out is a file that ends in {SUFFIX}, not {settings.out.name}")
+        raise MoceError(f"--out must be a file that ends in {SUFFIX}, not {settings.out.name}")
     check_file(settings.out, f"features{SUFFIX}", settings.data, overwrite=settings.overwrite)
     device, precision = prepare(settings)
     backbone = load_backbone(settings.backbone)
@@ -70,13 +70,13 @@ def run(settings: EmbedSettings) -> EmbedResult:
 
 
 def _write(out: Path, images: ImageDataset, batches: Iterator[Tensor], width: int) -> None:
-    """A row group per batch: no more than one is in memory."""
-    several = any(isinstance(label, tuple) for label in images.labels)
+    """One row group per batch, so that only one batch is in memory."""
+    multi_label = any(isinstance(label, tuple) for label in images.labels)
     text = pyarrow.string()
     schema = pyarrow.schema(
         {
             "id": text,
-            "label": pyarrow.list_(text) if several else text,
+            "label": pyarrow.list_(text) if multi_label else text,
             "split": text,
             "embedding": pyarrow.list_(pyarrow.float32(), width),
         }

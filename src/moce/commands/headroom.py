@@ -108,11 +108,13 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
         )
     images = read_images(settings, settings.data, mae.encoder)
     cluster_of = assign_images(
-        settings,
+        settings.clusters,
         clusters,
         images,
-        device,
-        lambda: read_images(settings, settings.data, clusters.encoder),
+        data=settings.data,
+        device=device,
+        precision=settings.precision,
+        load_larger=lambda: read_images(settings, settings.data, clusters.encoder),
     )
     group_of = group_clusters(
         clusters.centroids, settings.num_groups, settings.seed, projected=False

@@ -1,4 +1,4 @@
-"""moce pack: images decoded and resized once, into one file that is mapped into memory."""
+"""moce pack: decode and resize images once, into one file that is mapped into memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from moce.errors import Interrupted, MoceError
 from moce.runtime.progress import log, meter
 from moce.runtime.signals import stop_request
 
-SHOWN = 5  # skipped images that are named on the screen; the file lists them all
+SHOWN = 5  # skipped images to print; the file lists all
 
 
 @dataclass
 class PackResult:
-    """images: in the file; size: (height, width); skipped: (id, reason); verified: all pixels read."""
+    """images: in the file. size: (height, width). skipped: (id, reason). verified: pixels checked."""
 
     file: Path
     images: int
@@ -56,12 +56,12 @@ def run(settings: PackSettings) -> PackResult:
 
 
 def _input(settings: PackSettings) -> Packed:
-    """The packed file that is to be verified."""
+    """The packed file to verify."""
     if not settings.verify:
-        raise MoceError("nowhere to write to: add --out FILE (or --verify to check a packed file)")
+        raise MoceError("no output: add --out FILE (or --verify to check a packed file)")
     packed = find_packed(settings.data)
     if packed is None:
-        raise MoceError(f"{settings.data} is no packed file to verify; to make one, add --out FILE")
+        raise MoceError(f"{settings.data} is not a packed file; to make one, add --out FILE")
     return packed
 
 
@@ -75,35 +75,35 @@ def _pack(settings: PackSettings, out: Path) -> Packed:
         packer.discard()
     done = packer.resume()
     if done:
-        log(f"going on after {done} of {len(samples)} images")
+        log(f"resuming after {done} of {len(samples)} images")
     _decode(packer, settings.workers)
     packed = packer.finish()
-    _tell_skipped(packed)
+    _log_skipped(packed)
     return packed
 
 
 def _decode(packer: Packer, workers: int | None) -> None:
-    """Pack all chunks. Raises Interrupted when asked to stop: the next call then goes on."""
-    start, begun, skipped = time.monotonic(), packer.done, 0
+    """Pack all chunks. Raises Interrupted when asked to stop; the next call resumes."""
+    start, first, skipped = time.monotonic(), packer.done, 0
     with (
-        meter("pack", len(packer.samples), begun) as progress,
+        meter("pack", len(packer.samples), first) as progress,
         stop_request() as stop,
         closing(packer.chunks(workers)) as chunks,
     ):
         for chunk in chunks:
             skipped += chunk.skipped
-            rate = (packer.done - begun) / (time.monotonic() - start)
+            rate = (packer.done - first) / (time.monotonic() - start)
             progress.advance(f"{rate:.0f} images/s, {skipped} skipped", chunk.samples)
             if stop.received is not None and packer.done < len(packer.samples):
                 raise Interrupted(
                     stop.received,
                     f"{packer.out}.partial",
                     f"{packer.done} of {len(packer.samples)} images",
-                    "the same command goes on",
+                    "run the same command to resume",
                 )
 
 
-def _tell_skipped(packed: Packed) -> None:
+def _log_skipped(packed: Packed) -> None:
     for name, reason in packed.skipped[:SHOWN]:
         log(f"skipped {name}: {reason}")
     if len(packed.skipped) > SHOWN:

@@ -66,8 +66,17 @@ class _Job:
 
     def clusters_of_images(self, clusters: ClusterModel) -> Tensor:
         """The cluster of every training image, [n] int64."""
-        load = lambda: read_images(self.settings, self.settings.data, clusters.encoder)  # noqa: E731
-        return assign_images(self.settings, clusters, self.images, self.device, load)
+        settings = self.settings
+        assert settings.clusters is not None
+        return assign_images(
+            settings.clusters,
+            clusters,
+            self.images,
+            data=settings.data,
+            device=self.device,
+            precision=settings.precision,
+            load_larger=lambda: read_images(settings, settings.data, clusters.encoder),
+        )
 
     def fit(self, objective: Objective) -> None:
         """Train the objective's model and move it back to the CPU."""

@@ -1,1 +1,1 @@
-"""Images in: sources of files, decoding, batches of tensors, augmentation, keyed randomness."""
+"""Images: readers of DATA, decoding, the data set, batches, augmentation, random numbers."""

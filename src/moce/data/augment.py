@@ -1,8 +1,8 @@
-"""Whole batches at once, on the training device: random resized crop, flip, normalization.
+"""Random resized crop, flip and normalization of whole batches, on the training device.
 
-A resize is two small matrix products per image, with the rows of each matrix the weights of an
-antialiased bicubic filter; crops of different sizes then cost the same and need no loop. On CPUs
-the zeros in these matrices cost too much from some size on, and images are resized one by one.
+A resize is two small matrix products per image. The rows of each matrix are the weights of an
+antialiased bicubic filter, so crops of different sizes need no loop. On CPUs the zeros in these
+matrices cost too much for larger images, which are resized one by one.
 """
 
 from __future__ import annotations
@@ -17,37 +17,34 @@ from torch.nn.functional import interpolate
 from moce.runtime.device import to_device
 
 TRIES = 10  # as in torchvision's RandomResizedCrop
-ONE_BY_ONE_FROM = 48 * 48  # pixels of an image from which products lose to a loop, on CPUs
+ONE_BY_ONE_FROM = 48 * 48  # pixels of an image, at which a loop beats products on CPUs
 
 
 def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 or float pixels 0..255 [b, c, h, w] to float32 of zero mean and unit deviation."""
-    center, scale = (
-        _of_channels(tuple(mean), pixels.device),
-        _of_channels(tuple(std), pixels.device),
-    )
+    center, scale = (_per_channel(tuple(values), pixels.device) for values in (mean, std))
     return (pixels.float() - center) / scale
 
 
 @lru_cache
-def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A value of each channel, in units of pixels, [1, c, 1, 1]: sent to a device once, not every time."""
-    with torch.inference_mode(False):  # who asks first may be under it, and others train
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One value per channel, times 255, [1, c, 1, 1]; cached on the device."""
+    with torch.inference_mode(False):  # the first caller may be in it, a later one may train
         return torch.tensor(values).reshape(1, -1, 1, 1).mul(255).to(device)
 
 
 def denormalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """The inverse of `normalize`, clamped to what can be shown: float32 in 0..1."""
+    """The inverse of `normalize`, as float32 clamped to 0..1."""
     shape = (1, -1, 1, 1)
     scale = torch.tensor(std, device=images.device).reshape(shape)
     return (images * scale + torch.tensor(mean, device=images.device).reshape(shape)).clamp(0, 1)
 
 
 def random_crops(uniform: Tensor, size: tuple[int, int], smallest: float) -> Tensor:
-    """Boxes (top, left, height, width), [b, 4] int64, as torchvision's RandomResizedCrop draws them.
+    """Boxes (top, left, height, width), [b, 4] int64, distributed as torchvision's RandomResizedCrop.
 
-    uniform: [b, 4 * TRIES] in [0, 1); size: (h, w) of the images; smallest: least share of the
-    area. Aspect ratios lie between 3/4 and 4/3; if no try fits, the whole image is taken.
+    uniform: [b, 4 * TRIES] in [0, 1). size: (h, w) of the images. smallest: least share of the
+    area. Aspect ratios lie between 3/4 and 4/3; if no try fits, the box is the whole image.
     """
     height, width = size
     area, ratio, down, right = uniform.reshape(-1, TRIES, 4).unbind(dim=2)
@@ -66,10 +63,10 @@ def random_crops(uniform: Tensor, size: tuple[int, int], smallest: float) -> Ten
 
 
 def resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
-    """Antialiased bicubic weights, [b, target, source], that resize a stretch of a row to `target`.
+    """Antialiased bicubic weights, [b, target, source], that resize a section of a row to `target`.
 
-    start, length: [b] int64, the stretch start .. start + length - 1 of `source` pixels. The
-    filter is Pillow's and torchvision's (a = -0.5), cut off at the ends of the stretch.
+    start, length: [b] int64, the section start .. start + length - 1 of `source` pixels. The filter
+    is Pillow's and torchvision's (a = -0.5), cut off at the ends of the section.
     """
     start, scale = start.float()[:, None, None], length.float()[:, None, None] / target
     support = scale.clamp(min=1)
@@ -85,7 +82,7 @@ def resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> T
 
 
 def resized_crop(pixels: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop every image to its box and resize it to `size`; float32 0..255 (not rounded, clamped).
+    """Crop every image to its box and resize it to `size`; float32, clamped to 0..255, not rounded.
 
     pixels: [b, c, h, w]; boxes: [b, 4] int64 (top, left, height, width).
     """
@@ -117,9 +114,9 @@ def resized_by_products(pixels: Tensor, boxes: Tensor, size: tuple[int, int]) ->
 
 
 def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """The middle of every image, as much as has the shape of `size`, resized to it; uint8.
+    """Center-crop every image to the aspect ratio of `size` and resize it to `size`; uint8.
 
-    pixels: [b, c, h, w] uint8; they are returned as they are if they have that size already.
+    pixels: [b, c, h, w] uint8; returned unchanged if they have that size.
     """
     height, width = pixels.shape[2:]
     if (height, width) == tuple(size):

@@ -1,4 +1,4 @@
-"""Images as one uint8 tensor: decoded and resized once, in parallel, held in memory or on disk."""
+"""ImageDataset: pixels, ids, labels, splits."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from moce.data.readers.packed import PixelReader
-from moce.data.readers.torchvision import Label
+from moce.data.readers.sample import Label
 
 
 @dataclass
 class ImageDataset:
-    """Images [n, c, h, w] uint8 with n stable names (ids) and their labels, or None, and splits.
+    """n images of c channels and one size, with unique ids; labels and splits may be None.
 
-    Look at the pixels by `take`: the set may be a part of what is stored, and that may be a file.
-    stored: [m, c, h, w] uint8, not to be written to. index: [n] int64, the stored row of each
-    image; None where it is its own. skipped: (id, reason) of images that could not be decoded.
-    reader: of the file that `stored` is mapped from; `take` goes by it, because a mapping has no
-    way to tell that it cannot be read.
+    Read pixels with `take`: a subset shares the memory or file of the whole set.
+    stored: [m, c, h, w] uint8, read-only. index: [n] int64, the stored row of each image (default:
+    its own row). skipped: (id, reason) of images that could not be decoded. reader: of the file
+    that `stored` is mapped from; used instead of the mapping, which cannot report errors.
     """
 
     stored: Tensor
@@ -42,13 +41,13 @@ class ImageDataset:
 
     @property
     def pixels(self) -> Tensor:
-        """All that is stored, [n, c, h, w]. Raises ValueError of a part: that would be a copy."""
+        """All pixels, [n, c, h, w]. Raises ValueError for a subset, which would need a copy."""
         if self.index is not None:
-            raise ValueError("a part of what is stored: use take, take(slice(None)) for all of it")
+            raise ValueError("a subset has no pixels of its own: use take(slice(None))")
         return self.stored
 
     def take(self, rows: Tensor | slice) -> Tensor:
-        """Pixels of these rows ([b] int64 or a slice), uint8 [b, c, h, w] on the device of `stored`."""
+        """Pixels [b, c, h, w] uint8 of these rows ([b] int64 or a slice), on the device of `stored`."""
         if self.index is not None:
             rows = self.index[rows if isinstance(rows, slice) else rows.cpu()]
         if self.reader is not None:
@@ -56,21 +55,19 @@ class ImageDataset:
             return self.reader.read(numbers)
         if isinstance(rows, slice):
             return self.stored[rows]
-        return self.stored.index_select(
-            0, rows.to(self.stored.device)
-        )  # many times as fast as [rows]
+        # Many times faster than stored[rows].
+        return self.stored.index_select(0, rows.to(self.stored.device))
 
     def subset(self, rows: Sequence[int]) -> ImageDataset:
-        """The images of these rows, in this order. Their pixels are not copied."""
-        picked = list(rows)
-        if picked == list(range(len(self))):
+        """The images of these rows, in this order, without copying pixels."""
+        rows = list(rows)
+        if rows == list(range(len(self))):
             return self
-        pick = lambda values: [values[row] for row in picked]  # noqa: E731
-        index = torch.tensor(picked, dtype=torch.int64)
+        index = torch.tensor(rows, dtype=torch.int64)
         return replace(
             self,
             index=index if self.index is None else self.index[index],
-            ids=pick(self.ids),
-            labels=pick(self.labels),
-            splits=pick(self.splits),
+            ids=[self.ids[row] for row in rows],
+            labels=[self.labels[row] for row in rows],
+            splits=[self.splits[row] for row in rows],
         )

@@ -1,8 +1,7 @@
-"""From an image file, or an array, to uint8 pixels of the size and channels that an encoder takes.
+"""One image file to uint8 pixels, of the size and channels of an encoder.
 
-How values become 0..255, whatever the file: 8 bits stay; of 16 bits the upper 8 are kept; floats
-have to lie in 0..1. Nothing is stretched to an image's own range, so that the same value is the
-same brightness in all images.
+8-bit values are kept, of 16 bits the upper 8 are kept, floats must be in 0..1. Values are never
+stretched to an image's own range, so that a value means the same brightness in all images.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Raster = Image.Image | np.ndarray  # an array: [h, w] or [h, w, c]
 Box = tuple[int, int]
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are refused here
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**28 // 3  # Pillow's limit: beyond, memory may not do
-# Only decoders: some formats that Pillow knows are programs, which it would have run.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused here instead
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**28 // 3  # Pillow's limit, to protect memory
+# Decoders only: for some formats Pillow runs other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "DIB", "PPM", "JPEG2000", "TGA")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-FLOAT_SLACK = 1e-3  # beyond 0..1, as resampling leaves it
-TO_8_BITS: dict[str, Callable[[int], int]] = {  # by Pillow's name of the pixels in the file
+FLOAT_SLACK = 1e-3  # beyond 0..1, from resampling
+TO_8_BITS: dict[str, Callable[[int], int]] = {  # by Pillow's raw mode of the file
     "1": lambda value: value * 255,
     "L;2": lambda value: value * 85,
     "L;4": lambda value: value * 17,
@@ -36,9 +35,9 @@ MOST_CHANNELS, MOST_VALUES = 1024, 2**30
 
 
 def open_encoded(source: Path | bytes) -> Raster:
-    """Open an image file or its content. TIFFs that Pillow cannot read are tifffile's, if installed.
+    """Open an image file or its content. Reads TIFFs that Pillow cannot with tifffile, if installed.
 
-    Raises what the decoders raise, or ValueError for images of more than `MOST_PIXELS` pixels.
+    Raises errors of the decoders, or ValueError for images of more than `MOST_PIXELS` pixels.
     """
     file: Path | io.BytesIO = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
@@ -46,14 +45,14 @@ def open_encoded(source: Path | bytes) -> Raster:
     except UnidentifiedImageError:
         if _start(source) in TIFF_STARTS:
             return _read_tiff(source)
-        raise ValueError("not an image, or of a kind that is not read") from None
+        raise ValueError("not an image, or of an unsupported format") from None
     _check_area(image.width, image.height)
     _scale_transparency(image)
     return image
 
 
 def _scale_transparency(image: Image.Image) -> None:
-    """A PNG's transparent color to 8 bits, as its pixels are: Pillow leaves it in the file's depth."""
+    """Scale a PNG's transparent color to 8 bits, like its pixels: Pillow keeps the file's depth."""
     color = image.info.get("transparency")
     tiles = getattr(image, "tile", None)
     if image.format == "PNG" and color is not None and tiles:
@@ -79,8 +78,12 @@ def _read_tiff(source: Path | bytes) -> np.ndarray:
     try:
         import tifffile
     except ImportError:
-        raise ValueError("Pillow cannot read this TIFF; pip install 'moce[tiff]' may") from None
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is listed once
+        raise ValueError(
+            "Pillow cannot read this TIFF; pip install 'moce[tiff]' may help"
+        ) from None
+    logging.getLogger("tifffile").setLevel(
+        logging.CRITICAL
+    )  # errors are listed with the skipped images
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with tifffile.TiffFile(file) as tiff:
         page: Any = tiff.pages[0]
@@ -89,16 +92,16 @@ def _read_tiff(source: Path | bytes) -> np.ndarray:
             raise ValueError(f"a TIFF of shape {list(page.shape)} is too large")
         pixels = page.asarray()
         if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-            raise ValueError("the TIFF counts white as 0; convert it")
+            raise ValueError("in this TIFF 0 means white; convert it")
         planes = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
     return np.moveaxis(pixels, 0, -1) if planes and pixels.ndim == 3 else pixels
 
 
 def to_pixels(image: Raster, size: Box, channels: int = 3) -> np.ndarray:
-    """[channels, h, w] uint8 of an image: upright, on white where transparent, filled to `size` (h, w).
+    """[channels, h, w] uint8 of an image: upright, transparency on white, cropped to `size` (h, w).
 
-    Gray and color become one another. Any other number of channels has to be the image's own;
-    4 are those of an image with alpha. Raises ValueError if they cannot be had.
+    Converts between gray and color. Any other number of channels must be the image's own; 4 are
+    those of an image with alpha. Raises ValueError if the channels do not match.
     """
     planes = (
         _array_planes(image, channels)
@@ -109,7 +112,7 @@ def to_pixels(image: Raster, size: Box, channels: int = 3) -> np.ndarray:
 
 
 def _filled(image: Image.Image, size: Box) -> np.ndarray:
-    """[c, h, w]: the shorter side resized, the middle cut out."""
+    """[c, h, w]: resized by the shorter side and center-cropped."""
     height, width = size
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
@@ -118,7 +121,7 @@ def _filled(image: Image.Image, size: Box) -> np.ndarray:
 
 
 def _planes(image: Image.Image, channels: int) -> list[Image.Image]:
-    """8-bit images that together have the channels."""
+    """8-bit images that together have the required channels."""
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip to 8 bits, not scale
         image = _to_8_bits(image)
@@ -133,7 +136,7 @@ def _planes(image: Image.Image, channels: int) -> list[Image.Image]:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """A gray image of 8 bits, with alpha if a value stands for transparent."""
+    """An 8-bit gray image, with alpha if a value stands for transparent."""
     values = np.asarray(image)
     gray = Image.fromarray(to_bytes(values))
     if "transparency" not in image.info:
@@ -143,10 +146,10 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # whatever is wrong from here on, the pixels are whole
+    image.load()  # raises if the pixels are broken
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken metadata: the picture itself may be whole
+    except Exception:  # only the metadata is broken
         return image
 
 
@@ -161,7 +164,7 @@ def _array_planes(pixels: np.ndarray, channels: int) -> list[Image.Image]:
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or 0 in pixels.shape or pixels.shape[2] > MOST_CHANNELS:
-        raise ValueError(f"an array of shape {list(pixels.shape)} is no image [h, w, c]")
+        raise ValueError(f"an array of shape {list(pixels.shape)} is not an image [h, w, c]")
     found = pixels.shape[2]
     if found != channels and {found, channels} != {1, 3}:
         _mismatch(f"an image of {found} channels", channels)
@@ -176,20 +179,20 @@ def _mismatch(found: str, channels: int) -> None:
 
 
 def to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """uint8 0..255 of any pixels. Raises ValueError if it is unclear what their values mean."""
+    """uint8 0..255 of any pixels. Raises ValueError if the scale of their values is unknown."""
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    kind = pixels.dtype
-    if kind == np.uint8:
+    dtype = pixels.dtype
+    if dtype == np.uint8:
         return pixels
-    if kind.kind == "b":
+    if dtype.kind == "b":
         return pixels.astype(np.uint8) * 255
-    if kind in (np.uint16, np.int16, np.int32):  # Pillow and cameras keep 16 bits in all three
-        if kind != np.uint16 and (pixels.min() < 0 or pixels.max() > 65535):
-            raise ValueError(f"{kind} pixels outside 0..65535; convert them to 8 or 16 bits")
+    if dtype in (np.uint16, np.int16, np.int32):  # Pillow and cameras use all three for 16 bits
+        if dtype != np.uint16 and (pixels.min() < 0 or pixels.max() > 65535):
+            raise ValueError(f"{dtype} pixels outside 0..65535; convert them to 8 or 16 bits")
         return (pixels >> 8).astype(np.uint8)
-    if np.issubdtype(kind, np.floating):
+    if np.issubdtype(dtype, np.floating):
         low, high = float(pixels.min()), float(pixels.max())
         if not (low >= -FLOAT_SLACK and high <= 1 + FLOAT_SLACK):  # also where they are NaN
             raise ValueError(f"float pixels from {low:g} to {high:g}; scale them to 0..1")
         return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
-    raise ValueError(f"{kind} pixels; convert them to uint8, uint16 or floats in 0..1")
+    raise ValueError(f"{dtype} pixels; convert them to uint8, uint16 or floats in 0..1")

@@ -1,4 +1,4 @@
-"""Arrays, tensors, PIL images and streams as an image set."""
+"""Arrays, tensors, PIL images, streams as an ImageDataset."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from torch import Tensor
 
 from moce.data.dataset import ImageDataset
 from moce.data.decode import open_encoded
-from moce.data.load import Decoding, load_images, temporary_file
-from moce.data.readers.factory import Part, open_parts
+from moce.data.load import decode_all, load_images, temporary_file
+from moce.data.readers.factory import Source, open_sources
 from moce.data.readers.sample import Sample, is_image_name
 from moce.errors import MoceError
 
-BLOCK = 1024  # images of a stream that are held as they come
+BLOCK = 1024  # images of a stream decoded at a time
 
 
 def as_image_dataset(images: object, size: tuple[int, int], channels: int = 3) -> ImageDataset:
-    """Images in any form as an ImageSet.
+    """Images in any form as an ImageDataset.
 
-    A DATA argument, an ImageSet, a list of paths, sources, PIL images or arrays [h, w(, c)], any
-    other iterable of paths, PIL images or arrays, or a uint8 tensor or array [n, channels, h, w] of
-    the right size. Raises MoceError otherwise.
+    images: DATA as on the command line; an ImageDataset; a list of paths, sources, PIL images or
+    arrays [h, w] or [h, w, c]; another iterable of paths, PIL images or arrays; a uint8 tensor or
+    array [n, channels, h, w] of the right size. Raises MoceError for anything else.
     """
     if isinstance(images, ImageDataset):
         return images
     if isinstance(images, str | Path):
         return load_images(str(images), size, temporary_file(), channels=channels)
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
-        images = torch.from_numpy(np.ascontiguousarray(images))  # flipped views have no tensor
+        images = torch.from_numpy(np.ascontiguousarray(images))  # torch takes no flipped views
     if isinstance(images, Tensor):
         return _from_tensor(images, size, channels)
     if isinstance(images, Sequence) and len(images) > 0:
@@ -45,28 +45,27 @@ def as_image_dataset(images: object, size: tuple[int, int], channels: int = 3) -
 
 
 def _from_stream(stream: Iterable[object], size: tuple[int, int], channels: int) -> ImageDataset:
-    """Images that come one by one, nobody knows how many: decoded block by block as they come."""
+    """Images of an iterable of unknown length, decoded block by block."""
     blocks: list[np.ndarray] = []
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []
     numbered = enumerate(stream)
     while block := [_as_sample(number, item) for number, item in islice(numbered, BLOCK)]:
         pixels = np.empty((len(block), channels, *size), np.uint8)
-        reasons = Decoding(block, pixels.shape, 1.0, "the stream").decode(pixels)
+        reasons = decode_all(block, pixels)
         good = [row for row in range(len(block)) if row not in reasons]
         blocks.append(pixels[good])
         ids += [block[row].id for row in good]
         skipped += [(block[row].id, reason) for row, reason in reasons.items()]
     if not ids:
         raise MoceError(f"no readable image among the {len(skipped)} of the stream")
-    pixels, count = np.concatenate(blocks), len(ids)
-    return ImageDataset(torch.from_numpy(pixels), ids, [None] * count, [None] * count, skipped)
+    return _unlabeled(torch.from_numpy(np.concatenate(blocks)), ids, skipped)
 
 
 def _as_samples(items: Sequence[object]) -> list[Sample]:
     texts = [str(item) for item in items if isinstance(item, str | Path)]
     if len(texts) == len(items) and not all(is_image_name(text) for text in texts):
-        return open_parts([Part(text, text) for text in texts])
+        return open_sources([Source(text, text) for text in texts])
     return [_as_sample(number, item) for number, item in enumerate(items)]
 
 
@@ -87,5 +86,8 @@ def _from_tensor(pixels: Tensor, size: tuple[int, int], channels: int) -> ImageD
         )
     if len(pixels) == 0:
         raise MoceError("no images in the tensor")
-    ids = [str(row) for row in range(len(pixels))]
-    return ImageDataset(pixels, ids, labels=[None] * len(pixels), splits=[None] * len(pixels))
+    return _unlabeled(pixels, [str(row) for row in range(len(pixels))], [])
+
+
+def _unlabeled(pixels: Tensor, ids: list[str], skipped: list[tuple[str, str]]) -> ImageDataset:
+    return ImageDataset(pixels, ids, [None] * len(ids), [None] * len(ids), skipped)

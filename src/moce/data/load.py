@@ -1,18 +1,18 @@
-"""All images of a set to pixels: decoded in parallel, those that cannot be skipped and counted."""
+"""All images of DATA: decoded in parallel, in memory or on disk."""
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
 import tempfile
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -22,180 +22,35 @@ from moce.data.dataset import ImageDataset
 from moce.data.decode import Raster, to_pixels
 from moce.data.readers.factory import open_source
 from moce.data.readers.packed import Packed, find_packed
-from moce.data.readers.sample import Sample
+from moce.data.readers.sample import Sample, error_line
+from moce.data.run_ahead import run_ahead
 from moce.errors import MoceError
 from moce.runtime.distributed import barrier, is_local_rank0, run_on_local_rank0, world_size
 from moce.runtime.launch import launch
-from moce.runtime.progress import Meter, meter
+from moce.runtime.progress import meter
 from moce.runtime.system import free_memory, worker_threads
 
-MEMORY_SHARE = 0.4  # of the free memory, beyond which pixels are kept in a file
-
-ASKED_AHEAD = 16  # images a thread: enough to keep it busy, few enough to hold for any number
-TOLD_EVERY = 32  # images
+MEMORY_SHARE = 0.4  # of the free memory; more pixels are stored in a file
+AHEAD_PER_THREAD = 16  # images: enough to keep threads busy, few enough for sets of any size
+REPORT_EVERY = 32  # images
 BAR_AFTER = 2.0  # seconds
-
-T = TypeVar("T")
-
-
-@dataclass
-class Decoding:
-    """What is to be decoded. shape: [n, c, h, w]; name: of where it is from."""
-
-    samples: Sequence[Sample]
-    shape: tuple[int, ...]
-    max_skipped: float
-    name: str
-
-    def into(self, pixels: np.ndarray) -> dict[int, str]:
-        """Decode each image into its row of `pixels`; the reason of each row that could not be.
-
-        Raises MoceError if these are more than the share `max_skipped`, or all.
-        """
-        reasons = self.decode(pixels)
-        skipped = [(self.samples[row].id, reason) for row, reason in reasons.items()]
-        _check_skipped(skipped, len(self.samples), self.max_skipped, self.name)
-        return reasons
-
-    def decode(self, pixels: np.ndarray) -> dict[int, str]:
-        """As `into`, however many cannot be decoded."""
-        with meter("read images", len(self.samples), wait=BAR_AFTER) as progress:
-            return self._decode(pixels, progress)
-
-    def _decode(self, pixels: np.ndarray, progress: Meter) -> dict[int, str]:
-        reasons: dict[int, str] = {}
-        threads = worker_threads()
-        with ThreadPoolExecutor(threads) as pool:
-            try:
-                jobs = (
-                    pool.submit(decode_into, pixels, row, sample)
-                    for row, sample in enumerate(self.samples)
-                )
-                for row, reason in enumerate(_in_turn(jobs, ASKED_AHEAD * threads)):
-                    if reason is not None:
-                        reasons[row] = reason
-                    if row % TOLD_EVERY == TOLD_EVERY - 1:
-                        progress.advance(f"{len(reasons)} unreadable", TOLD_EVERY)
-            except BaseException:  # Ctrl-C is not to wait for all that have been asked for
-                pool.shutdown(cancel_futures=True)
-                raise
-        progress.advance(count=len(self.samples) % TOLD_EVERY)
-        return reasons
-
-
-def _in_turn(jobs: Iterable[Future[T]], most: int) -> Iterator[T]:
-    """The results in their order, of which no more than `most` are asked for ahead."""
-    ahead: deque[Future[T]] = deque()
-    for job in jobs:
-        ahead.append(job)
-        if len(ahead) > most:
-            yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
-
-
-def _check_skipped(skipped: list[tuple[str, str]], count: int, most: float, name: str) -> None:
-    """Raise MoceError, with the commonest reason, if too many images are skipped, or all."""
-    if not skipped or (len(skipped) < count and len(skipped) <= most * count):
-        return
-    reason, times = Counter(reason for _, reason in skipped).most_common(1)[0]
-    first = next(identity for identity, why in skipped if why == reason)
-    cause = f"{times} x {reason} (as {first})"
-    if len(skipped) == count:
-        raise MoceError(f"no readable image among the {count} of {name}: {cause}")
-    raise MoceError(
-        f"{len(skipped)} of the {count} images of {name} cannot be read: {cause}; mend them, or "
-        f"allow a larger share than {most:g} by --max-skipped"
-    )
-
-
-def decode_into(pixels: np.ndarray, row: int, sample: Sample) -> str | None:
-    """Decode one image into its row; the reason if it cannot be."""
-    try:
-        with _closing(sample.open()) as image:
-            pixels[row] = to_pixels(image, (pixels.shape[2], pixels.shape[3]), pixels.shape[1])
-    except Exception as error:  # decoders raise whatever they like on broken files
-        return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
-    return None
-
-
-@contextmanager
-def _closing(image: Raster) -> Iterator[Raster]:
-    """The image, its file closed afterwards."""
-    try:
-        yield image
-    finally:
-        if isinstance(image, Image.Image):
-            image.close()
-
-
-def allocate(shape: tuple[int, ...], store: Path | None, *, in_memory: bool) -> np.ndarray:
-    """uint8 of this shape, in memory or in the file `store`, whose name is taken away at once.
-
-    Raises MoceError if there is no room, or no file to use instead of memory.
-    """
-    if in_memory:
-        return np.empty(shape, np.uint8)
-    if store is None:
-        raise MoceError(
-            f"the images take {_bytes_of(shape) / 1e9:.1f} GB, more than the memory has room for; pack them "
-            "once (moce pack): a packed file is read image by image"
-        )
-    pixels = in_file(shape, store)
-    store.unlink()  # the file stays as long as the process, and leaves nothing behind
-    return pixels
-
-
-def in_file(shape: tuple[int, ...], store: Path) -> np.ndarray:
-    """Pixels in a new file. Raises MoceError if the disk has no room."""
-    needed = _bytes_of(shape)
-    store.parent.mkdir(parents=True, exist_ok=True)
-    if needed > shutil.disk_usage(store.parent).free:
-        raise MoceError(
-            f"the images take {needed / 1e9:.1f} GB, more than is free in {store.parent}; make "
-            "room, or give --out (without it TMPDIR) on a larger disk"
-        )
-    with store.open("w+b") as file:
-        _take_room(file, needed, store)
-        return np.memmap(file, np.uint8, "w+", shape=shape)
-
-
-def temporary_file() -> Path:
-    """A file for pixels where there is no output folder to put it beside; no name to be guessed."""
-    return Path(tempfile.gettempdir()) / f".moce-{secrets.token_hex(8)}.pixels"
-
-
-def _take_room(file: BinaryIO, needed: int, store: Path) -> None:
-    """Take the room of a file at once: a disk that is full later ends the process without a word."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(file.fileno(), 0, needed)
-    except OSError as error:
-        store.unlink()
-        raise MoceError(
-            f"no room for {needed / 1e9:.1f} GB of images in {store.parent}: {error.strerror}"
-        ) from None
-
-
-def _bytes_of(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+Reasons = dict[int, str]  # by row, why an image could not be decoded
 
 
 def load_images(
     data: str | Sequence[Sample],
     size: tuple[int, int],
-    store: Path | None = None,
+    pixel_file: Path | None = None,
     *,
     channels: int = 3,
     max_skipped: float = 1.0,
 ) -> ImageDataset:
-    """Decode all images of a DATA argument, the shorter side resized and the rest cropped to `size`.
+    """Decode all images of DATA, resized by the shorter side and center-cropped to `size` (h, w).
 
-    Broken images, and those of another number of channels, are skipped and listed. Pixels that
-    would fill the memory go to the file `store`, if given. A packed file is not decoded: its images
-    keep their size, at least `size`. Raises MoceError if nothing is readable, more than the share
-    `max_skipped` is not, or neither memory nor disk has room.
+    Broken images, and those with a wrong number of channels, are skipped and listed. Pixels that do
+    not fit into memory go to `pixel_file`, a temporary file. Packed files are not decoded: their
+    images keep their size, which must be at least `size`. Raises MoceError if no image is readable,
+    more than the share `max_skipped` is not, or neither memory nor disk has room.
     """
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
@@ -204,13 +59,18 @@ def load_images(
     samples = open_source(data) if isinstance(data, str) else list(data)
     if not samples:
         raise MoceError(f"no images in {name}")
-    work = Decoding(samples, (len(samples), channels, *size), max_skipped, name)
-    if world_size() > 1 and store is not None:
-        pixels, reasons = _decode_once_a_node(work, store)
+    shape = (len(samples), channels, *size)
+
+    def decode(pixels: np.ndarray) -> Reasons:
+        reasons = decode_all(samples, pixels)
+        _check_skipped(samples, reasons, max_skipped, name)
+        return reasons
+
+    if world_size() > 1 and pixel_file is not None:
+        pixels, reasons = _decode_once_per_node(decode, shape, pixel_file)
     else:
-        fits = _fits(int(np.prod(work.shape, dtype=np.int64)))
-        pixels = allocate(work.shape, store, in_memory=fits)
-        reasons = work.into(pixels)
+        pixels = _allocate(shape, pixel_file)
+        reasons = decode(pixels)
     images = ImageDataset(
         torch.from_numpy(pixels),
         ids=[sample.id for sample in samples],
@@ -221,49 +81,162 @@ def load_images(
     return images.subset([row for row in range(len(samples)) if row not in reasons])
 
 
-def _decode_once_a_node(work: Decoding, store: Path) -> tuple[np.ndarray, dict[int, str]]:
-    """The first process of each node decodes into a file, and all of the node map it.
+# --- decoding -----------------------------------------------------------------------------------------
 
-    A file even where the memory has room: the system keeps what is read of it in memory, once for
-    all processes, and none of them has to know how much the others take.
+
+def decode_all(samples: Sequence[Sample], pixels: np.ndarray) -> Reasons:
+    """Decode each image into its row of `pixels`, [n, c, h, w] uint8, in threads."""
+    reasons: Reasons = {}
+    threads = worker_threads()
+    jobs = (partial(decode_into, pixels, row, sample) for row, sample in enumerate(samples))
+    with (
+        meter("read images", len(samples), wait=BAR_AFTER) as progress,
+        closing(run_ahead(jobs, threads, AHEAD_PER_THREAD * threads)) as results,
+    ):
+        for row, reason in enumerate(results):
+            if reason is not None:
+                reasons[row] = reason
+            if row % REPORT_EVERY == REPORT_EVERY - 1:
+                progress.advance(f"{len(reasons)} unreadable", REPORT_EVERY)
+        progress.advance(count=len(samples) % REPORT_EVERY)
+    return reasons
+
+
+def decode_into(pixels: np.ndarray, row: int, sample: Sample) -> str | None:
+    """Decode one image into its row; returns the reason if that is not possible."""
+    try:
+        with _closing(sample.open()) as image:
+            pixels[row] = to_pixels(image, (pixels.shape[2], pixels.shape[3]), pixels.shape[1])
+    except Exception as error:  # decoders raise errors of any type
+        return error_line(error)
+    return None
+
+
+@contextmanager
+def _closing(image: Raster) -> Iterator[Raster]:
+    """Close the image's file afterwards, if it has one."""
+    try:
+        yield image
+    finally:
+        if isinstance(image, Image.Image):
+            image.close()
+
+
+def _check_skipped(samples: Sequence[Sample], reasons: Reasons, most: float, name: str) -> None:
+    """Raise MoceError, with the most frequent reason, if too many images are skipped, or all."""
+    skipped, count = len(reasons), len(samples)
+    if not skipped or (skipped < count and skipped <= most * count):
+        return
+    reason, times = Counter(reasons.values()).most_common(1)[0]
+    first = next(samples[row].id for row, why in reasons.items() if why == reason)
+    cause = f"{times} x {reason} (as {first})"
+    if skipped == count:
+        raise MoceError(f"no readable image among the {count} of {name}: {cause}")
+    raise MoceError(
+        f"{skipped} of the {count} images of {name} cannot be read: {cause}; fix them, or allow a "
+        f"larger share than {most:g} with --max-skipped"
+    )
+
+
+# --- where pixels are stored --------------------------------------------------------------------------
+
+
+def temporary_file() -> Path:
+    """An unpredictable path for pixels, for use without an output folder."""
+    return Path(tempfile.gettempdir()) / f".moce-{secrets.token_hex(8)}.pixels"
+
+
+def _fits_in_memory(num_bytes: int) -> bool:
+    return num_bytes <= MEMORY_SHARE * free_memory()
+
+
+def _allocate(shape: tuple[int, ...], pixel_file: Path | None) -> np.ndarray:
+    """uint8 in memory, or mapped from `pixel_file`, which is unlinked at once.
+
+    Raises MoceError if neither has room.
     """
-    file = store.with_name(f"{store.name}.{launch().node}")
+    if _fits_in_memory(math.prod(shape)):
+        return np.empty(shape, np.uint8)
+    if pixel_file is None:
+        raise MoceError(
+            f"the images take {math.prod(shape) / 1e9:.1f} GB, more than fits into memory; pack them "
+            "once (moce pack): a packed file is read image by image"
+        )
+    pixels = _allocate_file(shape, pixel_file)
+    pixel_file.unlink()  # its space is freed when the process ends
+    return pixels
 
-    def decode() -> dict[int, str]:
+
+def _allocate_file(shape: tuple[int, ...], pixel_file: Path) -> np.ndarray:
+    """uint8 mapped from a new file. Raises MoceError if the disk has no room."""
+    needed = math.prod(shape)
+    pixel_file.parent.mkdir(parents=True, exist_ok=True)
+    if needed > shutil.disk_usage(pixel_file.parent).free:
+        raise MoceError(
+            f"the images take {needed / 1e9:.1f} GB, more than is free in {pixel_file.parent}; make "
+            "room, or give --out (without it TMPDIR) on a larger disk"
+        )
+    with pixel_file.open("w+b") as file:
+        _reserve(file, needed, pixel_file)
+        return np.memmap(file, np.uint8, "w+", shape=shape)
+
+
+def _reserve(file: BinaryIO, needed: int, pixel_file: Path) -> None:
+    """Reserve disk space: writing to a mapping on a full disk would kill the process silently."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, needed)
+    except OSError as error:
+        pixel_file.unlink()
+        raise MoceError(
+            f"no room for {needed / 1e9:.1f} GB of images in {pixel_file.parent}: {error.strerror}"
+        ) from None
+
+
+def _decode_once_per_node(
+    decode: Callable[[np.ndarray], Reasons], shape: tuple[int, ...], pixel_file: Path
+) -> tuple[np.ndarray, Reasons]:
+    """Decode into a file in the first process of each node, and map it in all of them.
+
+    A file even if memory has room: the system caches it once for all processes.
+    """
+    file = pixel_file.with_name(f"{pixel_file.name}.{launch().node}")
+
+    def decode_to_file() -> Reasons:
         file.unlink(missing_ok=True)  # of a run that was killed
-        pixels = in_file(work.shape, file)
+        pixels = _allocate_file(shape, file)
         try:
-            return work.into(pixels)
+            return decode(pixels)
         except BaseException:
             file.unlink()
             raise
 
-    reasons = run_on_local_rank0(decode)
-    # Each with a view of its own: what one writes to it, which none should, the others do not see.
-    pixels = np.memmap(file, np.uint8, "c", shape=work.shape)
+    reasons = run_on_local_rank0(decode_to_file)
+    pixels = np.memmap(file, np.uint8, "c", shape=shape)  # copy-on-write
     barrier()
     if is_local_rank0():
-        file.unlink()  # it stays as long as the processes, and leaves nothing behind
+        file.unlink()  # its space is freed when the processes end
     return pixels, reasons
 
 
 def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageDataset:
-    """The images of a packed file, in memory if they are few and else mapped from the file.
+    """The images of a packed file, in memory if they fit, else mapped.
 
-    Several processes map it: the system keeps what is read of it in memory once for all.
+    Several processes map it: the system caches it once for all of them.
     """
     found, height, width = packed.shape[1:]
     if found != channels:
         raise MoceError(
-            f"{packed.path} holds images of {found} channels for an encoder of {channels}; pack them "
-            f"again with --channels {channels}"
+            f"{packed.path} contains images of {found} channels for an encoder of {channels}; pack "
+            f"them again with --channels {channels}"
         )
     if height < size[0] or width < size[1]:
         raise MoceError(
-            f"{packed.path} holds images of {height}x{width}, smaller than the {size[0]}x{size[1]} "
-            f"that are needed; pack them again with --size {size[0]}x{size[1]} or more"
+            f"{packed.path} contains images of {height}x{width}, smaller than the "
+            f"{size[0]}x{size[1]} needed; pack them again with --size {size[0]}x{size[1]} or more"
         )
-    in_memory = world_size() == 1 and _fits(packed.num_bytes)
+    in_memory = world_size() == 1 and _fits_in_memory(packed.num_bytes)
     return ImageDataset(
         packed.tensor(in_memory=in_memory),
         packed.ids,
@@ -272,8 +245,3 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageD
         packed.skipped,
         None if in_memory else packed.reader(),
     )
-
-
-def _fits(num_bytes: int) -> bool:
-    """Whether the memory has room for so many bytes of pixels."""
-    return num_bytes <= MEMORY_SHARE * free_memory()

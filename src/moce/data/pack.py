@@ -1,8 +1,8 @@
-"""Writing a packed file (see `packed`): decoded in parallel, in order, with a journal to resume from.
+"""Write packed files (format: readers/packed.py): decoded in parallel, resumable.
 
-Beside FILE grow FILE.partial, the pixels of the readable images in their order, and FILE.journal,
-one JSON line for every chunk of images that is safely in it. A stopped pack reads the journal, cuts
-off whatever came after its last line and goes on; the result is the same to the byte.
+While FILE is written there are FILE.partial, the pixels of the readable images in order, and
+FILE.journal, a JSON line for every chunk of images that is on disk. A resumed pack cuts off what
+follows the last journaled chunk and continues there; the result is the same to the byte.
 """
 
 from __future__ import annotations
@@ -12,36 +12,40 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moce.data.load import decode_into
-from moce.data.readers.factory import Sample
 from moce.data.readers.packed import HEADER_BYTES, Packed, header_block, open_packed
+from moce.data.readers.sample import Sample
+from moce.data.run_ahead import run_ahead
 from moce.errors import MoceError
 from moce.runs.files import make_folder, read_lines, write_text
 from moce.runtime.system import worker_threads
 
-CHUNK_BYTES, MOST_IN_CHUNK = 2**25, 1024  # of pixels decoded, written and journaled together
-Reasons = list[str | None]
+CHUNK_BYTES, MOST_IN_CHUNK = 2**25, 1024  # bytes, images: decoded, written and journaled together
+ROW_KEYS = {"entries", "images", "crc32", "skipped"}  # of a line of the journal
 
 
 @dataclass
 class Chunk:
-    """Progress: entries dealt with by this chunk, and how many of them could not be read."""
+    """samples: images of this chunk. skipped: how many of them could not be read."""
 
     samples: int
     skipped: int
 
 
 class Packer:
-    """One packed file in the making: iterate over `chunks`, then call `finish`."""
+    """Writes one packed file: iterate over `chunks`, then call `finish`."""
 
     def __init__(self, out: Path, samples: list[Sample], shape: tuple[int, int, int]) -> None:
         """shape: (channels, height, width) of the packed images."""
@@ -55,7 +59,7 @@ class Packer:
 
     @property
     def done(self) -> int:
-        """Entries dealt with so far."""
+        """Images processed so far, readable or not."""
         return sum(row["entries"] for row in self._rows)
 
     def _fingerprint(self) -> str:
@@ -63,51 +67,51 @@ class Packer:
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     def resume(self) -> int:
-        """Take up what an earlier, interrupted pack left; the number of entries it had dealt with.
+        """Resume an interrupted pack, if there is one; the number of images it had processed.
 
-        Raises MoceError if that was of other images or another size.
+        Raises MoceError if it packed other images or another size.
         """
         lines = read_lines(self._journal) if self._partial.is_file() else []
         if not lines:
             return 0
         if lines[0] != self._job:
             raise MoceError(
-                f"{self._partial} was begun with other images or another size; add --overwrite to "
-                "begin anew, or choose another file"
+                f"{self._partial} was started with other images or another size; add --overwrite to "
+                "start over, or choose another file"
             )
         rows = lines[1:]
-        whole = all({"entries", "images", "crc32", "skipped"} <= row.keys() for row in rows)
-        self._rows = rows if whole else []
+        self._rows = rows if all(row.keys() >= ROW_KEYS for row in rows) else []
         if self._partial.stat().st_size < self._end():
             self._rows = []
         return self.done
 
     def discard(self) -> None:
-        """Remove what an interrupted pack left."""
+        """Remove the files of an interrupted pack."""
         self._partial.unlink(missing_ok=True)
         self._journal.unlink(missing_ok=True)
 
     def chunks(self, workers: int | None = None) -> Generator[Chunk]:
-        """Decode, write and journal the rest; closing the iterator leaves a state to resume from."""
+        """Decode, write and journal the remaining images; can be closed and resumed later."""
         self._check_room()
         make_folder(self.out.parent)
-        # The journal is written anew: its last line may have been cut short.
+        # Rewrite the journal: its last line may be incomplete.
         write_text(self._journal, "".join(map(_line, [self._job, *self._rows])))
         with (
             self._partial.open("r+b" if self._rows else "wb") as pixels,
             self._journal.open("a", encoding="utf-8") as journal,
+            closing(self._decoded(workers or worker_threads())) as decoded,
         ):
             pixels.truncate(self._end())
             pixels.seek(0, os.SEEK_END)
-            for start, decoded, reasons in self._decoded(workers or worker_threads()):
-                row = self._write(pixels, start, decoded, reasons)
+            for start, content, reasons in decoded:
+                row = self._write(pixels, start, content, reasons)
                 journal.write(_line(row))
-                _to_disk(journal)
+                _sync(journal)
                 self._rows.append(row)
                 yield Chunk(row["entries"], len(row["skipped"]))
 
     def _end(self) -> int:
-        """Where the pixels written so far end."""
+        """The size of the partial file with the journaled images."""
         images = sum(row["images"] for row in self._rows)
         return HEADER_BYTES + images * self._image_bytes
 
@@ -117,32 +121,29 @@ class Packer:
         if needed > shutil.disk_usage(parent).free:
             raise MoceError(f"the images take {needed / 1e9:.1f} GB, more than is free in {parent}")
 
-    def _decoded(self, workers: int) -> Iterator[tuple[int, np.ndarray, Reasons]]:
-        """Start, pixels and reasons of every chunk; the next one is decoded meanwhile."""
-        with ThreadPoolExecutor(workers) as pool:
-            ahead: list[tuple[int, np.ndarray, list[Future[str | None]]]] = []
-            try:
-                for start in range(self.done, len(self.samples), self._size):
-                    part = self.samples[start : start + self._size]
-                    pixels = np.empty((len(part), *self.shape), np.uint8)
-                    jobs = [
-                        pool.submit(decode_into, pixels, row, sample)
-                        for row, sample in enumerate(part)
-                    ]
-                    ahead.append((start, pixels, jobs))
-                    if len(ahead) > 1:
-                        yield _finished(*ahead.pop(0))
-                for chunk in ahead:
-                    yield _finished(*chunk)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+    def _decoded(self, workers: int) -> Generator[tuple[int, np.ndarray, list[str | None]]]:
+        """First image, pixels and reasons of every chunk; the next one is decoded meanwhile."""
+        chunks: deque[tuple[int, np.ndarray]] = deque()
 
-    def _write(self, file: Any, start: int, pixels: np.ndarray, reasons: Reasons) -> dict[str, Any]:
-        """Append the good images; the journal's line, to be written when they are on the disk."""
+        def jobs() -> Iterator[Callable[[], str | None]]:
+            for start in range(self.done, len(self.samples), self._size):
+                samples = self.samples[start : start + self._size]
+                chunks.append((start, np.empty((len(samples), *self.shape), np.uint8)))
+                for row, sample in enumerate(samples):
+                    yield partial(decode_into, chunks[-1][1], row, sample)
+
+        with closing(run_ahead(jobs(), workers, self._size)) as results:
+            while reasons := list(islice(results, self._size)):
+                yield *chunks.popleft(), reasons
+
+    def _write(
+        self, file: Any, start: int, pixels: np.ndarray, reasons: list[str | None]
+    ) -> dict[str, Any]:
+        """Append the readable images; returns the journal's line, for when they are on disk."""
         good = [row for row, reason in enumerate(reasons) if reason is None]
         content = pixels if len(good) == len(pixels) else pixels[good]
         file.write(content.data)
-        _to_disk(file)
+        _sync(file)
         skipped = [[start + row, reason] for row, reason in enumerate(reasons) if reason]
         return {
             "entries": len(reasons),
@@ -152,7 +153,7 @@ class Packer:
         }
 
     def finish(self) -> Packed:
-        """Write index and header, and give the file its name. Raises MoceError if no image was readable."""
+        """Write index and header, and rename the file. Raises MoceError if no image was readable."""
         skipped = dict(pair for row in self._rows for pair in row["skipped"])
         kept = [sample for row, sample in enumerate(self.samples) if row not in skipped]
         if not kept:
@@ -171,22 +172,16 @@ class Packer:
             file.write(content)
             file.seek(0)
             file.write(header_block((len(kept), *self.shape), content, f"moce {version('moce')}"))
-            _to_disk(file)
+            _sync(file)
         self._partial.replace(self.out)
         self._journal.unlink()
         return open_packed(self.out)
-
-
-def _finished(
-    start: int, pixels: np.ndarray, jobs: list[Future[str | None]]
-) -> tuple[int, np.ndarray, Reasons]:
-    return start, pixels, [job.result() for job in jobs]
 
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
-def _to_disk(file: Any) -> None:
+def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -1,7 +1,7 @@
-"""Random numbers that depend on seed, purpose, epoch and image only.
+"""Counter-based random numbers keyed by (seed, epoch, image).
 
-Not on the order of images, the batch, the worker or the process: a resumed, re-batched or
-distributed run draws what an uninterrupted one on one process draws.
+They do not depend on the order of images, batch, worker or process, so a resumed, re-batched or
+distributed run draws the same numbers as an uninterrupted one on one process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """What the numbers are for; streams are independent of each other."""
+    """The purpose of the numbers; streams are independent of each other."""
 
     ORDER = 1
     MASK = 2
@@ -30,14 +30,14 @@ _MULTIPLY = (-4658895280553007687, -7723592293110705685)  # splitmix64's two con
 
 
 def _mix(state: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 (arithmetic wraps; shifts are made logical by masks)."""
+    """The splitmix64 finalizer on int64 (arithmetic wraps; shifts are made logical by masks)."""
     state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * _MULTIPLY[0]
     state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * _MULTIPLY[1]
     return state ^ ((state >> 31) & 0x1FFFFFFFF)
 
 
 def _key(seed: int, stream: Stream) -> int:
-    """What all numbers of a stream share: no tensor, which would have to be sent to a device."""
+    """The key of a stream, as an int: a tensor would have to be copied to the device."""
     return int(_mix(torch.tensor(seed) * _GOLDEN + int(stream)))
 
 
@@ -55,7 +55,7 @@ def keyed_uniform(seed: int, stream: Stream, epochs: Tensor, images: Tensor, cou
 def keyed_normal(seed: int, stream: Stream, epochs: Tensor, images: Tensor, count: int) -> Tensor:
     """As `keyed_uniform`, but from N(0, 1)."""
     uniform = keyed_uniform(seed, stream, epochs, images, count)
-    wide = uniform.cpu() if uniform.device.type == "mps" else uniform  # which has no float64
+    wide = uniform.cpu() if uniform.device.type == "mps" else uniform  # MPS has no float64
     normal = torch.special.ndtri(wide.double() + 2**-25).float()  # never 0 nor 1
     return normal.to(uniform.device)
 

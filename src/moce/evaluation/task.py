@@ -10,9 +10,9 @@ import numpy as np
 
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
-from moce.data.readers.factory import Sample, open_source
+from moce.data.readers.factory import open_source
 from moce.data.readers.packed import find_packed
-from moce.data.readers.torchvision import Label
+from moce.data.readers.sample import Label, Sample
 from moce.errors import MoceError
 
 TEST_SHARE = 0.2  # of images whose source names no split

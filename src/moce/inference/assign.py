@@ -1,13 +1,13 @@
-"""The clusters of the images that a verb trains on."""
+"""Images to clusters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moce.config import HeadroomSettings, TrainSettings
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError, raise_if_corrupt
 from moce.inference.features import feature_batches
@@ -19,52 +19,56 @@ from moce.runtime.progress import log
 
 
 def assign_images(
-    settings: TrainSettings | HeadroomSettings,
+    run: Path,
     clusters: ClusterModel,
     images: ImageDataset,
+    *,
+    data: str,
     device: torch.device,
-    load: Callable[[], ImageDataset],
+    precision: str,
+    load_larger: Callable[[], ImageDataset],
 ) -> Tensor:
-    """The cluster of every image, [n] int64: as it was clustered, or assigned if it was not there.
+    """The cluster of every image, [n] int64: from the clustering if it had the image, else assigned.
 
-    load: loads the same images at the size of the clusters' encoder, for images that are smaller.
+    run: of `moce cluster`. data: where the images are from. load_larger: loads the same images at
+    the input size of the clusters' encoder; called if `images` are smaller.
+    Raises MoceError if the run's assignments do not fit its clusters.
     """
-    assert settings.clusters is not None
-    with raise_if_corrupt(settings.clusters / CONFIG):
-        origin = read_config(settings.clusters)["data"]
-    if origin != settings.data:
-        log(f"the clusters were made from {origin}; images are matched to them by name")
-    known = read_assignments(settings.clusters)
+    with raise_if_corrupt(run / CONFIG):
+        clustered = read_config(run)["data"]
+    if clustered != data:
+        log(f"the clusters were made from {clustered}; images are matched to them by name")
+    known = read_assignments(run)
     highest = max(known.values(), default=-1)
     if highest >= clusters.num_clusters:
         raise MoceError(
-            f"{settings.clusters / ASSIGNMENTS} is damaged or was edited: it names cluster {highest}, "
-            f"and there are {clusters.num_clusters} from 0 on"
+            f"{run / ASSIGNMENTS} is damaged or was edited: it contains cluster {highest}, and there "
+            f"are {clusters.num_clusters}, counted from 0"
         )
     cluster_of = torch.tensor([known.get(name, -1) for name in images.ids])
     unseen = (cluster_of < 0).nonzero()[:, 0].tolist()
     if unseen:
-        log(f"{len(unseen)} images were not clustered before; assigning them")
-        new = _large_enough(clusters, images.subset(unseen), load)
-        cluster_of[unseen] = assign(new, clusters, device, settings.precision)
+        log(f"{len(unseen)} images are new to the clustering; assigning them")
+        new = _large_enough(clusters, images.subset(unseen), load_larger)
+        cluster_of[unseen] = assign(new, clusters, device, precision)
     return cluster_of
 
 
 def _large_enough(
-    clusters: ClusterModel, images: ImageDataset, load: Callable[[], ImageDataset]
+    clusters: ClusterModel, images: ImageDataset, load_larger: Callable[[], ImageDataset]
 ) -> ImageDataset:
     height, width = input_size(clusters.encoder)
     if images.shape[2] >= height and images.shape[3] >= width:
         return images
-    again = load()
-    row_of = {name: row for row, name in enumerate(again.ids)}
-    return again.subset([row_of[name] for name in images.ids])
+    larger = load_larger()
+    row_of = {name: row for row, name in enumerate(larger.ids)}
+    return larger.subset([row_of[name] for name in images.ids])
 
 
 def assign(
     images: ImageDataset, clusters: ClusterModel, device: torch.device, precision: str
 ) -> Tensor:
-    """The cluster of every image, [n] int64, by one forward pass; features are not kept."""
+    """The cluster of every image, [n] int64, by one forward pass; features are not stored."""
     batches = feature_batches(
         clusters.encoder,
         clusters.spec,

@@ -1,4 +1,4 @@
-"""Features of whole image sets by any timm ViT: what clustering, selection and probes all read."""
+"""One feature per image by any encoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from moce.data.augment import normalize
 from moce.data.dataset import ImageDataset
-from moce.data.loader import brought_back, in_order
+from moce.data.loader import in_order, to_cpu
 from moce.models.encoder import (
     EncoderSpec,
     choose_attention,
@@ -28,7 +28,7 @@ PIXELS, GRID = "pixels", 16
 
 
 def feature_width(vit: VisionTransformer, pooling: str) -> int:
-    """How many numbers make up the feature of an image."""
+    """The width of a feature."""
     return input_channels(vit) * GRID**2 if pooling == PIXELS else vit.embed_dim
 
 
@@ -42,11 +42,11 @@ def extract_features(
     pooling: str = "mean",
     batch_size: int = 256,
 ) -> Tensor:
-    """One feature per image, [n, width] float32 on the CPU: no mask, after the final norm.
+    """One feature per image, [n, width] float32 on the CPU: without a mask, after the final norm.
 
-    pooling: mean, cls, or pixels: no network at all, but the mean colors of a grid.
+    pooling: mean or cls tokens, or pixels: no encoder, the mean colors of a grid.
     """
-    parts = feature_batches(
+    batches = feature_batches(
         vit,
         spec,
         images,
@@ -55,7 +55,7 @@ def extract_features(
         pooling=pooling,
         batch_size=batch_size,
     )
-    return torch.cat(list(parts))
+    return torch.cat(list(batches))
 
 
 @torch.inference_mode()
@@ -68,28 +68,28 @@ def feature_batches(
     precision: str = "float32",
     pooling: str = "mean",
     batch_size: int = 256,
-    part: slice | None = None,
+    rows: slice | None = None,
 ) -> Iterator[Tensor]:
-    """What `extract_features` gives, batch by batch, [b, width]; of a part of the images, or all."""
+    """`extract_features` batch by batch, [b, width], of all images or a slice of them."""
     vit = vit.to(device).eval()
     choose_attention(vit, device, precision)
-    count = part.stop - part.start if part else len(images)
+    count = rows.stop - rows.start if rows else len(images)
 
-    def computed(pixels: Tensor) -> Tensor:
+    def features(pixels: Tensor) -> Tensor:
         inputs = normalize(pixels, spec.mean, spec.std)
-        with autocast(device, precision):  # not while the caller uses the feature
-            return _feature(vit, inputs, pooling)
+        with autocast(device, precision):  # left again before the caller uses the features
+            return _features(vit, inputs, pooling)
 
     with (
         meter("features", -(-count // batch_size)) as progress,
-        closing(in_order(images, batch_size, device, input_size(vit), part)) as batches,
+        closing(in_order(images, batch_size, device, input_size(vit), rows)) as batches,
     ):
-        for feature in brought_back(map(computed, batches)):
-            yield feature
+        for batch in to_cpu(map(features, batches)):
+            yield batch
             progress.advance()
 
 
-def _feature(vit: VisionTransformer, inputs: Tensor, pooling: str) -> Tensor:
+def _features(vit: VisionTransformer, inputs: Tensor, pooling: str) -> Tensor:
     """[b, width] float32 of normalized images [b, c, h, w]."""
     if pooling == PIXELS:
         return adaptive_avg_pool2d(inputs, GRID).flatten(1).float()

@@ -1,4 +1,4 @@
-"""`ClusterModel`: what a clustering leaves behind, enough to assign images it has not seen."""
+"""Centroids, potentials and encoder: image to cluster."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec
 
 CHUNK_SIZE = 4096  # rows at a time: [4096, K] scores stay in the processor's cache
+TENSORS = ("centroids", "potentials", "mean", "sizes")
+ENCODER = "encoder."  # prefix of the encoder's tensors
 
 
 @dataclass
 class ClusterModel:
-    """Centroids, potentials and the feature encoder of a clustering.
+    """The result of a clustering: assigns unseen images to clusters.
 
-    centroids: [K, D] unit; potentials: [K] of the balanced assignment; mean: [D] of the raw
-    features; sizes: [K] training images per cluster; similarity: mean cosine similarity of the
-    training images to their own centroid.
+    centroids: [K, D] of unit norm. potentials: [K] dual potentials of the balanced assignment.
+    mean: [D] of the raw features. sizes: [K] training images per cluster. similarity: mean cosine
+    of the training images and their centroids.
     """
 
     centroids: Tensor
@@ -39,14 +41,14 @@ class ClusterModel:
         return self.centroids.shape[0]
 
     def normalize(self, raw: Tensor) -> Tensor:
-        """Raw encoder features [n, D] to what is clustered: centered on the data's mean, unit norm."""
+        """Raw encoder features [n, D], centered on the training mean and scaled to unit norm."""
         return unit(raw, self.mean)
 
     def assign(self, features: Tensor, rule: str = "balanced") -> tuple[Tensor, Tensor]:
-        """Cluster [n] int64 and cosine similarity to its centroid [n] of normalized features.
+        """Cluster [n] int64, and cosine to its centroid [n], of normalized features [n, D].
 
-        rule "balanced" gives a training image the cluster it was trained with; "nearest" gives the
-        closest centroid, for images that are far from spread over the clusters as the data were.
+        rule: "balanced" gives training images the cluster they were trained with. "nearest" gives
+        the closest centroid, for images that are not distributed like the training images.
         """
         if rule == "balanced":
             cluster = assign(features, self.centroids, self.potentials, self.epsilon)
@@ -57,13 +59,12 @@ class ClusterModel:
         return cluster, (features * self.centroids[cluster]).sum(dim=1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a run stores of this model, by name; `from_tensors` is the inverse."""
-        named = {name: getattr(self, name) for name in ("centroids", "potentials", "mean", "sizes")}
-        encoder = {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
-        return named | encoder
+        """The tensors to save, by name."""
+        encoder = {ENCODER + name: value for name, value in self.encoder.state_dict().items()}
+        return {name: getattr(self, name) for name in TENSORS} | encoder
 
     def info(self) -> dict[str, object]:
-        """The rest of what a run stores: readable values."""
+        """The other values to save, as JSON."""
         return {
             "num_clusters": self.num_clusters,
             "epsilon": self.epsilon,
@@ -74,16 +75,14 @@ class ClusterModel:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], info: dict) -> ClusterModel:
-        """Rebuild from `tensors()` and `info()`."""
+        """The model from `tensors()` and `info()`."""
         spec = EncoderSpec.from_dict(info["encoder"])
         encoder = spec.build()
-        prefix = "encoder."
-        weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        encoder.load_state_dict(weights)
+        names = [name for name in tensors if name.startswith(ENCODER)]
+        encoder.load_state_dict({name.removeprefix(ENCODER): tensors[name] for name in names})
         encoder.eval().requires_grad_(False)
-        named = {name: tensors[name] for name in ("centroids", "potentials", "mean", "sizes")}
         return cls(
-            **named,
+            **{name: tensors[name] for name in TENSORS},
             epsilon=info["epsilon"],
             pooling=info["pooling"],
             similarity=info["similarity"],
@@ -93,7 +92,7 @@ class ClusterModel:
 
 
 def unit(raw: Tensor, mean: Tensor) -> Tensor:
-    """Raw encoder features [n, D] to what is clustered: centered on the data's mean [D], unit norm."""
+    """Raw features [n, D], centered on `mean` [D] and scaled to unit norm."""
     return normalize(raw.float() - mean, dim=1)
 
 
@@ -110,5 +109,5 @@ def assign(
 
 
 def scores(features: Tensor, centroids: Tensor, potentials: Tensor, epsilon: float) -> Tensor:
-    """S / epsilon + v, [n, K]: its softmax is the assignment, its argmax the image's cluster."""
+    """S / epsilon + v, [n, K]: its softmax over clusters is the assignment Q."""
     return (features @ (centroids / epsilon).T).add_(potentials)

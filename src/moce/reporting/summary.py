@@ -14,7 +14,8 @@ NAMES = {
     "balance": "balance",
     "imbalance": "imbalance",
     "accuracy": "accuracy",
-    "rounds": "rounds",
+    "iterations": "iterations",
+    "rounds": "iterations",  # moce 0.1.0
     "smallest": "smallest cluster",
     "largest": "largest cluster",
     "marginal_error": "largest error of a cluster's mass",

@@ -158,7 +158,9 @@ class _Trainer:
         write_config(self.folder, self.settings)
         self.model.train()
         leading = self.objective.uses_mixup and world_size() > 1
-        rows = self.order.parts(self.done, self.total, self.settings.micro_batch_size, leading)
+        rows = self.order.micro_batches(
+            self.done, self.total, self.settings.micro_batch_size, leading
+        )
         with (
             closing(self._open_log()) as metric_log,
             meter(self.objective.name, self.total, self.done) as progress,

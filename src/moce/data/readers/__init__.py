@@ -1,1 +1,1 @@
-"""The kinds of sources of images, a file each; `moce.data.sources` decides which one reads what."""
+"""One file per kind of source that DATA can name."""

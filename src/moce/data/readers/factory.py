@@ -1,8 +1,8 @@
-"""Where images come from: one DATA argument, read by whichever kind of source it names.
+"""Which reader a DATA argument needs.
 
-Every image has a stable identity (its path inside the folder, its row in the file), so that
-clusters made once stay attached to it. Several sources, with commas between them or in a list
-@FILE, put their own name before it.
+DATA names one source of images, several separated by commas, or the sources listed in @FILE. Every
+image has a stable id (its path in the folder, its row in the file), so that assignments to clusters
+stay valid. With several sources, the source's name precedes the id.
 """
 
 from __future__ import annotations
@@ -17,35 +17,12 @@ from moce.config import expand
 from moce.data.readers.folder import read_folder
 from moce.data.readers.huggingface import HUB_PREFIX, is_saved, read_hub, read_saved
 from moce.data.readers.numpy_arrays import read_arrays
-from moce.data.readers.packed import Packed, find_packed
-from moce.data.readers.parquet import (
-    DEMO_PREFIX,
-    demo_samples,
-    demo_table,
-    demo_tasks,
-    parquet_samples,
-    read_parquet,
-)
-from moce.data.readers.sample import SPLITS, SUFFIXES, Sample, file_sample, is_image_name
+from moce.data.readers.packed import find_packed
+from moce.data.readers.parquet import DEMO_PREFIX, demo_samples, read_parquet
+from moce.data.readers.sample import Sample, file_sample, is_image_name
 from moce.data.readers.tar import expand_braces, matching, read_shards
-from moce.data.readers.torchvision import TORCHVISION_PREFIX, torchvision_rows
+from moce.data.readers.torchvision import TORCHVISION_PREFIX, read_torchvision
 from moce.errors import MoceError
-
-__all__ = [
-    "SPLITS",
-    "SUFFIXES",
-    "Part",
-    "Sample",
-    "demo_table",
-    "demo_tasks",
-    "is_named",
-    "located",
-    "open_parts",
-    "open_source",
-    "parts_of",
-    "paths_of",
-    "read_parquet",
-]
 
 LIST_PREFIX = "@"
 ACCEPTED = (
@@ -53,145 +30,139 @@ ACCEPTED = (
     "demo:pretrain"
 )
 
-Read = Callable[[str], list[Sample]]
-NAMED: dict[str, Read] = {
+NAMED: dict[str, Callable[[str], list[Sample]]] = {
     DEMO_PREFIX: demo_samples,
-    TORCHVISION_PREFIX: lambda name: [Sample(*row) for row in torchvision_rows(name)],
+    TORCHVISION_PREFIX: read_torchvision,
     HUB_PREFIX: read_hub,
 }
-BY_SUFFIX: dict[str, Read] = {
-    ".parquet": lambda data: parquet_samples(read_parquet(Path(data)), data),
-    ".npy": lambda data: read_arrays(Path(data), data),
-    ".npz": lambda data: read_arrays(Path(data), data),
+BY_SUFFIX: dict[str, Callable[[Path], list[Sample]]] = {
+    ".parquet": read_parquet,
+    ".npy": read_arrays,
+    ".npz": read_arrays,
 }
 
 
 def is_named(data: str) -> bool:
-    """Whether a DATA argument is a name, such as demo:digits, and no path."""
+    """True if DATA is a name, such as demo:digits, not a path."""
     return data.startswith(tuple(NAMED))
 
 
 @dataclass(frozen=True)
-class Part:
-    """One source of several: data, where it is; written, what it is called in the argument or list."""
+class Source:
+    """One source of images. data: its name or path; written: the same as the user wrote it."""
 
     data: str
     written: str
 
 
 def open_source(data: str) -> list[Sample]:
-    """The entries of a DATA argument. Raises MoceError if there is no such source or it is empty."""
-    return open_parts(parts_of(data))
+    """The images that DATA names. Raises MoceError if there are none."""
+    return open_sources(sources_of(data))
 
 
-def open_parts(parts: Sequence[Part]) -> list[Sample]:
-    """The entries of several sources, the source's name before each identity if there are others."""
-    if not parts:
+def open_sources(sources: Sequence[Source]) -> list[Sample]:
+    """The images of all sources; if there are several, ids start with the source's name."""
+    if not sources:
         raise MoceError(f"no images named; give {ACCEPTED}")
-    counts = Counter(part.data for part in parts)
-    double = [name for name, count in counts.items() if count > 1]
-    if double:
-        raise MoceError(f"{double[0]} is named {counts[double[0]]} times")
-    if len(parts) == 1:
-        return _unique(_open(parts[0]))
+    counts = Counter(source.data for source in sources)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise MoceError(f"{twice[0]} is named {counts[twice[0]]} times")
+    if len(sources) == 1:
+        return _unique(_open(sources[0]))
     samples = []
-    for part, name in zip(parts, _names(parts), strict=True):
-        own = name is None  # a single file is called by its path already
-        samples += [e if own else replace(e, id=f"{name}/{e.id}") for e in _open(part)]
+    for source, name in zip(sources, _names(sources), strict=True):
+        for sample in _open(source):
+            samples.append(replace(sample, id=f"{name}/{sample.id}") if name else sample)
     return _unique(samples)
 
 
-def _open(part: Part) -> list[Sample]:
-    """The entries of one source: the registry of kinds."""
-    data = part.data
+def _open(source: Source) -> list[Sample]:
+    data = source.data
     for prefix, read in NAMED.items():
         if data.startswith(prefix):
             return read(data.removeprefix(prefix))
     path = expand(Path(data))
     suffix = path.suffix.lower()
-    if suffix == ".tar" and not os.path.isdir(path):  # noqa: PTH112 - a pattern is no path
+    if suffix == ".tar" and not os.path.isdir(path):  # noqa: PTH112 - a pattern is not a path
         return read_shards(str(path))
     if not _exists(path):
         raise MoceError(f"no such images: {data[:500]} (give {ACCEPTED})")
     if path.is_dir():
         return read_saved(path) if is_saved(path) else read_folder(path)
     if suffix in BY_SUFFIX and path.is_file():
-        return BY_SUFFIX[suffix](str(path))
+        return BY_SUFFIX[suffix](path)
     if is_image_name(path.name) and path.is_file():
-        return [file_sample(path, part.written)]
+        return [file_sample(path, source.written)]
     packed = find_packed(data)
     if packed is not None:
-        return _packed_samples(packed)
-    raise MoceError(f"no images in {data}: it is none of what can be read (give {ACCEPTED})")
+        return packed.samples()
+    raise MoceError(f"no images in {data}: not a format that moce reads (give {ACCEPTED})")
 
 
-def parts_of(data: str) -> list[Part]:
-    """The sources that a DATA argument names: separated by commas, or the lines of @FILE."""
+def sources_of(data: str) -> list[Source]:
+    """The sources that DATA names: separated by commas, or the lines of @FILE."""
     if not data or _exists(expand(Path(data))):
-        return [Part(data, data)] if data else []
-    parts = [part.strip() for part in _split_outside_braces(data)]
-    if not all(parts):
+        return [Source(data, data)] if data else []
+    names = [name.strip() for name in _split_at_commas(data)]
+    if not all(names):
         raise MoceError(f"an empty name between the commas of '{data}'")
-    return [source for part in parts for source in _listed(part)]
+    return [source for name in names for source in _listed(name)]
 
 
 def _exists(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110 - pathlib's raises for names that are too long
 
 
-def _split_outside_braces(data: str) -> list[str]:
-    parts, depth = [""], 0
+def _split_at_commas(data: str) -> list[str]:
+    """Split at commas outside of braces."""
+    names, depth = [""], 0
     for letter in data:
         depth += (letter == "{") - (letter == "}")
         if letter == "," and depth <= 0:
-            parts.append("")
+            names.append("")
         else:
-            parts[-1] += letter
-    return parts
+            names[-1] += letter
+    return names
 
 
-def _listed(part: str) -> list[Part]:
-    """The lines of @FILE, relative to its folder; any other part itself."""
-    if not part.startswith(LIST_PREFIX):
-        return [Part(part, part)]
-    path = expand(Path(part.removeprefix(LIST_PREFIX)))
+def _listed(name: str) -> list[Source]:
+    """The lines of @FILE, relative to its folder; any other name itself."""
+    if not name.startswith(LIST_PREFIX):
+        return [Source(name, name)]
+    path = expand(Path(name.removeprefix(LIST_PREFIX)))
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise MoceError(f"cannot read the list {path}: {error}") from None
-    named = [line for line in lines if line and not line.startswith("#")]
-    if not named:
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
         raise MoceError(f"the list {path} names no images")
-    if any(line.startswith(LIST_PREFIX) for line in named):
-        raise MoceError(f"the list {path} names another list; give both, with a comma between them")
-    return [Part(line if is_named(line) else _beside(path, line), line) for line in named]
+    if any(line.startswith(LIST_PREFIX) for line in lines):
+        raise MoceError(f"the list {path} names another list; give both, separated by a comma")
+    return [Source(_located(line, path.parent), line) for line in lines]
 
 
-def _beside(path: Path, line: str) -> str:
-    place = expand(Path(line))
-    return str(place if place.is_absolute() else path.parent / place)
+def _names(sources: Sequence[Source]) -> list[str | None]:
+    """The last part of each source's path, or as many parts as make the names different.
 
-
-def _packed_samples(packed: Packed) -> list[Sample]:
-    columns = (packed.ids, packed.openers(), packed.labels, packed.splits)
-    return [Sample(*row) for row in zip(*columns, strict=True)]
-
-
-def _names(parts: Sequence[Part]) -> list[str | None]:
-    """What tells several sources apart: the last part of each path, or more of it if it must be."""
-    paths = [PurePosixPath(part.written.replace("\\", "/")) for part in parts]
-    folders = [not is_image_name(path.name) for path in paths]
+    None for single image files, whose ids are their paths.
+    """
+    paths = [PurePosixPath(source.written.replace("\\", "/")) for source in sources]
     depth = 1
     while True:
-        names = ["/".join(path.parts[-depth:]).strip("/") for path in paths]
-        chosen = [name for name, folder in zip(names, folders, strict=True) if folder]
+        names = [
+            None if is_image_name(path.name) else "/".join(path.parts[-depth:]).strip("/")
+            for path in paths
+        ]
+        chosen = [name for name in names if name is not None]
         if len(set(chosen)) == len(chosen) or depth >= max(len(path.parts) for path in paths):
-            return [n if folder else None for n, folder in zip(names, folders, strict=True)]
+            return names
         depth += 1
 
 
 def _unique(samples: list[Sample]) -> list[Sample]:
-    """Of entries with the same identity, all but the first get a number: name#2, name#3."""
+    """Number repeated ids: name, name#2, name#3."""
     seen: Counter[str] = Counter()
     for place, sample in enumerate(samples):
         seen[sample.id] += 1
@@ -201,26 +172,26 @@ def _unique(samples: list[Sample]) -> list[Sample]:
 
 
 def located(data: str, root: Path) -> str:
-    """A DATA argument with relative paths taken from `root`; names such as demo:digits stay."""
+    """DATA with relative paths taken from `root`; names such as demo:digits stay."""
     if not data or _exists(root / data):
         return str(root / data)
-    return ",".join(_located(part.strip(), root) for part in _split_outside_braces(data))
+    return ",".join(_located(name.strip(), root) for name in _split_at_commas(data))
 
 
-def _located(part: str, root: Path) -> str:
-    if is_named(part):
-        return part
-    prefix = LIST_PREFIX if part.startswith(LIST_PREFIX) else ""
-    return f"{prefix}{root / expand(Path(part.removeprefix(prefix)))}"
+def _located(name: str, root: Path) -> str:
+    if is_named(name):
+        return name
+    prefix = LIST_PREFIX if name.startswith(LIST_PREFIX) else ""
+    return f"{prefix}{root / expand(Path(name.removeprefix(prefix)))}"
 
 
 def paths_of(data: str) -> list[Path]:
-    """The files and folders that a DATA argument reads, whether they are there or not."""
-    paths = [part.data for part in parts_of(data) if not is_named(part.data)]
-    return [expand(Path(text)) for path in paths for text in _files_of(path)]
+    """The files and folders that DATA names, existing or not."""
+    names = [source.data for source in sources_of(data) if not is_named(source.data)]
+    return [expand(Path(path)) for name in names for path in _files_of(name)]
 
 
-def _files_of(path: str) -> list[str]:
-    if not path.endswith(".tar"):
-        return [path]
-    return [file for text in expand_braces(path) for file in matching(text) or [text]]
+def _files_of(name: str) -> list[str]:
+    if not name.endswith(".tar"):
+        return [name]
+    return [path for text in expand_braces(name) for path in matching(text) or [text]]

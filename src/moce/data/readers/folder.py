@@ -1,4 +1,4 @@
-"""Folders of image files, at any depth; folders of .npy files where there are no others."""
+"""Folders of image files, at any depth; folders of .npy files if there are no others."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from moce.errors import MoceError
 
 
 def read_folder(root: Path) -> list[Sample]:
-    """The images in a folder, called by their path inside it. Raises MoceError if there are none."""
+    """The images in a folder, named by their path in it. Raises MoceError if there are none."""
     files = _files(root)
     images = [path for path in files if is_image_name(path.name)]
     opener: Callable[[Path], Raster] = open_encoded
-    if not images:  # beside images, .npy files are labels or masks more often than images
+    if not images:  # next to images, .npy files are usually labels or masks
         images = [path for path in files if path.suffix == ".npy"]
         opener = open_array
     if not images:
-        kinds = " ".join(sorted(SUFFIXES))
-        raise MoceError(f"no images in {root} (looked at any depth for {kinds} .npy)")
+        suffixes = " ".join(sorted(SUFFIXES))
+        raise MoceError(f"no images in {root} (looked at any depth for {suffixes} .npy)")
     return [
         from_path(as_text(path.relative_to(root).as_posix()), partial(opener, path))
         for path in images
@@ -31,7 +31,7 @@ def read_folder(root: Path) -> list[Sample]:
 
 
 def _files(root: Path) -> list[Path]:
-    """Files at any depth, sorted. Links are followed; a folder reached twice, or a loop, counts once."""
+    """Files at any depth, sorted. Follows links; visits a folder once, even if links form a loop."""
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
     pending = [root]
@@ -47,16 +47,15 @@ def _files(root: Path) -> list[Path]:
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        # Real folders first: of two ways to one, the way without links gives the names.
+        # Real folders first, so that a path without links names the files.
         folders = [c for c in children if os.path.isdir(c.path)]  # noqa: PTH112 - as below
         pending += [Path(child.path) for child in folders if not child.is_symlink()]
         found += [Path(child.path) for child in children if _is_file(child)]
-        linked = [Path(child.path) for child in folders if child.is_symlink()]
-        pending += linked
+        pending += [Path(child.path) for child in folders if child.is_symlink()]
     return sorted(found)
 
 
 def _is_file(child: os.DirEntry[str]) -> bool:
-    """A file, or a link to nothing, which is worth a line; never a pipe, which would be waited for."""
-    there = os.path.exists(child.path)  # noqa: PTH110 - others raise for a link to itself
-    return os.path.isfile(child.path) or (child.is_symlink() and not there)  # noqa: PTH113
+    """True for files and broken links, which are listed as skipped; pipes would block."""
+    exists = os.path.exists(child.path)  # noqa: PTH110 - pathlib's raises for a link to itself
+    return os.path.isfile(child.path) or (child.is_symlink() and not exists)  # noqa: PTH113

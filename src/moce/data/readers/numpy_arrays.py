@@ -1,4 +1,4 @@
-"""Arrays of NumPy's: .npy and .npz files of many images, and .npy files of one."""
+"""NumPy files: .npy and .npz of many images, .npy of one image."""
 
 from __future__ import annotations
 
@@ -8,38 +8,42 @@ from pathlib import Path
 
 import numpy as np
 
-from moce.data.readers.sample import SPLITS, Sample
-from moce.data.readers.torchvision import Label
+from moce.data.readers.sample import SPLITS, Sample, error_line
 from moce.errors import MoceError
 
 IMAGES = ("images", "image", "x", "arr_0")
-PARTS = ("", "train_", "val_", "test_")  # MedMNIST and others keep the splits in one file
+PREFIXES = ("", "train_", "val_", "test_")  # MedMNIST and others keep all splits in one file
 
 
-def read_arrays(path: Path, name: str) -> list[Sample]:
-    """The images of an array file. .npz: labels, ids and splits are read too, if they are there.
+def read_arrays(path: Path) -> list[Sample]:
+    """The images of a .npy or .npz file; of .npz files also labels, ids and splits, if there are any.
 
-    An array is [n, h, w] or [n, h, w, c], or [n, c, h, w] where that makes c the smallest side.
+    The array is [n, h, w] or [n, h, w, c], or [n, c, h, w] if c is then the smallest side.
     Raises MoceError if there is no such array.
     """
-    try:
-        content = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = {"images": content} if isinstance(content, np.ndarray) else dict(content)
-    except Exception as error:  # zip, header and data errors of all sorts
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "pickle" in reason or "Python objects" in reason:  # NumPy's advice would be to trust it
-            reason = "it is no array of numbers"
-        raise MoceError(f"cannot read {name}: {reason}") from None
-    parts = [part for part in PARTS if f"{part}images" in arrays] if len(arrays) > 1 else []
-    samples = [sample for part in parts for sample in _part(arrays, f"{part}images", part, name)]
-    if not parts:
-        samples = _part(arrays, _image_array(arrays, name), "", name)
+    name, arrays = str(path), _load(path)
+    found = [prefix for prefix in PREFIXES if f"{prefix}images" in arrays]
+    if len(arrays) == 1 or not found:
+        samples = _samples(arrays, _image_key(arrays, name), "", name)
+    else:
+        samples = [s for p in found for s in _samples(arrays, f"{p}images", p, name)]
     if not samples:
         raise MoceError(f"no images in {name}")
     return samples
 
 
-def _image_array(arrays: Mapping[str, np.ndarray], name: str) -> str:
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        return {"images": content} if isinstance(content, np.ndarray) else dict(content)
+    except Exception as error:  # errors of zip files, headers and data, of many types
+        reason = error_line(error)
+        if "pickle" in reason or "Python objects" in reason:  # NumPy would advise to allow pickle
+            reason = "it is not an array of numbers"
+        raise MoceError(f"cannot read {path}: {reason}") from None
+
+
+def _image_key(arrays: Mapping[str, np.ndarray], name: str) -> str:
     if len(arrays) == 1:
         return next(iter(arrays))
     for key in IMAGES:
@@ -48,10 +52,29 @@ def _image_array(arrays: Mapping[str, np.ndarray], name: str) -> str:
     raise MoceError(f"{name} has no array 'images' (arrays: {', '.join(arrays)})")
 
 
-def _part(arrays: Mapping[str, np.ndarray], key: str, part: str, name: str) -> list[Sample]:
-    images = arrays[key]
-    if not isinstance(images, np.ndarray):  # any file may lie in a zip
-        raise MoceError(f"cannot read {name}: {key} is no array")
+def _samples(arrays: Mapping[str, np.ndarray], key: str, prefix: str, name: str) -> list[Sample]:
+    """The images of one array, with the columns of the same prefix."""
+    images = _checked(arrays[key], key, name)
+    count = len(images)
+    numbers = [f"{prefix.replace('_', '/')}{row}" for row in range(count)]
+    ids = _column(arrays, f"{prefix}ids", count, name) or numbers
+    labels = _column(arrays, f"{prefix}labels", count, name)
+    splits = _column(arrays, f"{prefix}splits", count, name) or [prefix.rstrip("_")] * count
+    return [
+        Sample(
+            ids[row],
+            partial(images.__getitem__, row),
+            labels[row] if labels else None,
+            SPLITS.get(splits[row]),
+        )
+        for row in range(count)
+    ]
+
+
+def _checked(images: object, key: str, name: str) -> np.ndarray:
+    """The array as [n, h, w] or [n, h, w, c]. Raises MoceError if it cannot be images."""
+    if not isinstance(images, np.ndarray):  # a .npz can contain any file
+        raise MoceError(f"cannot read {name}: {key} is not an array")
     if images.ndim not in (3, 4):
         raise MoceError(
             f"{name}: images must be [n, h, w] or [n, h, w, c], not {list(images.shape)}"
@@ -60,20 +83,11 @@ def _part(arrays: Mapping[str, np.ndarray], key: str, part: str, name: str) -> l
         raise MoceError(f"{name}: images of type {images.dtype}; give uint8, uint16 or float 0..1")
     if images.ndim == 4 and _channels_first(images.shape[1:]):
         images = np.moveaxis(images, 1, 3)
-    count = len(images)
-    ids = _column(arrays, f"{part}ids", count, name) or [
-        f"{part.replace('_', '/')}{row}" for row in range(count)
-    ]
-    labels: Sequence[Label | None] = _column(arrays, f"{part}labels", count, name) or [None] * count
-    own = _column(arrays, f"{part}splits", count, name) or [part.rstrip("_")] * count
-    return [
-        Sample(str(ids[row]), partial(images.__getitem__, row), labels[row], SPLITS.get(own[row]))
-        for row in range(count)
-    ]
+    return images
 
 
 def _column(arrays: Mapping[str, np.ndarray], key: str, count: int, name: str) -> list[str]:
-    """One string per image; none if there is no such array."""
+    """One string per image; empty without such an array."""
     if key not in arrays:
         return []
     values = np.asarray(arrays[key])
@@ -83,7 +97,7 @@ def _column(arrays: Mapping[str, np.ndarray], key: str, count: int, name: str) -
 
 
 def _channels_first(shape: Sequence[int]) -> bool:
-    """Whether [a, b, c] are channels, height, width: the channels are the fewest; last if in doubt."""
+    """True if the first of [a, b, c] is the smallest, so that it must be the channels."""
     return shape[0] < min(shape[1], shape[2])
 
 

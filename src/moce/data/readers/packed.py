@@ -1,11 +1,11 @@
-"""Packed images: one file of decoded, resized pixels that is mapped into memory, not decoded.
+"""Packed images: one file of decoded, resized pixels that is mapped into memory.
 
     bytes 0 to 4095     a line "MOCEPACK <CRC-32 of the header>", the header as JSON, spaces
     then                the pixels, uint8, image by image, each [channels, height, width]
     then                the index as JSON: ids, labels, splits, skipped, and a CRC-32 per chunk
 
-The header says where everything is. It, the file's size and the index are checked whenever a file
-is opened; the pixels only when `verify` is asked for, because that reads all of them.
+Opening a file checks the header, the size of the file and the index. Only `verify` checks the
+pixels, because it reads all of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from moce.config import expand
-from moce.data.readers.torchvision import Label
+from moce.data.readers.sample import Label, Sample
 from moce.errors import MoceError
 
 SUFFIX, MAGIC, VERSION = ".moce", b"MOCEPACK", 1
@@ -37,9 +37,9 @@ FIELDS = ("version", "count", "channels", "height", "width", "index_bytes", "ind
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed file that was found good, as far as can be told without reading its pixels.
+    """A packed file whose header and index are valid.
 
-    shape: (n, channels, height, width); chunks: (images, CRC-32 of their pixels), in their order.
+    shape: (n, channels, height, width). chunks: (images, CRC-32 of their pixels), in order.
     """
 
     path: Path
@@ -52,15 +52,15 @@ class Packed:
 
     @property
     def num_bytes(self) -> int:
-        """Of the pixels."""
+        """Size of the pixels."""
         return int(np.prod(self.shape, dtype=np.int64))
 
     def mapped(self) -> np.ndarray:
-        """The pixels, [n, c, h, w] uint8, read from the file as they are looked at."""
+        """The pixels, [n, c, h, w] uint8, mapped from the file."""
         return np.memmap(self.path, np.uint8, "r", HEADER_BYTES, self.shape)
 
     def tensor(self, *, in_memory: bool) -> Tensor:
-        """The pixels, [n, c, h, w] uint8: all read now, or as `mapped` and not to be written to."""
+        """The pixels, [n, c, h, w] uint8: in memory, or mapped and read-only."""
         if in_memory:
             flat = np.fromfile(self.path, np.uint8, self.num_bytes, offset=HEADER_BYTES)
             return torch.from_numpy(flat.reshape(self.shape))
@@ -69,16 +69,17 @@ class Packed:
             return torch.from_numpy(self.mapped())
 
     def reader(self) -> PixelReader:
-        """For long work: what happens to the file meanwhile is an error that can be told."""
+        """A reader that raises MoceError if the file changes while it is in use."""
         return PixelReader(self.path, self.shape)
 
-    def openers(self) -> list[Callable[[], Image.Image | np.ndarray]]:
-        """One function per image that gives it, as `Entry.open` does."""
-        pixels = self.mapped()
-        return [partial(_as_raster, image) for image in pixels]
+    def samples(self) -> list[Sample]:
+        """The images, as other readers return them."""
+        openers = [partial(_as_raster, image) for image in self.mapped()]
+        columns = (self.ids, openers, self.labels, self.splits)
+        return [Sample(*row) for row in zip(*columns, strict=True)]
 
     def verify(self, advance: Callable[[int], None] = lambda count: None) -> None:
-        """Read all pixels and compare the checksums; `advance` is told how many images were read.
+        """Read all pixels and compare checksums; calls `advance` with the number of images read.
 
         Raises MoceError that names the damaged images.
         """
@@ -93,16 +94,16 @@ class Packed:
 
 
 class PixelReader:
-    """Reads images of a packed file by their rows; it stays open, also if its name is taken away.
+    """Reads rows of a packed file, which stays open even if it is deleted.
 
-    A mapping ends the whole process, without a word, when its file is cut short or its disk fails.
+    A mapping would kill the process, silently, if its file is cut short or its disk fails.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int, int]) -> None:
         """shape: [n, c, h, w] of the pixels in the file."""
         self._path, self._count, self._shape = path, shape[0], shape[1:]
         self._file = path.open("rb", buffering=0)
-        self._lock = threading.Lock()  # one place in the file, several threads
+        self._lock = threading.Lock()  # threads share the position in the file
 
     def read(self, rows: Sequence[int]) -> Tensor:
         """The pixels of these rows, [len(rows), c, h, w] uint8.
@@ -118,13 +119,13 @@ class PixelReader:
                     image = flat[place * size : (place + 1) * size]
                     found = self._file.readinto(image)
                     if found != size:
-                        self._read_on(row, image[found:])
+                        self._read_rest(row, image[found:])
         except OSError as error:
             raise MoceError(f"cannot read {self._path}: {error.strerror}") from None
         return torch.from_numpy(pixels)
 
-    def _read_on(self, row: int, missing: memoryview) -> None:
-        """Fill what a first read left of an image: not every system gives all at once."""
+    def _read_rest(self, row: int, missing: memoryview) -> None:
+        """Read the rest of an image: not every system reads it all at once."""
         while missing:
             found = self._file.readinto(missing)
             if not found:
@@ -133,7 +134,7 @@ class PixelReader:
 
 
 def _as_raster(pixels: np.ndarray) -> Image.Image | np.ndarray:
-    """A PIL image where there is such a one, else an array [h, w, c]."""
+    """A PIL image for 1 or 3 channels, else an array [h, w, c]."""
     if len(pixels) == 1:
         return Image.fromarray(np.array(pixels[0]))
     last = np.ascontiguousarray(pixels.transpose(1, 2, 0))
@@ -141,9 +142,9 @@ def _as_raster(pixels: np.ndarray) -> Image.Image | np.ndarray:
 
 
 def find_packed(data: str) -> Packed | None:
-    """The packed file of a DATA argument; None if it names something else, by suffix and content.
+    """The packed file that DATA names, by suffix or content; None if it names something else.
 
-    Raises MoceError if it is one and damaged.
+    Raises MoceError if the file is damaged.
     """
     path = expand(Path(data))
     if not data or not os.path.isfile(path):  # noqa: PTH113 - pathlib's raises for long names
@@ -154,7 +155,7 @@ def find_packed(data: str) -> Packed | None:
 
 
 def open_packed(path: Path) -> Packed:
-    """Read header and index. Raises MoceError if the file is none of ours, damaged or cut short."""
+    """Read header and index. Raises MoceError if the file is damaged, cut short or not packed."""
     with path.open("rb") as file:
         header = _read_header(path, file.read(HEADER_BYTES))
         shape = tuple(header[name] for name in ("count", "channels", "height", "width"))
@@ -177,7 +178,8 @@ def _read_header(path: Path, block: bytes) -> dict[str, Any]:
     header = json.loads(body)
     if header["version"] != VERSION:
         raise MoceError(
-            f"{path} has format {header['version']}, this moce reads {VERSION}; pack the images again"
+            f"{path} has format {header['version']}, but this version of moce reads format {VERSION}; "
+            "pack the images again"
         )
     return header
 
@@ -202,4 +204,4 @@ def header_block(shape: tuple[int, ...], index: bytes, made_by: str) -> bytes:
 
 
 def _damaged(path: Path, reason: str) -> MoceError:
-    return MoceError(f"{path} is damaged or no packed file: {reason}; pack the images again")
+    return MoceError(f"{path} is damaged or not a packed file: {reason}; pack the images again")

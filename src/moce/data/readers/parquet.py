@@ -1,4 +1,4 @@
-"""Parquet files with a column of encoded images, and the images embedded in moce, which are one."""
+"""Parquet files with a column of encoded images, such as the demo images embedded in moce."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from moce.data.decode import Raster, open_encoded
-from moce.data.readers.sample import SPLITS, Sample
-from moce.data.readers.torchvision import Label
+from moce.data.readers.sample import SPLITS, Label, Sample
 from moce.errors import MoceError
 
 DEMO_PREFIX = "demo:"
 
 
-def read_parquet(path: Path) -> pyarrow.Table:
+def read_parquet(path: Path) -> list[Sample]:
+    """The images of a parquet file. Raises MoceError if there are none."""
+    return _samples(_read_table(path), str(path))
+
+
+def _read_table(path: Path) -> pyarrow.Table:
     """The table of a parquet file. Raises MoceError if it cannot be read or has no image column."""
     try:
         table = pyarrow.parquet.read_table(path)
@@ -29,10 +33,10 @@ def read_parquet(path: Path) -> pyarrow.Table:
     return table
 
 
-def parquet_samples(table: pyarrow.Table, name: str) -> list[Sample]:
+def _samples(table: pyarrow.Table, name: str) -> list[Sample]:
     """Rows with encoded images in column image (bytes, or a struct with bytes); id, label, split optional.
 
-    A label that is a list is of an image with any number of classes.
+    A label that is a list stands for any number of classes.
     """
     if table.num_rows == 0:
         raise MoceError(f"no images in {name}")
@@ -71,27 +75,27 @@ def _strings(table: pyarrow.Table, column: str, name: str) -> Sequence[str | Non
     values = table.column(column)
     try:
         return values.cast(pyarrow.string()).to_pylist()
-    except (pyarrow.ArrowInvalid, NotImplementedError):  # lists, structs; bytes that are no text
+    except (pyarrow.ArrowInvalid, NotImplementedError):  # lists, structs; bytes that are not text
         raise MoceError(f"column '{column}' of {name} holds {values.type}, not text") from None
 
 
 def demo_table() -> pyarrow.Table:
     """The embedded images: columns id, image, source, role, task, split, label (see assets/SOURCES.md)."""
-    return read_parquet(Path(str(files("moce.data") / "assets" / "demo.parquet")))
+    return _read_table(Path(str(files("moce.data") / "assets" / "demo.parquet")))
 
 
 def demo_tasks() -> list[str]:
-    """Names of the embedded tasks; `demo:NAME` is each one's DATA argument."""
+    """Names of the embedded tasks; DATA is demo:NAME."""
     tasks = demo_table().column("task").cast(pyarrow.string()).drop_null()
     return sorted(pyarrow.compute.unique(tasks).to_pylist())
 
 
 def demo_samples(name: str) -> list[Sample]:
-    """The embedded images of a role or task. Raises MoceError if there is none of this name."""
+    """The embedded images for pretraining, or of a task. Raises MoceError for unknown names."""
     table = demo_table()
     column, value = ("role", name) if name == "pretrain" else ("task", name)
     chosen = table.filter(pyarrow.compute.equal(table[column].cast(pyarrow.string()), value))
     if chosen.num_rows == 0:
         valid = ", ".join(DEMO_PREFIX + task for task in ["pretrain", *demo_tasks()])
         raise MoceError(f"no embedded images '{DEMO_PREFIX}{name}' (valid: {valid})")
-    return parquet_samples(chosen, DEMO_PREFIX + name)
+    return _samples(chosen, DEMO_PREFIX + name)

@@ -1,4 +1,4 @@
-"""One image that can be opened, and what file names say about it: label and split."""
+"""One image that can be opened: id, label, split."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from moce.data.decode import Raster, open_encoded
-from moce.data.readers.torchvision import Label
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
+Label = str | tuple[str, ...]  # one class, or any number of classes
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One image that can be opened. label, split: None where the source does not tell.
-
-    A label is one class, or a tuple of any number of classes where the source has several.
-    """
+    """One image that can be opened. label, split: None if the source has none."""
 
     id: str
     open: Callable[[], Raster]
@@ -30,17 +28,22 @@ class Sample:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is called as images are."""
+    """True if a file has the suffix of an image."""
     return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
 def as_text(name: str) -> str:
-    """A file name as text that can be written anywhere: bytes that are no text become \\xff."""
+    """A file name as printable text: bytes that are not UTF-8 become \\xff."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def error_line(error: Exception) -> str:
+    """Type and message of an error, in one line of at most 200 characters."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 def from_path(name: str, open_image: Callable[[], Raster], label: str | None = None) -> Sample:
-    """An image called by its path. A first folder named train, test or val is a split; a last one a label."""
+    """A sample identified by its path: a first folder train, test or val is its split, the last its label."""
     folders = list(PurePosixPath(name).parts[:-1])
     split = SPLITS.get(folders[0]) if folders else None
     if split:
@@ -51,12 +54,12 @@ def from_path(name: str, open_image: Callable[[], Raster], label: str | None = N
 
 
 def file_sample(path: Path, written: str) -> Sample:
-    """A single image file, called by its path as it was written."""
+    """A single image file, identified by its path as the user wrote it."""
     return Sample(as_text(Path(written).as_posix()), partial(open_encoded, path))
 
 
 def refused(name: str, reason: str) -> Sample:
-    """An image that will not be read: it is skipped, and listed with the reason."""
+    """An image that is not read, but skipped and listed with the reason."""
     return Sample(name, partial(_refuse, reason))
 
 

@@ -1,4 +1,4 @@
-"""Tar files of images, such as WebDataset's shards: indexed once, members opened where they lie."""
+"""Tar files of images, such as WebDataset shards: indexed once, members read in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from glob import glob
 from pathlib import Path, PurePosixPath
 
 from moce.data.decode import Raster, open_encoded
-from moce.data.readers.sample import Sample, as_text, from_path, is_image_name, refused
+from moce.data.readers.sample import (
+    Sample,
+    as_text,
+    error_line,
+    from_path,
+    is_image_name,
+    refused,
+)
 from moce.errors import MoceError
 
 RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
@@ -21,7 +28,7 @@ MOST_SHARDS = 10**6
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """ "a-{08..10}.tar" as a-08.tar, a-09.tar, a-10.tar; {x,y} as x and y. Raises MoceError beyond 10^6."""
+    """ "a-{08..10}.tar" to a-08.tar, a-09.tar, a-10.tar; {x,y} to x and y. Raises MoceError beyond 10^6."""
     done: list[str] = []
     pending = [pattern]
     while pending:
@@ -68,9 +75,9 @@ def find_shards(pattern: str) -> list[Path]:
 
 
 def read_shards(pattern: str) -> list[Sample]:
-    """The images of tar files, called SHARD/MEMBER. Raises MoceError if there are none.
+    """The images of tar files, named SHARD/MEMBER. Raises MoceError if there are none.
 
-    A label is the content of the member KEY.cls, or else the member's folder.
+    The label is the content of the member KEY.cls, or the member's folder.
     """
     paths = find_shards(pattern)
     stems = [path.stem for path in paths]
@@ -100,26 +107,26 @@ def _read_shard(path: Path, name: str) -> Iterator[Sample]:
 
 
 def _index(path: Path) -> tuple[list[tarfile.TarInfo], str]:
-    """All members that can be found, and what went wrong then, if anything."""
-    if not path.is_file():  # a pipe would be waited for
-        raise MoceError(f"{path} is no file")
+    """All members up to the first error, and the error, or an empty string."""
+    if not path.is_file():  # a pipe would block
+        raise MoceError(f"{path} is not a file")
     members: list[tarfile.TarInfo] = []
     try:
         with tarfile.open(path, "r:") as archive:
-            members.extend(archive)  # what is found before an error is kept
-            if not _ends(path, archive.offset):  # tarfile stops at a damaged header without a word
+            members.extend(archive)  # keeps what comes before an error
+            if not _ends(path, archive.offset):  # tarfile stops silently at a damaged header
                 return members, "neither an image nor the archive's end"
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         if path.open("rb").read(2) == b"\x1f\x8b":
             raise MoceError(
-                f"{path} is compressed, and cannot be read at any place: gunzip it"
+                f"{path} is compressed, so images cannot be read in place: gunzip it"
             ) from None
-        return members, str(error).splitlines()[0] if str(error) else type(error).__name__
+        return members, error_line(error)
     return members, ""
 
 
 def _ends(path: Path, offset: int) -> bool:
-    """Whether an archive's end mark, a block of zeros, is at `offset`."""
+    """True if the end of an archive, a block of zeros, is at `offset`."""
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
@@ -135,9 +142,9 @@ def _sample(path: Path, shard: str, member: tarfile.TarInfo, label: str | None) 
     inside = PurePosixPath(as_text(member.name))
     identity = f"{shard}/{as_text(member.name)}"
     if inside.is_absolute() or ".." in inside.parts:
-        return refused(identity, "a name that leads out of the archive")
+        return refused(identity, "the name leads out of the archive")
     if not member.isreg() or member.issparse():
-        return refused(identity, "a link or sparse file, no image")
+        return refused(identity, "a link or sparse file, not an image")
     found = from_path(inside.as_posix(), partial(_open_member, path, member), label)
     return Sample(f"{shard}/{inside.as_posix()}", found.open, found.label, found.split)
 

@@ -1,7 +1,7 @@
-"""The paper's eleven transfer tasks, as torchvision's data sets lie on disk, with official splits.
+"""The paper's eleven transfer tasks from torchvision, with official splits: torchvision:NAME.
 
-`torchvision:NAME` names one. All lie in one folder, $MOCE_DATA or ~/.cache/moce/data, under the
-names that torchvision gives them; what is not there is downloaded, where that is still possible.
+All are in one folder, $MOCE_DATA or ~/.cache/moce/data, laid out as torchvision does it. Missing
+data sets are downloaded if that is still possible.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from moce.config import expand
+from moce.data.readers.sample import Label, Sample, error_line
 from moce.errors import MoceError
 
 TORCHVISION_PREFIX = "torchvision:"
@@ -29,23 +30,17 @@ CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 SUN_SPLITS = {"train": "Training_01.txt", "test": "Testing_01.txt"}
 SUN_SPLITS_URL = "https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip"
 
-Label = str | tuple[str, ...]
-Row = tuple[str, Callable[[], Image.Image], Label, str]  # the fields of an Entry, in order
-
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """read: the rows of what lies in a folder; needs: what has to lie there, for error messages."""
+    """read: the images of a data set in a folder. needs: files it needs there, for error messages."""
 
-    read: Callable[[Path], list[Row]]
+    read: Callable[[Path], list[Sample]]
     needs: str
 
 
-def torchvision_rows(name: str) -> list[Row]:
-    """(id, open, label, split) of every image of a data set; nothing is decoded yet.
-
-    Raises MoceError if there is no such data set, or it is not there and cannot be downloaded.
-    """
+def read_torchvision(name: str) -> list[Sample]:
+    """The images of a data set. Raises MoceError if it is unknown or cannot be downloaded."""
     if name not in SETS:
         near = difflib.get_close_matches(name, SETS, n=1)
         hint = f" (did you mean '{TORCHVISION_PREFIX}{near[0]}'?)" if near else ""
@@ -56,19 +51,18 @@ def torchvision_rows(name: str) -> list[Row]:
         return SETS[name].read(folder)
     except MoceError:
         raise
-    except Exception as error:  # sockets, archives and parsers raise whatever they like
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    except Exception as error:  # of sockets, archives and parsers: any type
         raise MoceError(
-            f"cannot read {TORCHVISION_PREFIX}{name} from {folder} or download it ({reason}); "
-            f"put {SETS[name].needs} there, or set MOCE_DATA to the folder that has it"
+            f"cannot read {TORCHVISION_PREFIX}{name} from {folder} or download it "
+            f"({error_line(error)}); put {SETS[name].needs} there, or set MOCE_DATA to the folder that has it"
         ) from None
 
 
 def _or_after(download: Callable[[], object], read: Callable[[], Any]) -> Any:
-    """What `read` reads, if need be after a download."""
+    """Read, after a download if necessary."""
     try:
         return read()
-    except Exception:  # absent or broken: whatever is wrong, a whole copy is the remedy
+    except Exception:  # missing or broken: in any case, a complete copy helps
         download()
         return read()
 
@@ -81,36 +75,36 @@ def _dataset(kind: str, folder: Path, **options: Any) -> Any:
     return _or_after(partial(build, download=True), build)
 
 
-def _file_row(folder: Path, path: str | Path, label: Label, split: str) -> Row:
+def _sample(folder: Path, path: str | Path, label: Label, split: str) -> Sample:
     path = Path(path)
-    return path.relative_to(folder).as_posix(), partial(Image.open, path), label, split
+    return Sample(path.relative_to(folder).as_posix(), partial(Image.open, path), label, split)
 
 
-def _split_by_torchvision(kind: str, parts: dict[str, str], folder: Path) -> list[Row]:
-    """A class that has splits and takes a loader. parts: torchvision's split -> ours."""
-    rows = []
-    for part, split in parts.items():
-        found = _dataset(kind, folder, split=part, loader=str)  # "loads" a path: decodes nothing
+def _with_splits(kind: str, splits: dict[str, str], folder: Path) -> list[Sample]:
+    """A torchvision class with splits and a loader. splits: torchvision's names to ours."""
+    samples = []
+    for name, split in splits.items():
+        found = _dataset(kind, folder, split=name, loader=str)  # keeps the path: decodes nothing
         for path, number in (found[index] for index in range(len(found))):
-            rows.append(_file_row(folder, path, str(found.classes[number]), split))
-    return rows
+            samples.append(_sample(folder, path, str(found.classes[number]), split))
+    return samples
 
 
-def _pets(folder: Path) -> list[Row]:
-    rows = []
-    for part, split in (("trainval", "train"), ("test", "test")):
-        found = _dataset("OxfordIIITPet", folder, split=part)
+def _pets(folder: Path) -> list[Sample]:
+    samples = []
+    for name, split in _TRAINVAL_TEST.items():
+        found = _dataset("OxfordIIITPet", folder, split=name)
         # The one class without a loader: its items are decoded images, the paths are private.
         for path, number in zip(found._images, found._labels, strict=True):
-            rows.append(_file_row(folder, path, found.classes[number], split))
-    return rows
+            samples.append(_sample(folder, path, found.classes[number], split))
+    return samples
 
 
-def _caltech101(folder: Path) -> list[Row]:
-    """30 random images of each class train, the rest test; torchvision leaves the background out."""
+def _caltech101(folder: Path) -> list[Sample]:
+    """Trains on 30 random images of each class, tests on the rest; without the background class."""
     found = _dataset("Caltech101", folder)
     classes = np.array(found.y)
-    rows = []
+    samples = []
     for number, name in enumerate(found.categories):
         members = np.flatnonzero(classes == number)
         drawn = np.random.default_rng([CALTECH_SEED, number]).permutation(len(members))
@@ -118,11 +112,11 @@ def _caltech101(folder: Path) -> list[Row]:
             file = f"image_{found.index[index]:04d}.jpg"
             path = folder / "caltech101" / "101_ObjectCategories" / name / file
             split = "train" if drawn[place] < CALTECH_TRAIN else "test"
-            rows.append(_file_row(folder, path, name, split))
-    return rows
+            samples.append(_sample(folder, path, name, split))
+    return samples
 
 
-def _sun397(folder: Path) -> list[Row]:
+def _sun397(folder: Path) -> list[Sample]:
     """The first of the ten official partitions, whose lists torchvision does not download."""
     found = _dataset("SUN397", folder, loader=str)
     root = folder / "SUN397"
@@ -130,25 +124,25 @@ def _sun397(folder: Path) -> list[Row]:
         files = " and ".join(SUN_SPLITS.values())
         raise MoceError(f"no {files} in {root}; get them from {SUN_SPLITS_URL}")
     labels = dict(found[index] for index in range(len(found)))
-    rows = []
+    samples = []
     for split, file in SUN_SPLITS.items():
         for line in (root / file).read_text(encoding="utf-8").split():
             path = root / line.lstrip("/")
-            rows.append(_file_row(folder, path, found.classes[labels[str(path)]], split))
-    return rows
+            samples.append(_sample(folder, path, found.classes[labels[str(path)]], split))
+    return samples
 
 
-def _voc2007(folder: Path) -> list[Row]:
-    rows = []
-    for part, split in (("trainval", "train"), ("test", "test")):
-        found = _dataset("VOCDetection", folder, year="2007", image_set=part)
+def _voc2007(folder: Path) -> list[Sample]:
+    samples = []
+    for name, split in _TRAINVAL_TEST.items():
+        found = _dataset("VOCDetection", folder, year="2007", image_set=name)
         for path, annotation in zip(found.images, found.annotations, strict=True):
-            rows.append(_file_row(folder, path, _voc_labels(found, annotation), split))
-    return rows
+            samples.append(_sample(folder, path, _voc_labels(found, annotation), split))
+    return samples
 
 
 def _voc_labels(found: Any, annotation: str) -> tuple[str, ...]:
-    """Classes of an image's objects. By VOC's convention objects marked difficult do not count."""
+    """Classes of an image's objects, without objects marked difficult, as VOC scores them."""
     tree = found.parse_voc_xml(ElementTree.parse(annotation).getroot())
     objects = tree["annotation"]["object"]
     return tuple(sorted({item["name"] for item in objects if item.get("difficult") != "1"}))
@@ -156,9 +150,9 @@ def _voc_labels(found: Any, annotation: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Cifar:
-    """One of the two sets in its binary version: rows of `skip` + 1 label bytes, then the pixels.
+    """CIFAR in its binary version: rows of `skip` + 1 label bytes, then the pixels.
 
-    torchvision reads the Python version only, which is pickled, and nothing here is unpickled.
+    torchvision reads only the Python version, which is pickled; moce unpickles nothing.
     """
 
     root: str
@@ -166,26 +160,28 @@ class Cifar:
     md5: str
     names: str
     files: dict[str, tuple[str, ...]]
-    skip: int = 0  # label bytes before the one that counts
+    skip: int = 0  # label bytes before the label
 
-    def read(self, folder: Path) -> list[Row]:
-        return _or_after(partial(self._download, folder), partial(self._rows, folder / self.root))
+    def read(self, folder: Path) -> list[Sample]:
+        return _or_after(
+            partial(self._download, folder), partial(self._samples, folder / self.root)
+        )
 
     def _download(self, folder: Path) -> None:
         from torchvision.datasets.utils import download_and_extract_archive
 
         download_and_extract_archive(CIFAR_URL + self.archive, str(folder), md5=self.md5)
 
-    def _rows(self, root: Path) -> list[Row]:
+    def _samples(self, root: Path) -> list[Sample]:
         names = (root / self.names).read_text(encoding="utf-8").split()
-        rows: list[Row] = []
+        samples: list[Sample] = []
         for split, files in self.files.items():
-            parts = [np.asarray(np.memmap(root / file, np.uint8, "r")) for file in files]
-            records = [row for part in parts for row in part.reshape(-1, self.skip + 1 + 3072)]
-            for number, record in enumerate(records):
-                opened = partial(_cifar_image, record[self.skip + 1 :])
-                rows.append((f"{split}/{number}", opened, names[record[self.skip]], split))
-        return rows
+            content = [np.asarray(np.memmap(root / file, np.uint8, "r")) for file in files]
+            rows = [row for array in content for row in array.reshape(-1, self.skip + 1 + 3072)]
+            for number, row in enumerate(rows):
+                opened = partial(_cifar_image, row[self.skip + 1 :])
+                samples.append(Sample(f"{split}/{number}", opened, names[row[self.skip]], split))
+        return samples
 
 
 def _cifar_image(pixels: np.ndarray) -> Image.Image:
@@ -218,7 +214,7 @@ _TRAINVAL_TEST = {"trainval": "train", "test": "test"}
 
 SETS = {
     "aircraft": TorchvisionSet(
-        partial(_split_by_torchvision, "FGVCAircraft", _TRAINVAL_TEST),
+        partial(_with_splits, "FGVCAircraft", _TRAINVAL_TEST),
         "fgvc-aircraft-2013b/data (from fgvc-aircraft-2013b.tar.gz)",
     ),
     "caltech101": TorchvisionSet(
@@ -227,21 +223,21 @@ SETS = {
         "(from caltech-101.zip)",
     ),
     "cars": TorchvisionSet(
-        partial(_split_by_torchvision, "StanfordCars", _TRAIN_TEST),
+        partial(_with_splits, "StanfordCars", _TRAIN_TEST),
         "stanford_cars/ with cars_train, cars_test, devkit and cars_test_annos_withlabels.mat",
     ),
     "cifar10": TorchvisionSet(CIFAR10.read, f"{CIFAR10.root} (from {CIFAR10.archive})"),
     "cifar100": TorchvisionSet(CIFAR100.read, f"{CIFAR100.root} (from {CIFAR100.archive})"),
     "dtd": TorchvisionSet(  # partition 1 is torchvision's default
-        partial(_split_by_torchvision, "DTD", _TRAIN_VAL_TEST),
+        partial(_with_splits, "DTD", _TRAIN_VAL_TEST),
         "dtd/dtd with images and labels (from dtd-r1.0.1.tar.gz)",
     ),
     "flowers": TorchvisionSet(
-        partial(_split_by_torchvision, "Flowers102", _TRAIN_VAL_TEST),
+        partial(_with_splits, "Flowers102", _TRAIN_VAL_TEST),
         "flowers-102/ with jpg (from 102flowers.tgz), imagelabels.mat and setid.mat",
     ),
     "food": TorchvisionSet(
-        partial(_split_by_torchvision, "Food101", _TRAIN_TEST),
+        partial(_with_splits, "Food101", _TRAIN_TEST),
         "food-101/ with images and meta (from food-101.tar.gz)",
     ),
     "pets": TorchvisionSet(

@@ -1,4 +1,4 @@
-"""One pass over all features gives the sums that it is said to give, whatever the chunks and blocks."""
+"""A pass over all features gives the right sums for all sizes of chunks and blocks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
+from moce.clustering import score_pass as score_pass_module
 from moce.clustering import sinkhorn
 from moce.clustering.features import Rows
-from moce.clustering.sinkhorn import Similarities, Sums, score_pass
+from moce.clustering.score_pass import Sums, score_pass
+from moce.clustering.sinkhorn import Scores
 from moce.models.cluster_model import scores
 
 COUNT, WIDTH, CLUSTERS, EPSILON = 1000, 8, 12, 0.05
@@ -23,22 +25,20 @@ pytestmark = pytest.mark.usefixtures("threads")
 def small(monkeypatch) -> None:
     """Masses of every fourth row, scores in blocks of 64."""
     monkeypatch.setattr(sinkhorn, "MASS_ROWS", COUNT // 4)
-    monkeypatch.setattr(sinkhorn, "BLOCK", 64)
+    monkeypatch.setattr(score_pass_module, "BLOCK", 64)
 
 
-def explicitly_set() -> tuple[Tensor, Tensor, Tensor]:
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
     potentials = torch.randn(CLUSTERS, generator=torch.Generator().manual_seed(2))
     return unit_rows(COUNT, WIDTH), unit_rows(CLUSTERS, WIDTH, seed=1), potentials
 
 
-def swept(
-    chunk: int, weights: Tensor | None = None, keep: bool = False, **how: bool
-) -> tuple[Sums, Tensor]:
-    features, centroids, potentials = explicitly_set()
+def run_pass(chunk: int, weights: Tensor | None = None, **options: bool) -> tuple[Sums, Tensor]:
+    features, centroids, potentials = inputs()
     rows = Rows(features, weights, chunk_size=chunk)
     assignment = torch.zeros(COUNT, dtype=torch.int32)
-    similarities = Similarities(rows, centroids, EPSILON, keep=keep)
-    return score_pass(similarities, potentials, assignment, **how), assignment
+    scores = Scores(rows, centroids, EPSILON, cache=False)
+    return score_pass(scores, potentials, assignment, **options), assignment
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -47,9 +47,9 @@ def swept(
 def test_sums_of_the_clusters_are_those_of_all_rows(
     chunk: int, exact: bool, copies: bool, small
 ) -> None:
-    features, centroids, potentials = explicitly_set()
+    features, centroids, potentials = inputs()
     weights = (torch.arange(COUNT) % 3 > 0).float()
-    sums, assignment = swept(chunk, weights if copies else None, exact=exact)
+    sums, assignment = run_pass(chunk, weights if copies else None, exact=exact)
     counted = weights if copies else torch.ones(COUNT)
     cluster = scores(features, centroids, potentials, EPSILON).argmax(dim=1)
     assert torch.equal(assignment.long(), cluster)
@@ -65,9 +65,9 @@ def test_sums_of_the_clusters_are_those_of_all_rows(
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("exact", [True, False])
 def test_masses_are_those_of_all_rows_or_of_a_part(chunk: int, exact: bool, small) -> None:
-    features, centroids, potentials = explicitly_set()
+    features, centroids, potentials = inputs()
     soft = scores(features, centroids, potentials, EPSILON).double().softmax(dim=1)
-    sums, _ = swept(chunk, exact=exact)
+    sums, _ = run_pass(chunk, exact=exact)
     if exact:
         taken = torch.ones(COUNT, dtype=torch.bool)
     else:
@@ -80,30 +80,30 @@ def test_masses_are_those_of_all_rows_or_of_a_part(chunk: int, exact: bool, smal
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_soft_sums_are_weighted_by_the_assignment(chunk: int, small) -> None:
-    features, centroids, potentials = explicitly_set()
+    features, centroids, potentials = inputs()
     soft = scores(features, centroids, potentials, EPSILON).softmax(dim=1)
-    sums, _ = swept(chunk, soft=True, exact=False)
+    sums, _ = run_pass(chunk, soft=True, exact=False)
     assert_close(sums.features, (soft.T @ features).double(), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_kept_scores_are_not_read_before_all_are_there(chunk: int) -> None:
-    """Threads that are done do not tell the others that scores are known."""
-    features, centroids, potentials = explicitly_set()
-    similarities = Similarities(Rows(features, chunk_size=chunk), centroids, EPSILON, keep=True)
-    assert similarities._kept is not None
-    similarities._kept.fill_(torch.nan)
-    expected, assignment = swept(chunk)
+def test_cached_scores_are_not_read_before_all_are_there(chunk: int) -> None:
+    """A thread that is done does not mark the scores of the others as cached."""
+    features, centroids, potentials = inputs()
+    cached = Scores(Rows(features, chunk_size=chunk), centroids, EPSILON, cache=True)
+    assert cached._cache is not None
+    cached._cache.fill_(torch.nan)
+    expected, assignment = run_pass(chunk)
     for _ in range(3):
         found = torch.zeros(COUNT, dtype=torch.int32)
-        sums = score_pass(similarities, potentials, found)
+        sums = score_pass(cached, potentials, found)
         assert torch.equal(found, assignment)
         assert_close(sums.masses.columns, expected.masses.columns)
 
 
 def test_no_rows_give_no_sums() -> None:
     """A process may have none."""
-    _, centroids, potentials = explicitly_set()
-    similarities = Similarities(Rows(torch.zeros(0, WIDTH)), centroids, EPSILON, keep=False)
-    sums = score_pass(similarities, potentials, torch.zeros(0, dtype=torch.int32))
+    _, centroids, potentials = inputs()
+    empty = Scores(Rows(torch.zeros(0, WIDTH)), centroids, EPSILON, cache=False)
+    sums = score_pass(empty, potentials, torch.zeros(0, dtype=torch.int32))
     assert sums.sizes.sum() == 0 and sums.features.abs().sum() == 0

@@ -1,4 +1,4 @@
-"""Packed files and odd encoders through the later verbs: finetune, evaluate, headroom, report, export."""
+"""Packed files and unusual encoders in finetune, evaluate, headroom, report and export."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def packed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The images and the labeled task of `runs`, packed as large as the model takes them."""
+    """The images and the labeled task of `runs`, packed at the input size of the model."""
     folder = tmp_path_factory.mktemp("packed")
     return tuple(
         moce.pack(data, size=16, out=folder / f"{name}.moce").file
@@ -107,8 +107,8 @@ def test_a_file_of_weights_is_exported(kind: str, file: Path, runs: Runs, tmp_pa
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-def test_export_can_be_told_what_a_file_does_not_say(runs: Runs, tmp_path: Path, capsys) -> None:
-    """Heads cannot be seen in weights of an odd width."""
+def test_export_takes_settings_that_a_file_lacks(runs: Runs, tmp_path: Path, capsys) -> None:
+    """The number of heads cannot be inferred from weights of an unusual width."""
     vit = load_mae(runs.mae)[1].encoder
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
     words = ["export", tmp_path / "vit.pth", "--out", tmp_path / "out"]
@@ -138,7 +138,7 @@ def test_onnx_through_the_command(runs: Runs, tmp_path: Path) -> None:
     assert_close(torch.from_numpy(features), pooled, atol=1e-4, rtol=1e-4)
 
 
-# --- odd encoders, from images to the exported folder ---------------------------------------------------
+# --- unusual encoders, from images to the exported folder ---------------------------------------------------
 
 ENCODERS = {
     "four channels": {"in_chans": 4},
@@ -154,7 +154,7 @@ FAST = ("thirteen channels", "SwiGLU, registers, LayerScale")
 @pytest.mark.parametrize(
     "name", [n if n in FAST else pytest.param(n, marks=SLOW) for n in ENCODERS]
 )
-def test_odd_encoders_go_from_packed_images_to_an_exported_folder(name: str, tmp_path) -> None:
+def test_unusual_encoders_go_from_packed_images_to_an_exported_folder(name: str, tmp_path) -> None:
     args = {**TINY_ARGS, **ENCODERS[name]}
     channels = args.get("in_chans", 3)
     data = write_arrays(tmp_path / "data.npz", channels)

@@ -1,4 +1,4 @@
-"""Kinds of sources: lists, single files, arrays, tar shards, Hugging Face; odd and hostile ones."""
+"""Readers: lists, single files, arrays, tar shards, Hugging Face; unusual and hostile ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import moce
 from moce.config import PretrainSettings
 from moce.data.from_python import as_image_dataset
 from moce.data.load import load_images
-from moce.data.readers.factory import is_named, located, open_source, parts_of, paths_of
+from moce.data.readers.factory import is_named, located, open_source, paths_of, sources_of
 from moce.data.readers.tar import expand_braces
 from moce.errors import MoceError
 
@@ -74,7 +74,7 @@ def test_a_list_names_sources_from_its_own_folder(tmp_path: Path, monkeypatch) -
     assert ids("@all.txt") == ["cats/a.png", "one.png"]  # wherever it is read from
 
 
-def test_single_files_are_called_as_they_are_written(tmp_path: Path, monkeypatch) -> None:
+def test_ids_of_single_files_are_their_paths_as_written(tmp_path: Path, monkeypatch) -> None:
     put(tmp_path / "a" / "1.png"), put(tmp_path / "b" / "1.png")
     monkeypatch.chdir(tmp_path)
     assert ids("a/1.png,b/1.png") == ["a/1.png", "b/1.png"]
@@ -115,7 +115,7 @@ def test_relative_sources_of_a_suite_start_from_its_root(tmp_path: Path) -> None
     assert located("a,hf:x,@l.txt", tmp_path) == f"{tmp_path}/a,hf:x,@{tmp_path}/l.txt"
     assert paths_of("a,demo:digits,s-{0..1}.tar") == [Path("a"), Path("s-0.tar"), Path("s-1.tar")]
     assert is_named("hf:x") and not is_named("photos")
-    assert [part.data for part in parts_of("s-{a,b}.tar")] == ["s-{a,b}.tar"]
+    assert [source.data for source in sources_of("s-{a,b}.tar")] == ["s-{a,b}.tar"]
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_what_is_whole_of_a_broken_archive_is_read(tmp_path: Path) -> None:
         open_source(str(tmp_path / "z.tar"))
 
 
-def test_images_behind_a_damaged_header_of_an_archive_are_told(tmp_path: Path) -> None:
+def test_images_behind_a_damaged_header_of_an_archive_are_listed(tmp_path: Path) -> None:
     """tarfile takes it for the end."""
     path = tar(tmp_path / "a.tar", {f"{n}.png": png(COLORS[0]) for n in range(3)})
     whole = path.read_bytes()
@@ -309,7 +309,7 @@ def test_images_of_too_many_pixels_are_skipped(tmp_path: Path, monkeypatch) -> N
     assert images.ids == ["b.png"] and "more than 300" in images.skipped[0][1]
 
 
-# --- from a source to a run -----------------------------------------------------------------------
+# --- from DATA to a run -----------------------------------------------------------------------
 
 
 def test_a_tar_pattern_and_a_hugging_face_folder_are_pretrained_on(tmp_path: Path) -> None:
