@@ -164,11 +164,12 @@ DAMAGED: dict[str, Case] = {
     "report of a mixture without its routes": (
         lambda w: w.report(w.edited("moce", INFO, experts_of_clusters=[1])), INFO),
     "report of results that are words": (
-        lambda w: w.report(_results(w, rows=[1], selection={})), "results.json"),
+        lambda w: w.report(_rows(w, 1)), "rows.jsonl"),
     "report of values that are words": (
-        lambda w: w.report(_results(w, selection={}, rows=[
-            {"task": "t", "method": "moce", "protocol": "linear_probe", "values": ["x"]}])),
-        "results.json"),
+        lambda w: w.report(_rows(w, {
+            "task": "t", "backbone": "b", "reference": "b", "selection": None, "protocol": "linear",
+            "metric": "accuracy", "labels": 9, "values": ["x"]})),
+        "rows.jsonl"),
     "report of metrics that are words": (
         lambda w: w.report(w.edited("mae", INFO, metrics="good")), INFO),
     "report of edited settings": (lambda w: w.report(w.edited("mae", CONFIG, "[1]")), CONFIG),
@@ -184,9 +185,9 @@ def _transformers(w: World, content: str | None = None, **changes: object) -> Pa
     return folder
 
 
-def _results(w: World, **content: object) -> Path:
-    """A run with edited results beside it."""
-    return w.edited("mae", "results.json", json.dumps(content))
+def _rows(w: World, row: object) -> Path:
+    """A run with an edited row of results."""
+    return w.edited("mae", "rows.jsonl", json.dumps(row))
 
 
 def _tensors(w: World, **tensors: torch.Tensor) -> Path:

@@ -60,11 +60,11 @@ PROOFS = frozenset({INFO, CONFIG, "selection.json", "results.json", "demo.json",
 READ_AS_DATA = frozenset({"data", "images", "task"})
 EXTRAS = frozenset(
     {"assignments.parquet", "config.json", "README.md", "report.html"}
-    | {"rows.jsonl", "results.md", "evaluation.json"}
+    | {"rows.jsonl", "results.md", "evaluation.json", "suite.yaml"}
     | {"model.onnx", "preprocessing.json", "preprocessor_config.json", "architecture.json"}
 )
 OWN_FILES = PROOFS | EXTRAS | {WEIGHTS, METRICS, TIMINGS, SKIPPED}
-DEMO_RUNS = frozenset({"mae", "clusters", "moce", "mae_plus"})
+DEMO_RUNS = frozenset({"mae", "clusters", "moce", "mae_plus", "evaluation"})
 FOLDERS_OF_RUNS = frozenset({"backbones", "finetune"})  # of the demo, of evaluations
 HEADROOM_RUN = re.compile(r"all|group\d+")
 
