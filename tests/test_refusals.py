@@ -120,7 +120,7 @@ SETTINGS: dict[str, Case] = {
         "leave out --trust-pickle"),
     "a rate beside a grid of them": (
         lambda w: w.finetune("--base-lr", 1e-2, "--lr-grid", "1e-3,1e-2"),
-        "lr_grid says which rates to try: leave out --base-lr"),
+        "lr_grid lists the rates to try: leave out --base-lr"),
     "a share of validation without a grid": (
         lambda w: w.finetune("--val-share", 0.1), "nothing is held out: leave out --val-share"),
     "epochs of headroom": (lambda w: w.headroom("--epochs", 3), "--steps"),
@@ -220,7 +220,7 @@ KINDS: dict[str, Case] = {
             *("--out", copy_run(w.runs.mae, w.folder / "run"))], "resume"),
     "backbones of one name": (
         lambda w: w.evaluate(backbones=f"a={w.runs.mae},a={w.runs.backbone}"), "one name"),
-    "a backbone without a name": (lambda w: w.evaluate(backbones=str(w.runs.mae)), "NAME=REFERENCE"),
+    "a backbone without a name": (lambda w: w.evaluate(backbones=str(w.runs.mae)), "NAME=PATH"),
     "data named twice": (lambda w: w.pretrain(f"{w.runs.data},{w.runs.data}"), "named 2 times"),
     "protocols of no kind": (lambda w: w.evaluate("--protocols", "linear,svm"), "protocols"),
 }  # fmt: skip

@@ -297,7 +297,7 @@ IMAGES: dict[str, Case] = {
     "a task of one image": (lambda w: w.probe(data=w.images("cat/a.png")), "one image"),
     "a task of one class": (
         lambda w: w.probe(data=w.images("train/cat/a.png", "train/cat/b.png", "test/cat/c.png")),
-        "one class only"),
+        "only one class"),
     "a task without test images": (
         lambda w: w.probe(data=w.images("train/cat/a.png", "train/dog/b.png")), "no test images"),
     "a class without training images": (

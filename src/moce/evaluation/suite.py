@@ -1,4 +1,4 @@
-"""Suites: labeled tasks as data. A YAML file names tasks, labels, metrics and the probes' settings."""
+"""Suites: YAML files of labeled tasks, their metrics, and the settings of probes and fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moce.config.load import parse, read_recipe
 from moce.data.readers.factory import located
 from moce.errors import MoceError
 
-# Settings of the single verbs that `moce evaluate` gives itself.
+# Settings of moce probe and moce finetune that moce evaluate sets itself.
 OWN = frozenset(
     {"backbone", "data", "out", "overwrite", "resume", "json", "kind", "metric", "num_labels"}
     | {"draw", "draws", "seed", "device", "precision", "threads"}
@@ -21,7 +21,7 @@ OWN = frozenset(
 
 
 class SuiteTask(Settings):
-    """One labeled task. role: whether defaults may be tuned on it."""
+    """A labeled task. role: development, to tune defaults on, or held_out."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     data: str
@@ -31,7 +31,7 @@ class SuiteTask(Settings):
 
 
 class Suite(Settings):
-    """Tasks, and the settings of `moce probe` and `moce finetune` that every backbone gets alike."""
+    """Tasks, and the settings of `moce probe` and `moce finetune`, the same for every backbone."""
 
     name: str
     tasks: tuple[SuiteTask, ...] = Field(min_length=1)
@@ -42,9 +42,9 @@ class Suite(Settings):
 
 
 def read_suite(path: Path, root: Path) -> Suite:
-    """The suite of a YAML file, its relative paths of data taken from `root`.
+    """Read a suite from YAML; relative paths of data start from `root`.
 
-    Raises MoceError, with all mistakes in one line, if it is no suite.
+    Raises MoceError, with all mistakes in one line, if the file is not a valid suite.
     """
     try:
         suite = parse(Suite, read_recipe(path))
@@ -53,9 +53,9 @@ def read_suite(path: Path, root: Path) -> Suite:
     _check_section(path, "probe", ProbeSettings, suite.probe)
     _check_section(path, "finetune", FinetuneSettings, suite.finetune)
     names = [task.name for task in suite.tasks]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        raise MoceError(f"suite {path} has two tasks named {double[0]}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise MoceError(f"suite {path} has two tasks named {twice[0]}")
     tasks = tuple(
         task.model_copy(update={"data": located(task.data, root)}) for task in suite.tasks
     )
@@ -63,12 +63,14 @@ def read_suite(path: Path, root: Path) -> Suite:
 
 
 def _check_section(path: Path, name: str, kind: type[Settings], values: dict[str, Any]) -> None:
-    """Raise MoceError unless a section holds settings of its verb that the evaluation leaves alone."""
+    """Raise MoceError if a section has a setting that its command lacks or the evaluation sets."""
     own = sorted(OWN & values.keys())
     if own:
-        raise MoceError(f"suite {path}: {name} must not set {own[0]}: that is for the evaluation")
+        raise MoceError(f"suite {path}: {name} must not set {own[0]}: moce evaluate sets it")
     if name == "finetune" and {"base_lr", "lr_grid"} <= values.keys():
-        raise MoceError(f"suite {path}: finetune has base_lr beside lr_grid: leave out one of them")
+        raise MoceError(
+            f"suite {path}: finetune has base_lr beside lr_grid: leave out one of the two"
+        )
     fill = {"backbone": "", "data": "", **({"out": "x"} if name == "finetune" else {})}
     try:
         parse(kind, {**fill, **values})
@@ -77,7 +79,7 @@ def _check_section(path: Path, name: str, kind: type[Settings], values: dict[str
 
 
 def pick_tasks(suite: Suite, names: tuple[str, ...], role: Role | None) -> list[SuiteTask]:
-    """The tasks of these names (none: all) and role. Raises MoceError for unknown names or no task."""
+    """Tasks by name (all if none is given) and role. Raises MoceError for an unknown name or no task."""
     known = [task.name for task in suite.tasks]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -85,5 +87,5 @@ def pick_tasks(suite: Suite, names: tuple[str, ...], role: Role | None) -> list[
     tasks = [task for task in suite.tasks if not names or task.name in names]
     chosen = [task for task in tasks if role is None or task.role == role]
     if not chosen:
-        raise MoceError(f"suite {suite.name} has no task of role {role} among those asked for")
+        raise MoceError(f"suite {suite.name} has no task of role {role} among the requested ones")
     return chosen

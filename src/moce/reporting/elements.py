@@ -41,6 +41,9 @@ class Cell:
     chips: Sequence[Chip] = ()
 
 
+Row = Sequence[Cell | Picture | str]
+
+
 @dataclass(frozen=True)
 class Note:
     """A highlighted paragraph."""
@@ -76,7 +79,7 @@ class Table:
     kind: ClassVar[str] = "table"
     caption: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell | Picture | str]]
+    rows: Sequence[Row]
     folded: bool = False
     last_apart: bool = False
     numbers: bool = True

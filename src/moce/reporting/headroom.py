@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from moce.reporting.elements import Cell, Picture, Section, Table
+from moce.reporting.elements import Cell, Row, Section, Table
 from moce.reporting.load import Run
 
 
 def headroom_section(run: Run) -> Section:
-    rows: list[list[Cell | Picture | str]] = [
+    rows: list[Row] = [
         [
             f"group {number}",
             f"{group['images']:,}",

@@ -14,7 +14,7 @@ from moce.data.dataset import ImageDataset
 from moce.data.rng import Stream, keyed_uniform
 from moce.models.encoder import EncoderSpec, input_shape, patchify, put, take
 from moce.models.mae import MAE, patch_statistics, unpatchify
-from moce.reporting.elements import Block, Cell, Note, Picture, Section, Table
+from moce.reporting.elements import Block, Note, Row, Section, Table
 from moce.reporting.images import Source, domain_of, montage, sample
 from moce.reporting.load import Material, Run
 from moce.weights.from_runs import load_mae
@@ -105,9 +105,7 @@ def _groups(source: Source) -> list[tuple[str, list[str]]]:
 
 
 @torch.no_grad()
-def _row(
-    name: str, ids: list[str], source: Source, models: list[Model]
-) -> list[Cell | Picture | str]:
+def _row(name: str, ids: list[str], source: Source, models: list[Model]) -> Row:
     """Images of a domain: as they are, masked, and reconstructed by each model."""
     mae = models[0].mae
     stored = source.load(ids, input_shape(mae.encoder))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moce.reporting.elements import Block, Cell, Chart, Picture, Section, Table
+from moce.reporting.elements import Block, Cell, Chart, Picture, Row, Section, Table
 from moce.reporting.results_table import CONTROLS, LEADING, Results, protocol_table
 from moce.reporting.style import INK, SOFT, drawing, look_of
 
@@ -27,7 +27,7 @@ def results_section(results: Results) -> Section:
 def _table(results: Results, protocol: str) -> Table:
     columns, rows = protocol_table(results, protocol)
     backbones = results.backbones(protocol)
-    cells: list[list[Cell | Picture | str]] = []
+    cells: list[Row] = []
     for line in rows:
         best = _best(results, line, protocol)
         shown = dict(zip(backbones, line[LEADING:], strict=False))

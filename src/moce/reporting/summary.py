@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moce.reporting.elements import Block, Cell, Picture, Section, Table, Tiles
+from moce.reporting.elements import Block, Cell, Row, Section, Table, Tiles
 from moce.reporting.load import TITLES, Material, Run
 from moce.reporting.results import PROTOCOLS
 from moce.reporting.style import METHODS
@@ -55,7 +55,7 @@ def _runs_table(runs: list[Run]) -> Table:
     return Table("", columns, [_run_row(run) for run in runs], numbers=False)
 
 
-def _run_row(run: Run) -> list[Cell | Picture | str]:
+def _run_row(run: Run) -> Row:
     metrics = run.info.get("metrics", {})
     return [
         Cell(run.name, str(run.path)),

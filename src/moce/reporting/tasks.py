@@ -6,7 +6,7 @@ from typing import Any
 
 from moce.customization.selection import Route, route_name
 from moce.errors import MoceError
-from moce.reporting.elements import Block, Cell, Chart, Gallery, Item, Picture, Section, Table
+from moce.reporting.elements import Block, Cell, Chart, Gallery, Item, Picture, Row, Section, Table
 from moce.reporting.images import percent
 from moce.reporting.load import Material, Run
 from moce.reporting.results_table import Results
@@ -51,7 +51,7 @@ def _routes(run: Run) -> list[Route]:
     return list(zip(*run.info["experts_of_clusters"].values(), strict=True))
 
 
-def _row(material: Material, task: str, choice: dict[str, Any]) -> list[Cell | Picture | str]:
+def _row(material: Material, task: str, choice: dict[str, Any]) -> Row:
     run, route = _run_of(material, choice), choice["route"]
     count = run.info["spec"]["num_experts"] if run else 0
     chips = [expert_chip(expert, count) for expert in route] if run else []
