@@ -9,13 +9,11 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
 import moce
 from moce.customization.bank import Bank
@@ -23,8 +21,10 @@ from moce.data.augment import denormalize, normalize
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
 from moce.data.rng import Stream, keyed_uniform
+from moce.evaluation.results import ROWS, read_rows
+from moce.reporting.images import tiled
 from moce.reporting.reconstructions import hide, paste
-from moce.reporting.results_table import Results
+from moce.reporting.results_table import Results, results_table
 from moce.reporting.style import INK, SOFT, expert_color, faded
 from moce.runs.assignments import read_assignments
 from moce.runs.model import read_config, read_info
@@ -34,6 +34,7 @@ DOCS = Path(__file__).parent
 FIGURES = DOCS / "figures"
 MARK = "<!-- demo results -->"
 IMAGES = "demo:pretrain"
+GAP = 2  # pixels between images
 
 
 def main() -> None:
@@ -48,8 +49,8 @@ def main() -> None:
     save(draw_clusters(bank, images, members), "clusters.png")
     save(draw_experts(bank), "experts.png")
     save(draw_reconstructions(bank, images, members, demo), "reconstructions.png")
-    shutil.copy(demo / "results.json", DOCS / "demo_results.json")
-    write_table(json.loads((demo / "results.json").read_text()), demo)
+    shutil.copy(demo / "evaluation" / ROWS, DOCS / "demo_results.jsonl")
+    write_table(demo)
 
 
 def save(figure: Figure, name: str) -> None:
@@ -57,41 +58,19 @@ def save(figure: Figure, name: str) -> None:
     print(FIGURES / name)
 
 
-def write_table(content: dict[str, Any], demo: Path) -> None:
+def write_table(demo: Path) -> None:
     """Put the results between the two marks in the README."""
-    results = Results(content)
-    probes, tuned = ("mae", "mae_plus", "moce", "random_route", "oracle"), ("mae_plus", "moce")
-    columns = [("linear_probe", m) for m in probes] + [("finetune", m) for m in tuned]
-    lines = [
-        "| task | strategy, vote | MAE | MAE+ | MoCE | random route | oracle | regret "
-        "| MAE+ tuned | MoCE tuned |",
-        "|---|---|" + "--:|" * 8,
-    ]
-    for task, choice in results.selection.items():
-        cells = [show_values(results.values(task, *column)) for column in columns]
-        cells.insert(5, f"{100 * (results.regret(task) or 0):+.1f}")
-        cells = [task, f"{choice['strategy']}, {choice['share']:.0%}", *cells]
-        lines.append(f"| {' | '.join(cells)} |")
-    means = [f"**{100 * (results.average(*column) or 0):.1f}**" for column in columns]
-    regrets = [results.regret(task) or 0 for task in results.tasks]
-    means.insert(5, f"**{100 * np.mean(regrets):+.1f}**")
-    lines.append(f"| **mean** | | {' | '.join(means)} |")
     revision = read_info(demo / "moce")["git_revision"]
-    seconds = sum(results.seconds.values())
+    seconds = sum(json.loads((demo / "demo.json").read_text())["seconds"].values())
     used = read_config(demo / "mae")
-    lines += [
-        "",
+    origin = (
         f"Revision {revision}, seed {used['seed']}, {seconds:.0f} s in {used['precision']}, while other "
-        "programs ran.",
-    ]
+        "programs ran."
+    )
+    table = results_table(read_rows(demo / "evaluation"))
     before, _, after = (DOCS.parent / "README.md").read_text().split(MARK)
-    text = f"{before}{MARK}\n{chr(10).join(lines)}\n{MARK}{after}"
+    text = f"{before}{MARK}\n{table}\n\n{origin}\n{MARK}{after}"
     (DOCS.parent / "README.md").write_text(text)
-
-
-def show_values(values: list[float]) -> str:
-    mean = f"{100 * np.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * np.std(values):.1f}"
 
 
 def cluster_members(images: ImageDataset, demo: Path) -> list[list[int]]:
@@ -101,18 +80,6 @@ def cluster_members(images: ImageDataset, demo: Path) -> list[list[int]]:
     for row, name in enumerate(images.ids):
         members[cluster_of[name]].append(row)
     return members
-
-
-def mosaic(pixels: Tensor, columns: int, gap: int = 2) -> np.ndarray:
-    """Images [n, 3, h, w] uint8 side by side on white, [H, W, 3] uint8."""
-    count, _, height, width = pixels.shape
-    rows = -(-count // columns)
-    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
-    canvas = np.full(shape, 255, np.uint8)
-    for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-        top, left = number // columns * (height + gap), number % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = image
-    return canvas
 
 
 def show(axes: Axes, picture: np.ndarray, title: str = "") -> None:
@@ -134,12 +101,12 @@ def draw_overview(bank: Bank, images: ImageDataset, members: list[list[int]], de
     first = figure.add_gridspec(1, 2, left=0, right=0.49, wspace=0.05)
     rest = figure.add_gridspec(1, 2, left=0.52, right=1, wspace=0.36, width_ratios=[0.8, 1.2])
     grid = [first[0], first[1], rest[0], rest[1]]
-    show(figure.add_subplot(grid[0]), mosaic(images.pixels[:81], 9), "1  unlabeled images")
+    show(figure.add_subplot(grid[0]), tiled(images.pixels[:81], 9, GAP), "1  unlabeled images")
     rows = [members[k][:9] for k in spread_clusters(bank, members, 9)]
-    picture = mosaic(images.pixels[[row for strip in rows for row in strip]], 9)
+    picture = tiled(images.pixels[[row for strip in rows for row in strip]], 9, GAP)
     show(figure.add_subplot(grid[1]), picture, "2  balanced clusters (rows)")
     draw_map(figure.add_subplot(grid[2]), bank, len(bank.model.blocks) - 1)
-    draw_tasks(figure.add_subplot(grid[3]), json.loads((demo / "results.json").read_text()))
+    draw_tasks(figure.add_subplot(grid[3]), Results(read_rows(demo / "evaluation")))
     return figure
 
 
@@ -158,14 +125,12 @@ def draw_map(axes: Axes, bank: Bank, index: int) -> None:
     axes.set_ylabel("clusters", fontsize=8, color=SOFT)
 
 
-def draw_tasks(axes: Axes, results: dict[str, Any]) -> None:
+def draw_tasks(axes: Axes, results: Results) -> None:
     """The votes of every task's images among routes: the task's own dense ViT takes the winner."""
-    tasks = list(results["selection"])
-    routes = sorted(
-        {route for choice in results["selection"].values() for route in choice["votes"]}
-    )
-    for place, task in enumerate(tasks):
-        votes = results["selection"][task]["votes"]
+    choices = {task: choice for task in results.tasks if (choice := results.choice(task))}
+    routes = sorted({route for choice in choices.values() for route in choice["votes"]})
+    for place, choice in enumerate(choices.values()):
+        votes = choice["votes"]
         left, total = 0.0, sum(votes.values())
         for number, (route, count) in enumerate(votes.items()):
             color = expert_color(routes.index(route) % 9, 9)
@@ -173,7 +138,7 @@ def draw_tasks(axes: Axes, results: dict[str, Any]) -> None:
             if number == 0 and count / total > 0.2:
                 axes.text(0.02, place, route, color="white", fontsize=7.5, va="center")
             left += count / total
-    axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    axes.set_yticks(range(len(choices)), choices, fontsize=8)
     axes.set_xticks([0, 1], ["0", "100 % of the task's images"], fontsize=7, color=SOFT)
     axes.invert_yaxis()
     axes.set_title("4  per task, a route: one dense ViT", fontsize=9, color=INK, loc="left")
@@ -188,7 +153,7 @@ def draw_clusters(bank: Bank, images: ImageDataset, members: list[list[int]]) ->
     chosen = spread_clusters(bank, members, 12)
     for place, cluster in enumerate(chosen):
         axes = figure.add_subplot(4, 3, place + 1)
-        picture = mosaic(images.pixels[members[cluster][:16]], 8)
+        picture = tiled(images.pixels[members[cluster][:16]], 8, GAP)
         show(axes, picture, f"cluster {cluster}: {len(members[cluster])} images")
     figure.tight_layout(pad=0.6)
     return figure
@@ -236,7 +201,7 @@ def draw_reconstructions(
     figure = Figure(figsize=(9, 3.6))
     for place, (title, pixels) in enumerate(rows_shown.items()):
         axes = figure.add_subplot(len(rows_shown), 1, place + 1)
-        show(axes, mosaic(pixels, len(clusters)))
+        show(axes, tiled(pixels, len(clusters), GAP))
         axes.text(-8, 16, title, ha="right", va="center", fontsize=9, color=INK)
     figure.subplots_adjust(hspace=0.06)
     return figure

@@ -1,4 +1,4 @@
-"""The demo, reduced to seconds: every stage, the exact files it leaves, the form of its results."""
+"""The demo, reduced to seconds: every step, the exact files it leaves, the form of its results."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 import moce
 from moce.commands.demo import ENCODER
+from moce.evaluation.results import read_rows
 from moce.reporting.results_table import results_table
 from moce.runs.model import read_info
 
@@ -34,8 +35,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_it_leaves_ordinary_run_folders(demo: Path) -> None:
     names = {path.name for path in demo.iterdir()}
-    runs = {"mae", "clusters", "moce", "mae_plus"}
-    assert names == runs | {"backbones", "finetune", "results.json", "report.html", "demo.json"}
+    runs = {"mae", "clusters", "moce", "mae_plus", "evaluation"}
+    assert names == runs | {"suite.yaml", "report.html", "demo.json"}
     for name in ("mae", "moce", "mae_plus"):
         assert {path.name for path in (demo / name).iterdir()} == RUN
     kinds = [read_info(demo / name)["kind"] for name in ("mae", "clusters", "moce", "mae_plus")]
@@ -55,19 +56,17 @@ def test_moce_and_mae_plus_had_equal_steps_and_data(demo: Path) -> None:
 
 @pytest.mark.slow
 def test_results_have_the_promised_form(demo: Path) -> None:
-    results = json.loads((demo / "results.json").read_text())
-    assert set(results) == {"rows", "selection", "seconds"}
-    assert set(results["selection"]) == set(TASKS)
-    expected = {
-        (task, method, "linear_probe", 2)
-        for task in TASKS
-        for method in ("mae", "mae_plus", "moce", "random_route", "oracle")
-    } | {(task, method, "finetune", 1) for task in TASKS for method in ("mae_plus", "moce")}
-    found = {(r["task"], r["method"], r["protocol"], len(r["values"])) for r in results["rows"]}
+    rows = read_rows(demo / "evaluation")
+    backbones = ("mae", "mae_plus", "moce", "random", "oracle")
+    expected = {(task, name, "linear", 2) for task in TASKS for name in backbones}
+    expected |= {(task, name, "finetune", 1) for task in TASKS for name in backbones[1:3]}
+    found = {(r["task"], r["backbone"], r["protocol"], len(r["values"])) for r in rows}
     assert found == expected
-    assert all(0 <= value <= 1 for row in results["rows"] for value in row["values"])
-    table = results_table(results)
+    assert all(0 <= value <= 1 for row in rows for value in row["values"])
+    table = results_table(rows)
     assert "digits" in table and "vehicles" in table and "regret" in table
+    seconds = json.loads((demo / "demo.json").read_text())["seconds"]
+    assert list(seconds) == ["mae", "clusters", "moce", "mae_plus", "probes", "finetune", "report"]
 
 
 @pytest.mark.slow
@@ -82,5 +81,5 @@ def test_its_runs_customize_any_task(demo: Path) -> None:
 def test_a_second_run_shows_what_is_there(demo: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
     result = moce.demo(out=demo, reuse=True, **SETTINGS)
-    assert result.results == json.loads((demo / "results.json").read_text())
+    assert result.rows == read_rows(demo / "evaluation")
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before

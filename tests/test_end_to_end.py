@@ -13,6 +13,7 @@ import yaml
 from builders import TINY_ARGS, TINY_NAME, write_images, write_task
 
 from moce.cli import main
+from moce.evaluation.results import read_rows
 from moce.runs.assignments import read_assignments
 from moce.runs.files import read_tensors
 from moce.runs.model import read_metrics
@@ -97,10 +98,10 @@ def test_every_run_leaves_exactly_these_files(root: Path) -> None:
     assert left_in(root / "backbone") == {
         "README.md", "config.json", "model.safetensors", "selection.json"
     }  # fmt: skip
-    assert left_in(root / "probe") == {"results.json"}
-    assert left_in(root / "tuned") == training_files(6) | {"config.json", "results.json"}
+    assert left_in(root / "probe") == {"config.yaml", "rows.jsonl"}
+    assert left_in(root / "tuned") == training_files(6) | {"config.json", "rows.jsonl"}
     made = {"mae", "clusters", "moce", "mae_plus", "backbone", "probe", "tuned"}
-    assert {path.name for path in root.iterdir()} == made | {"data", "task"}  # no passing files
+    assert {path.name for path in root.iterdir()} == made | {"data", "task"}  # no temporary files
 
 
 def test_broken_image_is_listed_everywhere_and_used_nowhere(root: Path) -> None:
@@ -158,11 +159,10 @@ def test_mixture_is_self_contained(root: Path, tmp_path: Path) -> None:
 
 
 def test_results_are_accuracies(root: Path) -> None:
-    probe = json.loads((root / "probe" / "results.json").read_text())
+    (probe,), (tuned,) = read_rows(root / "probe"), read_rows(root / "tuned")
     assert len(probe["values"]) == 2 and all(0 <= value <= 1 for value in probe["values"])
-    assert probe["mean"] == pytest.approx(sum(probe["values"]) / 2)
-    tuned = json.loads((root / "tuned" / "results.json").read_text())
-    assert 0 <= tuned["accuracy"] <= 1 and len(tuned["classes"]) == 3
+    assert (probe["protocol"], tuned["protocol"]) == ("linear", "finetune")
+    assert 0 <= tuned["values"][0] <= 1 and len(tuned["classes"]) == 3
 
 
 @pytest.mark.parametrize(

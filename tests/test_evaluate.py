@@ -1,4 +1,4 @@
-"""Suites, contenders, fair oracles, resumed evaluations."""
+"""Suites, candidates, fair oracles, resumed evaluations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from builders import HEADROOM, RUNTIME, copy_run, customize
 from conftest import Runs
 
 import moce
-from moce.commands import evaluate as evaluate_verb
+from moce.commands import evaluate as evaluate_command
 from moce.errors import Interrupted, MoceError
 from moce.evaluation.backbones import Candidate, read_candidates
 from moce.evaluation.evaluator import choose_by_probe
 from moce.evaluation.routes import oracle_values, random_routes
 from moce.evaluation.suite import pick_tasks, read_suite
 from moce.evaluation.task import draw_labels, load_task
-from moce.reporting.results_table import suite_table
+from moce.reporting.results_table import results_table
 
 FINETUNE = {"epochs": 1, "batch_size": 8, "rand_augment": "", "mixup": 0, "cutmix": 0}
 SUITES = Path(__file__).parents[1] / "recipes" / "suites"
@@ -108,10 +108,10 @@ def test_an_unknown_task_names_the_valid_ones(tmp_path: Path) -> None:
         pick_tasks(suite, ("cars",), None)
 
 
-# --- contenders -----------------------------------------------------------------------------------
+# --- candidates -----------------------------------------------------------------------------------
 
 
-def test_contenders_are_read() -> None:
+def test_candidates_are_read() -> None:
     found = read_candidates(("a=runs/a", "b=runs/b@oracle"))
     assert found == [Candidate("a", "runs/a"), Candidate("b", "runs/b", "oracle")]
 
@@ -119,22 +119,22 @@ def test_contenders_are_read() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (("runs/a",), "NAME=REFERENCE"),
-        (("=x",), "NAME=REFERENCE"),
+        (("runs/a",), "NAME=PATH"),
+        (("=x",), "NAME=PATH"),
         (("a=x@best",), "@best"),
-        (("a=x", "a=y"), "one name"),
-        (("a/b=x",), "NAME=REFERENCE"),
-        (("..=x",), "NAME=REFERENCE"),
-        (("a|b=x",), "NAME=REFERENCE"),
+        (("a=x", "a=y"), "same name"),
+        (("a/b=x",), "NAME=PATH"),
+        (("..=x",), "NAME=PATH"),
+        (("a|b=x",), "NAME=PATH"),
     ],
 )
-def test_wrong_contenders_are_refused(texts, message: str) -> None:
+def test_wrong_candidates_are_refused(texts, message: str) -> None:
     with pytest.raises(MoceError, match=message):
         read_candidates(texts)
 
 
 def test_a_dense_backbone_has_no_experts_to_choose_from(runs: Runs, tmp_path: Path) -> None:
-    with pytest.raises(MoceError, match="leave out @HOW"):
+    with pytest.raises(MoceError, match="leave out @SELECTION"):
         evaluate(runs, write_suite(tmp_path), tmp_path / "out", f"a={runs.mae}@route")
     assert not (tmp_path / "out").exists()
 
@@ -175,13 +175,13 @@ def test_random_routes_are_drawn_anew_for_every_draw(runs: Runs) -> None:
     assert routes != random_routes(bank, 40, 0, "letters")
 
 
-# --- the verb -------------------------------------------------------------------------------------
+# --- the command -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def evaluated(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("evaluate")
-    names = [f"moce_{how}={runs.moce}@{how}" for how in ("route", "random", "oracle", "probe")]
+    names = [f"moce_{s}={runs.moce}@{s}" for s in ("route", "random", "oracle", "probe")]
     protocols = ("linear", "knn", "finetune")
     backbones = (f"mae={runs.mae}", f"moce={runs.moce}", f"dense={runs.backbone}", *names)
     evaluate(runs, write_suite(root), root / "out", *backbones, protocols=protocols)
@@ -234,7 +234,7 @@ def test_what_an_evaluation_leaves(evaluated: Path) -> None:
         "config.yaml", "evaluation.json", "rows.jsonl", "results.md", "finetune", "backbones"
     }  # fmt: skip
     table = (evaluated / "results.md").read_text()
-    assert "| digits | 12 | accuracy |" in table
+    assert "|digits|12|accuracy|" in table.replace(" ", "")
     vit = timm.create_model(f"local-dir:{evaluated}/backbones/moce/digits", pretrained=True)
     assert vit(torch.zeros(1, 3, 16, 16)).shape == (1, 32)
 
@@ -245,22 +245,33 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(
     suite, out = write_suite(tmp_path), tmp_path / "out"
     backbones = (f"mae={runs.mae}", f"moce={runs.moce}")
     whole = evaluate(runs, suite, tmp_path / "whole", *backbones).rows
-    keep, made = evaluate_verb._Work._keep, []
+    add, made = evaluate_command._Evaluation._add, []
 
-    def stop_after_two(work, row) -> None:
-        keep(work, row)
+    def stop_after_two(evaluation, row) -> None:
+        add(evaluation, row)
         made.append(row["task"])
         if len(made) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate_verb._Work, "_keep", stop_after_two)
+    monkeypatch.setattr(evaluate_command._Evaluation, "_add", stop_after_two)
     with pytest.raises(Interrupted, match=r"after 2 rows, .* --resume"):
         evaluate(runs, suite, out, *backbones)
     assert len(rows_of(out)) == 2
-    monkeypatch.setattr(evaluate_verb._Work, "_keep", keep)
+    monkeypatch.setattr(evaluate_command._Evaluation, "_add", add)
     again = evaluate(runs, suite, out, *backbones, resume=True).rows
     plain = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
     assert plain(again) == plain(whole)
+
+
+def test_rows_of_version_0_1_0_are_resumed(runs: Runs, tmp_path: Path) -> None:
+    """They name the selection `how`."""
+    suite, out = write_suite(tmp_path), tmp_path / "out"
+    first = evaluate(runs, suite, out, f"moce={runs.moce}@route").rows
+    renamed = {"selection": "how"}
+    old = [{renamed.get(name, name): value for name, value in row.items()} for row in first]
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    again = evaluate(runs, suite, out, f"moce={runs.moce}@route", resume=True).rows
+    assert again == first  # seconds too: none was probed again
 
 
 def test_a_finished_evaluation_is_not_overwritten_unasked(runs: Runs, evaluated: Path) -> None:
@@ -270,15 +281,15 @@ def test_a_finished_evaluation_is_not_overwritten_unasked(runs: Runs, evaluated:
 
 
 def test_the_table_averages_only_what_is_complete() -> None:
-    row = {"labels": None, "metric": "accuracy", "protocol": "linear", "values": [0.5, 0.7]}
+    row = {"labels": 9, "metric": "accuracy", "protocol": "linear", "values": [0.5, 0.7]}
     rows = [
         {**row, "task": "a", "backbone": "x"},
         {**row, "task": "b", "backbone": "x"},
         {**row, "task": "b", "backbone": "y"},
     ]
-    table = suite_table(rows).splitlines()
-    assert table[-1] == "| **mean** | | | **60.0** |  |"
-    assert "60.0 ± 10.0" in table[2]
+    table = [line.replace(" ", "") for line in results_table(rows).splitlines()]
+    assert table[-1] == "|**mean**|||**60.0**||"
+    assert "60.0±10.0" in table[2]
 
 
 # --- choosing by labels ---------------------------------------------------------------------------
@@ -313,7 +324,7 @@ def test_choosing_by_labels_needs_two_images_of_a_class(runs: Runs) -> None:
         choose_by_probe(bank, task.train.subset(one_each), np.arange(3), 3)
 
 
-# --- what an attacker broke -----------------------------------------------------------------------
+# --- inputs and overwriting -----------------------------------------------------------------------
 
 
 def test_overwriting_spares_the_inputs(runs: Runs, tmp_path: Path) -> None:
@@ -393,7 +404,7 @@ def test_draws_of_labels_are_distinct_between_seeds() -> None:
 def test_a_rate_that_overflows_loses_and_a_grid_can_be_resumed(runs: Runs, tmp_path: Path) -> None:
     options = {**RUNTIME, **FINETUNE, "lr_grid": (2e-3, 1e9)}
     found = moce.finetune(runs.backbone, runs.task, out=tmp_path / "t", **options)
-    tried = json.loads((tmp_path / "t" / "results.json").read_text())["lr_grid"]
+    tried = rows_of(tmp_path / "t")[0]["lr_grid"]
     assert tried[1] == {"base_lr": 1e9, "score": 0.0}
     again = moce.finetune(runs.backbone, runs.task, out=tmp_path / "t", resume=True, **options)
     assert again.value == found.value

@@ -236,7 +236,7 @@ def test_only_the_part_between_the_marks_is_rewritten(tmp_path: Path) -> None:
 
 
 def test_no_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(MoceError, match="holds no results"):
+    with pytest.raises(MoceError, match="contains no results"):
         draw(tmp_path / "cpu.jsonl", tmp_path / "results.md")
 
 

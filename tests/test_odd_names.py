@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import pyarrow.parquet
@@ -12,6 +11,7 @@ from commands import World, run_command, snapshot
 from PIL import Image
 from test_refused_files import CLUSTERS, parquet, png
 
+from moce.evaluation.results import read_rows
 from moce.runs.files import read_lines
 from moce.runs.model import read_info
 
@@ -91,6 +91,6 @@ def test_a_label_is_never_a_path(runs, tmp_path: Path, capsys) -> None:
     before = snapshot(tmp_path)
     assert run_command(world.finetune("--steps", 1, data=task)) == 0, capsys.readouterr().err
     assert {k.split("/")[0] for k in snapshot(tmp_path).keys() - before.keys()} == {"out"}
-    assert json.loads((world.out / "results.json").read_text())["classes"] == sorted(set(labels))
+    assert read_rows(world.out)[0]["classes"] == sorted(set(labels))
     assert run_command(world.report(world.out)) == 0
     assert "<u>c" not in (tmp_path / "report.html").read_text(encoding="utf-8")

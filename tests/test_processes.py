@@ -17,6 +17,7 @@ from launched import moce_words, said, torchrun, wait_until
 from moce.commands.registry import COMMANDS
 from moce.data.loader import shard_micro_batches
 from moce.errors import MoceError
+from moce.evaluation.results import read_rows
 from moce.models.experts import apply_experts
 from moce.runs.files import read_tensors
 from moce.runs.model import read_metrics
@@ -276,7 +277,7 @@ def test_finetuning_by_two_processes(size: int | None, made: Made, tmp_path: Pat
     COMMANDS["finetune"].run({**made.settings["finetune"], **update})
     two = made.by_two(f"finetune_{size}")
     assert_same(tmp_path / "one", two)
-    results = [json.loads((out / "results.json").read_text()) for out in (tmp_path / "one", two)]
+    results = [read_rows(out) for out in (tmp_path / "one", two)]
     assert results[0] == results[1]
 
 

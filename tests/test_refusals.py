@@ -220,7 +220,7 @@ KINDS: dict[str, Case] = {
             *("--out", copy_run(w.runs.mae, w.folder / "run"))], "resume"),
     "backbones of one name": (
         lambda w: w.evaluate(backbones=f"a={w.runs.mae},a={w.runs.backbone}"), "one name"),
-    "a backbone without a name": (lambda w: w.evaluate(backbones=str(w.runs.mae)), "NAME=REFERENCE"),
+    "a backbone without a name": (lambda w: w.evaluate(backbones=str(w.runs.mae)), "NAME=PATH"),
     "data named twice": (lambda w: w.pretrain(f"{w.runs.data},{w.runs.data}"), "named 2 times"),
     "protocols of no kind": (lambda w: w.evaluate("--protocols", "linear,svm"), "protocols"),
 }  # fmt: skip

@@ -164,11 +164,12 @@ DAMAGED: dict[str, Case] = {
     "report of a mixture without its routes": (
         lambda w: w.report(w.edited("moce", INFO, experts_of_clusters=[1])), INFO),
     "report of results that are words": (
-        lambda w: w.report(_results(w, rows=[1], selection={})), "results.json"),
+        lambda w: w.report(_rows(w, 1)), "rows.jsonl"),
     "report of values that are words": (
-        lambda w: w.report(_results(w, selection={}, rows=[
-            {"task": "t", "method": "moce", "protocol": "linear_probe", "values": ["x"]}])),
-        "results.json"),
+        lambda w: w.report(_rows(w, {
+            "task": "t", "backbone": "b", "reference": "b", "selection": None, "protocol": "linear",
+            "metric": "accuracy", "labels": 9, "values": ["x"]})),
+        "rows.jsonl"),
     "report of metrics that are words": (
         lambda w: w.report(w.edited("mae", INFO, metrics="good")), INFO),
     "report of edited settings": (lambda w: w.report(w.edited("mae", CONFIG, "[1]")), CONFIG),
@@ -184,9 +185,9 @@ def _transformers(w: World, content: str | None = None, **changes: object) -> Pa
     return folder
 
 
-def _results(w: World, **content: object) -> Path:
-    """A run with edited results beside it."""
-    return w.edited("mae", "results.json", json.dumps(content))
+def _rows(w: World, row: object) -> Path:
+    """A run with an edited row of results."""
+    return w.edited("mae", "rows.jsonl", json.dumps(row))
 
 
 def _tensors(w: World, **tensors: torch.Tensor) -> Path:
@@ -296,7 +297,7 @@ IMAGES: dict[str, Case] = {
     "a task of one image": (lambda w: w.probe(data=w.images("cat/a.png")), "one image"),
     "a task of one class": (
         lambda w: w.probe(data=w.images("train/cat/a.png", "train/cat/b.png", "test/cat/c.png")),
-        "one class only"),
+        "only one class"),
     "a task without test images": (
         lambda w: w.probe(data=w.images("train/cat/a.png", "train/dog/b.png")), "no test images"),
     "a class without training images": (

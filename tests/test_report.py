@@ -12,17 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from builders import CLUSTERS, batch, copy_run, tiny_mae
+from builders import CLUSTERS, HEADROOM, QUICK_TUNING, RUNTIME, batch, copy_run, tiny_mae
 from conftest import Runs
 
 import moce
+from moce.evaluation.results import make_row, write_rows
 from moce.models.encoder import patchify, take
 from moce.models.mae import patch_target, random_mask
 from moce.reporting.images import domain_of, find_domains, montage
 from moce.reporting.load import gather
 from moce.reporting.losses import curve, first_epoch
 from moce.reporting.reconstructions import hide, paste
-from moce.reporting.results import Results
+from moce.reporting.results_table import Results
 
 EVIL = '<script>alert("x")</script>'
 EVIL_FOLDER = "<b>&'run"
@@ -32,22 +33,28 @@ def section_titles(html: str) -> list[str]:
     return re.findall(r'<h2 id="[^"]*">([^<]*)</h2>', html)
 
 
-def demo_results(bank: Any, task: str = "digits") -> dict[str, Any]:
-    """results.json as the demo writes it, for one task."""
-    selection = {task: bank.select("demo:digits").to_json()}
-    probes = {"mae": 0.5, "mae_plus": 0.6, "moce": 0.7, "random_route": 0.55, "oracle": 0.72}
-    row = {"task": task, "metric": "accuracy"}
-    rows = [
-        {**row, "method": m, "protocol": "linear_probe", "values": [v - 0.01, v + 0.01]}
-        for m, v in probes.items()
-    ]
-    rows += [
-        {**row, "method": m, "protocol": "finetune", "values": [probes[m] + 0.1]}
-        for m in ("mae_plus", "moce")
-    ]
-    seconds = {"mae": 1.5, "probes": 2.0}
-    data = {task: "demo:digits"}
-    return {"rows": rows, "selection": selection, "seconds": seconds, "data": data}
+def demo_rows(bank: Any, task: str = "digits") -> list[dict[str, Any]]:
+    """Rows as the demo writes them, for one task."""
+    choice = bank.select("demo:digits").to_json()
+    probes = {"mae": 0.5, "mae_plus": 0.6, "moce": 0.7, "random": 0.55, "oracle": 0.72}
+    common = {"task": task, "data": "demo:digits", "metric": "accuracy", "labels": 9}
+
+    def row(name: str, protocol: str, values: list[float]) -> dict[str, Any]:
+        selection = name if name in ("random", "oracle") else None
+        reference = "moce" if selection else name
+        chosen = choice if name == "moce" else None
+        return make_row(
+            **common,
+            backbone=name,
+            reference=reference,
+            selection=selection,
+            protocol=protocol,
+            values=values,
+            choice=chosen,
+        )
+
+    rows = [row(name, "linear", [value - 0.01, value + 0.01]) for name, value in probes.items()]
+    return rows + [row(name, "finetune", [probes[name] + 0.1]) for name in ("mae_plus", "moce")]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +63,8 @@ def demo(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / EVIL_FOLDER
     for run in (runs.mae, runs.clusters, runs.moce):
         copy_run(run, folder / run.name)
-    results = demo_results(moce.load(runs.moce), task=EVIL)
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "evaluation").mkdir()
+    write_rows(folder / "evaluation", demo_rows(moce.load(runs.moce), EVIL))
     return folder
 
 
@@ -176,8 +183,8 @@ def test_wrong_folders_are_refused(runs: Runs, tmp_path: Path) -> None:
 
 def test_damaged_results_are_named(runs: Runs, tmp_path: Path) -> None:
     copy_run(runs.mae, tmp_path / "mae")
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(moce.MoceError, match=r"results\.json is corrupt"):
+    (tmp_path / "mae" / "rows.jsonl").write_text("{")
+    with pytest.raises(moce.MoceError, match=r"rows\.jsonl is corrupt"):
         gather([tmp_path])
 
 
@@ -236,12 +243,58 @@ def test_domains_are_first_folders_that_tell_images_apart() -> None:
 
 
 def test_results_with_gaps() -> None:
-    row = {"task": "t", "method": "moce", "protocol": "linear_probe", "values": [0.5, 0.7]}
-    results = Results({"rows": [row], "selection": {}})
-    assert results.mean("t", "linear_probe", "moce") == pytest.approx(0.6)
-    assert results.regret("t") is None
-    assert results.average("linear_probe", "oracle") is None
-    assert results.columns() == [("linear_probe", "moce")]
+    row = {"task": "t", "backbone": "moce", "protocol": "linear", "values": [0.5, 0.7]}
+    results = Results([{**row, "choice": None}])
+    assert results.mean("t", "linear", "moce") == pytest.approx(0.6)
+    assert results.regret("t", "linear") is None
+    assert results.average("linear", "oracle") is None
+    assert results.backbones("linear") == ["moce"]
+
+
+@pytest.fixture(scope="module")
+def measured(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A probe, a fine-tune and an evaluation of the same task, and headroom."""
+    root = tmp_path_factory.mktemp("measured")
+    probe = {"kind": "knn", "num_labels": 9, **RUNTIME}
+    moce.probe(runs.mae, runs.task, out=root / "probe", **probe)
+    moce.probe(runs.mae, runs.task, out=root / "again", **probe)
+    moce.finetune(runs.backbone, runs.task, out=root / "tuned", **QUICK_TUNING)
+    suite = root / "suite.yaml"
+    tasks = [{"name": "shapes", "data": str(runs.task)}]
+    suite.write_text(json.dumps({"name": "s", "labels": 9, "tasks": tasks}))
+    backbones = (f"a={runs.mae}", f"b={runs.moce}")
+    moce.evaluate(suite, backbones=backbones, protocols=("knn",), out=root / "eval", **RUNTIME)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moce.commands.headroom.SMALLEST_GROUP", 8)
+        inputs = {"mae": runs.mae, "clusters": runs.clusters}
+        moce.headroom(runs.data, out=root / "headroom", **inputs, **HEADROOM)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "titles"),
+    [
+        ("probe", ["Summary", "Results"]),
+        ("tuned", ["Summary", "Results", "Losses"]),
+        ("eval", ["Summary", "Results", "Tasks"]),
+        ("headroom", ["Summary", "Headroom"]),
+    ],
+)
+def test_whatever_measured_something_is_shown(
+    measured: Path, tmp_path: Path, name: str, titles: list[str]
+) -> None:
+    result = moce.report(measured / name, out=tmp_path / "page.html")
+    assert result.sections == titles
+    assert "Unfinished" not in result.page.read_text()
+
+
+def test_results_of_several_runs_stand_beside_each_other(measured: Path, tmp_path: Path) -> None:
+    material = gather([measured])
+    assert len(material.of_kind("evaluation")) == 3
+    names = material.results.backbones("knn")
+    assert len(names) == 4
+    assert sum(name.endswith("(probe)") for name in names) == 1
+    moce.report(measured, out=tmp_path / "page.html")
 
 
 def test_loose_images_beside_folders_are_a_domain_of_their_own() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,13 @@ from builders import RUNTIME, tiny_encoder
 from torch import nn
 
 import moce
-from moce.commands import finetune as finetune_verb
-from moce.commands import probe as probe_verb
+from moce.commands import finetune as finetune_command
+from moce.commands import probe as probe_command
 from moce.config import FinetuneSettings
 from moce.data.loader import Batch
 from moce.errors import MoceError
 from moce.evaluation.finetune import finetune_objective
+from moce.evaluation.results import read_rows
 from moce.evaluation.task import load_task
 from moce.training.trainer import Step
 
@@ -32,7 +32,7 @@ def several(runs, monkeypatch):
         one = np.eye(4, dtype=np.float32)[getattr(task, name)]
         one[:, 3] = one[:, 0] + one[:, 1]
         setattr(task, name, one)
-    for command in (finetune_verb, probe_verb):
+    for command in (finetune_command, probe_command):
         monkeypatch.setattr(command, "load_task", lambda *_, **__: task)
     return task
 
@@ -51,8 +51,8 @@ def test_several_labels_are_fine_tuned_by_binary_cross_entropy(several, runs) ->
 
 def test_several_labels_go_through_every_protocol(several, runs, tmp_path: Path) -> None:
     result = moce.finetune(runs.backbone, runs.task, out=tmp_path / "run", lr_grid=(1e-3,), **QUICK)
-    content = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert result.metric == "map11" and content["map11"] == result.value
+    (content,) = read_rows(tmp_path / "run")
+    assert result.metric == content["metric"] == "map11" and content["values"] == [result.value]
     assert content["confusion"] is None
     for values in ({"epochs": 2, "batch_size": 8}, {"solver": "lbfgs"}, {"kind": "knn"}):
         probed = moce.probe(runs.backbone, runs.task, draws=2, num_labels=12, **values, **RUNTIME)

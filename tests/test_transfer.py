@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +18,15 @@ from timm.optim import Lars
 from torch import nn
 
 import moce
-from moce.commands import finetune as finetune_verb
-from moce.commands import probe as probe_verb
+from moce.commands import finetune as finetune_command
+from moce.commands import probe as probe_command
 from moce.config import FinetuneSettings, ProbeSettings
 from moce.config.load import parse, read_recipe
 from moce.data.loader import Batch
 from moce.errors import MoceError
 from moce.evaluation.finetune import Views, by_size, hold_out
 from moce.evaluation.probe import choose_pooling
+from moce.evaluation.results import read_rows
 from moce.evaluation.sgd_probe import build_head, build_optimizer, steps_of
 from moce.evaluation.sklearn_probe import knn_scores, linear_scores
 from moce.evaluation.task import load_task
@@ -284,17 +284,17 @@ GRID = {**QUICK, "lr_grid": (1e-7, 3e-2), "epochs": 4, "rand_augment": "", "crop
 
 def test_rates_are_chosen_without_the_test_images(runs, tmp_path: Path, monkeypatch) -> None:
     looked_at = []
-    predict = finetune_verb.predict_scores
+    predict = finetune_command.predict_scores
 
     def spy(vit, spec, images, *rest):
         looked_at.append(set(images.splits))
         return predict(vit, spec, images, *rest)
 
-    monkeypatch.setattr(finetune_verb, "predict_scores", spy)
+    monkeypatch.setattr(finetune_command, "predict_scores", spy)
     out = tmp_path / "run"
     moce.finetune(runs.backbone, runs.task, out=out, **GRID)
     assert looked_at == [{"train"}, {"train"}, {"test"}]
-    results = json.loads((out / "results.json").read_text())
+    (results,) = read_rows(out)
     assert [member["base_lr"] for member in results["lr_grid"]] == [1e-7, 3e-2]
     best = max(results["lr_grid"], key=lambda member: member["score"])["base_lr"]
     assert yaml.safe_load((out / "config.yaml").read_text())["base_lr"] == best
@@ -306,7 +306,7 @@ def test_a_search_goes_on_where_it_stopped(runs, tmp_path: Path, monkeypatch) ->
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     moce.finetune(runs.backbone, runs.task, out=straight, **GRID)
     trained = []
-    fit = finetune_verb.fit
+    fit = finetune_command.fit
 
     def spy(stage, settings, *rest):
         if len(trained) == 2:
@@ -314,14 +314,14 @@ def test_a_search_goes_on_where_it_stopped(runs, tmp_path: Path, monkeypatch) ->
         trained.append(settings.base_lr)
         fit(stage, settings, *rest)
 
-    monkeypatch.setattr(finetune_verb, "fit", spy)
+    monkeypatch.setattr(finetune_command, "fit", spy)
     with pytest.raises(KeyboardInterrupt):
         moce.finetune(runs.backbone, runs.task, out=stopped, **GRID)
     assert trained == [1e-7, 3e-2]
     trained.clear()
     moce.finetune(runs.backbone, runs.task, out=stopped, resume=True)
     assert len(trained) == 1  # the best one, on all images
-    one, other = (json.loads((run / "results.json").read_text()) for run in (straight, stopped))
+    one, other = (read_rows(run) for run in (straight, stopped))
     assert one == other
     weights = [(run / "model.safetensors").read_bytes() for run in (straight, stopped)]
     assert weights[0] == weights[1]
@@ -350,7 +350,7 @@ def test_presets_learn_from_few_labels_what_the_published_recipes_do_not(
 )  # fmt: skip
 def test_a_single_draw_has_no_spread(values: list[float], shown: str) -> None:
     mean, std = float(np.mean(values)), float(np.std(values))
-    result = probe_verb.ProbeResult(
+    result = probe_command.ProbeResult(
         "b", "t", "knn", None, "mean", "accuracy", 9, values, mean, std, confusion=None
     )
     assert shown in result.summary()

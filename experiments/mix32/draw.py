@@ -2,8 +2,8 @@
 
     python -m experiments.mix32.draw --results experiments/mix32/results/cpu.jsonl
 
-Only what stands between the two marks of the results' name is rewritten; text around them stays. A
-section whose rows are missing is left out.
+Only the text between the two marks of the results' name is replaced. A section without rows is left
+out.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ HEADING = "## Mix-32, recipe `{name}`"
 
 
 def draw(results: Path, page: Path) -> None:
-    """Rewrite the part of `page` that holds these results, and its figures. MoceError without rows."""
+    """Rewrite these results in `page`, and their figures. Raises MoceError without rows."""
     rows = read_rows(results)
     if not rows:
-        raise MoceError(f"{results} holds no results; run experiments.mix32.run first")
+        raise MoceError(f"{results} contains no results; run experiments.mix32.run first")
     name = results.stem
     found = Results(name, rows, page.parent / "figures")
     command = f"experiments.mix32.draw --results experiments/mix32/results/{name}.jsonl"
@@ -45,14 +45,14 @@ def draw(results: Path, page: Path) -> None:
 
 
 def replaced(text: str, name: str, body: str) -> str:
-    """The page with `body` between the marks of `name`, which are added at its end if missing."""
+    """The page with `body` between the marks of `name`; missing marks are added at its end."""
     begin, end = (f"<!-- mix32 {name} {side} -->" for side in ("begin", "end"))
     if begin not in text and end not in text:
         text = f"{text.rstrip()}\n\n{HEADING.format(name=name)}\n\n{begin}\n{end}\n"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise MoceError(f"the page needs both marks, '{begin}' before '{end}'; mend it by hand")
+        raise MoceError(f"the page needs both marks, '{begin}' before '{end}'; fix it by hand")
     return f"{before}{begin}\n\n{body}\n\n{end}{after}"
 
 

@@ -1,4 +1,4 @@
-"""The figures of Mix-32, and what they share with the tables: the rows, names and looks.
+"""The figures of Mix-32, and the rows, names and looks that they share with the tables.
 
 Every `draw_` function draws one figure from computed values and returns the Markdown that shows it.
 """
@@ -22,7 +22,7 @@ from experiments.mix32.stats import Gain, Row
 from moce.reporting.style import INK, METHODS, SOFT, Look, drawing, readable_on
 
 PROTOCOLS = {"linear": "linear probe", "knn": "nearest neighbors", "finetune": "fine-tuned"}
-# Backbones in the order of tables; those not here follow by their own names.
+# Backbones in the order of tables; others follow by name.
 LOOKS = {
     "mae": METHODS["mae"],
     "mae_plus": METHODS["mae_plus"],
@@ -41,7 +41,7 @@ LOOKS = {
 
 @dataclass(frozen=True)
 class Results:
-    """All rows of one recipe. name: the recipe's; figures: the folder they go to."""
+    """All rows of one recipe. name: of the recipe; figures: output folder."""
 
     name: str
     rows: list[Row] = field(repr=False)
@@ -52,7 +52,7 @@ class Results:
         return [row for row in self.rows if row["study"] == study and "protocol" in row]
 
     def main(self) -> list[Row]:
-        """Accuracies of the comparison, with all subsets together as one backbone."""
+        """Accuracies of the comparison, with all subsets as one backbone."""
         return as_one_subset([row for row in self.of("main") if row["variant"] == "default"])
 
     def measures(self, measure: str) -> list[Row]:
@@ -92,7 +92,7 @@ def tasks_of(part: str) -> tuple[str, ...]:
 
 
 def as_one_subset(rows: list[Row]) -> list[Row]:
-    """The rows, those of `subset_X` as of one backbone `subset` and on the tasks of X only."""
+    """Rename the backbones `subset_X` to `subset`, and keep only the tasks of X for them."""
     kept = []
     for row in rows:
         name, _, part = row["backbone"].partition("_")
@@ -136,7 +136,7 @@ def protocols(rows: list[Row]) -> list[str]:
 
 
 def by_number(variant: str) -> list[tuple[str, float, str]]:
-    """A key that sorts a=8,b=2 by name and then by number, texts behind numbers."""
+    """A sort key for a=8,b=2: by name, then by number; texts come last."""
     pairs = [setting.partition("=")[::2] for setting in variant.split(",")]
     return [(name, as_number(value), value) for name, value in pairs]
 
@@ -173,7 +173,7 @@ def draw_gains(
                 axes.errorbar(
                     points[:, 0],
                     heights,
-                    xerr=np.maximum(points[:, 1:].T, 0),  # skewed draws may leave the mean outside
+                    xerr=np.maximum(points[:, 1:].T, 0),  # the mean may be outside
                     fmt=look(method).marker,
                     color=look(method).color,
                     label=look(method).title,

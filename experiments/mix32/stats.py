@@ -22,10 +22,10 @@ REGRET = ("moce_oracle", "moce")  # what the best route gains over the chosen on
 
 @dataclass(frozen=True)
 class Gain:
-    """A mean difference in points with its 95 % interval, and what it rests on.
+    """A mean difference in points with its 95 % interval, and the data behind it.
 
-    tasks, seeds: how many occur; draws: of labels, the most in a cell; unpaired: values of either
-    backbone that the other one has no partner for, left out of the mean.
+    tasks, seeds: how many; draws: of labels, the maximum of all cells; unpaired: values that only one
+    of the two backbones has, which are left out.
     """
 
     mean: float
@@ -45,9 +45,9 @@ def gain(
     tasks: Collection[str],
     fixed_tasks: bool = False,
 ) -> Gain | None:
-    """By how many points `method` is better than `opponent`, in the mean over tasks.
+    """How much better `method` is than `opponent`, in points, averaged over tasks.
 
-    None if no cell has both. For rows of one variant; the interval is explained at `compare`.
+    None if no cell has both. The rows must be of one variant; see `compare` for the interval.
     """
     rows = list(rows)
     ours, theirs = (cells(rows, backbone, protocol) for backbone in (method, opponent))
@@ -57,7 +57,7 @@ def gain(
 def task_gains(
     rows: Iterable[Row], method: str, opponent: str, protocol: str, tasks: Iterable[str]
 ) -> dict[str, Gain]:
-    """The gain on every task that has both, its interval over seeds and draws."""
+    """The gain on every task that has both; the interval is over seeds and draws."""
     rows = list(rows)
     gains = {task: gain(rows, method, opponent, protocol, (task,)) for task in tasks}
     return {task: found for task, found in gains.items() if found}
@@ -77,12 +77,11 @@ def compare(
 ) -> Gain | None:
     """The mean over tasks of the mean over seeds of the mean over draws of `ours` less `theirs`.
 
-    The interval is a percentile bootstrap in three levels: tasks are drawn with replacement; seeds
-    are, once for all tasks, because one pre-training serves them all and its luck is common to
-    them; and in every cell so drawn, draws of labels are. With `fixed_tasks` the first level is left
-    out: the interval is then for just these tasks (they were not picked by chance, so neither
-    reading is beyond doubt). Few seeds make either interval too narrow, and a single one makes it
-    silent about what another pre-training would have given.
+    The interval is a percentile bootstrap on three levels, each resampled with replacement: tasks;
+    seeds, once for all tasks, which share a pre-training; and draws of labels within each cell.
+    `fixed_tasks` leaves out the first level, so the interval is for exactly these tasks, which were
+    not chosen at random. Few seeds make both intervals too narrow; a single seed says nothing about
+    another pre-training.
     """
     either = {cell for cell in ours.keys() | theirs.keys() if cell[0] in tasks}
     both = either & ours.keys() & theirs.keys()
@@ -105,7 +104,7 @@ def compare(
 def paired(ours: Cells, theirs: Cells, both: Collection[tuple[str, int]]) -> np.ndarray:
     """Differences in points, [tasks, seeds, draws] float64, NaN where there is none."""
     tasks, seeds = sorted({task for task, _ in both}), sorted({seed for _, seed in both})
-    # Draws are counted from the first, so of unequally many the first ones are the common ones.
+    # Draws are numbered alike, so the shorter list holds the draws that both have.
     differences = {
         cell: [100 * (a - b) for a, b in zip(ours[cell], theirs[cell], strict=False)]
         for cell in both
@@ -127,21 +126,21 @@ def resampled_means(
         task = generator.integers(tasks, size=(RESAMPLES, tasks))
     task = task[:, :, None]
     seed = generator.integers(seeds, size=(RESAMPLES, 1, seeds))
-    count = known[task, seed][..., None]  # draws that the chosen cell has: as many are drawn of it
+    count = known[task, seed][..., None]  # draws of the chosen cell: as many are resampled
     draw = (generator.random((RESAMPLES, tasks, seeds, draws)) * count).astype(np.intp)
     values = table[task[..., None], seed[..., None], draw]
     return mean_of_means(np.where(np.arange(draws) < count, values, np.nan))
 
 
 def mean_of_means(values: np.ndarray) -> np.ndarray:
-    """Mean of [..., tasks, seeds, draws] over draws, then seeds, then tasks, of what is known."""
+    """Mean of [..., tasks, seeds, draws] over draws, then seeds, then tasks; NaN is ignored."""
     for _ in ("draws", "seeds", "tasks"):
-        with np.errstate(invalid="ignore"):  # nothing known: 0 / 0, which is NaN as it should be
+        with np.errstate(invalid="ignore"):  # all NaN: 0 / 0 is NaN, as intended
             values = np.nansum(values, axis=-1) / (~np.isnan(values)).sum(axis=-1)
     return values
 
 
 def spread(values: Collection[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation (n - 1) of one value per seed; no deviation of a single one."""
+    """Mean and standard deviation (n - 1) over seeds; None for the deviation of a single seed."""
     array = np.array(list(values), dtype=float)
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None

@@ -1,6 +1,6 @@
-"""The sections of the page of Mix-32: tables as Markdown, with what they show and rest on.
+"""The sections of the Mix-32 page: Markdown tables with their captions.
 
-A section yields its paragraphs, and nothing where its rows are missing.
+A section yields its paragraphs, or nothing if its rows are missing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def table(header: Collection[str], lines: Iterable[Collection[str]]) -> str:
 
 
 def show_interval(found: Gain | None) -> str:
-    """Nothing where it rests on a single value, which has no interval."""
+    """The interval as text; empty for a single value."""
     return f"[{found.low:+z.1f}, {found.high:+z.1f}]" if found and found.low < found.high else ""
 
 
@@ -69,13 +69,13 @@ def show_spread(values: Collection[float], digits: int = 1) -> str:
 
 
 def over_seeds(rows: list[Row]) -> str:
-    """What `show_spread` shows of these rows."""
+    """Describe what `show_spread` shows of these rows."""
     several = len({row["seed"] for row in rows}) > 1
     return "mean ± standard deviation over seeds" if several else "of a single seed"
 
 
 def with_intervals(rows: list[Row]) -> str:
-    """What the intervals of gains in these rows are over, tasks fixed; empty if there are none."""
+    """Describe what the intervals are over, with fixed tasks; empty if there are none."""
     levels = {"seeds": len({row["seed"] for row in rows})}
     levels["draws"] = max(len(row["values"]) for row in rows)
     over = " and ".join(name for name, number in levels.items() if number > 1)
@@ -86,7 +86,7 @@ def with_intervals(rows: list[Row]) -> str:
 
 
 def headline(results: Results) -> Iterator[str]:
-    """Gains in the mean over tasks, and regret."""
+    """Mean gains over tasks, and regret."""
     rows = results.main()
     held_out = {row["task"] for row in rows if row["role"] == "held_out"}
     lines = []
@@ -122,7 +122,7 @@ def headline(results: Results) -> Iterator[str]:
 
 
 def by_source(results: Results) -> Iterator[str]:
-    """Gains on tasks whose sources pre-training has images of, and on the others."""
+    """Gains on tasks from sources that are in pre-training, and on the others."""
     rows = results.main()
     known = set(present(rows, "task")) - set(FOREIGN)
     lines = []
@@ -149,7 +149,7 @@ def by_source(results: Results) -> Iterator[str]:
 
 
 def tasks_meant_for(backbone: str, rows: list[Row]) -> set[str]:
-    """All tasks, but of subsets those that have one: the others are not missing there."""
+    """All tasks; of a subset only those it exists for, so that the others do not count as missing."""
     own = {row["task"] for row in rows if row["backbone"] == backbone}
     return own if backbone == "subset" else set(present(rows, "task"))
 
@@ -214,7 +214,7 @@ def task_table(rows: list[Row], protocol: str) -> str:
 
 
 def votes(results: Results) -> Iterator[str]:
-    """Which routes the tasks' images vote for, in the first seed that tells."""
+    """Which routes the tasks' images vote for, in the first seed that has votes."""
     rows = [row for row in results.main() if row["backbone"] == "moce" and "votes" in row]
     if not rows:
         return
@@ -223,7 +223,7 @@ def votes(results: Results) -> Iterator[str]:
     alt = f"Share of every task's images by the route they vote for, seed {seed}"
     yield "### Routes"
     yield f"{alt}. Routes of other seeds have other meanings."
-    yield results.caption("main", [{"seed": seed}])  # labels have no part in it
+    yield results.caption("main", [{"seed": seed}])  # votes need no labels
     yield draw_votes(results, shares, alt)
 
 
@@ -278,7 +278,7 @@ def map_gains(
 
 
 def ablations(results: Results) -> Iterator[str]:
-    """One factor changed at a time, less the default of the same seed."""
+    """Change one factor at a time; differences from the default of the same seed."""
     main, changed = results.main(), results.of("ablation")
     tasks = {row["task"] for row in main if row["role"] == "development"}
     shown = protocols(changed)

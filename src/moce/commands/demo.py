@@ -1,4 +1,4 @@
-"""moce demo: every stage on the embedded images, then MAE, MAE+ and MoCE compared on unlike tasks."""
+"""moce demo: pretrain, cluster, train, evaluate and report on the embedded images."""
 
 from __future__ import annotations
 
@@ -10,91 +10,97 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
 
-from moce.commands import cluster, finetune, pretrain, report, train
+from moce.commands import cluster, evaluate, pretrain, report, train
 from moce.commands.setup import open_output, prepare
 from moce.config import (
     ClusterSettings,
     DemoSettings,
-    FinetuneSettings,
+    EvaluateSettings,
     PretrainSettings,
     ReportSettings,
     TrainSettings,
 )
-from moce.customization.bank import Bank, load
-from moce.customization.model_card import write_choice
 from moce.data.readers.parquet import demo_tasks
 from moce.errors import MoceError, raise_if_corrupt
-from moce.evaluation.evaluator import Comparison, compare_probes
-from moce.evaluation.task import load_task
+from moce.evaluation.results import ROWS, read_rows
 from moce.reporting.results_table import results_table
-from moce.runs.files import write_json
+from moce.runs.files import write_json, write_text
 from moce.runs.model import provenance
 from moce.runtime.progress import log
-from moce.weights.export import Model
-from moce.weights.from_runs import load_backbone
 
 IMAGES = "demo:pretrain"
-DONE = "demo.json"  # written last: what made the folder
+DONE = "demo.json"  # written last: settings, versions, and the seconds of every step
 # A ViT small enough to learn something in two minutes on two cores.
 ENCODER: dict[str, Any] = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
-# The same for all channels: gray images, half of the pool, then stay gray.
-GRAY: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 DECODER: dict[str, Any] = {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 4}
+# The same for all channels, so that gray images, half of the pool, stay gray.
+GRAY: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 TRAINING: dict[str, Any] = {"batch_size": 64, "save_every": 1000}
+FINETUNE: dict[str, Any] = {
+    "batch_size": 32,
+    "base_lr": 2.4e-2,
+    "crop_scale": 0.7,
+    "hflip": False,
+    "rand_augment": "",
+    "random_erasing": 0,
+    "mixup": 0,
+    "cutmix": 0,
+    "layer_decay": 0.9,
+    "drop_path": 0.1,
+    "warmup": 0.1,
+}
 
 
 @dataclass
 class DemoResult:
-    """run: the folder; results: what results.json holds; report: the page."""
+    """run: the folder; rows: as in evaluation/rows.jsonl; seconds: by step; report: the page."""
 
     run: Path
-    results: dict[str, Any]
+    rows: list[dict[str, Any]]
+    seconds: dict[str, float]
     report: Path
 
     def summary(self) -> str:
-        total = sum(self.results["seconds"].values())
         return (
-            f"{results_table(self.results)}\n\n"
-            f"{total:.0f} s in all. Results: {self.run / 'results.json'}; "
-            f"pictures: {self.report}"
+            f"{results_table(self.rows)}\n\n{sum(self.seconds.values()):.0f} s in total. "
+            f"Rows: {self.run / 'evaluation' / ROWS}; pictures: {self.report}"
         )
 
 
 def run(settings: DemoSettings) -> DemoResult:
     tasks = _tasks(settings.tasks)
     if settings.reuse:
-        if _is_done(settings):
-            with raise_if_corrupt(settings.out / "results.json"):
-                results = json.loads((settings.out / "results.json").read_text(encoding="utf-8"))
-            return DemoResult(settings.out, results, settings.out / "report.html")
+        if (seconds := _seconds_if_done(settings)) is not None:
+            return _result(settings.out, seconds)
         settings = settings.model_copy(update={"overwrite": True})
     device, precision = prepare(settings)
     open_output(settings)
     runtime = {"device": device.type, "precision": precision}
     demo = _Demo(settings, runtime | {"seed": settings.seed, "threads": settings.threads})
     demo.train()
-    demo.compare(tasks, device)
-    results = {
-        "rows": [row for task in demo.comparisons for row in task.rows],
-        "selection": {task.task: task.choice.to_json() for task in demo.comparisons},
-        "seconds": demo.seconds,
-    }
-    write_json(settings.out / "results.json", results)
-    page = settings.out / "report.html"
+    demo.evaluate(tasks)
+    result = _result(settings.out, demo.seconds)
     with demo.timed("report"):
-        report.run(ReportSettings(runs=(settings.out,), out=page))
-    write_json(settings.out / "results.json", results)
-    write_json(settings.out / DONE, _origin(settings))
-    return DemoResult(settings.out, results, page)
+        report.run(ReportSettings(runs=(settings.out,), out=result.report))
+    write_json(settings.out / DONE, {**_origin(settings), "seconds": demo.seconds})
+    return result
 
 
-def _is_done(settings: DemoSettings) -> bool:
-    """Whether the folder holds a whole demo of these settings and this version."""
+def _result(out: Path, seconds: dict[str, float]) -> DemoResult:
+    return DemoResult(out, read_rows(out / "evaluation"), seconds, out / "report.html")
+
+
+def _seconds_if_done(settings: DemoSettings) -> dict[str, float] | None:
+    """The seconds of a finished demo with these settings and this version; None if there is none."""
     path = settings.out / DONE
+    if not path.is_file():
+        return None
     with raise_if_corrupt(path):
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == _origin(settings)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        seconds = content.pop("seconds", None)
+    return seconds if content == _origin(settings) else None
 
 
 def _origin(settings: DemoSettings) -> dict[str, Any]:
@@ -115,15 +121,14 @@ class _Demo:
     settings: DemoSettings
     runtime: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
-    comparisons: list[Comparison] = field(default_factory=list)
 
     @contextmanager
-    def timed(self, objective: str) -> Iterator[None]:
-        """Announce a stage, and add its time to `seconds`."""
-        log(f"— {objective}")
+    def timed(self, step: str) -> Iterator[None]:
+        """Announce a step, and add its time to `seconds`."""
+        log(f"— {step}")
         start = time.perf_counter()
         yield
-        self.seconds[objective] = round(time.perf_counter() - start, 1)
+        self.seconds[step] = round(time.perf_counter() - start, 1)
 
     def train(self) -> None:
         """MAE, clusters, then MoCE and MAE+ with equal steps and data."""
@@ -171,59 +176,39 @@ class _Demo:
                     )
                 )
 
-    def compare(self, tasks: list[str], device: torch.device) -> None:
-        """Probes and fine-tuning on every task."""
+    def evaluate(self, tasks: list[str]) -> None:
+        """Probe all backbones on every task, then fine-tune MAE+ and MoCE."""
         out = self.settings.out
-        bank = load(out / "moce")
-        bank.device, bank.precision = device, self.runtime["precision"]
-        dense = {name: load_backbone(str(out / name)) for name in ("mae", "mae_plus")}
-        with self.timed("probes"):
-            for name in tasks:
-                task = load_task(f"demo:{name}", (3, 32, 32))
-                self.comparisons.append(
-                    compare_probes(
-                        name,
-                        task,
-                        dense,
-                        bank,
-                        self.settings.num_labels,
-                        self.settings.draws,
-                        self.settings.seed,
+        suite = _write_suite(out / "suite.yaml", tasks, self.settings)
+        runs = {name: f"{name}={out / name}" for name in ("mae", "mae_plus", "moce")}
+        routes = (f"{name}={out / 'moce'}@{name}" for name in ("random", "oracle"))
+        steps = {
+            "probes": ("linear", (*runs.values(), *routes)),
+            "finetune": ("finetune", (runs["mae_plus"], runs["moce"])),
+        }
+        for step, (protocol, backbones) in steps.items():
+            with self.timed(step):
+                evaluate.run(
+                    EvaluateSettings(
+                        suite=suite,
+                        backbones=backbones,
+                        protocols=(protocol,),
+                        out=out / "evaluation",
+                        resume=step == "finetune",  # its rows go with those of the probes
+                        **self.runtime,
                     )
                 )
-        with self.timed("finetune"):
-            for comparison in self.comparisons:
-                backbone = self._export(bank, comparison)
-                self._finetune(comparison, "mae_plus", out / "mae_plus")
-                self._finetune(comparison, "moce", backbone)
 
-    def _export(self, bank: Bank, comparison: Comparison) -> Path:
-        folder = self.settings.out / "backbones" / comparison.task
-        folder.mkdir(parents=True)
-        model = Model(bank.encoder_spec, bank.backbone(comparison.choice))
-        write_choice(folder, "timm", model, comparison.choice, self.settings.out / "moce")
-        return folder
 
-    def _finetune(self, comparison: Comparison, method: str, backbone: Path) -> None:
-        result = finetune.run(
-            FinetuneSettings(
-                backbone=str(backbone),
-                data=f"demo:{comparison.task}",
-                out=self.settings.out / "finetune" / f"{comparison.task}_{method}",
-                num_labels=self.settings.num_labels,
-                epochs=self.settings.finetune_epochs,
-                batch_size=32,
-                base_lr=2.4e-2,
-                crop_scale=0.7,
-                hflip=False,
-                rand_augment="",
-                random_erasing=0,
-                mixup=0,
-                cutmix=0,
-                layer_decay=0.9,
-                drop_path=0.1,
-                warmup=0.1,
-                **self.runtime,
-            )
-        )
-        comparison.add(method, "finetune", [result.value])
+def _write_suite(path: Path, tasks: list[str], settings: DemoSettings) -> Path:
+    """The demo's tasks as `moce evaluate` reads them."""
+    suite = {
+        "name": "demo",
+        "draws": settings.draws,
+        "labels": settings.num_labels,
+        "probe": {"solver": "lbfgs"},
+        "finetune": {**FINETUNE, "epochs": settings.finetune_epochs},
+        "tasks": [{"name": task, "data": f"demo:{task}"} for task in tasks],
+    }
+    write_text(path, yaml.safe_dump(suite, sort_keys=False))
+    return path

@@ -26,6 +26,7 @@ from moce.evaluation.finetune import (
 )
 from moce.evaluation.metrics import choose_metric, confusion_counts, score
 from moce.evaluation.rand_augment import read_policy
+from moce.evaluation.results import make_row, write_rows
 from moce.evaluation.task import Task, draw_labels, load_task
 from moce.models.encoder import input_shape
 from moce.runs.files import write_json
@@ -55,10 +56,9 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     backbone = load_backbone(settings.backbone)
     settings = by_size(settings, backbone.vit)
     shape = input_shape(backbone.vit)
-    settings = _policy_of(settings, shape[0])
-    read_policy(
-        settings.rand_augment, backbone.spec, shape[1:]
-    )  # refused before anything is written
+    settings = _without_policy_if_unusable(settings, shape[0])
+    # Called here to refuse a wrong policy before anything is written.
+    read_policy(settings.rand_augment, backbone.spec, shape[1:])
     task = load_task(settings.data, shape, pixel_store(settings), settings.max_skipped)
     metric = choose_metric(settings.metric, task)
     rows = draw_labels(task.train_labels, settings.num_labels, settings.seed, settings.draw)
@@ -67,41 +67,51 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     tuner = _Tuner(backbone, task, metric, device)
     tried = tuner.search(settings, rows) if settings.lr_grid else []
     if tried:
-        best = max(tried, key=lambda member: member["score"])["base_lr"]
-        if all(member["score"] == 0 for member in tried):
-            raise MoceError("no rate of lr_grid learns anything; give lower ones (--overwrite)")
-        settings = settings.model_copy(update={"base_lr": best})
-        log(f"base_lr {best:g} is the best: training on all {len(rows)} labels with it")
+        settings = settings.model_copy(update={"base_lr": _best_rate(tried)})
+        log(f"base_lr {settings.base_lr:g} is the best: training on all {len(rows)} labels with it")
     vit = tuner.train(settings, rows)
     scores = tuner.scores(vit, task.test, settings)
     value = score(metric, scores, task.test_labels)
-    results = {
-        "metric": metric,
-        metric: value,
-        "labels": len(rows),
-        "classes": task.classes,
-        "confusion": confusion_counts([scores], task),
-        "lr_grid": tried,
-    }
-    _write(settings.out, vit.cpu(), backbone, results)
+    row = make_row(
+        task=settings.data,
+        data=settings.data,
+        backbone=settings.backbone,
+        reference=settings.backbone,
+        protocol="finetune",
+        metric=metric,
+        labels=len(rows),
+        values=[value],
+        confusion=confusion_counts([scores], task),
+        draw=settings.draw,
+        classes=task.classes,
+        lr_grid=tried,
+    )
+    _write(settings.out, vit.cpu(), backbone, row)
     return FinetuneResult(settings.out, metric, value, len(rows))
 
 
-def _policy_of(settings: FinetuneSettings, channels: int) -> FinetuneSettings:
-    """RandAugment works on color images: for others it is left out, or refused if it was asked for."""
+def _best_rate(tried: list[dict[str, float]]) -> float:
+    best = max(tried, key=lambda member: member["score"])
+    if best["score"] == 0:
+        raise MoceError("no rate of lr_grid learns anything; give lower ones (--overwrite)")
+    return best["base_lr"]
+
+
+def _without_policy_if_unusable(settings: FinetuneSettings, channels: int) -> FinetuneSettings:
+    """Leave out RandAugment for images that are not RGB; raise MoceError if it was set explicitly."""
     if channels == 3 or not settings.rand_augment:
         return settings
     if "rand_augment" in settings.model_fields_set and not settings.resume:
         raise MoceError(
             f"rand_augment works on images of 3 channels, not {channels}; add --rand-augment ''"
         )
-    log(f"images of {channels} channels: without RandAugment")
+    log(f"images of {channels} channels: RandAugment is left out")
     return settings.model_copy(update={"rand_augment": ""})
 
 
 @dataclass
 class _Tuner:
-    """Fine-tunes one backbone on parts of one task."""
+    """Fine-tunes one backbone on images of one task."""
 
     backbone: Backbone
     task: Task
@@ -109,8 +119,8 @@ class _Tuner:
     device: torch.device
 
     def train(self, settings: FinetuneSettings, rows: np.ndarray) -> VisionTransformer:
-        """A classifier trained on these training images; its run goes to `settings.out`."""
-        torch.manual_seed(settings.seed)  # the same new head, whatever was trained before
+        """Train a classifier on these training images; its run goes to `settings.out`."""
+        torch.manual_seed(settings.seed)  # the new head is the same, whatever ran before
         classes = len(self.task.classes)
         vit = build_classifier(self.backbone, classes, settings.drop_path)
         images, labels = self.task.train.subset(rows.tolist()), self.task.train_labels[rows]
@@ -124,9 +134,9 @@ class _Tuner:
         return predict_scores(vit, self.backbone.spec, images, self.device, settings.precision)
 
     def search(self, settings: FinetuneSettings, rows: np.ndarray) -> list[dict[str, float]]:
-        """The score of every rate of `lr_grid` on held-out training images; test images stay unseen.
+        """Score every rate of `lr_grid` on held-out training images; test images stay unseen.
 
-        Every rate is a run in the state of this one; those that have ended are not run again.
+        Each rate is a run of its own in state/; finished ones are not repeated.
         """
         labels = self.task.train_labels[rows]
         kept, held = (rows[part] for part in hold_out(labels, settings.val_share, settings.seed))
@@ -148,7 +158,7 @@ class _Tuner:
         return tried
 
     def _held_out(self, settings: FinetuneSettings, kept: np.ndarray, held: np.ndarray) -> float:
-        """The metric on the held-out images; 0, the worst, for a rate at which training overflows."""
+        """The metric on the held-out images; 0, the worst, if training overflows."""
         try:
             vit = self.train(settings, kept)
         except NotFinite:
@@ -158,18 +168,19 @@ class _Tuner:
         return score(self.metric, scores, self.task.train_labels[held])
 
 
-def _write(
-    folder: Path, vit: VisionTransformer, backbone: Backbone, results: dict[str, Any]
-) -> None:
-    """The timm folder, results.json and, last, model.json: the run has ended.
+def _write(folder: Path, vit: VisionTransformer, backbone: Backbone, row: dict[str, Any]) -> None:
+    """Write the timm folder, rows.jsonl and, last, model.json, which marks the run as finished.
 
-    A ViT with token-routed experts is none that timm could load.
+    timm cannot load a ViT with token-routed experts, so no timm folder is written for one.
     """
     head = {"num_classes": vit.num_classes, "global_pool": "avg", "fc_norm": True}
     if backbone.dense and is_rank0():
         write_timm_folder(folder, vit, backbone.spec, **head)
-    write_json(folder / "results.json", results)
-    metrics = {results["metric"]: results[results["metric"]]}
-    kept = {name: results[name] for name in ("labels", "classes")}
-    info = {"spec": backbone.spec.to_dict(), "metrics": metrics, **kept}
+    write_rows(folder, [row])
+    info = {
+        "spec": backbone.spec.to_dict(),
+        "metrics": {row["metric"]: row["values"][0]},
+        "labels": row["labels"],
+        "classes": row["classes"],
+    }
     write_model(folder, "classifier", vit.state_dict(), info)

@@ -1,10 +1,9 @@
-"""moce headroom: before any experts are trained, what could they gain on these images?
+"""moce headroom: what experts could gain on these images, before any are trained.
 
-The MAE is trained on for a few steps on all images, and on each group of clusters alone for the
-group's share of them, so that each image is seen as often: an expert, too, sees its share only. What
-the second lowers the error of the group's held-out images below the first is what an expert with
-all of the network to itself could gain, an upper bound; where training on everything is as good,
-there is nothing to gain.
+The MAE is trained a little further, once on all images and once on each group of clusters alone, for
+the group's share of the steps, so that each image is seen equally often. Headroom is how far the
+second error on the group's held-out images falls below the first: an upper bound of what an expert
+could gain, since it has the whole network to itself.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from moce.weights.resolve import start_from
 HELD_OUT = 0.1  # share of the images that errors are measured on
 MOST_HELD_OUT = 4000
 SMALLEST_GROUP = 64  # images
-# Between what gained no accuracy and what did: see docs/log.md.
+# Separates runs whose experts gained accuracy from those that did not: see docs/log.md.
 WORTHWHILE = 0.04
 
 
 @dataclass
 class GroupGain:
-    """One group of clusters; errors on its held-out images after training on all, and on it alone."""
+    """A group of clusters: held-out errors after training on all images and on the group alone."""
 
     images: int
     error_all: float
@@ -49,12 +48,12 @@ class GroupGain:
 
     @property
     def gain(self) -> float:
-        """By what share training on the group alone lowers the error further."""
+        """How far training on the group alone lowers the error further, as a share."""
         return 1 - self.error_alone / self.error_all
 
     @property
     def worthwhile(self) -> bool:
-        """Whether an expert of its own is likely to pay for this group."""
+        """True if an expert is likely to pay for this group."""
         return self.gain >= WORTHWHILE
 
 
@@ -69,7 +68,7 @@ class HeadroomResult:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether experts are likely to pay for any group."""
+        """True if experts are likely to pay for any group."""
         return any(group.worthwhile for group in self.groups)
 
     def summary(self) -> str:
@@ -80,8 +79,8 @@ class HeadroomResult:
         ]
         paying = [str(number) for number, group in enumerate(self.groups) if group.worthwhile]
         verdict = (
-            "training on everything serves the groups as well; experts are unlikely to pay yet "
-            "(a smaller model, longer pre-training or more unlike images would change that)"
+            "training on everything is as good for the groups; experts are unlikely to pay yet "
+            "(a smaller model, longer pre-training or more diverse images could change that)"
         )
         if paying:
             groups = f"group{'s' if len(paying) > 1 else ''} {', '.join(paying)}"
@@ -98,13 +97,13 @@ class HeadroomResult:
 
 
 def run(settings: HeadroomSettings) -> HeadroomResult:
-    refuse_unused(settings, {"epochs"}, "headroom is counted in --steps")
+    refuse_unused(settings, {"epochs"}, "headroom counts in --steps")
     settings, device = resolve(settings)
     spec, mae = start_from(settings.mae, settings)
     clusters = load_clusters(settings.clusters)
     if settings.num_groups > clusters.num_clusters:
         raise MoceError(
-            f"{settings.num_groups} groups need as many clusters; there are {clusters.num_clusters}"
+            f"{settings.num_groups} groups need at least as many clusters, not {clusters.num_clusters}"
         )
     images = read_images(settings, settings.data, mae.encoder)
     cluster_of = assign_images(
@@ -125,15 +124,15 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
         raise MoceError("a group has no held-out image; lower --num-groups")
     start_run(settings, images)
     steps = total_steps(settings, len(seen))
-    work = _Work(settings, device, spec.encoder, mae, images)
-    everyone = work.train("all", seen, steps)
+    trainer = _Trainer(settings, device, spec.encoder, mae, images)
+    on_all = trainer.train("all", seen, steps)
     groups = []
     for number in range(settings.num_groups):
         mine = group_of == number
         rows = seen[mine[seen]]
-        alone = work.train(f"group{number}", rows, max(1, round(steps * len(rows) / len(seen))))
+        alone = trainer.train(f"group{number}", rows, max(1, round(steps * len(rows) / len(seen))))
         test = held[mine[held]]
-        errors = work.error(everyone, test), work.error(alone, test)
+        errors = trainer.error(on_all, test), trainer.error(alone, test)
         groups.append(GroupGain(int(mine.sum()), *errors))
     total = sum(group.images for group in groups)
     gain = sum(group.gain * group.images for group in groups) / total
@@ -150,14 +149,14 @@ def split(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def check_groups(group_of: Tensor, num_groups: int) -> None:
-    """Raise MoceError if a group has too few images to say anything."""
+    """Raise MoceError if a group has too few images for an estimate."""
     smallest = int(group_of.bincount(minlength=num_groups).min())
     if smallest < SMALLEST_GROUP:
         raise MoceError(f"the smallest group has {smallest} images; lower --num-groups")
 
 
 @dataclass
-class _Work:
+class _Trainer:
     settings: HeadroomSettings
     device: torch.device
     spec: EncoderSpec
@@ -165,22 +164,18 @@ class _Work:
     images: ImageDataset
 
     def train(self, name: str, rows: Tensor, steps: int) -> MAE:
-        """A copy of the MAE trained on for some steps on these images."""
+        """Train a copy of the MAE for some steps on these images."""
         mae = copy.deepcopy(self.mae)
         folder = self.settings.out / name
         settings = self.settings.model_copy(update={"out": folder, "steps": steps})
         folder.mkdir(exist_ok=True)
-        part = self.images.subset(rows.tolist())
-        fit(
-            MAEObjective(name, mae, self.spec, part, settings),
-            settings,
-            self.device,
-            settings.precision,
-        )
+        images = self.images.subset(rows.tolist())
+        objective = MAEObjective(name, mae, self.spec, images, settings)
+        fit(objective, settings, self.device, settings.precision)
         return mae
 
     def error(self, mae: MAE, rows: Tensor) -> float:
-        part = self.images.subset(rows.tolist())
+        images = self.images.subset(rows.tolist())
         return reconstruction_error(
-            mae, self.spec, part, device=self.device, precision=self.settings.precision
+            mae, self.spec, images, device=self.device, precision=self.settings.precision
         )

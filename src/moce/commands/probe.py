@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
 from moce.commands.setup import hint_few_steps, open_output, pixel_store, prepare
 from moce.config import ProbeSettings
 from moce.config.usage import check_used
-from moce.evaluation.metrics import choose_metric, confusion_counts, score
-from moce.evaluation.probe import Probe, is_sgd
+from moce.evaluation.evaluator import Evaluator
+from moce.evaluation.metrics import choose_metric
+from moce.evaluation.probe import choose_pooling, is_sgd
+from moce.evaluation.results import make_row, write_rows
 from moce.evaluation.sgd_probe import steps_of
-from moce.evaluation.task import draw_labels, load_task
+from moce.evaluation.task import load_task
 from moce.models.encoder import input_shape
-from moce.runs.files import write_json
-from moce.runs.model import write_skipped
+from moce.runs.model import write_config, write_skipped
 from moce.runtime.progress import log
 from moce.weights.from_runs import load_backbone
 
 ADVICE = "see recipes/probe_small.yaml, or use --solver lbfgs"
+SGD_ONLY = ("epochs", "batch_size", "base_lr", "warmup", "crop_scale", "hflip")
 
 
 @dataclass
@@ -44,12 +46,12 @@ class ProbeResult:
 
     def summary(self) -> str:
         draws = len(self.values)
-        spread, shown = "", f"{self.labels} labels"
+        spread, labels = "", f"{self.labels} labels"
         if draws > 1:
-            spread, shown = f" ± {100 * self.std:.1f}", f"{draws} draws of {shown}"
+            spread, labels = f" ± {100 * self.std:.1f}", f"{draws} draws of {labels}"
         return (
             f"{self.protocol} probe of {self.backbone} on {self.task}: {self.metric} "
-            f"{100 * self.mean:.1f}{spread} % ({shown})"
+            f"{100 * self.mean:.1f}{spread} % ({labels})"
         )
 
 
@@ -60,31 +62,44 @@ def run(settings: ProbeSettings) -> ProbeResult:
     shape = input_shape(backbone.vit)
     task = load_task(settings.data, shape, pixel_store(settings), settings.max_skipped)
     metric = choose_metric(settings.metric, task)
-    draws = [
-        draw_labels(task.train_labels, settings.num_labels, settings.seed, number)
-        for number in range(settings.draws)
-    ]
+    evaluator = Evaluator(task, metric, settings, device, precision)
+    labels = len(evaluator.draws[0])
     if is_sgd(settings):
-        hint_few_steps(settings, steps_of(settings, len(draws[0]))[0], ADVICE)
-    probe = Probe(backbone, task, settings, device, precision)
-    classify = probe.classifier()
-    all_scores = [classify(rows, number) for number, rows in enumerate(draws)]
-    values = [score(metric, scores, task.test_labels) for scores in all_scores]
+        hint_few_steps(settings, steps_of(settings, labels)[0], ADVICE)
+    outcome = evaluator.probe(backbone)
     result = ProbeResult(
         backbone=settings.backbone,
         task=settings.data,
         protocol=settings.kind,
         solver=settings.solver if settings.kind == "linear" else None,
-        pooling=probe.pooling,
+        pooling=choose_pooling(settings, backbone),
         metric=metric,
-        labels=len(draws[0]),
-        values=values,
-        mean=float(np.mean(values)),
-        std=float(np.std(values)),
-        confusion=confusion_counts(all_scores, task),
+        labels=labels,
+        values=outcome.values,
+        mean=float(np.mean(outcome.values)),
+        std=float(np.std(outcome.values)),
+        confusion=outcome.confusion,
     )
     if settings.out is not None:
         folder = open_output(settings)
+        updates = {"device": device.type, "precision": precision}
+        write_config(folder, settings.model_copy(update=updates))
         write_skipped(folder, task.skipped, log)
-        write_json(folder / "results.json", asdict(result))
+        write_rows(folder, [_row(result)])
     return result
+
+
+def _row(result: ProbeResult) -> dict[str, object]:
+    return make_row(
+        task=result.task,
+        data=result.task,
+        backbone=result.backbone,
+        reference=result.backbone,
+        protocol=result.protocol,
+        metric=result.metric,
+        labels=result.labels,
+        values=result.values,
+        confusion=result.confusion,
+        solver=result.solver,
+        pooling=result.pooling,
+    )

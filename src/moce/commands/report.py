@@ -1,4 +1,4 @@
-"""moce report: run folders as one self-contained HTML page."""
+"""moce report: runs and results as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ReportResult:
 
 def run(settings: ReportSettings) -> ReportResult:
     material = gather(settings.runs)
-    _make_room(settings.out)
+    _prepare(settings.out)
     sections = build_sections(material, settings.max_images)
     title = " and ".join(dict.fromkeys(path.resolve().name for path in settings.runs))
     page = render(title, sections)
@@ -36,10 +36,12 @@ def run(settings: ReportSettings) -> ReportResult:
     return ReportResult(settings.out, len(material.runs), titles, settings.out.stat().st_size)
 
 
-def _make_room(out: Path) -> None:
-    """See that the page can be written, before the work and not after it."""
+def _prepare(out: Path) -> None:
+    """Raise MoceError if the page cannot be written; make its folder."""
     if out.is_dir():
-        raise MoceError(f"{out} is a folder; give a file for the page, as {out / 'report.html'}")
+        raise MoceError(
+            f"{out} is a folder; give a file for the page, such as {out / 'report.html'}"
+        )
     if out.exists() and out.suffix.lower() not in (".html", ".htm"):
-        raise MoceError(f"{out} is there and no HTML page; choose another name for the report")
+        raise MoceError(f"{out} exists and is not an HTML page; choose another name for the report")
     make_folder(out.parent)

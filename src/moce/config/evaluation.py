@@ -46,7 +46,8 @@ class EmbedSettings(DataSettings):
 class ProbeSettings(DataSettings):
     """Score frozen features on a labeled task with a linear or nearest-neighbor classifier."""
 
-    proofs = frozenset({"results.json"})
+    proofs = frozenset({"results.json"})  # of moce 0.1.0
+    files = frozenset({"rows.jsonl"})
 
     # The defaults of solver sgd are those published for MAE's linear probe on ImageNet-1K.
 
@@ -120,8 +121,8 @@ class FinetuneSettings(TrainingSettings):
     # The defaults are MAE's for ViT-B, and used for smaller encoders too. `by_size` in
     # evaluation/finetune.py changes some of them for larger encoders, unless they are given.
 
-    proofs = frozenset({"results.json"})
-    files = EXPORTED
+    proofs = frozenset({"results.json"})  # of moce 0.1.0
+    files = EXPORTED | {"rows.jsonl"}
 
     backbone: Reference = setting(description=BACKBONE, input="weights")
     data: Data = setting(description=LABELED, input="images")

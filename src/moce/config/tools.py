@@ -115,8 +115,8 @@ class ConvertSettings(Settings):
 class DemoSettings(RuntimeSettings):
     """Run every stage on the embedded images and compare MAE, MAE+ and MoCE on six tasks."""
 
-    proofs = frozenset({"demo.json", "results.json", "mae", "clusters", "moce", "mae_plus"})
-    files = frozenset({"report.html"})
+    proofs = frozenset({"demo.json", "mae", "clusters", "moce", "mae_plus", "evaluation"})
+    files = frozenset({"report.html", "suite.yaml", "results.json"})
 
     out: Folder = setting(Path("runs/demo"), "folder to write the runs to")
     overwrite: bool = setting(False, "replace the contents of the output folder")

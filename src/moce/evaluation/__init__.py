@@ -1,1 +1,1 @@
-"""Labeled tasks: what a backbone is worth, by probes on frozen features and by fine-tuning."""
+"""Evaluation on labeled tasks: probes on frozen features, and fine-tuning."""

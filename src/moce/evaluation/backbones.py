@@ -1,8 +1,7 @@
-"""What is compared: dense backbones, and MoCE runs that hand each task a backbone of its own.
+"""NAME=PATH@SELECTION: the backbones that an evaluation compares.
 
-Written NAME=REFERENCE or NAME=REFERENCE@HOW. A MoCE run is customized for every task: by a strategy
-of `moce customize`, by a route at `random`, by the best route there is (`oracle`), or by the labels
-(`probe`).
+A MoCE run is customized for every task: by a strategy of `moce customize`, by a random route, by the
+best route (oracle) or by the labels (probe).
 """
 
 from __future__ import annotations
@@ -23,37 +22,42 @@ NAME = re.compile(r"\w[\w.+-]*")  # names become folders and columns
 
 @dataclass(frozen=True)
 class Candidate:
-    """name: as tables show it; reference: what `load_backbone` or `moce.load` takes."""
+    """name: as in tables; reference: a path or timm name; selection: how a MoCE run is customized."""
 
     name: str
     reference: str
-    how: str | None = None
+    selection: str | None = None
 
 
 def read_candidates(texts: tuple[str, ...]) -> list[Candidate]:
-    """Contenders from NAME=REFERENCE[@HOW]. Raises MoceError if one is not of that form."""
-    candidates = []
-    for text in texts:
-        name, equals, reference = text.partition("=")
-        how: str | None = None
-        if "@" in reference:
-            reference, _, how = reference.rpartition("@")
-        if not (NAME.fullmatch(name) and equals and reference):
-            raise MoceError(f"backbone '{text}' is not NAME=REFERENCE or NAME=REFERENCE@HOW")
-        if how is not None and how not in SELECTIONS:
-            raise MoceError(f"backbone '{text}': @{how} is none of {', '.join(SELECTIONS)}")
-        candidates.append(Candidate(name, reference, how))
+    """Parse NAME=PATH[@SELECTION]. Raises MoceError for another form or a name used twice."""
+    candidates = [_read_candidate(text) for text in texts]
     names = [candidate.name for candidate in candidates]
     if len(set(names)) < len(names):
-        raise MoceError(f"two backbones have one name (names: {', '.join(names)})")
+        raise MoceError(f"two backbones have the same name (names: {', '.join(names)})")
     return candidates
 
 
+def _read_candidate(text: str) -> Candidate:
+    name, equals, reference = text.partition("=")
+    selection: str | None = None
+    if "@" in reference:
+        reference, _, selection = reference.rpartition("@")
+    if not (NAME.fullmatch(name) and equals and reference):
+        raise MoceError(f"backbone '{text}' is not NAME=PATH or NAME=PATH@SELECTION")
+    if selection is not None and selection not in SELECTIONS:
+        raise MoceError(f"backbone '{text}': @{selection} is not one of {', '.join(SELECTIONS)}")
+    return Candidate(name, reference, selection)
+
+
 def open_candidate(candidate: Candidate) -> Backbone | Bank:
-    """The backbone, or the bank of a MoCE run. Raises MoceError if it is neither, or @HOW does not fit."""
+    """Load the backbone, or the bank of a MoCE run.
+
+    Raises MoceError if the path holds neither, or a dense backbone has a selection.
+    """
     path = expand(Path(candidate.reference))
     if holds_moce(path):
         return load(path)
-    if candidate.how is not None:
-        raise MoceError(f"{candidate.reference} has no experts to choose from: leave out @HOW")
+    if candidate.selection is not None:
+        raise MoceError(f"{candidate.reference} has no experts to select: leave out @SELECTION")
     return load_backbone(candidate.reference)

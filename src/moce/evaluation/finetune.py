@@ -27,8 +27,8 @@ from moce.training.thread_parallel import Losses
 from moce.training.trainer import Objective, Step
 from moce.weights.from_runs import Backbone
 
-# What is published for encoders of at least this depth and width, largest first (MAE, appendix
-# A.1, and its authors' code): ViT-H, ViT-L. The settings' own defaults are ViT-B's.
+# Published settings for encoders of at least this depth and width, largest first: ViT-H and ViT-L
+# (MAE, appendix A.1, and its authors' code). The defaults of FinetuneSettings are those of ViT-B.
 _LARGE: dict[str, Any] = {"epochs": 50, "base_lr": 1e-3, "warmup": 0.1, "layer_decay": 0.75}
 LARGER_SIZES: tuple[tuple[int, int, dict[str, Any]], ...] = (
     (32, 1280, {**_LARGE, "drop_path": 0.3}),
@@ -37,7 +37,7 @@ LARGER_SIZES: tuple[tuple[int, int, dict[str, Any]], ...] = (
 
 
 def by_size(settings: FinetuneSettings, vit: VisionTransformer) -> FinetuneSettings:
-    """The settings with what is published for the encoder's size where nothing was given."""
+    """Replace defaults by the published values for the encoder's size."""
     for depth, width, published in LARGER_SIZES:
         if len(vit.blocks) >= depth and vit.embed_dim >= width:
             given = settings.model_fields_set
@@ -49,27 +49,27 @@ def by_size(settings: FinetuneSettings, vit: VisionTransformer) -> FinetuneSetti
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on and rows to validate on, at least one each, [n - m] and [m] int64.
 
-    labels: [n] class numbers, of which every class gives its share as far as that is possible, or
-    [n, C] several per image, which are divided at random.
+    labels: [n] class numbers, split by class as far as possible, or [n, C] for several per image,
+    split at random.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     if labels.ndim == 1:
         order = order[np.argsort(labels[order], kind="stable")]
     count = min(max(1, round(share * len(labels))), len(labels) - 1)
-    # At equal distances along the classes: each gives its share, whatever its size.
+    # Evenly spaced in the order of classes, so every class gives its share.
     held = ((np.arange(count) + 0.5) * len(labels) / count).astype(np.int64)
     return np.sort(np.delete(order, held)), np.sort(order[held])
 
 
 def build_classifier(backbone: Backbone, num_classes: int, drop_path: float) -> VisionTransformer:
-    """A timm ViT with the backbone's weights, its final norm replaced by a fresh one after pooling."""
+    """A timm ViT with the backbone's weights and a new norm, after pooling, in place of the final one."""
     vit = backbone.build(
         num_classes=num_classes, global_pool="avg", fc_norm=True, drop_path_rate=drop_path
     )
     weights = {k: v for k, v in backbone.vit.state_dict().items() if not k.startswith("norm.")}
-    missing, surplus = vit.load_state_dict(weights, strict=False)
-    unexpected = [k for k in missing if not k.startswith(("head.", "fc_norm."))] + list(surplus)
-    assert not unexpected, unexpected  # both are of one form
+    missing, unexpected = vit.load_state_dict(weights, strict=False)
+    missing = [k for k in missing if not k.startswith(("head.", "fc_norm."))]
+    assert not missing and not unexpected, (missing, unexpected)  # the architectures are the same
     assert isinstance(vit.head, nn.Linear)
     nn.init.trunc_normal_(vit.head.weight, std=2e-5)
     nn.init.zeros_(vit.head.bias)
@@ -79,9 +79,8 @@ def build_classifier(backbone: Backbone, num_classes: int, drop_path: float) -> 
 class FinetuneObjective(Objective):
     """Augmented and mixed images, cross-entropy, layer-wise decayed learning rates.
 
-    labels: [n] int64 class numbers, or [n, C] float32 of 0 and 1 where an image can have several
-    classes; the loss is then a binary cross-entropy per class. Raises MoceError if timm cannot read
-    the RandAugment policy.
+    labels: [n] int64 class numbers, or [n, C] float32 of 0 and 1 for several per image, with a binary
+    cross-entropy per class. Raises MoceError if timm cannot read the RandAugment policy.
     """
 
     def __init__(
@@ -116,14 +115,14 @@ class FinetuneObjective(Objective):
             self._targets = self._targets.to(batch.rows.device)
         targets = self._targets[batch.rows]
         if self._mix:
-            with _drawn_alike(self._seed, step):
+            with _seeded(self._seed, step):
                 pixels, targets = self._mix(pixels, targets)
         pixels, targets = pixels[step.num_leading :], targets[step.num_leading :]
         return {"loss": self._criterion(model(pixels).float(), targets)}
 
 
 class Views:
-    """From a batch to what the network sees: crop, flip, RandAugment, normalization, erasing.
+    """The network's input from a batch: crop, flip, RandAugment, normalization, erasing.
 
     Raises MoceError if timm cannot read the RandAugment policy.
     """
@@ -146,8 +145,8 @@ class Views:
 
 
 @contextmanager
-def _drawn_alike(seed: int, step: Step) -> Iterator[None]:
-    """Within, torch draws what it draws in every process that works on this part of the batch."""
+def _seeded(seed: int, step: Step) -> Iterator[None]:
+    """Seed torch by step and chunk, so that all processes mix a chunk of the batch alike."""
     with torch.random.fork_rng(devices=[]):
         generator = keyed_generator(seed, Stream.MIX, step.number << 20 | step.micro_batch)
         torch.default_generator.manual_seed(generator.initial_seed())
@@ -155,9 +154,9 @@ def _drawn_alike(seed: int, step: Step) -> Iterator[None]:
 
 
 def _mixer(settings: FinetuneSettings, num_classes: int) -> v2.Transform | None:
-    """Mixup or cutmix, one of them per batch with equal chance, as far as they are switched on.
+    """Mixup or cutmix, chosen at random per batch, or the one that is switched on.
 
-    Every image is mixed with the one before it in the batch, the first with the last.
+    Every image is mixed with its predecessor in the batch, the first with the last.
     """
     kinds: list[v2.Transform] = []
     if settings.mixup > 0:
@@ -176,7 +175,7 @@ def predict_scores(
     precision: str,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """The score of every class (a logit) for every image, [n, C] float32; the processes share the work."""
+    """Logits of every image, [n, C] float32; the processes share the work."""
     vit = vit.to(device).eval()
     own = shard_range(len(images))
     scores = torch.zeros(len(images), vit.num_classes)

@@ -1,4 +1,4 @@
-"""What a classifier's scores are worth: the metrics of the paper's tasks, and the confusion matrix."""
+"""Accuracy, mean per-class accuracy, 11-point mAP and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
-from sklearn.metrics import confusion_matrix, precision_recall_curve
+from sklearn.metrics import confusion_matrix, precision_recall_curve, recall_score
 
 from moce.config import Metric
 from moce.errors import MoceError
@@ -22,19 +22,20 @@ def score(metric: str, scores: np.ndarray, labels: np.ndarray) -> float:
     scores: [n, C] floats, higher for likelier classes. labels: [n] class numbers for accuracy
     (top-1) and mean_per_class (the mean of every occurring class's accuracy); [n, C] of 0 and 1
     for map11 (VOC2007's 11-point interpolated average precision, mean over occurring classes).
-    Raises MoceError if the metric is unknown or does not suit the labels.
+    Raises MoceError if the metric is unknown or does not fit the labels.
     """
     if metric not in METRICS:
         raise MoceError(f"no metric '{metric}' (valid: {', '.join(METRICS)})")
     if metric == "map11":
         if labels.ndim != 2:
-            raise MoceError("metric map11 is for images of several labels; use accuracy")
+            raise MoceError("metric map11 needs several labels per image; use accuracy")
         return _mean_average_precision(scores, labels)
     if labels.ndim != 1:
-        raise MoceError(f"metric {metric} is for images of one label; use map11")
+        raise MoceError(f"metric {metric} needs one label per image; use map11")
+    best = scores.argmax(axis=1)
     if metric == "mean_per_class":
-        return _mean_per_class(scores, labels)
-    return float((scores.argmax(axis=1) == labels).mean())
+        return float(recall_score(labels, best, labels=np.unique(labels), average="macro"))
+    return float((best == labels).mean())
 
 
 def confusion(scores: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -43,12 +44,6 @@ def confusion(scores: np.ndarray, labels: np.ndarray, num_classes: int) -> np.nd
     scores: [n, C]; labels: [n] class numbers.
     """
     return confusion_matrix(labels, scores.argmax(axis=1), labels=range(num_classes))
-
-
-def _mean_per_class(scores: np.ndarray, labels: np.ndarray) -> float:
-    counts = confusion(scores, labels, scores.shape[1])
-    occurring = counts.sum(axis=1) > 0
-    return float((counts.diagonal()[occurring] / counts.sum(axis=1)[occurring]).mean())
 
 
 def _mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -66,15 +61,15 @@ def _average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
     The mean, over the recalls 0, 0.1 .. 1, of the best precision at that recall or a higher one.
     """
     precision, recall, _ = precision_recall_curve(truth, scores)
-    precision, recall = precision[:-1], recall[:-1]  # scikit-learn adds a point of no images
+    precision, recall = precision[:-1], recall[:-1]  # scikit-learn appends precision 1 at recall 0
     # Recalls are fractions: 3/10 has to reach the level 0.3, which no float hits exactly.
     return float(np.mean([precision[recall >= level - 1e-9].max() for level in RECALL_LEVELS]))
 
 
 def choose_metric(wanted: Metric | None, task: Task) -> Metric:
-    """The metric of a task: the wanted one, or what fits its labels.
+    """The metric of a task: the requested one, or the default for its labels.
 
-    Raises MoceError if the wanted one is for other labels than the task has.
+    Raises MoceError if the requested one does not fit the task's labels.
     """
     fitting: tuple[Metric, ...] = ("map11",) if task.multi_label else ("accuracy", "mean_per_class")
     if wanted is None:
@@ -82,7 +77,7 @@ def choose_metric(wanted: Metric | None, task: Task) -> Metric:
     if wanted not in fitting:
         kind = "several labels" if task.multi_label else "one label"
         raise MoceError(
-            f"metric {wanted} does not fit {task.name}, whose images have {kind} each; "
+            f"metric {wanted} does not fit {task.name}, whose images have {kind} each: "
             f"use {' or '.join(fitting)}"
         )
     return wanted

@@ -1,4 +1,4 @@
-"""Probes of one backbone on one task, by whatever kind and solver the settings name."""
+"""Probe a backbone by the kind and solver of the settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moce.evaluation.task import Task
 from moce.inference.features import extract_features
 from moce.weights.from_runs import Backbone
 
-# From training rows and the number of their draw to scores [m, C] float32 of the test images.
+# From training rows and the number of the draw to scores [m, C] float32 of the test images.
 Classifier = Callable[[np.ndarray, int], np.ndarray]
 
 
@@ -27,7 +27,7 @@ def is_sgd(settings: ProbeSettings) -> bool:
 
 
 def choose_pooling(settings: ProbeSettings, backbone: Backbone) -> str:
-    """The pooling asked for, or the solver's: the published recipe reads the class token."""
+    """The given pooling or the default: the published recipe uses the class token."""
     if settings.pooling is not None:
         return settings.pooling
     published = is_sgd(settings) and backbone.vit.cls_token is not None
@@ -36,7 +36,7 @@ def choose_pooling(settings: ProbeSettings, backbone: Backbone) -> str:
 
 @dataclass
 class Probe:
-    """Classifiers on one backbone for one task."""
+    """Classifiers on the frozen features of one backbone for one task."""
 
     backbone: Backbone
     task: Task
@@ -48,7 +48,7 @@ class Probe:
         self.pooling = choose_pooling(self.settings, self.backbone)
 
     def classifier(self) -> Classifier:
-        """The classifier of the settings' kind and solver; the test images' features are made here."""
+        """Extract the test images' features and return the classifier."""
         test = self._features(self.task.test)
         return self._by_sgd(test) if is_sgd(self.settings) else self._by_features(test)
 

@@ -1,9 +1,8 @@
-"""timm's RandAugment and random erasing, image by image and repeatable.
+"""timm's RandAugment and random erasing, repeatable per image.
 
-Both draw from the generators of Python and NumPy, which here are seeded anew for every image: what
-an image becomes depends on the seed, the image and how often it was seen, so that a resumed run
-draws what it would have drawn. RandAugment works on PIL images, so on the CPU, and is not
-overlapped with the training step: at 224 pixels it costs a few milliseconds per image.
+Both use the global generators of Python and NumPy, which are seeded here for every image: the result
+depends only on seed, image and epoch, so a resumed run repeats it. RandAugment works on PIL images on
+the CPU and does not overlap with the training step: a few milliseconds per image at 224 pixels.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def read_policy(text: str, spec: EncoderSpec, size: tuple[int, int]) -> Policy |
         policy = rand_augment_transform(text, arguments)
     except (AssertionError, ValueError, KeyError):
         raise MoceError(
-            f"rand_augment '{text}' is not a policy of timm's, such as rand-m9-mstd0.5-inc1"
+            f"rand_augment '{text}' is not a timm policy such as rand-m9-mstd0.5-inc1"
         ) from None
     for operation in policy.ops:
         if operation.name.startswith("Posterize"):
@@ -54,9 +53,9 @@ def read_policy(text: str, spec: EncoderSpec, size: tuple[int, int]) -> Policy |
 
 
 def posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
-    """Keep so many bits of every channel, at least one.
+    """Keep `bits` bits per channel, at least one.
 
-    timm's own asks for none at the largest magnitude, which new versions of Pillow refuse.
+    At the largest magnitude timm's own asks for none, which recent versions of Pillow refuse.
     """
     return ImageOps.posterize(image, max(1, min(8, bits)))
 
@@ -80,11 +79,11 @@ def rand_augmented(pixels: Tensor, keys: list[int], policy: Policy) -> Tensor:
 def erase(images: Tensor, keys: list[int], probability: float) -> Tensor:
     """Fill a rectangle of some images with noise, in place. images: normalized, [b, 3, h, w].
 
-    Rectangles and the noise in them are drawn by `keys`.
+    `keys` seed the rectangles and their noise.
     """
     if probability == 0:
         return images
-    # On the CPU: to set a generator back is quick there, and GPUs draw other numbers.
+    # On the CPU, where seeding is fast; a GPU would draw other numbers.
     eraser = RandomErasing(probability, mode="pixel", device="cpu")
     with torch.random.fork_rng(devices=[]):
         for image, key in zip(images, keys, strict=True):
@@ -96,7 +95,7 @@ def erase(images: Tensor, keys: list[int], probability: float) -> Tensor:
 
 @contextmanager
 def _drawing(key: int) -> Iterator[None]:
-    """Python's and NumPy's generators start from `key` within, and go on after as if unused."""
+    """Seed Python's and NumPy's generators with `key`; restore their state afterwards."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - timm draws from these
     random.seed(key)
     np.random.seed(key)  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""Random and oracle routes."""
+"""Random and oracle routes: what a choice of experts is worth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moce.customization.selection import Route
 from moce.errors import MoceError
 
 FEWEST_TO_HALVE = 4  # test images
-MOST_ROUTES = 8  # that the oracle tries and a random one is drawn from
+MOST_ROUTES = 8  # candidates of the oracle and of random draws
 
 
 def candidate_routes(bank: Bank) -> list[Route]:
@@ -20,7 +20,7 @@ def candidate_routes(bank: Bank) -> list[Route]:
 
 
 def random_routes(bank: Bank, draws: int, seed: int, task: str) -> list[Route]:
-    """A route drawn anew for every task and draw of labels."""
+    """A random route for every draw of labels; seeded by the task, too."""
     routes = candidate_routes(bank)
     generator = np.random.default_rng([seed, *task.encode()])
     return [routes[int(generator.integers(len(routes)))] for _ in range(draws)]
@@ -34,14 +34,16 @@ def oracle_values(
 ) -> list[float]:
     """The metric of the best route, [draws]: chosen on one half of the test images, scored on the other.
 
-    Both halves take both parts, and the two values are averaged. Choosing and scoring on the same
-    images would let the luckiest route win. scores: [routes][draws] of [m, C] each; metric: from
-    scores and labels to a value; labels: of the m test images. Raises MoceError if they are too few.
+    The mean of both ways round. Choosing and scoring on the same images would let the luckiest route
+    win. scores: [routes][draws] of [m, C] each; metric: from scores and labels to a value; labels: of
+    the m test images. Raises MoceError if there are too few test images.
     """
     if len(labels) < FEWEST_TO_HALVE:
-        raise MoceError(f"an oracle needs {FEWEST_TO_HALVE} test images or more, not {len(labels)}")
+        raise MoceError(
+            f"an oracle needs at least {FEWEST_TO_HALVE} test images, not {len(labels)}"
+        )
     order = np.random.default_rng(seed).permutation(len(labels))
-    if labels.ndim == 1:  # both halves get their part of every class
+    if labels.ndim == 1:  # stratify the halves by class
         order = order[np.argsort(labels[order], kind="stable")]
     halves = order[::2], order[1::2]
     values = np.array(

@@ -59,7 +59,7 @@ def steps_of(settings: ProbeSettings, count: int) -> tuple[int, int]:
 
 
 def build_head(width: int, num_classes: int, seed: int) -> nn.Sequential:
-    """Batch norm without weights of its own, then the layer; drawn from the seed."""
+    """Batch norm without affine weights, then a linear layer initialized from the seed."""
     layer = nn.Linear(width, num_classes)
     generator = keyed_generator(seed, Stream.STEP, 0)
     nn.init.trunc_normal_(layer.weight, std=0.01, generator=generator)
@@ -68,7 +68,7 @@ def build_head(width: int, num_classes: int, seed: int) -> nn.Sequential:
 
 
 def build_optimizer(head: nn.Module) -> Lars:
-    """LARS: the rate of the weights goes with their norm over their gradient's, that of biases does not."""
+    """LARS; the rate of biases is not adapted."""
     matrices = [p for p in head.parameters() if p.ndim > 1]
     vectors = [p for p in head.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "always_adapt": True}, {"params": vectors}]
@@ -109,7 +109,7 @@ def train_head(
 
 
 class FrozenEncoder:
-    """Features of augmented images, whose weights stay as they are."""
+    """Features of augmented images by an encoder that is not trained."""
 
     def __init__(
         self,
@@ -125,23 +125,23 @@ class FrozenEncoder:
         choose_attention(self._vit, device, precision)
 
     def batches(self, images: ImageDataset, order: BatchOrder, total: int) -> Generator[Batch]:
-        """The images of the steps 0 .. total - 1, a micro-batch at a time, fetched ahead."""
+        """Prefetched micro-batches of the steps 0 .. total - 1."""
         size = self._settings.micro_batch_size
         steps = (order(number) for number in range(total))
-        parts = (
-            part
+        chunks = (
+            chunk
             for rows, epochs in steps
-            for part in zip(rows.split(size), epochs.split(size), strict=True)
+            for chunk in zip(rows.split(size), epochs.split(size), strict=True)
         )
-        return prefetched(images, parts, self._device)
+        return prefetched(images, chunks, self._device)
 
-    @torch.no_grad()  # not inference mode: the head's backward pass keeps the features
+    @torch.no_grad()  # not inference_mode: the head's backward pass needs the features
     def __call__(self, batches: Iterator[Batch], count: int) -> Tensor:
-        """Features [count, width] float32 of the next batches, a forward pass for each."""
+        """Features [count, width] float32 of the next micro-batches."""
         settings, size = self._settings, tuple(self._vit.patch_embed.img_size)
-        parts = []
+        features = []
         with autocast(self._device, self._precision):
             for batch in islice(batches, math.ceil(count / settings.micro_batch_size)):
                 tokens = encode_tokens(self._vit, augmented(batch, settings, self._spec, size))
-                parts.append(pool_tokens(self._vit, tokens.float(), self._pooling))
-        return torch.cat(parts)
+                features.append(pool_tokens(self._vit, tokens.float(), self._pooling))
+        return torch.cat(features)

@@ -1,6 +1,6 @@
-"""Classifiers on features computed once: logistic regression and nearest neighbors (scikit-learn).
+"""Logistic regression and k-NN on fixed features (scikit-learn).
 
-Labels are class numbers, [n] int64, or, where an image can have several, [n, C] float32 of 0 and 1.
+Labels are class numbers, [n] int64, or, for several per image, [n, C] float32 of 0 and 1.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold, StratifiedKFold
-from sklearn.neighbors import KNeighborsRegressor
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 from threadpoolctl import threadpool_limits
@@ -27,10 +27,10 @@ def linear_scores(
     """Scores [m, num_classes] float32 of a logistic regression on features [n, d] for test [m, d].
 
     Features are standardized; the regularization is chosen by cross-validation on the training
-    part. Several labels per image: one regression per class. A class without examples (or, with
-    several labels, without counter-examples) gets the lowest score of all.
+    images. With several labels per image, each class has its own regression. A class without
+    examples (or, with several labels, without counterexamples) gets the lowest score.
     """
-    with threadpool_limits(1):  # so small a problem only loses time to threads
+    with threadpool_limits(1):  # threads only cost time on a problem this small
         strength = _choose_strength(train, labels, num_classes)
         return _scores(strength, train, labels, test, num_classes)
 
@@ -43,8 +43,8 @@ def _choose_strength(features: np.ndarray, labels: np.ndarray, num_classes: int)
 def cross_validated(
     features: np.ndarray, labels: np.ndarray, num_classes: int
 ) -> dict[float, float]:
-    """The mean score, 0..1, of every strength on held-out folds; empty if a class is too small for it."""
-    parts = list(_folds(features, labels))
+    """Mean score, 0..1, of each strength on held-out folds; empty if a class has one image."""
+    folds = list(_folds(features, labels))
     metric = "map11" if labels.ndim == 2 else "accuracy"
 
     def mean_score(strength: float) -> float:
@@ -54,18 +54,20 @@ def cross_validated(
                 _scores(strength, features[a], labels[a], features[b], num_classes),
                 labels[b],
             )
-            for a, b in parts
+            for a, b in folds
         ]
         return float(np.mean(values))
 
-    return {strength: mean_score(strength) for strength in STRENGTHS} if parts else {}
+    return {strength: mean_score(strength) for strength in STRENGTHS} if folds else {}
 
 
 def _folds(features: np.ndarray, labels: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Cross-validation's training and test rows; none if a class is too small to be divided."""
+    """Training and test rows of each fold; none if a class has one image."""
     if labels.ndim == 2:
         split = KFold(min(FOLDS, len(labels)), shuffle=True, random_state=0).split(features)
-        return [(a, b) for a, b in split if labels[b].any()]  # there is no precision of no labels
+        return [
+            (a, b) for a, b in split if labels[b].any()
+        ]  # precision is undefined without labels
     folds = min(FOLDS, int(np.bincount(labels)[np.unique(labels)].min()))
     if folds < 2:
         return []
@@ -75,11 +77,11 @@ def _folds(features: np.ndarray, labels: np.ndarray) -> Iterable[tuple[np.ndarra
 def _scores(
     strength: float, train: np.ndarray, labels: np.ndarray, test: np.ndarray, num_classes: int
 ) -> np.ndarray:
-    """Scores [m, num_classes] float32 of a regression of one strength."""
+    """Scores [m, num_classes] float32 at one regularization strength."""
     known: dict[int, np.ndarray] = {}
     if labels.ndim == 1:
         decided = _decide(strength, train, labels, test)
-        if decided.ndim == 1:  # two classes have one score: for the second
+        if decided.ndim == 1:  # with two classes, only the second one's
             decided = np.stack([-decided, decided], axis=1)
         known = dict(zip(np.unique(labels).tolist(), decided.T, strict=True))
     else:
@@ -106,26 +108,12 @@ def knn_scores(
     num_classes: int,
     neighbors: int = 20,
 ) -> np.ndarray:
-    """Scores [m, num_classes] float32: votes of the k nearest in cosine similarity, by closeness."""
-    mean = KNeighborsRegressor(min(neighbors, len(train)), weights="distance")
-    mean.fit(normalize(train), labels)
+    """Scores [m, num_classes] float32: votes of the k nearest in cosine similarity, weighted by 1/distance."""
+    train, test, count = normalize(train), normalize(test), min(neighbors, len(train))
     if labels.ndim == 2:
-        return mean.predict(normalize(test)).astype(np.float32)
-    # As if every label were a row of 0 and 1, which for many images and classes fill the memory.
-    distance, nearest = mean.kneighbors(normalize(test))
-    closeness, voted = _closeness(distance), labels[nearest]
+        mean = KNeighborsRegressor(count, weights="distance").fit(train, labels)
+        return mean.predict(test).astype(np.float32)
+    votes = KNeighborsClassifier(count, weights="distance").fit(train, labels)
     scores = np.zeros((len(test), num_classes), np.float32)
-    for number in np.unique(labels):
-        votes = (voted == number).astype(np.float64) * closeness
-        scores[:, number] = votes.sum(axis=1) / closeness.sum(axis=1)
+    scores[:, votes.classes_] = votes.predict_proba(test)
     return scores
-
-
-def _closeness(distance: np.ndarray) -> np.ndarray:
-    """The weight of every neighbor's vote, [m, k]: 1 / distance; where some are at 0, only these count."""
-    with np.errstate(divide="ignore"):
-        weights = 1.0 / distance
-    same = np.isinf(weights)
-    some = same.any(axis=1)
-    weights[some] = same[some]
-    return weights

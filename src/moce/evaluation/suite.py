@@ -1,4 +1,4 @@
-"""Suites: labeled tasks as data. A YAML file names tasks, labels, metrics and the probes' settings."""
+"""Suites: YAML files of labeled tasks, their metrics, and the settings of probes and fine-tuning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Section = Annotated[dict[str, Any], AfterValidator(with_new_names)]
 
 
 class SuiteTask(Settings):
-    """One labeled task. role: whether defaults may be tuned on it."""
+    """A labeled task. role: development, to tune defaults on, or held_out."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     data: str
@@ -29,7 +29,7 @@ class SuiteTask(Settings):
 
 
 class Suite(Settings):
-    """Tasks, and the settings of `moce probe` and `moce finetune` that every backbone gets alike."""
+    """Tasks, and the settings of `moce probe` and `moce finetune`, the same for every backbone."""
 
     name: str
     tasks: tuple[SuiteTask, ...] = Field(min_length=1)
@@ -40,9 +40,9 @@ class Suite(Settings):
 
 
 def read_suite(path: Path, root: Path) -> Suite:
-    """The suite of a YAML file, its relative paths of data taken from `root`.
+    """Read a suite from YAML; relative paths of data start from `root`.
 
-    Raises MoceError, with all mistakes in one line, if it is no suite.
+    Raises MoceError, with all mistakes in one line, if the file is not a valid suite.
     """
     try:
         suite = parse(Suite, read_recipe(path))
@@ -51,9 +51,9 @@ def read_suite(path: Path, root: Path) -> Suite:
     _check_section(path, "probe", ProbeSettings, suite.probe)
     _check_section(path, "finetune", FinetuneSettings, suite.finetune)
     names = [task.name for task in suite.tasks]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        raise MoceError(f"suite {path} has two tasks named {double[0]}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise MoceError(f"suite {path} has two tasks named {twice[0]}")
     tasks = tuple(
         task.model_copy(update={"data": located(task.data, root)}) for task in suite.tasks
     )
@@ -83,7 +83,7 @@ def _check_section(path: Path, name: str, kind: type[Settings], values: dict[str
 
 
 def pick_tasks(suite: Suite, names: tuple[str, ...], role: Role | None) -> list[SuiteTask]:
-    """The tasks of these names (none: all) and role. Raises MoceError for unknown names or no task."""
+    """Tasks by name (all if none is given) and role. Raises MoceError for an unknown name or no task."""
     known = [task.name for task in suite.tasks]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -91,5 +91,5 @@ def pick_tasks(suite: Suite, names: tuple[str, ...], role: Role | None) -> list[
     tasks = [task for task in suite.tasks if not names or task.name in names]
     chosen = [task for task in tasks if role is None or task.role == role]
     if not chosen:
-        raise MoceError(f"suite {suite.name} has no task of role {role} among those asked for")
+        raise MoceError(f"suite {suite.name} has no task of role {role} among the requested ones")
     return chosen

@@ -15,15 +15,15 @@ from moce.data.readers.packed import find_packed
 from moce.data.readers.sample import Label, Sample
 from moce.errors import MoceError
 
-TEST_SHARE = 0.2  # of images whose source names no split
+TEST_SHARE = 0.2  # if the source has no splits
 PARTS = ("train", "test")
 
 
 @dataclass
 class Task:
-    """train, test: images; train_labels, test_labels: [n] int64 numbers into `classes`.
+    """train, test: images; train_labels, test_labels: [n] int64 indices into `classes`.
 
-    multi_label: an image has any number of classes, and the labels are [n, C] float32, 0 or 1.
+    multi_label: an image may have any number of classes; labels are then [n, C] float32, 0 or 1.
     """
 
     name: str
@@ -45,16 +45,16 @@ def load_task(
     store: Path | None = None,
     max_skipped: float = 1.0,
 ) -> Task:
-    """The labeled images of a DATA argument. shape: (channels, h, w).
+    """Load the labeled images of a DATA argument. shape: (channels, h, w).
 
-    Without a train/test split in the source, a fifth of each class is the test set, or of all images
-    if they have several classes. Validation images train, or are the test set if there is no other.
-    Raises MoceError if labels or one of the splits are missing.
+    If the source has no splits, a fifth of each class (of all images, if they have several classes)
+    becomes the test set. Validation images are used for training, or as the test set if there is no
+    other. Raises MoceError if there are no labels or a split is missing.
     """
     everything = open_source(data)
     labeled = [row for row, sample in enumerate(everything) if sample.label is not None]
     if not labeled:
-        raise MoceError(f"{data} has no labels; put every class in a folder of its own")
+        raise MoceError(f"{data} has no labels; put every class in its own folder")
     samples = [everything[row] for row in labeled]
     splits = _splits(samples)
     packed = _packed_as_needed(data, shape)
@@ -72,7 +72,7 @@ def load_task(
     classes = sorted(_names(train.labels))
     if len(classes) < 2:
         raise MoceError(
-            f"{data} has one class only ({', '.join(classes)}); a task needs two or more"
+            f"{data} has only one class ({', '.join(classes)}); a task needs at least two"
         )
     unknown = sorted(_names(test.labels) - set(classes))
     if unknown:
@@ -84,7 +84,7 @@ def load_task(
 
 
 def _packed_as_needed(data: str, shape: tuple[int, int, int]) -> ImageDataset | None:
-    """All images of a packed file of just this shape, not decoded again; None for other sources."""
+    """All images of a packed file that has this shape already; None for other sources."""
     packed = find_packed(data)
     if packed is None or packed.shape[1:] != shape:
         return None
@@ -106,7 +106,7 @@ def _class_numbers(labels: Sequence[Label | None], classes: list[str]) -> np.nda
 
 
 def _zeros_and_ones(labels: Sequence[Label | None], classes: list[str]) -> np.ndarray:
-    """[n, C] float32: 1 where the image shows the class. Rows may be all zero."""
+    """[n, C] float32: 1 where the image has the class. Rows may be all zero."""
     return np.array(
         [[name in _names_of(label) for name in classes] for label in labels], np.float32
     )
@@ -121,14 +121,14 @@ def _splits(samples: list[Sample]) -> list[str]:
     splits = [becomes[sample.split] for sample in samples]
     missing = [part for part in PARTS if part not in splits]
     if missing:
-        raise MoceError(f"no {missing[0]} images: the folders train/ and test/ must both be there")
+        raise MoceError(f"no {missing[0]} images: there must be both a train/ and a test/ folder")
     return splits
 
 
 def _split_by_class(samples: list[Sample]) -> list[str]:
     """The last fifth of each class, in a fixed shuffled order, is the test set.
 
-    Images of several classes are divided without regard to them.
+    Images with several classes are split without regard to them.
     """
     several = any(isinstance(sample.label, tuple) for sample in samples)
     splits = ["train"] * len(samples)
@@ -139,7 +139,7 @@ def _split_by_class(samples: list[Sample]) -> list[str]:
     for label, rows in rows_of.items():
         if len(rows) < 2:
             kind = f"class '{label}'" if label is not None else "the task"
-            raise MoceError(f"{kind} has one image; give two or more, or a test/ folder")
+            raise MoceError(f"{kind} has one image; give at least two, or a test/ folder")
         for row in rows[-max(1, round(TEST_SHARE * len(rows))) :]:
             splits[row] = "test"
     return splits
@@ -148,18 +148,18 @@ def _split_by_class(samples: list[Sample]) -> list[str]:
 def draw_labels(labels: np.ndarray, count: int | None, seed: int, number: int = 0) -> np.ndarray:
     """Rows of random draw `number` of `count` labels, [count]; no two seeds share a draw.
 
-    labels: [n] class numbers, drawn as even over the classes as they allow, or [n, C] of 0 and 1,
-    drawn without regard to classes: images of several cannot be dealt out class by class.
+    labels: [n] class numbers, drawn as evenly over the classes as possible, or [n, C] of 0 and 1,
+    drawn without regard to classes.
     """
     if count == 1:
-        raise MoceError("num_labels 1 leaves one class only; give 2 or more")
+        raise MoceError("num_labels 1 leaves only one class; give 2 or more")
     if count is None or count >= len(labels):
         return np.arange(len(labels))
     order = np.random.default_rng([seed, number]).permutation(len(labels))
     if labels.ndim == 2:
         return np.sort(order[:count])
     shuffled = labels[order]
-    # How many of its class come before each image: taking the lowest ranks goes round the classes.
+    # Rank of each image within its class: taking the lowest ranks first alternates between classes.
     rank = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         members = np.flatnonzero(shuffled == label)

@@ -1,1 +1,1 @@
-"""Run folders as one self-contained HTML page. Imported only by `moce report`: it needs matplotlib."""
+"""Run folders as one self-contained HTML page. Only results_table is used outside of `moce report`."""

@@ -1,4 +1,4 @@
-"""What a page is made of. Sections hold blocks; the template knows how to draw each kind."""
+"""The elements of a page: sections of blocks, each drawn by a macro of the template."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Picture:
-    """An inlined image. uri: a data URI; width, height: its own pixels; alt: what it shows, in words.
+    """An inlined image.
 
-    pixelated: keep pixels square when enlarged, for images smaller than their place.
+    uri: a data URI; width, height: in pixels; alt: text alternative; pixelated: keep pixels square
+    when enlarged.
     """
 
     uri: str
@@ -32,25 +33,28 @@ class Chip:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell. note: set smaller behind the text; strong: the best of its row."""
+    """A table cell. note: smaller, behind the text; strong: bold; chips: in front of the text."""
 
     text: str
     note: str = ""
     strong: bool = False
+    chips: Sequence[Chip] = ()
+
+
+Row = Sequence[Cell | Picture | str]
 
 
 @dataclass(frozen=True)
 class Note:
-    """A paragraph. title: set above it, if given."""
+    """A highlighted paragraph."""
 
     kind: ClassVar[str] = "note"
     text: str
-    title: str = ""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Numbers to see first: (number, what it is)."""
+    """Key numbers: (number, what it is)."""
 
     kind: ClassVar[str] = "tiles"
     items: Sequence[tuple[str, str]]
@@ -66,16 +70,16 @@ class Chart:
 
 @dataclass(frozen=True)
 class Table:
-    """The first cell of every row is its header. groups: (title, columns) above the columns.
+    """The first cell of every row is its header.
 
-    folded: shown only when the reader opens it; last_apart: the last row sums up the others.
+    folded: closed until the reader opens it; last_apart: the last row sums up the others; numbers:
+    align to the right.
     """
 
     kind: ClassVar[str] = "table"
     caption: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell | str]]
-    groups: Sequence[tuple[str, int]] = ()
+    rows: Sequence[Row]
     folded: bool = False
     last_apart: bool = False
     numbers: bool = True
@@ -83,7 +87,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Item:
-    """A montage with its heading. picture: None where the images cannot be had."""
+    """A montage with its heading. picture: None if the images cannot be read."""
 
     title: str
     note: str
@@ -98,40 +102,12 @@ class Gallery:
     title: str = ""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Columns of pictures side by side: one row of `columns` heads, one picture under each."""
-
-    kind: ClassVar[str] = "comparison"
-    title: str
-    columns: Sequence[str]
-    pictures: Sequence[Picture]
-
-
-@dataclass(frozen=True)
-class Beside:
-    """Comparisons set beside each other where there is room."""
-
-    kind: ClassVar[str] = "beside"
-    items: Sequence[Comparison]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Short facts under a heading: (name, value)."""
-
-    kind: ClassVar[str] = "facts"
-    title: str
-    items: Sequence[tuple[str, str]]
-    chips: Sequence[Chip] = ()
-
-
-Block = Note | Tiles | Chart | Table | Gallery | Beside | Facts
+Block = Note | Tiles | Chart | Table | Gallery
 
 
 @dataclass
 class Section:
-    """anchor: its place in the page's addresses; lead: one sentence on how to read it."""
+    """anchor: its id in the page; lead: one sentence on how to read it."""
 
     anchor: str
     title: str

@@ -1,4 +1,4 @@
-"""What there is to report on: the runs under the given folders, and the results of a demo."""
+"""Runs and results to report on, found in the given folders."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from moce.errors import MoceError, raise_if_corrupt
+from moce.evaluation.results import ROWS, read_rows
 from moce.reporting.images import Source
 from moce.reporting.results_table import Results
 from moce.runs.model import CONFIG, INFO, read_config, read_info, read_metrics
+from moce.runtime.progress import log
 
-RESULTS = "results.json"
+RESULTS = "results.json"  # of headroom; version 0.1.0 wrote one for the demo, too
 TITLES = {
     "mae": "MAE",
     "clusters": "Clusters",
+    "headroom": "Headroom",
     "mae_plus": "MAE+",
     "moce": "MoCE",
     "classifier": "Fine-tuned",
+    "evaluation": "Evaluation",
     "unfinished": "Unfinished",
 }
 
 
 @dataclass
 class Run:
-    """One run folder. kind: as in model.json, mae_plus for a continued MAE, or unfinished."""
+    """A run folder. kind: as in TITLES; info: model.json; rows: rows.jsonl; metrics: metrics.jsonl."""
 
     path: Path
     kind: str
     info: dict[str, Any]
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
     label: str = ""
 
     @property
@@ -41,7 +46,7 @@ class Run:
 
     @property
     def anchor(self) -> str:
-        """The folder's name, as far as it may stand in an address."""
+        """The folder's name, restricted to characters that an address may contain."""
         return "".join(c if c.isascii() and c.isalnum() else "-" for c in self.name)
 
     @property
@@ -51,37 +56,33 @@ class Run:
 
 @dataclass
 class Material:
-    """runs: in the order of the pipeline; results: what results.json holds, if any."""
+    """runs: in the order of the pipeline; results: of all runs together, None if there are none."""
 
     runs: list[Run]
-    results: dict[str, Any] | None
+    results: Results | None
     _sources: dict[str, Source] = field(default_factory=dict)
 
     def of_kind(self, *kinds: str) -> list[Run]:
         return [run for run in self.runs if run.kind in kinds]
 
     def source(self, data: str) -> Source:
-        """The images of a DATA argument. Raises MoceError if they are not there any more."""
+        """The images of a DATA argument. Raises MoceError if they no longer exist."""
         if data not in self._sources:
             self._sources[data] = Source(data)
         return self._sources[data]
 
 
 def gather(folders: Sequence[Path]) -> Material:
-    """Runs and results of all folders. Raises MoceError if one is no run and holds none."""
+    """The runs in all folders. Raises MoceError if a folder is no run and contains none."""
     if not folders:
-        raise MoceError("no runs given: name run folders, or a folder that holds some")
-    paths: dict[Path, Path] = {}
-    results = None
-    for folder in folders:
-        found = _runs_in(folder)
-        results = results or _read_results(folder / RESULTS)
-        paths.update((path.resolve(), path) for path in found)
+        raise MoceError("no runs given: name run folders, or a folder that contains some")
+    paths = {path.resolve(): path for folder in folders for path in _runs_in(folder)}
     runs = [_read_run(path) for path in paths.values()]
     order = list(TITLES)
     runs.sort(key=lambda run: order.index(run.kind) if run.kind in order else len(order))
-    _name(runs)
-    return Material(runs, results)
+    _set_labels(runs)
+    rows = _merge_rows(runs)
+    return Material(runs, Results(rows) if rows else None)
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -91,76 +92,99 @@ def _runs_in(folder: Path) -> list[Path]:
         return [folder]
     found = sorted(child for child in folder.iterdir() if child.is_dir() and _is_run(child))
     if (folder / "selection.json").is_file():
-        raise MoceError(f"{folder} is an exported backbone; the report shows the run it came from")
+        raise MoceError(f"{folder} is an exported backbone; report the run that it came from")
     if not found:
-        raise MoceError(f"{folder} is not a moce run and holds none")
+        raise MoceError(f"{folder} is not a moce run and contains none")
+    if (folder / RESULTS).is_file():
+        log(f"{folder / RESULTS} is not shown: version 0.1.0 wrote it; evaluate again")
     return found
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / INFO).is_file() or (folder / CONFIG).is_file()
+    return any((folder / name).is_file() for name in (INFO, CONFIG, ROWS))
 
 
 def _read_run(path: Path) -> Run:
     config = read_config(path) if (path / CONFIG).is_file() else {}
-    if not isinstance(config, dict):
-        raise MoceError(f"{path / CONFIG} is damaged: it holds no settings")
-    # Without model.json the run has not ended; its losses can be looked at all the same.
-    info = read_info(path) if (path / INFO).is_file() else {"kind": "unfinished"}
+    rows = _read_rows(path)
+    info = _read_info(path) or {"kind": "evaluation" if rows else "unfinished"}
+    with raise_if_corrupt(path / (INFO if (path / INFO).is_file() else RESULTS)):
+        _check_info(info)
     kind = str(info["kind"])
-    with raise_if_corrupt(path / INFO):
-        _check_info(kind, info)
     if kind == "mae" and config.get("method") == "mae":
         kind = "mae_plus"
-    return Run(path, kind, info, config, [row for row in read_metrics(path) if _is_logged(row)])
+    metrics = [row for row in read_metrics(path) if _is_logged(row)]
+    return Run(path, kind, info, config, metrics, rows)
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    """What model.json holds or, of headroom, results.json; nothing if the run is not finished."""
+    if (path / INFO).is_file():
+        return read_info(path)
+    if not (path / RESULTS).is_file():
+        return {}
+    with raise_if_corrupt(path / RESULTS):
+        content = json.loads((path / RESULTS).read_text(encoding="utf-8"))
+        return {"kind": "headroom", **content} if "groups" in content else {}
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = read_rows(path)
+    with raise_if_corrupt(path / ROWS):
+        if not rows and (path / ROWS).is_file():
+            raise ValueError("it has no complete row")
+        for row in rows:
+            [str(row[name]) for name in ("metric", "labels")]
+            [float(value) for value in row["values"]]
+            choice = row.get("choice") or {}
+            if "votes" in choice:
+                sum(choice["votes"].values()) + sum(choice["cluster_histogram"])
+                [float(choice[name]) for name in ("share", "similarity", "training_similarity")]
+    return rows
 
 
 def _is_logged(row: dict[str, Any]) -> bool:
-    """Whether a line of metrics.jsonl holds the numbers that are drawn."""
+    """Whether the values to draw from a line of metrics.jsonl are numbers."""
     names = ("step", "epoch", "loss", "reconstruction")
     return all(isinstance(row.get(name, 0.0), int | float) for name in names)
 
 
-def _check_info(kind: str, info: dict[str, Any]) -> None:
-    """Raise what `intact` takes for damage if what the sections read is not there."""
+def _check_info(info: dict[str, Any]) -> None:
+    """Raise what `raise_if_corrupt` catches if something that the sections read is missing."""
     for value in info.get("metrics", {}).values():
         if not isinstance(value, int | float):
-            raise TypeError(f"a metric is {value!r}, no number")
+            raise TypeError(f"a metric is {value!r}, not a number")
     if not isinstance(info.get("images", 0), int):
-        raise TypeError(f"images are {info['images']!r}, no number")
-    if kind == "clusters":
+        raise TypeError(f"images are {info['images']!r}, not a number")
+    if info["kind"] == "clusters":
         int(info["clusters"]["num_clusters"])
         dict(info["clusters"]["encoder"]["model_args"])
-    if kind == "moce":
+    if info["kind"] == "moce":
         int(info["routes"])
         list(zip(*info["experts_of_clusters"].values(), strict=True))
         int(info["spec"]["num_clusters"])
         int(info["spec"]["num_experts"])
+    if info["kind"] == "headroom":
+        names = ("images", "error_all", "error_alone", "gain")
+        [float(group[name]) for group in info["groups"] for name in names]
 
 
-def _name(runs: list[Run]) -> None:
-    """Label every run by its method; where several share one, by its folder too."""
+def _set_labels(runs: list[Run]) -> None:
+    """Label every run by its kind, and by its folder if several have that kind."""
     kinds = [run.kind for run in runs]
     for run in runs:
         title = TITLES.get(run.kind, run.kind)
         run.label = title if kinds.count(run.kind) == 1 else f"{title} ({run.name})"
 
 
-def _read_results(path: Path) -> dict[str, Any] | None:
-    """The content of a demo's results.json; None if there is none or it is of another kind."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise MoceError(f"{path} is damaged: {error}") from None
-    if not (isinstance(content, dict) and "rows" in content and "selection" in content):
-        return None
-    with raise_if_corrupt(path):
-        results = Results(content)
-        for task in results.tasks:
-            for protocol, method in results.columns():
-                results.mean(task, protocol, method)
-        for choice in results.selection.values():
-            float(choice["share"])
-    return content
+def _merge_rows(runs: list[Run]) -> list[dict[str, Any]]:
+    """The rows of all runs; the folder tells apart what several runs measured on the same task."""
+    rows, known = [], set()
+    for run in runs:
+        for row in run.rows:
+            key = row["task"], row["protocol"], row["backbone"]
+            if key in known:
+                row = {**row, "backbone": f"{row['backbone']} ({run.name})"}
+            known.add(key)
+            rows.append(row)
+    return rows

@@ -1,4 +1,4 @@
-"""Section 3: the losses of all training runs."""
+"""Section Losses: the loss curves of all training runs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from moce.reporting.elements import Block, Chart, Note, Picture, Section
 from moce.reporting.load import Material, Run
 from moce.reporting.style import METHODS, drawing
 
+UNTRAINED = ("clusters", "headroom", "evaluation")
 DASHES = ("-", "--", ":", "-.")  # for runs of the same method
 
 
 def losses_section(material: Material) -> Section | None:
-    """The section, or None if no run trains anything."""
-    trained = [run for run in material.runs if run.kind != "clusters"]
+    """The section; None without a training run."""
+    trained = [run for run in material.runs if run.kind not in UNTRAINED]
     if not trained:
         return None
     blocks: list[Block] = []
@@ -28,31 +29,26 @@ def losses_section(material: Material) -> Section | None:
     silent = ", ".join(run.name for run in trained if not run.metrics)
     if silent:
         blocks.append(Note(f"Nothing was logged by: {silent}."))
-    lead = (
-        "Lower is better; each point is the mean over the steps since the one before, on images as "
-        "augmented for training."
-    )
+    lead = "Lower is better. Each point is a mean over steps, on augmented training images."
     return Section("losses", "Losses", lead, blocks)
 
 
 def _caption(runs: list[Run]) -> str:
+    text = "Reconstruction error of the removed patches."
     if any(run.kind == "moce" for run in runs):
-        return (
-            "Reconstruction error of the removed patches. Of MoCE only its reconstruction term is "
-            "drawn, without the gates' losses, so that it stands beside MAE+ on the same scale."
-        )
-    return "Reconstruction error of the removed patches."
+        text += " MoCE's is shown without the losses of its gates, to compare with MAE+."
+    return text
 
 
 def curve(run: Run) -> tuple[list[float], list[float]]:
-    """(epochs, losses) as logged; of MoCE the reconstruction term."""
+    """(epochs, losses) as logged; for MoCE the reconstruction term."""
     name = "reconstruction" if any("reconstruction" in row for row in run.metrics) else "loss"
     rows = [row for row in run.metrics if name in row and "epoch" in row]
     return [row["epoch"] for row in rows], [row[name] for row in rows]
 
 
 def first_epoch(run: Run, runs: list[Run], seen: frozenset[Path] = frozenset()) -> float:
-    """Epochs that the weights a run started from had behind them, as far as that run is here."""
+    """Epochs that a run's initial weights were trained for, as far as their run is shown."""
     parent = _parent(run, runs)
     if parent is None or parent.path in seen or not curve(parent)[0]:
         return 0.0
@@ -60,7 +56,7 @@ def first_epoch(run: Run, runs: list[Run], seen: frozenset[Path] = frozenset()) 
 
 
 def _parent(run: Run, runs: list[Run]) -> Run | None:
-    """The run whose weights this one started from: that folder or, if moved, one of its name."""
+    """The run that provided the initial weights: the same folder or, if moved, the same name."""
     origin = run.config.get("mae") or run.config.get("init")
     if origin is None:
         return None
@@ -71,7 +67,7 @@ def _parent(run: Run, runs: list[Run]) -> Run | None:
 
 
 def _reconstruction_figure(runs: list[Run]) -> Picture:
-    """All runs one after the other and, if some continue others, those close up."""
+    """All runs, one after the other, and a close-up of those that continue others."""
     later = [run for run in runs if first_epoch(run, runs) > 0]
     if not later or len(later) == len(runs):
         return _figure(runs, "loss")
@@ -81,16 +77,12 @@ def _reconstruction_figure(runs: list[Run]) -> Picture:
         whole.set_title("From the first step")
         _lines(close, later, runs, "")
         close.set_title("The continuation, close up")
-        whole.legend(loc="upper right")
-        close.legend(loc="upper right")
     return canvas.picture
 
 
 def _figure(runs: list[Run], unit: str) -> Picture:
     with drawing(3.5, _alt(runs)) as canvas:
-        axes = canvas.figure.subplots()
-        _lines(axes, runs, runs, unit)
-        axes.legend(loc="upper right")
+        _lines(canvas.figure.subplots(), runs, runs, unit)
     return canvas.picture
 
 
@@ -113,6 +105,7 @@ def _lines(axes: Any, runs: list[Run], all_runs: list[Run], unit: str) -> None:
         )
     axes.set_xlabel("epochs")
     axes.set_ylabel(unit)
+    axes.legend(loc="upper right")
 
 
 def _alt(runs: list[Run]) -> str:

@@ -1,4 +1,4 @@
-"""The page as a whole: which sections the runs allow, and from sections to HTML."""
+"""The page: which sections the runs allow, and from sections to HTML."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import jinja2
 
 from moce.customization.bank import Bank, load
 from moce.errors import MoceError
-from moce.reporting.clusters import clusters_section
-from moce.reporting.elements import Note, Section
+from moce.reporting.clusters import clusters_section, images_missing
+from moce.reporting.elements import Section
 from moce.reporting.experts import experts_section
+from moce.reporting.headroom import headroom_section
 from moce.reporting.load import Material
 from moce.reporting.losses import losses_section
 from moce.reporting.reconstructions import reconstructions_section
-from moce.reporting.results import Results, results_section
+from moce.reporting.results import results_section
 from moce.reporting.summary import summary_section
 from moce.reporting.tasks import tasks_section
 
@@ -23,14 +24,15 @@ TEMPLATE = "report.html.j2"
 
 def build_sections(material: Material, max_images: int) -> list[Section]:
     """The sections that the runs allow, in reading order."""
-    results = Results(material.results) if material.results is not None else None
-    banks: dict[str, Bank] = {run.label: load(run.path) for run in material.of_kind("moce")}
+    banks = {run.label: load(run.path) for run in material.of_kind("moce")}
+    results = material.results
     sections: list[Section | None] = [summary_section(material)]
     if results is not None:
         sections.append(results_section(results))
     sections.append(losses_section(material))
     for run in material.of_kind("clusters"):
         sections.append(clusters_section(material, run, max_images))
+    sections += [headroom_section(run) for run in material.of_kind("headroom")]
     for run in material.of_kind("moce"):
         sections.append(experts_section(material, run, banks[run.label], max_images))
     sections.append(_reconstructions(material, banks))
@@ -43,9 +45,9 @@ def _reconstructions(material: Material, banks: dict[str, Bank]) -> Section | No
     try:
         return reconstructions_section(material, banks)
     except MoceError as error:
-        note = Note(f"The pictures are left out, because the images are gone: {error}.")
-        lead = "Images, what the models see of them, and what they make of it."
-        return Section("reconstructions", "Reconstructions", lead, [note])
+        lead = "Images, what the models see of them, and what they fill in."
+        blocks = [images_missing(error)]
+        return Section("reconstructions", "Reconstructions", lead, [*blocks])
 
 
 def render(title: str, sections: list[Section]) -> str:

@@ -1,4 +1,4 @@
-"""Section 6: what the models make of images most of which they do not see."""
+"""Section Reconstructions: masked images, and what the models fill in."""
 
 from __future__ import annotations
 
@@ -14,25 +14,22 @@ from moce.data.dataset import ImageDataset
 from moce.data.rng import Stream, keyed_uniform
 from moce.models.encoder import EncoderSpec, input_shape, patchify, put, take
 from moce.models.mae import MAE, patch_statistics, unpatchify
-from moce.reporting.elements import Beside, Comparison, Note, Section
+from moce.reporting.elements import Block, Note, Row, Section, Table
 from moce.reporting.images import Source, domain_of, montage, sample
 from moce.reporting.load import Material, Run
 from moce.weights.from_runs import load_mae
 
-PER_DOMAIN = 4
-WITHOUT_DOMAINS = 8
-HIDDEN = 0.82  # gray of a removed patch, 0..1
+PER_DOMAIN, WITHOUT_DOMAINS = 4, 8  # images
+COLUMNS = 2  # images beside each other
+GRAY = 0.82  # of a removed patch, 0..1
 
+# From normalized images, mask noise and the stored images to prediction and removed patches.
 Predict = Callable[[Tensor, Tensor, ImageDataset], tuple[Tensor, Tensor]]
 
 
 @dataclass
-class Painter:
-    """A model that fills in removed patches.
-
-    predict: normalized images, mask noise and the same images as they are stored, to prediction
-    and removed as in `Reconstruction`.
-    """
+class Model:
+    """A model that reconstructs. predict: prediction and removed, as in `Reconstruction`."""
 
     label: str
     mae: MAE
@@ -41,48 +38,46 @@ class Painter:
 
     @property
     def geometry(self) -> tuple[object, ...]:
-        """Painters with the same one take the same images with the same mask."""
+        """Models with the same geometry take the same images under the same mask."""
         return input_shape(self.mae.encoder), self.mae.patch_size, self.mae.mask_ratio
 
 
 def reconstructions_section(material: Material, banks: dict[str, Bank]) -> Section | None:
-    """The section, or None if no run reconstructs. banks: of the MoCE runs, by label.
+    """The section; None if no run reconstructs. banks: of the MoCE runs, by label.
 
-    Raises MoceError if the images cannot be loaded any more.
+    Raises MoceError if the images no longer exist.
     """
     runs = [run for run in material.runs if run.is_mae or run.kind == "moce"]
     if not runs:
         return None
-    painters = [_painter(run, banks) for run in runs]
-    # The one trained last decides on image size and mask; others that differ are left out.
-    fitting = [painter for painter in painters if painter.geometry == painters[-1].geometry]
-    section = Section("reconstructions", "Reconstructions", _lead(fitting))
+    models = [_load(run, banks) for run in runs]
+    # The last run decides on image size and mask; models that differ are left out.
+    shown = [model for model in models if model.geometry == models[-1].geometry]
     source = material.source(str(runs[-1].config.get("data")))
-    items = [_comparison(name, ids, source, fitting) for name, ids in _groups(source)]
-    section.blocks.append(Beside(items))
-    odd = ", ".join(painter.label for painter in painters if painter not in fitting)
-    if odd:
-        section.blocks.append(Note(f"Left out, for another image size or mask: {odd}."))
-    return section
+    rows = [_row(name, ids, source, shown) for name, ids in _groups(source)]
+    columns = ["", "Input", "Masked", *(model.label for model in shown)]
+    blocks: list[Block] = [Table("", columns, rows, numbers=False)]
+    others = ", ".join(model.label for model in models if model not in shown)
+    if others:
+        blocks.append(Note(f"Left out because of another image size or mask: {others}."))
+    return Section("reconstructions", "Reconstructions", _lead(shown), blocks)
 
 
-def _lead(painters: list[Painter]) -> str:
+def _lead(models: list[Model]) -> str:
     text = (
-        "The models see the visible patches only; each picture is the prediction for the removed "
-        "patches with the visible ones pasted in. MoCE's go through the experts of the image's "
-        "cluster."
+        "The models see the visible patches only. Each picture is the prediction for the removed "
+        "patches, with the visible ones pasted in; MoCE uses the experts of the image's cluster."
     )
-    if any(painter.mae.norm_pix for painter in painters):
+    if any(model.mae.norm_pix for model in models):
         text += (
-            " They predict pixels normalized per patch, which is undone here with the true patch's "
-            "mean and deviation: brightness and contrast of a patch are given, its drawing is not. "
-            "An unsure prediction on a gray image comes out tinted, because all there is to predict "
-            "of its flat patches is the offset between the channels."
+            " Predictions are normalized per patch and scaled back with the true patch's mean and "
+            "deviation, so brightness and contrast of a patch are given. Uncertain predictions on "
+            "gray images look tinted: in flat patches only the channels' offset is left to predict."
         )
     return text
 
 
-def _painter(run: Run, banks: dict[str, Bank]) -> Painter:
+def _load(run: Run, banks: dict[str, Bank]) -> Model:
     if run.kind == "moce":
         bank = banks[run.label]
 
@@ -90,7 +85,7 @@ def _painter(run: Run, banks: dict[str, Bank]) -> Painter:
             output = bank.model(images, noise, bank.assign(stored)[0])
             return output.prediction, output.removed
 
-        return Painter(run.label, bank.model.mae, bank.encoder_spec, routed)
+        return Model(run.label, bank.model.mae, bank.encoder_spec, routed)
     spec, mae = load_mae(run.path)
     mae.eval()
 
@@ -98,7 +93,7 @@ def _painter(run: Run, banks: dict[str, Bank]) -> Painter:
         output = mae(images, noise)
         return output.prediction, output.removed
 
-    return Painter(run.label, mae, spec.encoder, dense)
+    return Model(run.label, mae, spec.encoder, dense)
 
 
 def _groups(source: Source) -> list[tuple[str, list[str]]]:
@@ -110,28 +105,24 @@ def _groups(source: Source) -> list[tuple[str, list[str]]]:
 
 
 @torch.no_grad()
-def _comparison(name: str, ids: list[str], source: Source, painters: list[Painter]) -> Comparison:
-    mae = painters[0].mae
+def _row(name: str, ids: list[str], source: Source, models: list[Model]) -> Row:
+    """Images of a domain: as they are, masked, and reconstructed by each model."""
+    mae = models[0].mae
     stored = source.load(ids, input_shape(mae.encoder))
     pixels, rows = stored.take(slice(None)), torch.arange(len(stored))
     patches = mae.encoder.patch_embed.num_patches
     noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(rows), rows, patches)
-    columns, shown = ["Input"], [pixels]
-    for painter in painters:
-        spec = painter.spec
-        images = normalize(pixels, spec.mean, spec.std)
-        prediction, removed = painter.predict(images, noise, stored)
-        if len(columns) == 1:
-            columns.append("Masked")
-            shown.append(hide(pixels.float() / 255, removed, mae.patch_size))
-        painted = paste(prediction, removed, images, mae.patch_size, painter.mae.norm_pix)
-        columns.append(painter.label)
-        shown.append(_to_bytes(denormalize(painted, spec.mean, spec.std)))
-    pictures = [
-        montage(pixels, 1, f"{column}: {len(pixels)} images{' of ' + name if name else ''}")
-        for column, pixels in zip(columns, shown, strict=True)
-    ]
-    return Comparison(name, columns, pictures)
+    shown = {"Input": pixels}
+    for model in models:
+        mean, std = model.spec.mean, model.spec.std
+        images = normalize(pixels, mean, std)
+        prediction, removed = model.predict(images, noise, stored)
+        shown.setdefault("Masked", hide(pixels.float() / 255, removed, mae.patch_size))
+        painted = paste(prediction, removed, images, mae.patch_size, model.mae.norm_pix)
+        shown[model.label] = _to_bytes(denormalize(painted, mean, std))
+    of = f" of {name}" if name else ""
+    pictures = [montage(p, COLUMNS, f"{what}: {len(p)} images{of}") for what, p in shown.items()]
+    return [name, *pictures]
 
 
 def paste(
@@ -153,7 +144,7 @@ def paste(
 def hide(images: Tensor, removed: Tensor, patch: tuple[int, int]) -> Tensor:
     """Images 0..1 [b, c, h, w] with removed patches gray, as uint8."""
     patches = patchify(images, patch)
-    gray = torch.full_like(take(patches, removed), HIDDEN)
+    gray = torch.full_like(take(patches, removed), GRAY)
     hidden = put(patches, removed, gray)
     return _to_bytes(unpatchify(hidden, patch, (images.shape[2], images.shape[3])))
 

@@ -1,136 +1,153 @@
-"""Results of a comparison, as results.json holds them, ready to be looked up and averaged."""
+"""Tables of results: tasks by backbones, in %, mean ± standard deviation over draws of labels."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-PROTOCOLS = {
-    "linear_probe": ("Linear probe", ("mae", "mae_plus", "moce", "random_route", "oracle")),
-    "finetune": ("Fine-tuned", ("mae", "mae_plus", "moce")),
-}
+CONTROLS = ("random", "oracle")  # selections that show what a choice is worth
+LEADING = 3  # columns before the backbones: task, labels, metric
 
 
 class Results:
-    """results.json by task, protocol and method. Accuracies are 0..1."""
+    """Rows of rows.jsonl by task, protocol and backbone. Values are 0..1."""
 
-    def __init__(self, content: dict[str, Any]) -> None:
-        self.selection: dict[str, dict[str, Any]] = content["selection"]
-        self.seconds: dict[str, float] = content.get("seconds", {})
-        self._values = {
-            (row["task"], row["protocol"], row["method"]): row["values"] for row in content["rows"]
-        }
-        self.tasks = list(dict.fromkeys(row["task"] for row in content["rows"]))
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = {(row["task"], row["protocol"], row["backbone"]): row for row in rows}
+        self.tasks = _distinct(rows, "task")
+        self.protocols = _distinct(rows, "protocol")
 
-    def columns(self) -> list[tuple[str, str]]:
-        """The (protocol, method) pairs that have results, in the page's order."""
-        present = {key[1:] for key in self._values}
-        pairs = [(name, method) for name, (_, methods) in PROTOCOLS.items() for method in methods]
-        return [pair for pair in pairs if pair in present]
+    def of_protocol(self, protocol: str) -> list[dict[str, Any]]:
+        return [row for row in self._rows.values() if row["protocol"] == protocol]
 
-    def values(self, task: str, protocol: str, method: str) -> list[float]:
-        """One accuracy per draw of labels; none if it was not measured."""
-        return self._values.get((task, protocol, method), [])
+    def of_task(self, task: str) -> list[dict[str, Any]]:
+        return [row for row in self._rows.values() if row["task"] == task]
 
-    def mean(self, task: str, protocol: str, method: str) -> float | None:
-        values = self.values(task, protocol, method)
+    def backbones(self, protocol: str) -> list[str]:
+        return _distinct(self.of_protocol(protocol), "backbone")
+
+    def row(self, task: str, protocol: str, backbone: str) -> dict[str, Any] | None:
+        return self._rows.get((task, protocol, backbone))
+
+    def values(self, task: str, protocol: str, backbone: str) -> list[float]:
+        """One value per draw of labels; empty if it was not measured."""
+        row = self.row(task, protocol, backbone)
+        return row["values"] if row else []
+
+    def mean(self, task: str, protocol: str, backbone: str) -> float | None:
+        values = self.values(task, protocol, backbone)
         return float(np.mean(values)) if values else None
 
-    def average(self, protocol: str, method: str) -> float | None:
-        """Mean over the tasks; None unless all have a result."""
-        means = [self.mean(task, protocol, method) for task in self.tasks]
-        known = [mean for mean in means if mean is not None]
-        return float(np.mean(known)) if known and len(known) == len(means) else None
+    def average(self, protocol: str, backbone: str) -> float | None:
+        """Mean over the protocol's tasks; None unless all of them have a result."""
+        tasks = _distinct(self.of_protocol(protocol), "task")
+        return _mean_of_all([self.mean(task, protocol, backbone) for task in tasks])
 
-    def regret(self, task: str) -> float | None:
-        """Mean probe accuracy of the oracle less that of MoCE's selection."""
-        oracle, chosen = (self.mean(task, "linear_probe", m) for m in ("oracle", "moce"))
-        return None if oracle is None or chosen is None else oracle - chosen
+    def choice(self, task: str, protocol: str | None = None) -> dict[str, Any] | None:
+        """What the first MoCE run with a strategy selected for a task."""
+        row = self._chosen(task, protocol)
+        return row["choice"] if row else None
+
+    def regret(self, task: str, protocol: str) -> float | None:
+        """The oracle's mean minus that of the selection of the same MoCE run."""
+        chosen = self._chosen(task, protocol)
+        for row in self.of_protocol(protocol) if chosen else []:
+            alike = (row["task"], row["reference"]) == (task, chosen["reference"])
+            if alike and row["selection"] == "oracle":
+                return float(np.mean(row["values"])) - float(np.mean(chosen["values"]))
+        return None
+
+    def average_regret(self, protocol: str) -> float | None:
+        """Mean over the protocol's tasks; None unless all of them have an oracle."""
+        tasks = _distinct(self.of_protocol(protocol), "task")
+        return _mean_of_all([self.regret(task, protocol) for task in tasks])
+
+    def _chosen(self, task: str, protocol: str | None) -> Any:
+        for row in self._rows.values():
+            fits = row["task"] == task and protocol in (None, row["protocol"])
+            if fits and "votes" in (row.get("choice") or {}):
+                return row
+        return None
 
 
-def suite_table(rows: list[dict[str, Any]]) -> str:
-    """Rows of `moce evaluate` as Markdown: tasks by backbones, the metric in %, mean ± std over draws.
+def _distinct(rows: list[dict[str, Any]], name: str) -> list[str]:
+    return list(dict.fromkeys(row[name] for row in rows))
 
-    One table per protocol; its last row is the mean over the tasks, where a backbone has them all.
+
+def _mean_of_all(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
+def results_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, one table per protocol; the last row is the mean over tasks of complete columns."""
+    results = Results(rows)
+    tables = [protocol_table(results, protocol) for protocol in results.protocols]
+    return "\n\n".join(markdown(*table) for table in tables)
+
+
+def protocol_table(results: Results, protocol: str) -> tuple[list[str], list[list[str]]]:
+    """The columns and rows of one protocol; the last row holds the means over tasks.
+
+    Columns: task, labels, metric, a backbone each and, of MoCE runs, regret in points and the
+    strategy with the vote share of the route that won.
     """
-    return "\n\n".join(
-        _protocol_table(protocol, [row for row in rows if row["protocol"] == protocol])
-        for protocol in dict.fromkeys(row["protocol"] for row in rows)
-    )
+    rows, backbones = results.of_protocol(protocol), results.backbones(protocol)
+    lines = []
+    for task in _distinct(rows, "task"):
+        first = next(row for row in rows if row["task"] == task)
+        cells = [percent_cell(results.values(task, protocol, name)) for name in backbones]
+        lines.append([task, str(first["labels"]), first["metric"], *cells])
+    averages = [results.average(protocol, name) for name in backbones]
+    lines.append(["mean", "", "", *("" if a is None else percent_cell([a]) for a in averages)])
+    columns = [protocol, "labels", "metric", *backbones]
+    tasks = [line[0] for line in lines[:-1]]
+    regrets = [results.regret(task, protocol) for task in tasks]
+    if any(regret is not None for regret in regrets):
+        columns.append("regret")
+        _append(lines, [_points(r) for r in [*regrets, results.average_regret(protocol)]])
+    choices = [results.choice(task, protocol) for task in tasks]
+    if any(choices):
+        columns.append("strategy, vote")
+        _append(lines, [*(choice_cell(choice) for choice in choices), ""])
+    return columns, lines
 
 
-def _protocol_table(protocol: str, rows: list[dict[str, Any]]) -> str:
-    cells = {(row["task"], row["backbone"]): row for row in rows}
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    backbones = list(dict.fromkeys(row["backbone"] for row in rows))
-    lines = [
-        f"| {protocol} | labels | metric | " + " | ".join(backbones) + " |",
-        "|---|--:|---|" + "--:|" * len(backbones),
-    ]
-    for task in tasks:
-        of_task = [cells.get((task, backbone)) for backbone in backbones]
-        one = next(row for row in of_task if row)
-        shown = [_percent_cell(row["values"]) if row else "" for row in of_task]
-        lines.append(f"| {task} | {one['labels']} | {one['metric']} | " + " | ".join(shown) + " |")
-    means = [
-        [float(np.mean(cells[task, backbone]["values"])) for task in tasks]
-        if all((task, backbone) in cells for task in tasks)
-        else []
-        for backbone in backbones
-    ]
-    shown = [f"**{100 * np.mean(values):.1f}**" if values else "" for values in means]
-    lines.append("| **mean** | | | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+def _append(lines: list[list[str]], cells: list[str]) -> None:
+    for line, cell in zip(lines, cells, strict=True):
+        line.append(cell)
 
 
-def _percent_cell(values: list[float]) -> str:
+def percent_cell(values: list[float]) -> str:
+    """Mean ± standard deviation in %; no deviation of a single value."""
+    if not values:
+        return ""
     mean = f"{100 * np.mean(values):.1f}"
     return mean if len(values) < 2 else f"{mean} ± {100 * np.std(values):.1f}"
 
 
-PROBED = {"MAE": "mae", "MAE+": "mae_plus", "MoCE": "moce"} | {
-    "random": "random_route",
-    "oracle": "oracle",
-}
-TUNED = {"| MAE+": "mae_plus", "MoCE": "moce"}
-WIDTH = 118
+def choice_cell(choice: dict[str, Any] | None) -> str:
+    return f"{choice['strategy']}, {choice['share']:.0%}" if choice else ""
 
 
-def results_table(content: dict[str, Any]) -> str:
-    """A demo's results: accuracy in % (mean ± std over draws), vote share, regret in points."""
-    results = Results(content)
-    table = Table(box=SIMPLE_HEAD, title="accuracy in %, linear probe | fine-tuned")
-    table.add_column("task")
-    for title in ("strategy, vote", *PROBED, "regret", *TUNED):
-        table.add_column(title, justify="right")
-    for task, choice in results.selection.items():
-        probed = [_cell(results.values(task, "linear_probe", m)) for m in PROBED.values()]
-        tuned = [_cell(results.values(task, "finetune", m)) for m in TUNED.values()]
-        choice_cell = f"{choice['strategy']}, {choice['share']:.0%}"
-        table.add_row(task, choice_cell, *probed, _points(results.regret(task)), *tuned)
-    table.add_section()
-    regrets = [regret for task in results.tasks if (regret := results.regret(task)) is not None]
-    probed = [_percent(results.average("linear_probe", m)) for m in PROBED.values()]
-    tuned = [_percent(results.average("finetune", m)) for m in TUNED.values()]
-    table.add_row("mean", "", *probed, _points(float(np.mean(regrets))), *tuned)
-    console = Console(width=WIDTH, no_color=True)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+def _points(difference: float | None) -> str:
+    return "" if difference is None else f"{100 * difference:+.1f}"
 
 
-def _cell(values: list[float]) -> str:
-    mean = _percent(float(np.mean(values))) if values else "-"
-    return mean if len(values) < 2 else f"{mean} ± {100 * np.std(values):.1f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _points(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+.1f}"
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns, its last row in bold; numbers are set to the right."""
+    rows = [*rows[:-1], [f"**{cell}**" if cell else "" for cell in rows[-1]]]
+    left = [number in (0, LEADING - 1) for number in range(len(columns))]
+    widths = [max(3, *(len(line[n]) for line in [columns, *rows])) for n in range(len(columns))]
+    rule = [
+        "-" * w if is_left else f"{'-' * (w - 1)}:" for w, is_left in zip(widths, left, strict=True)
+    ]
+    lines = [
+        [
+            cell.ljust(width) if is_left else cell.rjust(width)
+            for cell, width, is_left in zip(line, widths, left, strict=True)
+        ]
+        for line in [columns, rule, *rows]
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""How charts look: colors that color-blind readers can tell apart, one look for all figures."""
+"""How figures look: one style, and colors that color-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moce.reporting.elements import Chip, Picture
 from moce.reporting.images import data_uri
 
 WIDTH = 9.4  # inches of a figure over the full column
-LARGEST_SVG = 150_000  # bytes; a chart of more marks is smaller as pixels
+LARGEST_SVG = 150_000  # bytes; larger charts are inlined as PNG
 INK, SOFT, RULE = "#24262b", "#6b717c", "#dfe2e6"
 
 
@@ -27,7 +27,7 @@ class Look:
     marker: str
 
 
-# Okabe and Ito's palette: one color and one marker per method, all over the page.
+# Okabe and Ito's palette: one color and one marker per method on the whole page.
 METHODS = {
     "mae": Look("MAE", "#7d8591", "o"),
     "mae_plus": Look("MAE+", "#0072b2", "s"),
@@ -37,32 +37,17 @@ METHODS = {
     "unfinished": Look("unfinished", "#b59b00", "v"),
     "classifier": Look("fine-tuned", "#5d4a8a", "P"),
 }
-# Paul Tol's "muted" for experts, his "light" for routes: neither looks like a method.
+# Paul Tol's "muted" for experts, his "light" for routes and other backbones: unlike any method.
 EXPERTS = (
-    "#332288",
-    "#44aa99",
-    "#cc6677",
-    "#ddcc77",
-    "#88ccee",
-    "#117733",
-    "#882255",
-    "#999933",
-    "#aa4499",
-)
+    "#332288", "#44aa99", "#cc6677", "#ddcc77", "#88ccee", "#117733", "#882255", "#999933", "#aa4499",
+)  # fmt: skip
 ROUTES = (
-    "#77aadd",
-    "#ee8866",
-    "#bbcc33",
-    "#ffaabb",
-    "#44bb99",
-    "#eedd88",
-    "#aaaa00",
-    "#99ddff",
-)
+    "#77aadd", "#ee8866", "#bbcc33", "#ffaabb", "#44bb99", "#eedd88", "#aaaa00", "#99ddff",
+)  # fmt: skip
 OTHER = "#c9cdd3"
 
 _STYLE: Any = {
-    "text.parse_math": False,  # $ in a folder's name is no formula
+    "text.parse_math": False,  # a $ in a folder name is not a formula
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
     "font.size": 10,
@@ -92,26 +77,21 @@ _STYLE: Any = {
 }
 
 
-@dataclass
 class Canvas:
-    """A figure while it is drawn; `picture` once it is done."""
+    """A figure to draw on; `picture` is set when the drawing is done."""
 
-    figure: Figure
-    _picture: Picture | None = None
-
-    @property
-    def picture(self) -> Picture:
-        assert self._picture is not None, "still being drawn"
-        return self._picture
+    def __init__(self, width: float, height: float) -> None:
+        self.figure = Figure(figsize=(width, height), layout="constrained")
+        self.picture: Picture
 
 
 @contextmanager
 def drawing(height: float, alt: str, width: float = WIDTH) -> Iterator[Canvas]:
-    """A figure of `width` x `height` inches in the page's style, turned into a picture at the end."""
+    """A figure of `width` x `height` inches in the page's style, which becomes a picture at the end."""
     with matplotlib.rc_context(_STYLE):
-        canvas = Canvas(Figure(figsize=(width, height), layout="constrained"))
+        canvas = Canvas(width, height)
         yield canvas
-        canvas._picture = _inline(canvas.figure, alt)
+        canvas.picture = _inline(canvas.figure, alt)
 
 
 def _inline(figure: Figure, alt: str) -> Picture:
@@ -125,8 +105,17 @@ def _inline(figure: Figure, alt: str) -> Picture:
     return Picture(data_uri("image/png", png.getvalue()), width, height, alt)
 
 
+def look_of(row: dict[str, Any], number: int) -> Look:
+    """The look of a row's backbone, by its method or else by its number in the table."""
+    known = {"random": "random_route"}.get(row["selection"], row["selection"])
+    for name in (known, row["backbone"]):
+        if name in METHODS:
+            return METHODS[name]
+    return Look(row["backbone"], ROUTES[number % len(ROUTES)], "osDv^P"[number % 6])
+
+
 def expert_color(expert: int, num_experts: int) -> str:
-    """The color of an expert; more experts than the palette has take theirs from a color map."""
+    """The color of an expert, from a color map if there are more experts than the palette has."""
     if num_experts <= len(EXPERTS):
         return EXPERTS[expert]
     return to_hex(matplotlib.colormaps["turbo"](0.05 + 0.9 * expert / (num_experts - 1)))
@@ -139,7 +128,7 @@ def expert_chip(expert: int, num_experts: int) -> Chip:
 
 
 def readable_on(color: str) -> str:
-    """Dark or white ink, whichever reads better on a color."""
+    """The ink, dark or white, that is easier to read on a color."""
     red, green, blue = to_rgb(color)
     return INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.55 else "#ffffff"
 
@@ -154,15 +143,3 @@ def faded(color: str, strength: float) -> tuple[float, float, float]:
     """A color mixed with white: 1 is the color, 0 is white."""
     red, green, blue = (1 - strength * (1 - part) for part in to_rgb(color))
     return red, green, blue
-
-
-def legend_above(axes: Any, columns: int) -> None:
-    """A legend over the plot, from the left, where it hides nothing."""
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=columns,
-        handletextpad=0.5,
-        columnspacing=1.4,
-        borderaxespad=0.2,
-    )

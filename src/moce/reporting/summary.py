@@ -1,20 +1,15 @@
-"""Section 1: which runs these are, how they were made, what they reached."""
+"""Section Summary: the runs, their settings and their key metrics."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from moce.reporting.elements import Block, Cell, Section, Table, Tiles
+from moce.reporting.elements import Block, Cell, Row, Section, Table, Tiles
 from moce.reporting.load import TITLES, Material, Run
-from moce.reporting.results import Results
+from moce.reporting.results import PROTOCOLS
+from moce.reporting.style import METHODS
 
 NAMES = {
-    "loss": "loss",
-    "reconstruction": "reconstruction",
-    "balance": "balance",
-    "imbalance": "imbalance",
-    "accuracy": "accuracy",
-    "iterations": "iterations",
     "rounds": "iterations",  # moce 0.1.0
     "smallest": "smallest cluster",
     "largest": "largest cluster",
@@ -28,29 +23,30 @@ def summary_section(material: Material) -> Section:
     if tiles:
         blocks.append(Tiles(tiles))
     blocks += [_runs_table(material.runs), _settings_table(material.runs)]
-    lead = (
-        "One row per run, in the order in which the stages feed each other; open the settings to "
-        "see how each was made."
-    )
+    lead = "One row per run, in the order of the pipeline; the settings can be opened below."
     return Section("summary", "Summary", lead, blocks)
 
 
 def _tiles(material: Material) -> list[tuple[str, str]]:
     """The numbers a reader looks for first."""
     tiles = []
-    if material.results is not None:
-        results = Results(material.results)
+    results = material.results
+    if results is not None:
+        protocol = results.protocols[0]
         for method in ("mae", "mae_plus", "moce"):
-            mean = results.average("linear_probe", method)
+            mean = results.average(protocol, method)
             if mean is not None:
-                tiles.append((f"{100 * mean:.1f} %", f"{TITLES[method]}, mean linear probe"))
+                what = f"{METHODS[method].title}, mean, {PROTOCOLS.get(protocol, protocol).lower()}"
+                tiles.append((f"{100 * mean:.1f} %", what))
     for run in material.runs:
         metrics = run.info.get("metrics", {})
         if run.kind == "clusters":
             tiles.append((str(run.info["clusters"]["num_clusters"]), "clusters"))
         elif run.kind == "moce":
             tiles.append((str(run.info["routes"]), "routes through the experts"))
-        elif material.results is None and "loss" in metrics:
+        elif run.kind == "headroom":
+            tiles.append((f"{100 * run.info['gain']:+.1f} %", "headroom for experts"))
+        elif results is None and "loss" in metrics:
             tiles.append((f"{metrics['loss']:.3f}", f"loss of {run.label}"))
     return tiles[:6]
 
@@ -60,12 +56,12 @@ def _runs_table(runs: list[Run]) -> Table:
     return Table("", columns, [_run_row(run) for run in runs], numbers=False)
 
 
-def _run_row(run: Run) -> list[Cell | str]:
+def _run_row(run: Run) -> Row:
     metrics = run.info.get("metrics", {})
     return [
         Cell(run.name, str(run.path)),
         TITLES.get(run.kind, run.kind),
-        str(run.config.get("data", "")),
+        str(run.config.get("data", run.config.get("suite", ""))),
         f"{run.info['images']:,}" if "images" in run.info else "",
         ", ".join(f"{NAMES.get(name, name)} {_number(value)}" for name, value in metrics.items()),
         run.info.get("git_revision") or "",
@@ -77,7 +73,7 @@ def _number(value: Any) -> str:
 
 
 def _settings_table(runs: list[Run]) -> Table:
-    """One row per setting and version that any run has, one column per run."""
+    """One row per setting or version, one column per run."""
     shown = [
         {
             **{name: _setting(value) for name, value in run.config.items()},
