@@ -26,6 +26,7 @@ from experiments.mix32.build import (
     task_rows,
 )
 from experiments.mix32.collect import merge, read_rows
+from experiments.mix32.domains import FAMILIES
 from experiments.mix32.foreign import patch
 from experiments.mix32.parts import FOREIGN, PICKED_BY, TASKS_OF
 from experiments.mix32.scripts import SCRIPTS, Script, character_image
@@ -127,10 +128,12 @@ def test_characters_have_ink() -> None:
     assert paper.shape == (32, 32, 3)
 
 
-def test_typefaces_of_training_and_test_are_apart() -> None:
+def test_typefaces_of_training_test_and_pool_are_apart() -> None:
     of_tasks = [family for s in SCRIPTS.values() for family in s.train + s.test]
+    of_pools = {family for families in FAMILIES.values() for family in families}
     assert len(set(of_tasks)) == len(of_tasks)
-    assert set(packages()) == set(of_tasks)
+    assert not of_pools & set(of_tasks)
+    assert set(packages()) == of_pools | set(of_tasks)
     assert all(len(set(s.characters)) == len(s.characters) <= 40 for s in SCRIPTS.values())
 
 

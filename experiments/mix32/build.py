@@ -37,6 +37,7 @@ from tools.image_sources import (
     require,
 )
 
+from experiments.mix32.domains import flags, printed, silk
 from experiments.mix32.foreign import CREATURES, ICON_CATEGORIES, TEXTURES, icons, sprites, textures
 from experiments.mix32.scripts import SCRIPTS, script_pool
 from experiments.mix32.synthetic import colored, rendered_letters
@@ -47,6 +48,16 @@ MOST_TRAIN, MOST_TEST = 1000, 2000  # images of a task
 POOLS = {
     "cpu": {"cifar10": 10_000, "fashion_mnist": 6_000, "mnist": 6_000, "noto_emoji": 1_800},
     "gpu": {"cifar10": 50_000, "fashion_mnist": 50_000, "mnist": 50_000, "noto_emoji": 1_800},
+    # As cpu, with three further domains: more competition for the same capacity.
+    "wide": {
+        "cifar10": 10_000,
+        "fashion_mnist": 6_000,
+        "mnist": 6_000,
+        "noto_emoji": 1_800,
+        "printed": 6_000,
+        "flags": 1_500,
+        "silk": 1_000,
+    },
 }
 GLYPHS = ("fashion_mnist", "mnist", "noto_emoji")
 SHOES = ("sandal", "sneaker", "ankle boot")
@@ -92,6 +103,9 @@ SEEDED = {
     "icons": icons,
     "sprites": sprites,
     "textures": textures,
+    "printed": printed,
+    "flags": flags,
+    "silk": silk,
 }
 
 
