@@ -53,7 +53,7 @@ def test_a_failed_replacement_leaves_the_old_run(runs, tmp_path: Path, capsys) -
 def test_the_report_does_not_replace_weights(runs, tmp_path: Path, capsys) -> None:
     run = copy_run(runs.mae, tmp_path / "run")
     before = (run / "model.safetensors").read_bytes()
-    assert "no HTML page" in refused(capsys, "report", run, "--out", run / "model.safetensors")
+    assert "not an HTML page" in refused(capsys, "report", run, "--out", run / "model.safetensors")
     assert (run / "model.safetensors").read_bytes() == before
 
 

@@ -203,7 +203,7 @@ KINDS: dict[str, Case] = {
         lambda w: w.evaluate(backbones=f"a={w.runs.clusters}"), "kind 'clusters'"),
     "evaluate nothing": (lambda w: w.evaluate(backbones="a=no/where"), "no backbone at no/where"),
     "report a backbone": (lambda w: w.report(w.runs.backbone), "exported backbone"),
-    "report images": (lambda w: w.report(w.runs.data), "is not a moce run and holds none"),
+    "report images": (lambda w: w.report(w.runs.data), "is not a moce run and contains none"),
     "report nothing": (lambda w: w.report("/no/run"), "no such folder: /no/run"),
     "train on a file's clusters": (
         lambda w: w.train(clusters=w.file("a", "x")), "is not a moce run"),
@@ -219,7 +219,7 @@ KINDS: dict[str, Case] = {
             *("cluster", w.runs.data, "--mae", w.runs.mae, "--resume"),
             *("--out", copy_run(w.runs.mae, w.folder / "run"))], "resume"),
     "backbones of one name": (
-        lambda w: w.evaluate(backbones=f"a={w.runs.mae},a={w.runs.backbone}"), "one name"),
+        lambda w: w.evaluate(backbones=f"a={w.runs.mae},a={w.runs.backbone}"), "the same name"),
     "a backbone without a name": (lambda w: w.evaluate(backbones=str(w.runs.mae)), "NAME=PATH"),
     "data named twice": (lambda w: w.pretrain(f"{w.runs.data},{w.runs.data}"), "named 2 times"),
     "protocols of no kind": (lambda w: w.evaluate("--protocols", "linear,svm"), "protocols"),
@@ -233,7 +233,7 @@ OUTPUTS: dict[str, Case] = {
     "report under a file": (
         lambda w: ["report", w.runs.mae, "--out", w.file("a", "x") / "r.html"], "cannot make"),
     "report over weights": (
-        lambda w: ["report", w.runs.mae, "--out", w.file("a.pt", "x")], "no HTML page"),
+        lambda w: ["report", w.runs.mae, "--out", w.file("a.pt", "x")], "not an HTML page"),
     "pack under a file": (lambda w: [*w.pack(), "--out", w.file("a", "x") / "b.moce"], "a"),
     "customize under a file": (
         lambda w: [*w.customize(), "--out", w.file("a", "x") / "b"], "cannot make"),

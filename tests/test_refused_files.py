@@ -283,7 +283,7 @@ IMAGES: dict[str, Case] = {
         lambda w: w.pretrain(w.file("a.tar", _huge_member())), "ends within the image"),
     "shards of unending numbers": (
         lambda w: w.pretrain(f"a-{{0..{'9' * 5000}}}.tar"), "no such images"),
-    "a file in the place of an array": (lambda w: w.pretrain(_zip(w)), "images is no array"),
+    "a file in the place of an array": (lambda w: w.pretrain(_zip(w)), "images is not an array"),
     "no such shard": (lambda w: w.pretrain(w.folder / "a-{0..3}.tar"), "a-0.tar"),
     "a billion shards": (lambda w: w.pretrain("a-{0..999999999}.tar"), "stands for more than"),
     "a list of nothing": (lambda w: w.pretrain(f"@{w.file('l.txt', '')}"), "names no images"),

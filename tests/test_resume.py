@@ -84,7 +84,7 @@ def test_a_checkpoint_gives_back_all_it_was_given(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, given, model, optimizer)
     found = load_checkpoint(tmp_path, model, optimizer)
     assert found is not None and found.step == 7
-    assert found.window == given.window and found.memory["routes"].tolist() == [0, 1, 2, 3]
+    assert found.window == given.window and found.diagnostics["routes"].tolist() == [0, 1, 2, 3]
 
 
 def test_logs_past_the_checkpoint_are_cut(runs: Runs, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from moce.commands import probe as probe_command
 from moce.config import FinetuneSettings
 from moce.data.loader import Batch
 from moce.errors import MoceError
-from moce.evaluation.finetune import finetune_objective
+from moce.evaluation.finetune import FinetuneObjective
 from moce.evaluation.results import read_rows
 from moce.evaluation.task import load_task
 from moce.training.trainer import Step
@@ -42,10 +42,12 @@ def test_several_labels_are_fine_tuned_by_binary_cross_entropy(several, runs) ->
     nn.init.zeros_(vit.head.weight)
     values = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
     settings = FinetuneSettings(backbone="b", data="d", out=Path("o"), **values)
-    stage = finetune_objective(vit, tiny_encoder(), several.train, several.train_labels, settings)
+    objective = FinetuneObjective(
+        vit, tiny_encoder(), several.train, several.train_labels, settings
+    )
     rows = torch.arange(8)
     batch = Batch(rows, torch.zeros(8, dtype=torch.int64), several.train.pixels[rows])
-    loss = stage.loss(vit, batch, Step(0, rows))["loss"]
+    loss = objective.loss(vit, batch, Step(0, rows))["loss"]
     assert loss.item() == pytest.approx(np.log(2), abs=1e-5)  # every answer at even odds
 
 
