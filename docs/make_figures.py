@@ -26,6 +26,7 @@ from moce.reporting.images import tiled
 from moce.reporting.reconstructions import hide, paste
 from moce.reporting.results_table import Results, results_table
 from moce.reporting.style import INK, SOFT, expert_color, faded
+from moce.reporting.tasks import choices_of, draw_votes
 from moce.runs.assignments import read_assignments
 from moce.runs.model import read_config, read_info
 from moce.weights.from_runs import load_mae
@@ -127,24 +128,11 @@ def draw_map(axes: Axes, bank: Bank, index: int) -> None:
 
 def draw_tasks(axes: Axes, results: Results) -> None:
     """The votes of every task's images among routes: the task's own dense ViT takes the winner."""
-    choices = {task: choice for task in results.tasks if (choice := results.choice(task))}
-    routes = sorted({route for choice in choices.values() for route in choice["votes"]})
-    for place, choice in enumerate(choices.values()):
-        votes = choice["votes"]
-        left, total = 0.0, sum(votes.values())
-        for number, (route, count) in enumerate(votes.items()):
-            color = expert_color(routes.index(route) % 9, 9)
-            axes.barh(place, count / total, left=left, color=color, height=0.62, edgecolor="white")
-            if number == 0 and count / total > 0.2:
-                axes.text(0.02, place, route, color="white", fontsize=7.5, va="center")
-            left += count / total
-    axes.set_yticks(range(len(choices)), choices, fontsize=8)
-    axes.set_xticks([0, 1], ["0", "100 % of the task's images"], fontsize=7, color=SOFT)
-    axes.invert_yaxis()
+    draw_votes(axes, choices_of(results))
     axes.set_title("4  per task, a route: one dense ViT", fontsize=9, color=INK, loc="left")
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labelsize=7, labelcolor=SOFT)
 
 
 def draw_clusters(bank: Bank, images: ImageDataset, members: list[list[int]]) -> Figure:

@@ -14,12 +14,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, to_hex
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from experiments.mix32.parts import TASKS_OF
 from experiments.mix32.stats import Gain, Row
-from moce.reporting.style import INK, METHODS, SOFT, Look, drawing, readable_on
+from moce.reporting.style import INK, METHODS, SOFT, Look, drawing
 
 PROTOCOLS = {"linear": "linear probe", "knn": "nearest neighbors", "finetune": "fine-tuned"}
 # Backbones in the order of tables; others follow by name.
@@ -254,7 +254,8 @@ def heat(
     axes.set_xticks(range(len(columns)), columns)
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
-            ink = readable_on(to_hex(palette(scale(value))))
+            red, green, blue, _ = palette(scale(value))
+            ink = INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.55 else "#ffffff"
             text = format(value, form)
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8.5)
     return axes

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -18,7 +19,7 @@ from moce.data.load import load_images
 from moce.data.readers.factory import open_source
 from moce.data.rng import Stream, keyed_generator
 from moce.errors import MoceError
-from moce.reporting.elements import Picture
+from moce.reporting.elements import html
 
 THUMBNAIL = 64  # longest side of a montage tile in pixels
 LOSSLESS_UP_TO = 48  # pixels per side: artifacts show in small tiles, and these weigh little
@@ -30,11 +31,8 @@ class Source:
 
     def __init__(self, data: str) -> None:
         self._samples = {sample.id: sample for sample in open_source(data)}
-        self.domains = find_domains(self._samples)
-
-    @property
-    def ids(self) -> list[str]:
-        return list(self._samples)
+        self.ids = list(self._samples)
+        self.domains = find_domains(self.ids)
 
     def load(self, ids: Iterable[str], shape: tuple[int, int, int]) -> ImageDataset:
         """Decode to (channels, h, w) those images that still exist; MoceError if none does."""
@@ -42,36 +40,25 @@ class Source:
         return load_images(chosen, shape[1:], channels=shape[0])
 
     def describe(self, ids: Sequence[str]) -> str:
-        """Where most images come from, e.g. "cifar10 81 %, mnist 19 %"; "" without domains."""
+        """The number of images and their domains, e.g. "90 images · cifar10 81 %, mnist 19 %"."""
+        note = f"{len(ids):,} images"
         if not self.domains or not ids:
-            return ""
-        counts = Counter(domain_of(name) for name in ids).most_common(2)
-        shares = [(name, count / len(ids)) for name, count in counts]
-        return ", ".join(f"{name} {percent(share)}" for name, share in shares if share >= 0.05)
+            return note
+        shares = [(n, c / len(ids)) for n, c in Counter(map(domain_of, ids)).most_common(2)]
+        return f"{note} · " + ", ".join(f"{n} {share:.0%}" for n, share in shares if share >= 0.05)
 
     def montage(
-        self,
-        ids: Sequence[str],
-        shape: tuple[int, int, int],
-        columns: int,
-        rows: int,
-        seed: int,
-        alt: str,
-    ) -> Picture | None:
+        self, ids: Sequence[str], shape: tuple[int, int, int], columns: int, rows: int, alt: str
+    ) -> Markup | None:
         """A montage of a random sample; None if none of the images can be read."""
         channels, height, width = shape
         scale = min(1.0, THUMBNAIL / max(height, width))
         tile = channels, max(1, round(height * scale)), max(1, round(width * scale))
         try:
-            images = self.load(sample(ids, columns * rows, seed), tile)
+            images = self.load(sample(ids, columns * rows), tile)
         except (MoceError, OSError):
             return None
         return montage(images.take(slice(None)), columns, alt)
-
-
-def percent(share: float) -> str:
-    """A share, 0..1, in whole percent."""
-    return f"{share:.0%}".replace("%", "\u00a0%")
 
 
 def domain_of(identity: str) -> str:
@@ -85,15 +72,15 @@ def find_domains(ids: Iterable[str]) -> list[str]:
     return [name for name, _ in counts.most_common()] if 2 <= len(counts) <= MOST_DOMAINS else []
 
 
-def sample(items: Sequence[str], count: int, seed: int) -> list[str]:
-    """At most `count` random items, in their order."""
-    generator = keyed_generator(0, Stream.ORDER, seed)
+def sample(items: Sequence[str], count: int) -> list[str]:
+    """At most `count` random items, in their order; the same ones every time."""
+    generator = keyed_generator(0, Stream.ORDER, 0)
     rows = torch.randperm(len(items), generator=generator)[:count].sort().values
     return [items[row] for row in rows.tolist()]
 
 
 def tiled(pixels: Tensor, columns: int, gap: int) -> np.ndarray:
-    """Images [n, c, h, w] uint8 in rows of `columns`, [H, W, 4]; gaps are transparent.
+    """Images [n, c, h, w] uint8 in rows of `columns`, [H, W, 4]; gaps and margin are transparent.
 
     Of more than three channels the first three are shown, of fewer the first one in gray.
     """
@@ -101,12 +88,10 @@ def tiled(pixels: Tensor, columns: int, gap: int) -> np.ndarray:
     tiles = torch.cat([color, torch.full_like(color[:, :1], 255)], dim=1)
     missing = -len(tiles) % columns
     tiles = torch.cat([tiles, tiles.new_zeros(missing, *tiles.shape[1:])])
-    if len(tiles) > 1:  # make_grid sets no margin around a single image
-        tiles = make_grid(tiles, columns, gap)[None, :, gap:-gap, gap:-gap]
-    return tiles[0].permute(1, 2, 0).numpy()
+    return make_grid(tiles, columns, gap).permute(1, 2, 0).numpy()
 
 
-def montage(pixels: Tensor, columns: int, alt: str) -> Picture:
+def montage(pixels: Tensor, columns: int, alt: str) -> Markup:
     """Images [n, c, h, w] uint8 in rows of `columns`, inlined as WebP."""
     height, width = pixels.shape[2:]
     canvas = tiled(pixels, columns, gap=max(1, height // 16))
@@ -114,7 +99,7 @@ def montage(pixels: Tensor, columns: int, alt: str) -> Picture:
     buffer = io.BytesIO()
     Image.fromarray(canvas).save(buffer, "WEBP", lossless=lossless, quality=85, method=6)
     uri = data_uri("image/webp", buffer.getvalue())
-    return Picture(uri, canvas.shape[1], canvas.shape[0], alt, pixelated=lossless)
+    return html.picture(uri, alt, canvas.shape[1], canvas.shape[0], pixelated=lossless)
 
 
 def data_uri(media_type: str, content: bytes) -> str:

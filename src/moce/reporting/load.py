@@ -162,8 +162,6 @@ def _check_info(info: dict[str, Any]) -> None:
     if info["kind"] == "moce":
         int(info["routes"])
         list(zip(*info["experts_of_clusters"].values(), strict=True))
-        int(info["spec"]["num_clusters"])
-        int(info["spec"]["num_experts"])
     if info["kind"] == "headroom":
         names = ("images", "error_all", "error_alone", "gain")
         [float(group[name]) for group in info["groups"] for name in names]

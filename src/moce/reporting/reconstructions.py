@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from moce.customization.bank import Bank
 from moce.data.augment import denormalize, normalize
 from moce.data.dataset import ImageDataset
 from moce.data.rng import Stream, keyed_uniform
+from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec, input_shape, patchify, put, take
 from moce.models.mae import MAE, patch_statistics, unpatchify
-from moce.reporting.elements import Block, Note, Row, Section, Table
+from moce.reporting.clusters import images_missing
+from moce.reporting.elements import Section, html
 from moce.reporting.images import Source, domain_of, montage, sample
 from moce.reporting.load import Material, Run
 from moce.weights.from_runs import load_mae
@@ -22,91 +24,77 @@ from moce.weights.from_runs import load_mae
 PER_DOMAIN, WITHOUT_DOMAINS = 4, 8  # images
 COLUMNS = 2  # images beside each other
 GRAY = 0.82  # of a removed patch, 0..1
-
-# From normalized images, mask noise and the stored images to prediction and removed patches.
-Predict = Callable[[Tensor, Tensor, ImageDataset], tuple[Tensor, Tensor]]
+LEAD = (
+    "The models see the visible patches only. Each picture is the prediction for the removed patches, "
+    "with the visible ones pasted in; MoCE uses the experts of the image's cluster. Predictions that "
+    "are normalized per patch are scaled back with the true patch's mean and deviation, so brightness "
+    "and contrast of a patch are given."
+)
 
 
 @dataclass
 class Model:
-    """A model that reconstructs. predict: prediction and removed, as in `Reconstruction`."""
+    """A model that reconstructs; bank: of a MoCE run."""
 
     label: str
     mae: MAE
     spec: EncoderSpec
-    predict: Predict
+    bank: Bank | None = None
 
     @property
     def geometry(self) -> tuple[object, ...]:
         """Models with the same geometry take the same images under the same mask."""
         return input_shape(self.mae.encoder), self.mae.patch_size, self.mae.mask_ratio
 
+    def predict(self, images: Tensor, noise: Tensor, stored: ImageDataset) -> tuple[Tensor, Tensor]:
+        """Prediction and removed patches, as in `Reconstruction`."""
+        if self.bank is not None:
+            routed = self.bank.model(images, noise, self.bank.assign(stored)[0])
+            return routed.prediction, routed.removed
+        dense = self.mae(images, noise)
+        return dense.prediction, dense.removed
+
 
 def reconstructions_section(material: Material, banks: dict[str, Bank]) -> Section | None:
-    """The section; None if no run reconstructs. banks: of the MoCE runs, by label.
-
-    Raises MoceError if the images no longer exist.
-    """
+    """The section; None if no run reconstructs. banks: of the MoCE runs, by label."""
     runs = [run for run in material.runs if run.is_mae or run.kind == "moce"]
     if not runs:
         return None
     models = [_load(run, banks) for run in runs]
     # The last run decides on image size and mask; models that differ are left out.
     shown = [model for model in models if model.geometry == models[-1].geometry]
-    source = material.source(str(runs[-1].config.get("data")))
-    rows = [_row(name, ids, source, shown) for name, ids in _groups(source)]
     columns = ["", "Input", "Masked", *(model.label for model in shown)]
-    blocks: list[Block] = [Table("", columns, rows, numbers=False)]
+    try:
+        source = material.source(str(runs[-1].config.get("data")))
+        rows = [_row(name, ids, source, shown) for name, ids in _groups(source)]
+        blocks = [html.table(columns, rows, numbers=False)]
+    except MoceError as error:
+        blocks = [images_missing(error)]
     others = ", ".join(model.label for model in models if model not in shown)
     if others:
-        blocks.append(Note(f"Left out because of another image size or mask: {others}."))
-    return Section("reconstructions", "Reconstructions", _lead(shown), blocks)
-
-
-def _lead(models: list[Model]) -> str:
-    text = (
-        "The models see the visible patches only. Each picture is the prediction for the removed "
-        "patches, with the visible ones pasted in; MoCE uses the experts of the image's cluster."
-    )
-    if any(model.mae.norm_pix for model in models):
-        text += (
-            " Predictions are normalized per patch and scaled back with the true patch's mean and "
-            "deviation, so brightness and contrast of a patch are given. Uncertain predictions on "
-            "gray images look tinted: in flat patches only the channels' offset is left to predict."
-        )
-    return text
+        blocks.append(html.note(f"Left out because of another image size or mask: {others}."))
+    return Section("reconstructions", "Reconstructions", LEAD, blocks)
 
 
 def _load(run: Run, banks: dict[str, Bank]) -> Model:
     if run.kind == "moce":
         bank = banks[run.label]
-
-        def routed(images: Tensor, noise: Tensor, stored: ImageDataset) -> tuple[Tensor, Tensor]:
-            output = bank.model(images, noise, bank.assign(stored)[0])
-            return output.prediction, output.removed
-
-        return Model(run.label, bank.model.mae, bank.encoder_spec, routed)
+        return Model(run.label, bank.model.mae, bank.encoder_spec, bank)
     spec, mae = load_mae(run.path)
-    mae.eval()
-
-    def dense(images: Tensor, noise: Tensor, stored: ImageDataset) -> tuple[Tensor, Tensor]:
-        output = mae(images, noise)
-        return output.prediction, output.removed
-
-    return Model(run.label, mae, spec.encoder, dense)
+    return Model(run.label, mae.eval(), spec.encoder)
 
 
 def _groups(source: Source) -> list[tuple[str, list[str]]]:
     """Some images of each domain."""
     if not source.domains:
-        return [("", sample(source.ids, WITHOUT_DOMAINS, 0))]
+        return [("", sample(source.ids, WITHOUT_DOMAINS))]
     members = {name: [i for i in source.ids if domain_of(i) == name] for name in source.domains}
-    return [(name, sample(ids, PER_DOMAIN, 0)) for name, ids in members.items()]
+    return [(name, sample(ids, PER_DOMAIN)) for name, ids in members.items()]
 
 
 @torch.no_grad()
-def _row(name: str, ids: list[str], source: Source, models: list[Model]) -> Row:
-    """Images of a domain: as they are, masked, and reconstructed by each model."""
+def _row(name: str, ids: list[str], source: Source, models: list[Model]) -> list[str | Markup]:
+    """Images of a domain: the input, masked, and reconstructed by each model."""
     mae = models[0].mae
     stored = source.load(ids, input_shape(mae.encoder))
     pixels, rows = stored.take(slice(None)), torch.arange(len(stored))
@@ -120,8 +108,7 @@ def _row(name: str, ids: list[str], source: Source, models: list[Model]) -> Row:
         shown.setdefault("Masked", hide(pixels.float() / 255, removed, mae.patch_size))
         painted = paste(prediction, removed, images, mae.patch_size, model.mae.norm_pix)
         shown[model.label] = _to_bytes(denormalize(painted, mean, std))
-    of = f" of {name}" if name else ""
-    pictures = [montage(p, COLUMNS, f"{what}: {len(p)} images{of}") for what, p in shown.items()]
+    pictures = [montage(p, COLUMNS, f"{what}: {name or 'images'}") for what, p in shown.items()]
     return [name, *pictures]
 
 

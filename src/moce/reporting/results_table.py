@@ -6,33 +6,28 @@ from typing import Any
 
 import numpy as np
 
-CONTROLS = ("random", "oracle")  # selections that show what a choice is worth
 LEADING = 3  # columns before the backbones: task, labels, metric
 
 
 class Results:
-    """Rows of rows.jsonl by task, protocol and backbone. Values are 0..1."""
+    """Rows of rows.jsonl, the last of each task, protocol and backbone. Values are 0..1."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self._rows = {(row["task"], row["protocol"], row["backbone"]): row for row in rows}
         self.tasks = _distinct(rows, "task")
         self.protocols = _distinct(rows, "protocol")
 
-    def of_protocol(self, protocol: str) -> list[dict[str, Any]]:
-        return [row for row in self._rows.values() if row["protocol"] == protocol]
-
-    def of_task(self, task: str) -> list[dict[str, Any]]:
-        return [row for row in self._rows.values() if row["task"] == task]
+    def where(self, **wanted: str) -> list[dict[str, Any]]:
+        """The rows with these values, e.g. where(task="digits", protocol="linear")."""
+        rows = self._rows.values()
+        return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
     def backbones(self, protocol: str) -> list[str]:
-        return _distinct(self.of_protocol(protocol), "backbone")
-
-    def row(self, task: str, protocol: str, backbone: str) -> dict[str, Any] | None:
-        return self._rows.get((task, protocol, backbone))
+        return _distinct(self.where(protocol=protocol), "backbone")
 
     def values(self, task: str, protocol: str, backbone: str) -> list[float]:
         """One value per draw of labels; empty if it was not measured."""
-        row = self.row(task, protocol, backbone)
+        row = self._rows.get((task, protocol, backbone))
         return row["values"] if row else []
 
     def mean(self, task: str, protocol: str, backbone: str) -> float | None:
@@ -41,34 +36,27 @@ class Results:
 
     def average(self, protocol: str, backbone: str) -> float | None:
         """Mean over the protocol's tasks; None unless all of them have a result."""
-        tasks = _distinct(self.of_protocol(protocol), "task")
+        tasks = _distinct(self.where(protocol=protocol), "task")
         return _mean_of_all([self.mean(task, protocol, backbone) for task in tasks])
 
-    def choice(self, task: str, protocol: str | None = None) -> dict[str, Any] | None:
+    def choice(self, task: str, **wanted: str) -> dict[str, Any] | None:
         """What the first MoCE run with a strategy selected for a task."""
-        row = self._chosen(task, protocol)
+        row = self._chosen(task=task, **wanted)
         return row["choice"] if row else None
 
     def regret(self, task: str, protocol: str) -> float | None:
         """The oracle's mean minus that of the selection of the same MoCE run."""
-        chosen = self._chosen(task, protocol)
-        for row in self.of_protocol(protocol) if chosen else []:
-            alike = (row["task"], row["reference"]) == (task, chosen["reference"])
-            if alike and row["selection"] == "oracle":
-                return float(np.mean(row["values"])) - float(np.mean(chosen["values"]))
+        chosen = self._chosen(task=task, protocol=protocol)
+        if not chosen:
+            return None
+        alike = {"task": task, "protocol": protocol, "reference": chosen["reference"]}
+        for oracle in self.where(**alike, selection="oracle"):
+            return float(np.mean(oracle["values"])) - float(np.mean(chosen["values"]))
         return None
 
-    def average_regret(self, protocol: str) -> float | None:
-        """Mean over the protocol's tasks; None unless all of them have an oracle."""
-        tasks = _distinct(self.of_protocol(protocol), "task")
-        return _mean_of_all([self.regret(task, protocol) for task in tasks])
-
-    def _chosen(self, task: str, protocol: str | None) -> Any:
-        for row in self._rows.values():
-            fits = row["task"] == task and protocol in (None, row["protocol"])
-            if fits and "votes" in (row.get("choice") or {}):
-                return row
-        return None
+    def _chosen(self, **wanted: str) -> dict[str, Any] | None:
+        rows = self.where(**wanted)
+        return next((row for row in rows if "votes" in (row.get("choice") or {})), None)
 
 
 def _distinct(rows: list[dict[str, Any]], name: str) -> list[str]:
@@ -93,7 +81,7 @@ def protocol_table(results: Results, protocol: str) -> tuple[list[str], list[lis
     Columns: task, labels, metric, a backbone each and, of MoCE runs, regret in points and the
     strategy with the vote share of the route that won.
     """
-    rows, backbones = results.of_protocol(protocol), results.backbones(protocol)
+    rows, backbones = results.where(protocol=protocol), results.backbones(protocol)
     lines = []
     for task in _distinct(rows, "task"):
         first = next(row for row in rows if row["task"] == task)
@@ -106,8 +94,8 @@ def protocol_table(results: Results, protocol: str) -> tuple[list[str], list[lis
     regrets = [results.regret(task, protocol) for task in tasks]
     if any(regret is not None for regret in regrets):
         columns.append("regret")
-        _append(lines, [_points(r) for r in [*regrets, results.average_regret(protocol)]])
-    choices = [results.choice(task, protocol) for task in tasks]
+        _append(lines, [_points(r) for r in [*regrets, _mean_of_all(regrets)]])
+    choices = [results.choice(task, protocol=protocol) for task in tasks]
     if any(choices):
         columns.append("strategy, vote")
         _append(lines, [*(choice_cell(choice) for choice in choices), ""])

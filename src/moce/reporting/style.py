@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from moce.reporting.elements import Chip, Picture
+from moce.reporting.elements import html
 from moce.reporting.images import data_uri
 
 WIDTH = 9.4  # inches of a figure over the full column
-LARGEST_SVG = 150_000  # bytes; larger charts are inlined as PNG
 INK, SOFT, RULE = "#24262b", "#6b717c", "#dfe2e6"
 
 
@@ -44,13 +44,11 @@ EXPERTS = (
 ROUTES = (
     "#77aadd", "#ee8866", "#bbcc33", "#ffaabb", "#44bb99", "#eedd88", "#aaaa00", "#99ddff",
 )  # fmt: skip
-OTHER = "#c9cdd3"
 
 _STYLE: Any = {
     "text.parse_math": False,  # a $ in a folder name is not a formula
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
-    "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -62,15 +60,12 @@ _STYLE: Any = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": RULE,
-    "grid.linewidth": 0.7,
     "text.color": INK,
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "xtick.minor.size": 0,
     "legend.frameon": False,
-    "legend.fontsize": 9.5,
     "lines.linewidth": 2.0,
     "svg.fonttype": "none",  # letters stay letters: small, sharp and searchable
     "svg.hashsalt": "moce",  # the same figure gives the same bytes
@@ -78,31 +73,23 @@ _STYLE: Any = {
 
 
 class Canvas:
-    """A figure to draw on; `picture` is set when the drawing is done."""
+    """A figure to draw on; `picture`, an HTML element, is set when the drawing is done."""
 
-    def __init__(self, width: float, height: float) -> None:
-        self.figure = Figure(figsize=(width, height), layout="constrained")
-        self.picture: Picture
+    def __init__(self, height: float) -> None:
+        self.figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        self.picture: Markup
 
 
 @contextmanager
-def drawing(height: float, alt: str, width: float = WIDTH) -> Iterator[Canvas]:
-    """A figure of `width` x `height` inches in the page's style, which becomes a picture at the end."""
+def drawing(height: float, alt: str) -> Iterator[Canvas]:
+    """A figure in the page's style, `height` inches high, inlined as SVG at the end."""
     with matplotlib.rc_context(_STYLE):
-        canvas = Canvas(width, height)
+        canvas = Canvas(height)
         yield canvas
-        canvas.picture = _inline(canvas.figure, alt)
-
-
-def _inline(figure: Figure, alt: str) -> Picture:
-    width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    svg = io.BytesIO()
-    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    if svg.tell() <= LARGEST_SVG:
-        return Picture(data_uri("image/svg+xml", svg.getvalue()), width, height, alt)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=180, transparent=True)
-    return Picture(data_uri("image/png", png.getvalue()), width, height, alt)
+        svg = io.BytesIO()
+        canvas.figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        uri = data_uri("image/svg+xml", svg.getvalue())
+        canvas.picture = html.picture(uri, alt, round(96 * WIDTH), round(96 * height))
 
 
 def look_of(row: dict[str, Any], number: int) -> Look:
@@ -119,24 +106,6 @@ def expert_color(expert: int, num_experts: int) -> str:
     if num_experts <= len(EXPERTS):
         return EXPERTS[expert]
     return to_hex(matplotlib.colormaps["turbo"](0.05 + 0.9 * expert / (num_experts - 1)))
-
-
-def expert_chip(expert: int, num_experts: int) -> Chip:
-    """An expert's number on its color."""
-    color = expert_color(expert, num_experts)
-    return Chip(str(expert), color, readable_on(color))
-
-
-def readable_on(color: str) -> str:
-    """The ink, dark or white, that is easier to read on a color."""
-    red, green, blue = to_rgb(color)
-    return INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.55 else "#ffffff"
-
-
-def block_colors(count: int) -> list[str]:
-    """Colors of MoE blocks, from the first to the last: dark to light."""
-    shades = [0.15 + 0.6 * number / max(1, count - 1) for number in range(count)]
-    return [to_hex(matplotlib.colormaps["viridis"](shade)) for shade in shades]
 
 
 def faded(color: str, strength: float) -> tuple[float, float, float]:
