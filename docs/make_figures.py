@@ -24,9 +24,9 @@ from moce.data.rng import Stream, keyed_uniform
 from moce.evaluation.results import ROWS, read_rows
 from moce.reporting.images import tiled
 from moce.reporting.reconstructions import hide, paste
+from moce.reporting.results import choices_of, draw_votes
 from moce.reporting.results_table import Results, results_table
 from moce.reporting.style import INK, SOFT, expert_color, faded
-from moce.reporting.tasks import choices_of, draw_votes
 from moce.runs.assignments import read_assignments
 from moce.runs.model import read_config, read_info
 from moce.weights.from_runs import load_mae

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +138,25 @@ class _Evaluation:
             else:
                 if protocol not in evaluators:
                     evaluators[protocol] = self._evaluator(plan, task, protocol)
-                model = self.models[candidate]
                 outcome = evaluators[protocol].probe(
-                    model, candidate.selection, candidate.reference
+                    self.models[candidate], candidate.selection, candidate.reference
                 )
-            seconds = round(time.perf_counter() - start, 2)
-            self._add(self._row(plan, task, candidate, protocol, outcome, seconds))
+            row = make_row(
+                task=plan.name,
+                data=plan.data,
+                backbone=candidate.name,
+                reference=candidate.reference,
+                selection=candidate.selection,
+                protocol=protocol,
+                metric=choose_metric(plan.metric, task),
+                labels=min(self._labels(plan) or len(task.train), len(task.train)),
+                **vars(outcome),
+                suite=self.suite.name,
+                role=plan.role,
+                seconds=round(time.perf_counter() - start, 2),
+            )
+            self.rows.append(row)
+            write_rows(self.settings.out, self.rows)
             values = " ".join(f"{100 * value:.1f}" for value in outcome.values)
             log(f"{plan.name}, {candidate.name}, {protocol}: {values}")
 
@@ -151,13 +164,8 @@ class _Evaluation:
         done = {tuple(row[name] for name in KEY) for row in self.rows}
         for protocol in dict.fromkeys(self.settings.protocols):
             for candidate in self.models:
-                name, reference, selection = (
-                    candidate.name,
-                    candidate.reference,
-                    candidate.selection,
-                )
-                tunable = protocol != "finetune" or selection not in PROBE_ONLY
-                if tunable and (plan.name, name, reference, selection, protocol) not in done:
+                tunable = protocol != "finetune" or candidate.selection not in PROBE_ONLY
+                if tunable and (plan.name, *astuple(candidate), protocol) not in done:
                     yield candidate, protocol
 
     def _load(self, plan: SuiteTask, shape: tuple[int, int, int]) -> Task:
@@ -165,36 +173,6 @@ class _Evaluation:
         if task.skipped:
             log(f"{plan.name}: skipped {len(task.skipped)} unreadable images")
         return task
-
-    def _row(
-        self,
-        plan: SuiteTask,
-        task: Task,
-        candidate: Candidate,
-        protocol: str,
-        outcome: Outcome,
-        seconds: float,
-    ) -> dict[str, Any]:
-        return make_row(
-            task=plan.name,
-            data=plan.data,
-            backbone=candidate.name,
-            reference=candidate.reference,
-            selection=candidate.selection,
-            protocol=protocol,
-            metric=choose_metric(plan.metric, task),
-            labels=min(self._labels(plan) or len(task.train), len(task.train)),
-            values=outcome.values,
-            choice=outcome.choice,
-            confusion=outcome.confusion,
-            suite=self.suite.name,
-            role=plan.role,
-            seconds=seconds,
-        )
-
-    def _add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        write_rows(self.settings.out, self.rows)
 
     def _labels(self, plan: SuiteTask) -> int | None:
         return plan.labels or self.suite.labels

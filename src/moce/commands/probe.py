@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,6 @@ from moce.runtime.progress import log
 from moce.weights.from_runs import load_backbone
 
 ADVICE = "see recipes/probe_small.yaml, or use --solver lbfgs"
-SGD_ONLY = ("epochs", "batch_size", "base_lr", "warmup", "crop_scale", "hflip")
 
 
 @dataclass
@@ -67,39 +67,23 @@ def run(settings: ProbeSettings) -> ProbeResult:
     if is_sgd(settings):
         hint_few_steps(settings, steps_of(settings, labels)[0], ADVICE)
     outcome = evaluator.probe(backbone)
-    result = ProbeResult(
-        backbone=settings.backbone,
-        task=settings.data,
-        protocol=settings.kind,
-        solver=settings.solver if settings.kind == "linear" else None,
-        pooling=choose_pooling(settings, backbone),
-        metric=metric,
-        labels=labels,
-        values=outcome.values,
-        mean=float(np.mean(outcome.values)),
-        std=float(np.std(outcome.values)),
-        confusion=outcome.confusion,
-    )
+    found: dict[str, Any] = {
+        "backbone": settings.backbone,
+        "task": settings.data,
+        "protocol": settings.kind,
+        "solver": settings.solver if settings.kind == "linear" else None,
+        "pooling": choose_pooling(settings, backbone),
+        "metric": metric,
+        "labels": labels,
+        "values": outcome.values,
+        "confusion": outcome.confusion,
+    }
     if settings.out is not None:
         folder = open_output(settings)
         updates = {"device": device.type, "precision": precision}
         write_config(folder, settings.model_copy(update=updates))
         write_skipped(folder, task.skipped, log)
-        write_rows(folder, [_row(result)])
-    return result
-
-
-def _row(result: ProbeResult) -> dict[str, object]:
-    return make_row(
-        task=result.task,
-        data=result.task,
-        backbone=result.backbone,
-        reference=result.backbone,
-        protocol=result.protocol,
-        metric=result.metric,
-        labels=result.labels,
-        values=result.values,
-        confusion=result.confusion,
-        solver=result.solver,
-        pooling=result.pooling,
-    )
+        row = make_row(**found, data=settings.data, reference=settings.backbone)
+        write_rows(folder, [row])
+    mean, std = float(np.mean(outcome.values)), float(np.std(outcome.values))
+    return ProbeResult(**found, mean=mean, std=std)

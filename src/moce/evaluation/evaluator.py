@@ -16,8 +16,9 @@ from moce.customization.selection import Choice, Route, route_name
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError
 from moce.evaluation.metrics import confusion_counts, score
-from moce.evaluation.probe import Probe
+from moce.evaluation.probe import build_probe, choose_pooling
 from moce.evaluation.routes import candidate_routes, oracle_values, random_routes
+from moce.evaluation.sgd_probe import FrozenEncoder
 from moce.evaluation.sklearn_probe import cross_validated
 from moce.evaluation.task import Task, draw_labels
 from moce.inference.features import extract_features
@@ -90,8 +91,9 @@ class Evaluator:
 
     def _scores(self, backbone: Backbone, draw: int | None = None) -> list[np.ndarray]:
         """Scores [m, C] of the test images, for one draw or for all of them."""
-        probe = Probe(backbone, self.task, self.settings, self.device, self.precision)
-        classify = probe.classifier()
+        pooling = choose_pooling(self.settings, backbone)
+        encoder = FrozenEncoder(backbone, self.settings, pooling, self.device, self.precision)
+        classify = build_probe(encoder, self.task)
         numbers = range(len(self.draws)) if draw is None else [draw]
         return [classify(self.draws[number], number) for number in numbers]
 

@@ -1,21 +1,16 @@
-"""Probe a backbone by the kind and solver of the settings."""
+"""The probe of a frozen backbone: by SGD, by scikit-learn's logistic regression, or by k-NN."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from moce.config import ProbeSettings
-from moce.data.dataset import ImageDataset
-from moce.evaluation.sgd_probe import sgd_scores
+from moce.evaluation.sgd_probe import FrozenEncoder, sgd_scores
 from moce.evaluation.sklearn_probe import knn_scores, linear_scores
 from moce.evaluation.task import Task
-from moce.inference.features import extract_features
 from moce.weights.from_runs import Backbone
 
 # From training rows and the number of the draw to scores [m, C] float32 of the test images.
@@ -34,60 +29,24 @@ def choose_pooling(settings: ProbeSettings, backbone: Backbone) -> str:
     return "cls" if published else "mean"
 
 
-@dataclass
-class Probe:
-    """Classifiers on the frozen features of one backbone for one task."""
+def build_probe(encoder: FrozenEncoder, task: Task) -> Classifier:
+    """Extract the features of the test images, and of the training images if they are fixed."""
+    settings, num_classes = encoder.settings, len(task.classes)
+    test = encoder.features(task.test)
 
-    backbone: Backbone
-    task: Task
-    settings: ProbeSettings
-    device: torch.device
-    precision: str
+    def by_sgd(rows: np.ndarray, draw: int) -> np.ndarray:
+        own = settings.model_copy(update={"seed": settings.seed + draw})
+        images, labels = task.train.subset(rows.tolist()), task.train_labels[rows]
+        return sgd_scores(replace(encoder, settings=own), images, labels, test, num_classes)
 
-    def __post_init__(self) -> None:
-        self.pooling = choose_pooling(self.settings, self.backbone)
+    if is_sgd(settings):
+        return by_sgd
+    train = encoder.features(task.train).numpy()
 
-    def classifier(self) -> Classifier:
-        """Extract the test images' features and return the classifier."""
-        test = self._features(self.task.test)
-        return self._by_sgd(test) if is_sgd(self.settings) else self._by_features(test)
+    def by_features(rows: np.ndarray, draw: int) -> np.ndarray:
+        labels = task.train_labels[rows]
+        if settings.kind == "knn":
+            return knn_scores(train[rows], labels, test.numpy(), num_classes, settings.neighbors)
+        return linear_scores(train[rows], labels, test.numpy(), num_classes)
 
-    def _by_sgd(self, test: Tensor) -> Classifier:
-        def classify(rows: np.ndarray, draw: int) -> np.ndarray:
-            settings = self.settings.model_copy(update={"seed": self.settings.seed + draw})
-            return sgd_scores(
-                self.backbone,
-                self.task.train.subset(rows.tolist()),
-                self.task.train_labels[rows],
-                test,
-                len(self.task.classes),
-                settings,
-                self.pooling,
-                self.device,
-                self.precision,
-            )
-
-        return classify
-
-    def _by_features(self, test: Tensor) -> Classifier:
-        train = self._features(self.task.train).numpy()
-        scores: Callable[..., np.ndarray] = linear_scores
-        if self.settings.kind == "knn":
-            scores = partial(knn_scores, neighbors=self.settings.neighbors)
-
-        def classify(rows: np.ndarray, draw: int) -> np.ndarray:
-            labels = self.task.train_labels[rows]
-            return scores(train[rows], labels, test.numpy(), len(self.task.classes))
-
-        return classify
-
-    def _features(self, images: ImageDataset) -> Tensor:
-        return extract_features(
-            self.backbone.vit,
-            self.backbone.spec,
-            images,
-            device=self.device,
-            precision=self.precision,
-            pooling=self.pooling,
-            batch_size=self.settings.micro_batch_size,
-        )
+    return by_features

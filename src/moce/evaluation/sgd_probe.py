@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -21,7 +22,8 @@ from moce.data.dataset import ImageDataset
 from moce.data.loader import Batch, BatchOrder, prefetched
 from moce.data.rng import Stream, keyed_generator
 from moce.errors import MoceError
-from moce.models.encoder import choose_attention, encode_tokens, pool_tokens
+from moce.inference.features import extract_features
+from moce.models.encoder import encode_tokens, pool_tokens
 from moce.runtime.device import autocast, to_device
 from moce.runtime.progress import meter
 from moce.training.objectives import augmented
@@ -29,27 +31,68 @@ from moce.training.optimizer import learning_rate, set_learning_rate
 from moce.weights.from_runs import Backbone
 
 
+@dataclass(frozen=True)
+class FrozenEncoder:
+    """An encoder that is not trained. pooling: mean of patch tokens, or cls."""
+
+    backbone: Backbone
+    settings: ProbeSettings
+    pooling: str
+    device: torch.device
+    precision: str
+
+    def features(self, images: ImageDataset) -> Tensor:
+        """One feature per image without augmentation, [n, width] float32 on the CPU."""
+        return extract_features(
+            self.backbone.vit,
+            self.backbone.spec,
+            images,
+            device=self.device,
+            precision=self.precision,
+            pooling=self.pooling,
+            batch_size=self.settings.micro_batch_size,
+        )
+
+    def batches(self, images: ImageDataset, order: BatchOrder, total: int) -> Generator[Batch]:
+        """Prefetched micro-batches of the steps 0 .. total - 1."""
+        size = self.settings.micro_batch_size
+        steps = (order(number) for number in range(total))
+        chunks = (
+            chunk
+            for rows, epochs in steps
+            for chunk in zip(rows.split(size), epochs.split(size), strict=True)
+        )
+        return prefetched(images, chunks, self.device)
+
+    @torch.no_grad()  # not inference_mode: the head's backward pass needs the features
+    def augmented_features(self, batches: Iterator[Batch], count: int) -> Tensor:
+        """Features [count, width] float32 of the next micro-batches, after augmentation."""
+        vit, spec, settings = self.backbone.vit, self.backbone.spec, self.settings
+        size = tuple(vit.patch_embed.img_size)
+        features = []
+        with autocast(self.device, self.precision):
+            for batch in islice(batches, math.ceil(count / settings.micro_batch_size)):
+                tokens = encode_tokens(vit, augmented(batch, settings, spec, size))
+                features.append(pool_tokens(vit, tokens.float(), self.pooling))
+        return torch.cat(features)
+
+
 def sgd_scores(
-    backbone: Backbone,
+    encoder: FrozenEncoder,
     images: ImageDataset,
     labels: np.ndarray,
     test: Tensor,
     num_classes: int,
-    settings: ProbeSettings,
-    pooling: str,
-    device: torch.device,
-    precision: str,
 ) -> np.ndarray:
     """Scores (logits) [m, C] float32 of test images by a probe trained on `images`.
 
-    labels: [n] int64 class numbers, or [n, C] float32 of 0 and 1; test: their features [m, width]
-    under the same pooling. Raises MoceError if the loss is not finite.
+    labels: [n] int64 class numbers, or [n, C] float32 of 0 and 1; test: `encoder.features` of the test
+    images, [m, width]. Raises MoceError if the loss is not finite.
     """
-    encoder = FrozenEncoder(backbone, settings, pooling, device, precision)
-    head = build_head(test.shape[1], num_classes, settings.seed).to(device)
-    train_head(head, encoder, images, labels, settings)
+    head = build_head(test.shape[1], num_classes, encoder.settings.seed).to(encoder.device)
+    train_head(head, encoder, images, labels)
     with torch.inference_mode():
-        return head.eval()(test.to(device)).cpu().numpy()
+        return head.eval()(test.to(encoder.device)).cpu().numpy()
 
 
 def steps_of(settings: ProbeSettings, count: int) -> tuple[int, int]:
@@ -76,13 +119,10 @@ def build_optimizer(head: nn.Module) -> Lars:
 
 
 def train_head(
-    head: nn.Module,
-    encoder: FrozenEncoder,
-    images: ImageDataset,
-    labels: np.ndarray,
-    settings: ProbeSettings,
+    head: nn.Module, encoder: FrozenEncoder, images: ImageDataset, labels: np.ndarray
 ) -> None:
     """Train the head in place. Raises MoceError if the loss is not finite."""
+    settings = encoder.settings
     total, size = steps_of(settings, len(images))
     order = BatchOrder(len(images), size, settings.seed)
     targets = torch.from_numpy(labels)
@@ -98,7 +138,7 @@ def train_head(
                 optimizer, learning_rate(number, total, peak, settings.warmup, final=0.0)
             )
             rows, _ = order(number)
-            features = encoder(batches, len(rows))
+            features = encoder.augmented_features(batches, len(rows))
             loss = error(head(features), to_device(targets[rows], features.device))
             if not loss.isfinite():
                 raise MoceError("the probe's loss is not finite; try a lower --base-lr")
@@ -106,42 +146,3 @@ def train_head(
             loss.backward()
             optimizer.step()
             progress.advance(f"loss {loss.item():.4f}")
-
-
-class FrozenEncoder:
-    """Features of augmented images by an encoder that is not trained."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        settings: ProbeSettings,
-        pooling: str,
-        device: torch.device,
-        precision: str,
-    ) -> None:
-        self._vit, self._spec = backbone.vit.to(device).eval(), backbone.spec
-        self._settings, self._pooling = settings, pooling
-        self._device, self._precision = device, precision
-        choose_attention(self._vit, device, precision)
-
-    def batches(self, images: ImageDataset, order: BatchOrder, total: int) -> Generator[Batch]:
-        """Prefetched micro-batches of the steps 0 .. total - 1."""
-        size = self._settings.micro_batch_size
-        steps = (order(number) for number in range(total))
-        chunks = (
-            chunk
-            for rows, epochs in steps
-            for chunk in zip(rows.split(size), epochs.split(size), strict=True)
-        )
-        return prefetched(images, chunks, self._device)
-
-    @torch.no_grad()  # not inference_mode: the head's backward pass needs the features
-    def __call__(self, batches: Iterator[Batch], count: int) -> Tensor:
-        """Features [count, width] float32 of the next micro-batches."""
-        settings, size = self._settings, tuple(self._vit.patch_embed.img_size)
-        features = []
-        with autocast(self._device, self._precision):
-            for batch in islice(batches, math.ceil(count / settings.micro_batch_size)):
-                tokens = encode_tokens(self._vit, augmented(batch, settings, self._spec, size))
-                features.append(pool_tokens(self._vit, tokens.float(), self._pooling))
-        return torch.cat(features)

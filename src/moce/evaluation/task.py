@@ -16,7 +16,7 @@ from moce.data.readers.sample import Label, Sample
 from moce.errors import MoceError
 
 TEST_SHARE = 0.2  # if the source has no splits
-PARTS = ("train", "test")
+SPLITS = ("train", "test")
 
 
 @dataclass
@@ -59,14 +59,12 @@ def load_task(
     splits = _splits(samples)
     packed = _packed_as_needed(data, shape)
 
-    def read(part: str) -> ImageDataset:
-        rows = [row for row, split in zip(labeled, splits, strict=True) if split == part]
+    def read(wanted: str) -> ImageDataset:
+        rows = [row for row, split in zip(labeled, splits, strict=True) if split == wanted]
         if packed is not None:
             return packed.subset(rows)
-        chosen, (channels, *size) = [everything[row] for row in rows], shape
-        return load_images(
-            chosen, (size[0], size[1]), store, channels=channels, max_skipped=max_skipped
-        )
+        chosen = [everything[row] for row in rows]
+        return load_images(chosen, shape[1:], store, channels=shape[0], max_skipped=max_skipped)
 
     train, test = read("train"), read("test")
     classes = sorted(_names(train.labels))
@@ -78,8 +76,7 @@ def load_task(
     if unknown:
         raise MoceError(f"classes of the test images without training images: {', '.join(unknown)}")
     multi_label = any(isinstance(sample.label, tuple) for sample in samples)
-    encode = _zeros_and_ones if multi_label else _class_numbers
-    labels = [encode(part.labels, classes) for part in (train, test)]
+    labels = [_encode(split.labels, classes, multi_label) for split in (train, test)]
     return Task(data, classes, train, test, labels[0], labels[1], multi_label)
 
 
@@ -99,17 +96,13 @@ def _names(labels: Sequence[Label | None]) -> set[str]:
     return {name for label in labels for name in _names_of(label)}
 
 
-def _class_numbers(labels: Sequence[Label | None], classes: list[str]) -> np.ndarray:
-    """[n] int64."""
+def _encode(labels: Sequence[Label | None], classes: list[str], multi_label: bool) -> np.ndarray:
+    """Class numbers [n] int64, or [n, C] float32: 1 where the image has the class, rows may be zero."""
+    if multi_label:
+        rows = [[name in _names_of(label) for name in classes] for label in labels]
+        return np.array(rows, np.float32)
     number = {name: index for index, name in enumerate(classes)}
     return np.array([number[str(label)] for label in labels], np.int64)
-
-
-def _zeros_and_ones(labels: Sequence[Label | None], classes: list[str]) -> np.ndarray:
-    """[n, C] float32: 1 where the image has the class. Rows may be all zero."""
-    return np.array(
-        [[name in _names_of(label) for name in classes] for label in labels], np.float32
-    )
 
 
 def _splits(samples: list[Sample]) -> list[str]:
@@ -119,7 +112,7 @@ def _splits(samples: list[Sample]) -> list[str]:
     becomes = {None: "train", "train": "train", "test": "test"}
     becomes["val"] = "train" if "test" in named else "test"
     splits = [becomes[sample.split] for sample in samples]
-    missing = [part for part in PARTS if part not in splits]
+    missing = [split for split in SPLITS if split not in splits]
     if missing:
         raise MoceError(f"no {missing[0]} images: there must be both a train/ and a test/ folder")
     return splits

@@ -106,26 +106,21 @@ def _is_run(folder: Path) -> bool:
 
 def _read_run(path: Path) -> Run:
     config = read_config(path) if (path / CONFIG).is_file() else {}
-    rows = _read_rows(path)
-    info = _read_info(path) or {"kind": "evaluation" if rows else "unfinished"}
-    with raise_if_corrupt(path / (INFO if (path / INFO).is_file() else RESULTS)):
+    rows, info = _read_rows(path), {}
+    source = path / (INFO if (path / INFO).is_file() else RESULTS)
+    with raise_if_corrupt(source):
+        if source.name == INFO:
+            info = read_info(path)
+        elif source.is_file():
+            content = json.loads(source.read_text(encoding="utf-8"))
+            info = {"kind": "headroom", **content} if "groups" in content else {}
+        info = info or {"kind": "evaluation" if rows else "unfinished"}
         _check_info(info)
     kind = str(info["kind"])
     if kind == "mae" and config.get("method") == "mae":
         kind = "mae_plus"
     metrics = [row for row in read_metrics(path) if _is_logged(row)]
     return Run(path, kind, info, config, metrics, rows)
-
-
-def _read_info(path: Path) -> dict[str, Any]:
-    """What model.json holds or, of headroom, results.json; nothing if the run is not finished."""
-    if (path / INFO).is_file():
-        return read_info(path)
-    if not (path / RESULTS).is_file():
-        return {}
-    with raise_if_corrupt(path / RESULTS):
-        content = json.loads((path / RESULTS).read_text(encoding="utf-8"))
-        return {"kind": "headroom", **content} if "groups" in content else {}
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from moce.reporting.losses import losses_section
 from moce.reporting.reconstructions import reconstructions_section
 from moce.reporting.results import headroom_section, results_section
 from moce.reporting.summary import summary_section
-from moce.reporting.tasks import tasks_section
 
 
 def build_sections(material: Material, max_images: int) -> list[Section]:
@@ -30,7 +29,6 @@ def build_sections(material: Material, max_images: int) -> list[Section]:
             for run in material.of_kind("moce")
         ),
         reconstructions_section(material, banks),
-        tasks_section(material, max_images),
     ]
     return [section for section in sections if section is not None]
 

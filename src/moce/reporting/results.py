@@ -1,4 +1,4 @@
-"""Sections Results, every backbone on every task, and Headroom, what experts could gain."""
+"""Section Results: every backbone on every task, and the routes that the tasks chose; Headroom."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from moce.customization.selection import route_name
 from moce.reporting.elements import Section, html
 from moce.reporting.load import Material, Run
 from moce.reporting.results_table import Results, protocol_table
-from moce.reporting.style import drawing, look_of
+from moce.reporting.style import ROUTES, drawing, look_of
 
 PROTOCOLS = {"linear": "Linear probe", "knn": "Nearest neighbors", "finetune": "Fine-tuned"}
 CAPTION = (
@@ -29,6 +30,8 @@ def results_section(material: Material) -> Section | None:
         columns, rows = protocol_table(results, protocol)
         caption = f"{PROTOCOLS.get(protocol, protocol)}. {CAPTION}"
         blocks.append(html.table(["task", *columns[1:]], rows, caption, last_apart=True))
+    if choices := choices_of(results):
+        blocks += [_votes_chart(choices), _choices_table(choices)]
     lead = (
         "The metric on the test images of every task. Compare MoCE with MAE+, which had the same "
         "number of steps; the oracle shows what a perfect choice of experts would give."
@@ -66,6 +69,60 @@ def _dots(axes: Any, results: Results, protocol: str) -> None:
     axes.set_yticks(range(len(results.tasks)), results.tasks)
     axes.set_ylim(len(results.tasks) - 0.5, -0.5)
     axes.set_xlabel(f"{PROTOCOLS.get(protocol, protocol)}, %")
+
+
+def choices_of(results: Results) -> dict[str, dict[str, Any]]:
+    """By task, what the first MoCE run with a strategy selected."""
+    return {task: choice for task in results.tasks if (choice := results.choice(task))}
+
+
+def draw_votes(axes: Any, choices: dict[str, dict[str, Any]]) -> None:
+    """One bar per task: the shares of its images that vote for each route, most votes first."""
+    routes = sorted({route for choice in choices.values() for route in choice["votes"]})
+    for place, choice in enumerate(choices.values()):
+        left, total = 0.0, max(1, sum(choice["votes"].values()))
+        for route, count in choice["votes"].items():
+            color, share = ROUTES[routes.index(route) % len(ROUTES)], count / total
+            axes.barh(place, share, left=left, color=color, height=0.62, edgecolor="white")
+            if share > 0.2:  # enough room for the name
+                axes.text(left + 0.02, place, route, fontsize=7.5, va="center")
+            left += share
+    axes.set_yticks(range(len(choices)), choices)
+    axes.set_xticks([0, 1], ["0", "100 % of the task's images"])
+    axes.invert_yaxis()
+
+
+def _votes_chart(choices: dict[str, dict[str, Any]]) -> Markup:
+    winners = [f"{task}: {route_name(tuple(c['route']))}" for task, c in choices.items()]
+    with drawing(
+        1.0 + 0.4 * len(choices), f"Routes with most votes. {'; '.join(winners)}."
+    ) as canvas:
+        draw_votes(canvas.figure.subplots(), choices)
+    caption = (
+        "Every image of a task votes, by its cluster, for a route through the experts. Votes for a "
+        "single route mean that the task is of one kind."
+    )
+    return html.chart(canvas.picture, caption, "Routes of the tasks")
+
+
+def _choices_table(choices: dict[str, dict[str, Any]]) -> Markup:
+    columns = ["Task", "Strategy", "Winning route", "Votes", "Similarity", "Training data's"]
+    rows = [
+        [
+            task,
+            choice["strategy"],
+            route_name(tuple(choice["route"])),
+            f"{choice['share']:.0%}",
+            f"{choice['similarity']:.3f}",
+            f"{choice['training_similarity']:.3f}",
+        ]
+        for task, choice in choices.items()
+    ]
+    caption = (
+        "Similarity: of the task's images to the centroids. Far below that of the training data, the "
+        "task is unlike anything seen in training."
+    )
+    return html.table(columns, rows, caption)
 
 
 def headroom_section(run: Run) -> Section:

@@ -47,24 +47,17 @@ ROUTES = (
 
 _STYLE: Any = {
     "text.parse_math": False,  # a $ in a folder name is not a formula
-    "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
-    "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.edgecolor": "#aeb4bd",
     "axes.labelcolor": SOFT,
-    "axes.titlecolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.axisbelow": True,
     "grid.color": RULE,
     "text.color": INK,
     "xtick.color": SOFT,
     "ytick.color": SOFT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
     "legend.frameon": False,
     "lines.linewidth": 2.0,
     "svg.fonttype": "none",  # letters stay letters: small, sharp and searchable
