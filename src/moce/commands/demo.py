@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,23 @@ from moce.runs.files import write_json, write_text
 from moce.runs.model import provenance
 from moce.runtime.progress import log
 
+Step = Callable[[], object]
 IMAGES = "demo:pretrain"
 DONE = "demo.json"  # written last: settings, versions, and the seconds of every step
-# A ViT small enough to learn something in two minutes on two cores.
+# A ViT small enough to learn something in two minutes on two cores. Mean and deviation are the same for
+# all channels, so that gray images, half of the pool, stay gray.
 ENCODER: dict[str, Any] = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
-DECODER: dict[str, Any] = {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 4}
-# The same for all channels, so that gray images, half of the pool, stay gray.
-GRAY: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+MAE: dict[str, Any] = {
+    "model": "vit_tiny_patch16_224",
+    "model_args": ENCODER,
+    "img_size": 32,
+    "decoder_dim": 64,
+    "decoder_depth": 1,
+    "decoder_heads": 4,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "base_lr": 6e-3,
+}
 TRAINING: dict[str, Any] = {"batch_size": 64, "save_every": 1000}
 FINETUNE: dict[str, Any] = {
     "batch_size": 32,
@@ -77,15 +87,23 @@ def run(settings: DemoSettings) -> DemoResult:
         settings = settings.model_copy(update={"overwrite": True})
     device, precision = prepare(settings)
     open_output(settings)
-    runtime = {"device": device.type, "precision": precision}
-    demo = _Demo(settings, runtime | {"seed": settings.seed, "threads": settings.threads})
-    demo.train()
-    demo.evaluate(tasks)
-    result = _result(settings.out, demo.seconds)
-    with demo.timed("report"):
-        report.run(ReportSettings(runs=(settings.out,), out=result.report))
-    write_json(settings.out / DONE, {**_origin(settings), "seconds": demo.seconds})
-    return result
+    runtime: dict[str, Any] = {
+        "device": device.type,
+        "precision": precision,
+        "seed": settings.seed,
+        "threads": settings.threads,
+    }
+    steps = _training(settings, runtime) | _evaluation(settings, tasks, runtime)
+    page = ReportSettings(runs=(settings.out,), out=settings.out / "report.html")
+    steps["report"] = partial(report.run, page)
+    seconds = {}
+    for name, step in steps.items():
+        log(f"— {name}")
+        start = time.perf_counter()
+        step()
+        seconds[name] = round(time.perf_counter() - start, 1)
+    write_json(settings.out / DONE, {**_origin(settings), "seconds": seconds})
+    return _result(settings.out, seconds)
 
 
 def _result(out: Path, seconds: dict[str, float]) -> DemoResult:
@@ -116,88 +134,61 @@ def _tasks(wanted: tuple[str, ...]) -> list[str]:
     return list(wanted) or known
 
 
-@dataclass
-class _Demo:
-    settings: DemoSettings
-    runtime: dict[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)
+def _training(settings: DemoSettings, runtime: dict[str, Any]) -> dict[str, Step]:
+    """MAE, clusters, then MoCE and MAE+ with equal steps and data."""
+    out = settings.out
+    mae = PretrainSettings(
+        data=IMAGES, out=out / "mae", epochs=settings.pretrain_epochs, **MAE, **TRAINING, **runtime
+    )
+    clusters = ClusterSettings(
+        data=IMAGES,
+        mae=out / "mae",
+        out=out / "clusters",
+        num_clusters=settings.num_clusters,
+        **runtime,
+    )
+    further = {
+        "data": IMAGES,
+        "mae": out / "mae",
+        "epochs": settings.train_epochs,
+        "base_lr": 3e-3,
+        **TRAINING,
+        **runtime,
+    }
+    experts = {"clusters": out / "clusters", "num_experts": settings.num_experts}
+    moce = TrainSettings(out=out / "moce", **experts, **further)
+    mae_plus = TrainSettings(out=out / "mae_plus", method="mae", **further)
+    return {
+        "mae": partial(pretrain.run, mae),
+        "clusters": partial(cluster.run, clusters),
+        "moce": partial(train.run, moce),
+        "mae_plus": partial(train.run, mae_plus),
+    }
 
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Announce a step, and add its time to `seconds`."""
-        log(f"— {step}")
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = round(time.perf_counter() - start, 1)
 
-    def train(self) -> None:
-        """MAE, clusters, then MoCE and MAE+ with equal steps and data."""
-        settings, out = self.settings, self.settings.out
-        with self.timed("mae"):
-            pretrain.run(
-                PretrainSettings(
-                    data=IMAGES,
-                    out=out / "mae",
-                    model="vit_tiny_patch16_224",
-                    model_args=ENCODER,
-                    img_size=32,
-                    epochs=settings.pretrain_epochs,
-                    base_lr=6e-3,
-                    **DECODER,
-                    **GRAY,
-                    **TRAINING,
-                    **self.runtime,
-                )
-            )
-        with self.timed("clusters"):
-            cluster.run(
-                ClusterSettings(
-                    data=IMAGES,
-                    mae=out / "mae",
-                    out=out / "clusters",
-                    num_clusters=settings.num_clusters,
-                    **self.runtime,
-                )
-            )
-        experts = {"clusters": out / "clusters", "num_experts": settings.num_experts}
-        methods: dict[str, dict[str, Any]] = {"moce": experts, "mae_plus": {"method": "mae"}}
-        for name, method in methods.items():
-            with self.timed(name):
-                train.run(
-                    TrainSettings(
-                        data=IMAGES,
-                        mae=out / "mae",
-                        out=out / name,
-                        **method,
-                        epochs=settings.train_epochs,
-                        base_lr=3e-3,
-                        **TRAINING,
-                        **self.runtime,
-                    )
-                )
-
-    def evaluate(self, tasks: list[str]) -> None:
-        """Probe all backbones on every task, then fine-tune MAE+ and MoCE."""
-        out = self.settings.out
-        suite = _write_suite(out / "suite.yaml", tasks, self.settings)
-        runs = {name: f"{name}={out / name}" for name in ("mae", "mae_plus", "moce")}
-        routes = (f"{name}={out / 'moce'}@{name}" for name in ("random", "oracle"))
-        steps = {
-            "probes": ("linear", (*runs.values(), *routes)),
-            "finetune": ("finetune", (runs["mae_plus"], runs["moce"])),
-        }
-        for step, (protocol, backbones) in steps.items():
-            with self.timed(step):
-                evaluate.run(
-                    EvaluateSettings(
-                        suite=suite,
-                        backbones=backbones,
-                        protocols=(protocol,),
-                        out=out / "evaluation",
-                        resume=step == "finetune",  # its rows go with those of the probes
-                        **self.runtime,
-                    )
-                )
+def _evaluation(
+    settings: DemoSettings, tasks: list[str], runtime: dict[str, Any]
+) -> dict[str, Step]:
+    """Probe all backbones on every task, then fine-tune MAE+ and MoCE."""
+    out = settings.out
+    runs = {name: f"{name}={out / name}" for name in ("mae", "mae_plus", "moce")}
+    routes = (f"{name}={out / 'moce'}@{name}" for name in ("random", "oracle"))
+    common = {
+        "suite": _write_suite(out / "suite.yaml", tasks, settings),
+        "out": out / "evaluation",
+        **runtime,
+    }
+    probes = EvaluateSettings(backbones=(*runs.values(), *routes), protocols=("linear",), **common)
+    finetune = EvaluateSettings(
+        backbones=(runs["mae_plus"], runs["moce"]),
+        protocols=("finetune",),
+        resume=True,  # its rows go with those of the probes
+        **common,
+    )
+    return {
+        "probes": partial(evaluate.run, probes),
+        "finetune": partial(evaluate.run, finetune),
+    }
 
 
 def _write_suite(path: Path, tasks: list[str], settings: DemoSettings) -> Path:

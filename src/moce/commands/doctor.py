@@ -13,7 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from moce.config import DoctorSettings
-from moce.runtime.device import BF16_GAIN, matmul_rate, resolve_device, resolve_precision
+from moce.runtime.device import matmul_rate, resolve_device, resolve_precision
 from moce.runtime.system import cpu_limit, cpu_name, disk_free, existing, usable_cores
 
 LOW_DISK = 5e9  # bytes
@@ -34,7 +34,6 @@ class DoctorResult:
     device: str
     devices: list[str]
     precision: str
-    precision_reason: str
     threads: int
     omp_num_threads: str | None
     cores: int
@@ -57,33 +56,24 @@ class DoctorResult:
             *((f"extra {name}", _extra(name, missing)) for name, missing in self.extras.items()),
             ("devices", "; ".join(self.devices)),
             ("device used", self.device),
-            ("precision", f"{self.precision}: {self.precision_reason}"),
-            ("threads", self._threads()),
+            ("precision", self.precision),
+            ("threads", f"{self.threads}, OMP_NUM_THREADS {self.omp_num_threads or 'not set'}"),
+            (
+                "cores",
+                f"{self.usable_cores} of {self.cores}, container's limit: {self.cpu_limit or 'none'}",
+            ),
             ("matmul float32", f"{self.matmul_float32:.0f} GFLOP/s"),
             ("matmul bf16", f"{self.matmul_bf16:.0f} GFLOP/s"),
             ("disk free", f"{self.disk_free:.0f} GB in {self.disk}"),
         ]
         width = max(len(name) for name, _ in rows)
-        return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), *self._to_fix()])
-
-    def _threads(self) -> str:
-        limit = "no limit" if self.cpu_limit is None else f"a limit of {self.cpu_limit:g}"
-        return (
-            f"{self.threads}, of {self.usable_cores} usable of {self.cores} cores, {limit}, "
-            f"OMP_NUM_THREADS {self.omp_num_threads or 'not set'}"
-        )
-
-    def _to_fix(self) -> list[str]:
-        if not self.unusable and not self.advice:
-            return ["", "nothing to fix"]
-        urgent = [f"! {line}" for line in self.unusable]
-        return ["", "to fix:", *urgent, *(f"- {line}" for line in self.advice)]
+        to_fix = [f"! {line}" for line in self.unusable] + [f"- {line}" for line in self.advice]
+        to_fix = ["to fix:", *to_fix] if to_fix else ["nothing to fix"]
+        return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", *to_fix])
 
 
 def _extra(name: str, missing: list[str]) -> str:
-    if not missing:
-        return "installed"
-    return f"pip install 'moce[{name}]' (missing: {', '.join(missing)})"
+    return f"missing {', '.join(missing)}: pip install 'moce[{name}]'" if missing else "installed"
 
 
 def run(settings: DoctorSettings) -> DoctorResult:
@@ -97,7 +87,6 @@ def run(settings: DoctorSettings) -> DoctorResult:
         device=device.type,
         devices=_devices(),
         precision=resolve_precision("auto", device),
-        precision_reason=_reason(device, rates[1] / rates[0]),
         threads=torch.get_num_threads(),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         cores=os.cpu_count() or 1,
@@ -111,9 +100,6 @@ def run(settings: DoctorSettings) -> DoctorResult:
     result.unusable += [*_unmet(core), *_unwritable(settings.out)]
     result.advice += [*_of_threads(result), *_of_the_rest(result)]
     return result
-
-
-# --- packages -------------------------------------------------------------------------------------
 
 
 def _requirements() -> list[Requirement]:
@@ -156,23 +142,12 @@ def _unmet(core: list[Requirement]) -> list[str]:
     ]
 
 
-# --- devices --------------------------------------------------------------------------------------
-
-
 def _devices() -> list[str]:
     found = [f"cpu ({cpu_name()})"]
     for number in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(number)
         found.append(f"cuda:{number} ({card.name}, {card.total_memory / 1e9:.0f} GB)")
     return found + (["mps"] if torch.backends.mps.is_available() else [])
-
-
-def _reason(device: torch.device, gain: float) -> str:
-    if device.type == "cpu":
-        return f"bf16 products are {gain:.1f} times as fast as float32 (used from {BF16_GAIN})"
-    if device.type == "mps":
-        return "mps uses float32"
-    return f"this {device.type} device {'has' if gain > 1 else 'may lack'} bf16 units"
 
 
 def _unwritable(out: Path) -> list[str]:
@@ -184,9 +159,6 @@ def _unwritable(out: Path) -> list[str]:
     return []
 
 
-# --- what to fix ----------------------------------------------------------------------------------
-
-
 def _of_threads(result: DoctorResult) -> list[str]:
     """More threads than the cores or a container allow slow each other down."""
     room = min(result.usable_cores, result.cpu_limit or result.usable_cores)
@@ -196,12 +168,10 @@ def _of_threads(result: DoctorResult) -> list[str]:
             f"{result.threads} threads share {room:g} cores' worth of time: set OMP_NUM_THREADS={best}, "
             f"or use --threads {best}"
         ]
-    if result.threads < best and result.omp_num_threads is None:
-        return [f"only {result.threads} of {best} cores are used; add --threads {best}"]
     if result.threads < best:
         return [
-            f"OMP_NUM_THREADS={result.omp_num_threads} leaves {best - result.threads} of {best} cores "
-            "idle; fine beside other work, otherwise unset it"
+            f"only {result.threads} of {best} cores are used: add --threads {best} or change "
+            "OMP_NUM_THREADS, unless other programs need them"
         ]
     return []
 

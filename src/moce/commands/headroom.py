@@ -9,9 +9,8 @@ could gain, since it has the whole network to itself.
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,60 +39,46 @@ WORTHWHILE = 0.04
 
 @dataclass
 class GroupGain:
-    """A group of clusters: held-out errors after training on all images and on the group alone."""
+    """A group of clusters: held-out errors after training on all images and on the group alone.
+
+    gain: how far training on the group alone lowers the error, as a share; worthwhile: True if an
+    expert is likely to pay for this group.
+    """
 
     images: int
     error_all: float
     error_alone: float
+    gain: float = field(init=False)
+    worthwhile: bool = field(init=False)
 
-    @property
-    def gain(self) -> float:
-        """How far training on the group alone lowers the error further, as a share."""
-        return 1 - self.error_alone / self.error_all
-
-    @property
-    def worthwhile(self) -> bool:
-        """True if an expert is likely to pay for this group."""
-        return self.gain >= WORTHWHILE
+    def __post_init__(self) -> None:
+        self.gain = 1 - self.error_alone / self.error_all
+        self.worthwhile = self.gain >= WORTHWHILE
 
 
 @dataclass
 class HeadroomResult:
-    """gain: mean over the groups, weighted by their images; steps: on all images."""
+    """gain: mean over the groups, weighted by their images; worthwhile: for any group; steps: on all images."""
 
     run: Path
     groups: list[GroupGain]
     gain: float
     steps: int
-
-    @property
-    def worthwhile(self) -> bool:
-        """True if experts are likely to pay for any group."""
-        return any(group.worthwhile for group in self.groups)
+    worthwhile: bool
 
     def summary(self) -> str:
         lines = [
             f"group {number}: {group.images} images, error {group.error_all:.4f} trained on all, "
             f"{group.error_alone:.4f} alone ({100 * group.gain:+.1f} %)"
+            f"{': experts are likely to pay' if group.worthwhile else ''}"
             for number, group in enumerate(self.groups)
         ]
-        paying = [str(number) for number, group in enumerate(self.groups) if group.worthwhile]
-        verdict = (
-            "training on everything is as good for the groups; experts are unlikely to pay yet "
-            "(a smaller model, longer pre-training or more diverse images could change that)"
-        )
-        if paying:
-            groups = f"group{'s' if len(paying) > 1 else ''} {', '.join(paying)}"
-            verdict = f"experts are likely to pay for images like those of {groups}"
-        return "\n".join([*lines, f"headroom {100 * self.gain:+.2f} %: {verdict}"])
-
-    def to_json(self) -> dict[str, Any]:
-        groups = [
-            {**asdict(group), "gain": group.gain, "worthwhile": group.worthwhile}
-            for group in self.groups
-        ]
-        values = {**asdict(self), "run": str(self.run), "groups": groups}
-        return {**values, "worthwhile": self.worthwhile}
+        if not self.worthwhile:
+            lines.append(
+                "experts are unlikely to pay yet: training on all images is as good for the groups (a "
+                "smaller model, longer pre-training or more diverse images could change that)"
+            )
+        return "\n".join([*lines, f"headroom {100 * self.gain:+.2f} %"])
 
 
 def run(settings: HeadroomSettings) -> HeadroomResult:
@@ -136,8 +121,9 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
         groups.append(GroupGain(int(mine.sum()), *errors))
     total = sum(group.images for group in groups)
     gain = sum(group.gain * group.images for group in groups) / total
-    result = HeadroomResult(settings.out, groups, gain, steps)
-    write_json(settings.out / "results.json", result.to_json())
+    worthwhile = any(group.worthwhile for group in groups)
+    result = HeadroomResult(settings.out, groups, gain, steps, worthwhile)
+    write_json(settings.out / "results.json", {**asdict(result), "run": str(settings.out)})
     return result
 
 

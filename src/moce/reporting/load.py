@@ -171,7 +171,7 @@ def _set_labels(runs: list[Run]) -> None:
 
 
 def _merge_rows(runs: list[Run]) -> list[dict[str, Any]]:
-    """The rows of all runs; the folder tells apart what several runs measured on the same task."""
+    """The rows of all runs; the folder distinguishes equal names of several runs."""
     rows, known = [], set()
     for run in runs:
         for row in run.rows:

@@ -82,29 +82,21 @@ def protocol_table(results: Results, protocol: str) -> tuple[list[str], list[lis
     strategy with the vote share of the route that won.
     """
     rows, backbones = results.where(protocol=protocol), results.backbones(protocol)
-    lines = []
+    columns = [protocol, "labels", "metric", *backbones, "regret", "strategy, vote"]
+    lines, regrets = [], []
     for task in _distinct(rows, "task"):
         first = next(row for row in rows if row["task"] == task)
         cells = [percent_cell(results.values(task, protocol, name)) for name in backbones]
-        lines.append([task, str(first["labels"]), first["metric"], *cells])
+        regrets.append(results.regret(task, protocol))
+        choice = choice_cell(results.choice(task, protocol=protocol))
+        labels = str(first["labels"])
+        lines.append([task, labels, first["metric"], *cells, _points(regrets[-1]), choice])
     averages = [results.average(protocol, name) for name in backbones]
-    lines.append(["mean", "", "", *("" if a is None else percent_cell([a]) for a in averages)])
-    columns = [protocol, "labels", "metric", *backbones]
-    tasks = [line[0] for line in lines[:-1]]
-    regrets = [results.regret(task, protocol) for task in tasks]
-    if any(regret is not None for regret in regrets):
-        columns.append("regret")
-        _append(lines, [_points(r) for r in [*regrets, _mean_of_all(regrets)]])
-    choices = [results.choice(task, protocol=protocol) for task in tasks]
-    if any(choices):
-        columns.append("strategy, vote")
-        _append(lines, [*(choice_cell(choice) for choice in choices), ""])
-    return columns, lines
-
-
-def _append(lines: list[list[str]], cells: list[str]) -> None:
-    for line, cell in zip(lines, cells, strict=True):
-        line.append(cell)
+    cells = [percent_cell([] if a is None else [a]) for a in averages]
+    lines.append(["mean", "", "", *cells, _points(_mean_of_all(regrets)), ""])
+    always = LEADING + len(backbones)
+    kept = [n for n in range(len(columns)) if n < always or any(line[n] for line in lines)]
+    return [columns[n] for n in kept], [[line[n] for n in kept] for line in lines]
 
 
 def percent_cell(values: list[float]) -> str:

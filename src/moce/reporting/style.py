@@ -1,4 +1,4 @@
-"""How figures look: one style, and colors that color-blind readers can tell apart."""
+"""How figures look: one style, and colors that color-blind readers can distinguish."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def _settings_table(runs: list[Run]) -> Markup:
     """One row per setting or version, one column per run."""
     shown = [
         {
-            **{name: _setting(value) for name, value in run.config.items()},
+            **{name: str(value) for name, value in run.config.items()},
             **{f"version of {k}": str(v) for k, v in run.info.get("versions", {}).items()},
         }
         for run in runs
@@ -54,11 +54,3 @@ def _settings_table(runs: list[Run]) -> Markup:
     rows = [[name, *(values.get(name, "") for values in shown)] for name in names]
     columns = ["Setting", *(run.name for run in runs)]
     return html.table(columns, rows, "Settings and versions", folded=True, numbers=False)
-
-
-def _setting(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {part}" for name, part in value.items()) or "–"
-    return str(value)
