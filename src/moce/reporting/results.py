@@ -11,7 +11,7 @@ from moce.customization.selection import route_name
 from moce.reporting.elements import Section, html
 from moce.reporting.load import Material, Run
 from moce.reporting.results_table import Results, protocol_table
-from moce.reporting.style import ROUTES, drawing, look_of
+from moce.reporting.style import drawing, expert_color, faded, look_of
 
 PROTOCOLS = {"linear": "Linear probe", "knn": "Nearest neighbors", "finetune": "Fine-tuned"}
 CAPTION = (
@@ -82,7 +82,8 @@ def draw_votes(axes: Any, choices: dict[str, dict[str, Any]]) -> None:
     for place, choice in enumerate(choices.values()):
         left, total = 0.0, max(1, sum(choice["votes"].values()))
         for route, count in choice["votes"].items():
-            color, share = ROUTES[routes.index(route) % len(ROUTES)], count / total
+            color = faded(expert_color(routes.index(route), len(routes)), 0.6)
+            share = count / total
             axes.barh(place, share, left=left, color=color, height=0.62, edgecolor="white")
             if share > 0.2:  # enough room for the name
                 axes.text(left + 0.02, place, route, fontsize=7.5, va="center")

@@ -37,12 +37,9 @@ METHODS = {
     "unfinished": Look("unfinished", "#b59b00", "v"),
     "classifier": Look("fine-tuned", "#5d4a8a", "P"),
 }
-# Paul Tol's "muted" for experts, his "light" for routes and other backbones: unlike any method.
+# Paul Tol's "muted" for experts, routes and other backbones.
 EXPERTS = (
     "#332288", "#44aa99", "#cc6677", "#ddcc77", "#88ccee", "#117733", "#882255", "#999933", "#aa4499",
-)  # fmt: skip
-ROUTES = (
-    "#77aadd", "#ee8866", "#bbcc33", "#ffaabb", "#44bb99", "#eedd88", "#aaaa00", "#99ddff",
 )  # fmt: skip
 
 _STYLE: Any = {
@@ -54,6 +51,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": RULE,
     "text.color": INK,
     "xtick.color": SOFT,
@@ -91,7 +89,7 @@ def look_of(row: dict[str, Any], number: int) -> Look:
     for name in (known, row["backbone"]):
         if name in METHODS:
             return METHODS[name]
-    return Look(row["backbone"], ROUTES[number % len(ROUTES)], "osDv^P"[number % 6])
+    return Look(row["backbone"], EXPERTS[number % len(EXPERTS)], "osDv^P"[number % 6])
 
 
 def expert_color(expert: int, num_experts: int) -> str:
