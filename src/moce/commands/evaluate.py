@@ -155,10 +155,13 @@ class _Evaluation:
                 role=plan.role,
                 seconds=round(time.perf_counter() - start, 2),
             )
-            self.rows.append(row)
-            write_rows(self.settings.out, self.rows)
+            self._add(row)
             values = " ".join(f"{100 * value:.1f}" for value in outcome.values)
             log(f"{plan.name}, {candidate.name}, {protocol}: {values}")
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        write_rows(self.settings.out, self.rows)
 
     def _missing(self, plan: SuiteTask) -> Iterator[tuple[Candidate, str]]:
         done = {tuple(row[name] for name in KEY) for row in self.rows}

@@ -31,13 +31,9 @@ def linear_scores(
     examples (or, with several labels, without counterexamples) gets the lowest score.
     """
     with threadpool_limits(1):  # threads only cost time on a problem this small
-        strength = _choose_strength(train, labels, num_classes)
+        found = cross_validated(train, labels, num_classes)
+        strength = max(found, key=lambda c: found[c]) if found else STRENGTHS[1]
         return _scores(strength, train, labels, test, num_classes)
-
-
-def _choose_strength(features: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
-    found = cross_validated(features, labels, num_classes)
-    return max(found, key=lambda strength: found[strength]) if found else STRENGTHS[1]
 
 
 def cross_validated(
