@@ -31,7 +31,7 @@ def results_section(material: Material) -> Section | None:
         caption = f"{PROTOCOLS.get(protocol, protocol)}. {CAPTION}"
         blocks.append(html.table(["task", *columns[1:]], rows, caption, last_apart=True))
     if choices := choices_of(results):
-        blocks += [_votes_chart(choices), _choices_table(choices)]
+        blocks.append(_votes_chart(choices))
     lead = (
         "The metric on the test images of every task. Compare MoCE with MAE+, which had the same "
         "number of steps; the oracle shows what a perfect choice of experts would give."
@@ -95,35 +95,23 @@ def draw_votes(axes: Any, choices: dict[str, dict[str, Any]]) -> None:
 
 def _votes_chart(choices: dict[str, dict[str, Any]]) -> Markup:
     winners = [f"{task}: {route_name(tuple(c['route']))}" for task, c in choices.items()]
-    with drawing(
-        1.0 + 0.4 * len(choices), f"Routes with most votes. {'; '.join(winners)}."
-    ) as canvas:
-        draw_votes(canvas.figure.subplots(), choices)
-    caption = (
-        "Every image of a task votes, by its cluster, for a route through the experts. Votes for a "
-        "single route mean that the task is of one kind."
-    )
-    return html.chart(canvas.picture, caption, "Routes of the tasks")
-
-
-def _choices_table(choices: dict[str, dict[str, Any]]) -> Markup:
-    columns = ["Task", "Strategy", "Winning route", "Votes", "Similarity", "Training data's"]
-    rows = [
-        [
-            task,
-            choice["strategy"],
-            route_name(tuple(choice["route"])),
-            f"{choice['share']:.0%}",
-            f"{choice['similarity']:.3f}",
-            f"{choice['training_similarity']:.3f}",
-        ]
+    labels = [
+        f"{task}\n{choice['similarity']:.3f} (training {choice['training_similarity']:.3f})"
         for task, choice in choices.items()
     ]
+    with drawing(
+        1.0 + 0.5 * len(choices), f"Routes with most votes. {'; '.join(winners)}."
+    ) as canvas:
+        axes = canvas.figure.subplots()
+        draw_votes(axes, choices)
+        axes.set_yticks(range(len(choices)), labels)
     caption = (
-        "Similarity: of the task's images to the centroids. Far below that of the training data, the "
-        "task is unlike anything seen in training."
+        "Every image of a task votes, by its cluster, for a route through the experts. Votes for a "
+        "single route mean that the task is of one kind. Below its name: the similarity of the task's "
+        "images to the centroids and, in brackets, that of the training images; a far lower one means "
+        "that the task is unlike anything seen in training."
     )
-    return html.table(columns, rows, caption)
+    return html.chart(canvas.picture, caption, "Routes of the tasks")
 
 
 def headroom_section(run: Run) -> Section:
