@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread per test process: more do not speed up small models.
-TESTS := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2
+# One thread per test process: more do not speed up small models. worksteal keeps the tests of a
+# module in one process, so that what they share is made once.
+TESTS := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-slow lint types check clean
 .DEFAULT_GOAL := help

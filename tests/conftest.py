@@ -1,7 +1,8 @@
-"""Run folders made once, through the verbs, and read by many tests."""
+"""Run folders made once by the commands, for all tests and test processes to read."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,21 +32,28 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    root = tmp_path_factory.mktemp("runs")
-    made = Runs(
-        data=write_images(root / "data"),
-        task=write_task(root / "task"),
-        mae=root / "mae",
-        clusters=root / "clusters",
-        moce=root / "moce",
-        backbone=root / "backbone",
-    )
+def runs(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Runs:
+    """The first test process that needs the runs makes them; the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "runs"
+    root.mkdir(exist_ok=True)
+    names = ("data", "task", "mae", "clusters", "moce", "backbone")
+    made = Runs(**{name: root / name for name in names})
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "complete").exists():
+            make_runs(made)
+            (root / "complete").touch()
+    return made
+
+
+def make_runs(made: Runs) -> None:
+    write_images(made.data)
+    write_task(made.task)
     moce.pretrain(made.data, out=made.mae, epochs=2, **PRETRAIN)
     moce.cluster(made.data, mae=made.mae, out=made.clusters, num_clusters=CLUSTERS, **RUNTIME)
     moce.train(made.data, mae=made.mae, clusters=made.clusters, out=made.moce, epochs=2, **TRAIN)
     customize(made.moce, made.task, out=made.backbone)
-    return made
 
 
 @pytest.fixture(params=[1, 3])

@@ -66,7 +66,8 @@ def _find(folder: Path, rank: int, name: str, sampled: bool) -> None:
 @pytest.fixture(scope="module")
 def found_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(_work, (str(folder),), nprocs=WORLD)
+    # Forked processes need not import torch and moce again.
+    torch.multiprocessing.start_processes(_work, (str(folder),), nprocs=WORLD, start_method="fork")
     return folder
 
 

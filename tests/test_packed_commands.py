@@ -148,7 +148,9 @@ ENCODERS = {
     "drop path": {"drop_path_rate": 0.3},
 }
 SWIGLU = "vit_giant_patch14_reg4_dinov2"
-FAST = ("thirteen channels", "SwiGLU, registers, LayerScale")
+FAST = (
+    "SwiGLU, registers, LayerScale",
+)  # thirteen channels: test_channels.py does nearly the same
 
 
 @pytest.mark.parametrize(

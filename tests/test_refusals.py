@@ -354,7 +354,12 @@ def test_a_command_without_arguments_lists_what_it_needs(
 
 @pytest.mark.parametrize(
     "words",
-    [["pretain"], ["pretrain"], ["pretrain", "/no/images", "--out", "o"], ["cluster", "--color"]],
+    [
+        ["pretain"],
+        ["pretrain"],
+        pytest.param(["pretrain", "/no/images", "--out", "o"], marks=pytest.mark.slow),  # torch
+        ["cluster", "--color"],
+    ],
 )
 def test_a_process_of_its_own_ends_as_the_table_says(words: Words, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moce", *map(str, words)]
