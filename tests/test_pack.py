@@ -125,7 +125,7 @@ def test_resumed_is_uninterrupted_to_the_byte(folder, tmp_path, small_chunks, ch
     decoded = []
     again = packer(folder, tmp_path / "killed")
     assert again.resume() == 4 * chunks
-    decoded = [chunk.samples for chunk in again.chunks()]
+    decoded = [row["entries"] for row in again.chunks()]
     again.finish()
     assert sum(decoded) == 42 - 4 * chunks
     assert (tmp_path / "killed").read_bytes() == whole.read_bytes()

@@ -31,6 +31,8 @@ from moce.config.base import (
 )
 from moce.config.facts import GIVEN, setting
 
+BY_SGD: dict[str, tuple[str, ...]] = {"kind": ("linear",), "solver": ("sgd",)}
+
 
 class EmbedSettings(DataSettings):
     """Write one feature per image to a parquet file: columns id, label, split, embedding."""
@@ -81,33 +83,33 @@ class ProbeSettings(DataSettings):
     epochs: Positive = setting(
         90,
         "passes over the images (solver sgd)",
-        used_with={"kind": ("linear",), "solver": ("sgd",)},
+        used_with=BY_SGD,
     )
     batch_size: Annotated[Count, Field(ge=2)] = setting(
         16384,
         "images per optimizer step, at most all there are (solver sgd)",
-        used_with={"kind": ("linear",), "solver": ("sgd",)},
+        used_with=BY_SGD,
     )
     micro_batch_size: Count = setting(256, "images per forward pass")
     base_lr: Positive = setting(
         0.1,
         "learning rate per 256 images; the rate is base_lr * images per step / 256 (solver sgd)",
-        used_with={"kind": ("linear",), "solver": ("sgd",)},
+        used_with=BY_SGD,
     )
     warmup: Fraction = setting(
         round(10 / 90, 4),
         "share of the steps with a rising learning rate (solver sgd)",
-        used_with={"kind": ("linear",), "solver": ("sgd",)},
+        used_with=BY_SGD,
     )
     crop_scale: Fraction = setting(
         0.08,
         "smallest random crop, as a share of the image's area (solver sgd)",
-        used_with={"kind": ("linear",), "solver": ("sgd",)},
+        used_with=BY_SGD,
     )
     hflip: bool = setting(
         True,
         "flip half of the images horizontally (solver sgd)",
-        used_with={"kind": ("linear",), "solver": ("sgd",)},
+        used_with=BY_SGD,
     )
     out: Folder | None = setting(None, "folder to write results.json to")
     overwrite: bool = setting(

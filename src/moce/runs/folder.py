@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,25 +83,18 @@ def check_apart(path: Path, name: str, value: str | Path) -> None:
         raise MoceError(f"{path} holds the input {name} ({value}); choose another output folder")
 
 
-def open_folder(
-    path: Path,
-    outputs: Outputs = RUN,
-    *,
-    overwrite: bool = False,
-    resume: bool | None = None,
-    inputs: Iterable[tuple[str, Path]] = (),
-) -> Path:
-    """Create and lock an output folder; empty it unless it is resumed. Raises as `check_folder`.
+def open_folder(path: Path, outputs: Outputs, check: Callable[[], None], *, keep: bool) -> Path:
+    """Create and lock an output folder, after a last `check`; empty it unless `keep`.
 
     Of several processes, rank 0 does this after all have checked the folder.
     """
     barrier()
     if is_rank0():
-        check_folder(path, outputs, overwrite=overwrite, resume=resume, inputs=inputs)
+        check()
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock_folder(path)
-            _remove_temporaries(path, outputs) if resume else _empty(path)
+            _remove_temporaries(path, outputs) if keep else _empty(path)
         except OSError as error:
             raise MoceError(f"cannot make {path}: {error.strerror}") from None
     barrier()
