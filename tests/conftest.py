@@ -1,4 +1,4 @@
-"""Run folders made once, through the verbs, and read by many tests."""
+"""Run folders made once, by the commands, and read by many tests."""
 
 from __future__ import annotations
 

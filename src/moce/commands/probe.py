@@ -21,7 +21,6 @@ from moce.runtime.progress import log
 from moce.weights.from_runs import load_backbone
 
 ADVICE = "see recipes/probe_small.yaml, or use --solver lbfgs"
-SGD_ONLY = ("epochs", "batch_size", "base_lr", "warmup", "crop_scale", "hflip")
 
 
 @dataclass

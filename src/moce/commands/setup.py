@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial, reduce
+from functools import partial
 from itertools import chain
-from operator import or_
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.config import RunSettings, RuntimeSettings, Settings, settings_classes
+from moce.config import RunSettings, RuntimeSettings, Settings
 from moce.config.base import DataSettings
 from moce.config.facts import facts_of
 from moce.config.usage import check_used, explicitly_set, flag
@@ -21,7 +20,7 @@ from moce.data.load import load_images, temporary_file
 from moce.data.readers.factory import paths_of
 from moce.errors import MoceError
 from moce.models.encoder import input_channels, input_size
-from moce.runs.folder import RUN, Outputs, check_folder, open_folder
+from moce.runs.folder import check_folder, open_folder
 from moce.runs.model import write_config, write_skipped
 from moce.runs.resume import (
     check_inputs,
@@ -83,11 +82,6 @@ def hint_few_steps(settings: Settings, steps: int, advice: str) -> None:
 # --- output ---------------------------------------------------------------------------------------
 
 
-def known_outputs() -> Outputs:
-    """The names of files and folders that commands write to output folders."""
-    return reduce(or_, (Outputs(kind.proofs, kind.files) for kind in settings_classes()), RUN)
-
-
 def inputs_of(settings: Settings) -> list[tuple[str, Path]]:
     """Every setting that names an input, with each path that it names."""
     found: list[tuple[str, Path]] = []
@@ -103,7 +97,6 @@ def check_output(settings: Any) -> None:
     """Raise MoceError unless the output folder can be written to; nothing is changed."""
     check_folder(
         settings.out,
-        known_outputs(),
         overwrite=settings.overwrite,
         resume=getattr(settings, "resume", None),
         inputs=inputs_of(settings) if settings.overwrite else (),
@@ -113,7 +106,7 @@ def check_output(settings: Any) -> None:
 def open_output(settings: Any) -> Path:
     """Create or empty the output folder, and lock it; called once all inputs are checked."""
     keep = getattr(settings, "resume", False)
-    return open_folder(settings.out, known_outputs(), partial(check_output, settings), keep=keep)
+    return open_folder(settings.out, partial(check_output, settings), keep=keep)
 
 
 def start_run(settings: RunSettings, *sets: ImageDataset) -> None:

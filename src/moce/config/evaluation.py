@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,12 @@ from moce.config.base import (
 from moce.config.facts import GIVEN, setting
 
 BY_SGD: dict[str, tuple[str, ...]] = {"kind": ("linear",), "solver": ("sgd",)}
+METRIC: Any = setting(
+    None,
+    "accuracy, mean_per_class or map11 (default: map11 where an image can have several labels, "
+    "else accuracy)",
+    set_by_evaluate=True,
+)
 
 
 class EmbedSettings(DataSettings):
@@ -62,12 +68,7 @@ class ProbeSettings(DataSettings):
         "regression on features computed once, its strength cross-validated",
         used_with={"kind": ("linear",)},
     )
-    metric: Metric | None = setting(
-        None,
-        "accuracy, mean_per_class or map11 (default: map11 where an image can have several labels, "
-        "else accuracy)",
-        set_by_evaluate=True,
-    )
+    metric: Metric | None = METRIC
     num_labels: Count | None = setting(
         None, "labeled images per draw (default: all)", set_by_evaluate=True
     )
@@ -134,12 +135,7 @@ class FinetuneSettings(TrainingSettings):
     draw: Index = setting(
         0, "which random draw of the labels, as numbered by moce probe", set_by_evaluate=True
     )
-    metric: Metric | None = setting(
-        None,
-        "accuracy, mean_per_class or map11 (default: map11 where an image can have several labels, "
-        "else accuracy)",
-        set_by_evaluate=True,
-    )
+    metric: Metric | None = METRIC
     epochs: Positive = setting(100, "passes over the images, fractions allowed; 50 from ViT-L on")
     batch_size: Count = setting(1024, "images per optimizer step, over all micro-batches")
     micro_batch_size: Count | None = setting(

@@ -45,17 +45,15 @@ class Packer:
         self._journal = out.with_name(f"{out.name}.journal")
         self._image_bytes = int(np.prod(shape))
         self._size = max(1, min(MOST_IN_CHUNK, CHUNK_BYTES // self._image_bytes))
-        self._job = {"job": self._fingerprint(), "shape": list(shape)}
+        names = json.dumps([(sample.id, sample.label, sample.split) for sample in samples])
+        job = hashlib.sha256(names.encode()).hexdigest()
+        self._job = {"job": job, "shape": list(shape)}
         self._rows: list[dict[str, Any]] = []
 
     @property
     def done(self) -> int:
         """Images processed so far, readable or not."""
         return sum(row["entries"] for row in self._rows)
-
-    def _fingerprint(self) -> str:
-        names = [(sample.id, sample.label, sample.split) for sample in self.samples]
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     def resume(self) -> int:
         """Resume an interrupted pack, if there is one; the number of images it had processed.
