@@ -28,7 +28,7 @@ TINY_ARGS = {"patch_size": 4, "img_size": 16, "embed_dim": 32, "depth": 4, "num_
 BLOCKS = (1, 3)
 CLUSTERS, EXPERTS = 8, 3
 
-# Flags that make every verb quick and exactly repeatable.
+# Flags that make every command quick and exactly repeatable.
 RUNTIME = {"device": "cpu", "precision": "float32", "threads": 1}
 PRETRAIN = {
     **RUNTIME,

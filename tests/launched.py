@@ -1,4 +1,4 @@
-"""Commands started by torchrun, as two processes, and what they say."""
+"""Commands started by torchrun as two processes, and the lines they print."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def moce_words(command: str, settings: dict[str, Any]) -> list[object]:
     return ["-m", "moce", command, "--config", recipe]
 
 
-def said(text: str) -> list[str]:
-    """The lines of moce's own among those of torchrun."""
+def moce_lines(text: str) -> list[str]:
+    """The lines that moce printed, without those of torchrun."""
     return [line for line in text.splitlines() if re.match(r"moce \w+: ", line)]
 
 

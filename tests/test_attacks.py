@@ -64,7 +64,7 @@ def test_resume_does_not_write_among_other_files(runs, tmp_path: Path, capsys) -
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "[1"])
-def test_a_damaged_config_is_refused_in_one_line(
+def test_a_corrupt_config_is_refused_in_one_line(
     runs, tmp_path: Path, capsys, content: str
 ) -> None:
     run = copy_run(runs.mae, tmp_path / "run")

@@ -130,7 +130,7 @@ def test_rows_of_experts_come_back_in_their_order() -> None:
     torch.testing.assert_close(ffn(rows, Routing(expert, torch.ones(7))), one_by_one)
 
 
-# --- through the verb -----------------------------------------------------------------------------
+# --- by the command --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

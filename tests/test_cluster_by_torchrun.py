@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from builders import RUNTIME, copy_run, write_images
-from launched import moce_words, said, torchrun, wait_until
+from launched import moce_lines, moce_words, torchrun, wait_until
 
 import moce
 from moce.clustering import balanced_kmeans as balanced
@@ -103,7 +103,7 @@ def test_stopped_by_sigterm_and_resumed_by_two_and_by_one(data: Path, runs, tmp_
     process.send_signal(signal.SIGTERM)
     _, output = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert len(said(output)) == 1 and "--resume" in said(output)[0], output
+    assert len(moce_lines(output)) == 1 and "--resume" in moce_lines(output)[0], output
     copied = copy_run(out, tmp_path / "copied")
     words = moce_words("cluster", {**settings(data, runs, out), "resume": True})[2:]
     process = torchrun(program(tmp_path, 0.0), *words)
@@ -121,6 +121,7 @@ def test_too_many_clusters_are_refused_once(data: Path, runs, tmp_path: Path) ->
     _, output = process.communicate(timeout=120)
     assert process.returncode != 0
     assert (
-        len(said(output)) == 1 and "500 clusters need as many distinct images" in said(output)[0]
+        len(moce_lines(output)) == 1
+        and "500 clusters need as many distinct images" in moce_lines(output)[0]
     ), output
     assert not (tmp_path / "run").exists()

@@ -19,7 +19,6 @@ from tools.build_stub import STUB, stub
 import moce
 from moce import config
 from moce.commands.registry import COMMANDS
-from moce.commands.setup import known_outputs
 from moce.config.facts import facts_of
 from moce.config.load import parse, renamed
 from moce.config.usage import check_used
@@ -319,13 +318,13 @@ def test_overwrite_takes_runs_within_a_run_and_nothing_else(tmp_path: Path) -> N
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    check_folder(tmp_path, known_outputs(), overwrite=True)
+    check_folder(tmp_path, overwrite=True)
     for name in ("all/notes.txt", "mine/README.md", "backbones/a/README.md"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
         with pytest.raises(MoceError, match="did not write"):
-            check_folder(tmp_path, known_outputs(), overwrite=True)
+            check_folder(tmp_path, overwrite=True)
         path.unlink()
 
 

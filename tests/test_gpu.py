@@ -76,14 +76,14 @@ def waits_counted() -> Iterator[list[str]]:
     """The waits for the GPU within, as torch's warnings tell of them."""
     found: list[str] = []
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    found += [str(w.message) for w in told if "synchronizing" in str(w.message)]
+    found += [str(w.message) for w in caught if "synchronizing" in str(w.message)]
 
 
 @pytest.mark.parametrize(("method", "most"), [("mae", 0), ("moce", 1)])

@@ -111,7 +111,7 @@ def run_command(line: str) -> None:
     if words[0] == "pretrain" and "--init" not in words:
         words += ["--model-args", json.dumps(SMALL | model_args(words))]
     known = COMMANDS[words[0]].settings.model_fields
-    small = DECODER if words[0] == "pretrain" else {}  # other verbs read it from the MAE
+    small = DECODER if words[0] == "pretrain" else {}  # other commands read it from the MAE
     for name, value in (QUICK | small).items():
         flag = f"--{name.replace('_', '-')}"
         if name in known and flag not in words and not (name == "batch_size" and "lbfgs" in words):

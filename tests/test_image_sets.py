@@ -21,7 +21,7 @@ from moce.data.from_python import as_image_dataset
 from moce.data.load import decode_all, decode_into, load_images
 from moce.data.loader import all_on_device
 from moce.data.readers.factory import open_source
-from moce.data.readers.packed import open_packed
+from moce.data.readers.packed import PixelReader, open_packed
 from moce.errors import MoceError
 from moce.evaluation.task import load_task
 from moce.runs.files import read_lines
@@ -141,8 +141,8 @@ def test_long_decoding_shows_progress(folder: Path, monkeypatch, capsys) -> None
     monkeypatch.setattr("moce.runtime.progress.LINE_EVERY", 0.0)
     monkeypatch.setattr("moce.data.load.REPORT_EVERY", 10)
     load_images(str(folder), SIZE)
-    told = capsys.readouterr().err
-    assert "read images 10/23" in told and "s left, 2 unreadable" in told
+    progress = capsys.readouterr().err
+    assert "read images 10/23" in progress and "s left, 2 unreadable" in progress
 
 
 def test_a_bar_waits_until_it_is_worth_it(monkeypatch) -> None:
@@ -184,7 +184,7 @@ class Trickle:
 
 def test_reads_that_come_in_pieces_are_put_together(folder: Path, tmp_path: Path, expected) -> None:
     file = moce.pack(folder, size=16, out=tmp_path / "a.moce").file
-    reader = open_packed(file).reader()
+    reader = PixelReader(file, open_packed(file).shape)
     reader._file = Trickle(reader._file)  # type: ignore[assignment]
     assert torch.equal(reader.read([3, 19]), expected[[3, 19]])
     with file.open("r+b") as cut:

@@ -45,7 +45,7 @@ def start(*words: object, code: str = "", **options) -> subprocess.Popen[str]:
     return subprocess.Popen(command, **pipes, **options)
 
 
-def told(process: subprocess.Popen[str], status: int) -> str:
+def last_line(process: subprocess.Popen[str], status: int) -> str:
     """The last line of a process that was refused or stopped, without a traceback."""
     _, error = process.communicate(timeout=300)
     assert process.returncode == status, error
@@ -108,7 +108,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     process = start(*words_of(command, runs, out))
     wait_for(process, lambda: len(read_metrics(out)) > 2)
     process.send_signal(number)
-    line = told(process, 128 + number)
+    line = last_line(process, 128 + number)
     assert "--resume" in line and "stopped after step" in line
     done = int(line.split("step ")[1].split()[0])
     assert (out / "state" / f"step_{done:09d}.safetensors").is_file()
@@ -134,7 +134,7 @@ def test_a_second_ctrl_c_stops_at_once(runs: Runs, tmp_path: Path) -> None:
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert "interrupted; resume with --resume" in told(process, 130)
+    assert "interrupted; resume with --resume" in last_line(process, 130)
 
 
 SLOW_IMAGES = (
@@ -167,7 +167,7 @@ def test_a_signal_while_images_are_read_or_clustered_is_told_in_one_line(
     process = start(*words, code=started)
     wait_for(process, mark.exists)
     process.send_signal(number)
-    line = told(process, 128 + number)
+    line = last_line(process, 128 + number)
     if code is SLOW_IMAGES:  # nothing was begun that could be gone on with
         assert "interrupted" in line
         assert not out.exists()
@@ -186,11 +186,11 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(runs: Runs, tmp_pat
     process = start(*words)
     wait_for(process, lambda: list(out.glob("state/step_*")))
     process.send_signal(signal.SIGTERM)
-    told(process, 143)
+    last_line(process, 143)
     kept = sorted(path.name for path in out.glob("state/step_*"))
     size = min(path.stat().st_size for path in out.glob("state/step_*")) // 2
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
-    line = told(start(*words, "--resume", preexec_fn=limit), 2)
+    line = last_line(start(*words, "--resume", preexec_fn=limit), 2)
     assert "cannot write" in line and "step_" in line and "--resume" in line
     assert sorted(path.name for path in out.glob("state/step_*")) == kept
     assert not [path for path in out.rglob(".*") if path.is_file()]
@@ -204,6 +204,6 @@ def test_a_packed_file_that_is_cut_short_in_mid_run_is_told(runs: Runs, tmp_path
     process = start("pretrain", packed, *words[2:], code=code)
     wait_for(process, lambda: list(out.glob("state/step_*")))
     os.truncate(packed, 5000)
-    line = told(process, 2)
+    line = last_line(process, 2)
     assert str(packed) in line and "cut short" in line
     assert list(out.glob("state/step_*"))

@@ -36,8 +36,8 @@ def test_bad_images_among_good_ones_are_skipped_counted_and_listed(
     (folder / "bomb.png").write_bytes(png(40000, 40000))
     (folder / "empty.gif").write_bytes(b"")
     assert run_command(world.pretrain(folder, "--steps", 1)) == 0
-    said = capsys.readouterr().err
-    assert "skipped 4 unreadable images" in said and "Traceback" not in said
+    messages = capsys.readouterr().err
+    assert "skipped 4 unreadable images" in messages and "Traceback" not in messages
     skipped = {row["id"]: row["reason"] for row in read_lines(world.out / "skipped.jsonl")}
     assert skipped.keys() == {"cut.png", "fake.jpg", "bomb.png", "empty.gif"}
     assert "exceeds limit" in skipped["bomb.png"] and all(skipped.values())

@@ -125,7 +125,7 @@ def test_resumed_is_uninterrupted_to_the_byte(folder, tmp_path, small_chunks, ch
     decoded = []
     again = packer(folder, tmp_path / "killed")
     assert again.resume() == 4 * chunks
-    decoded = [chunk.samples for chunk in again.chunks()]
+    decoded = [row["entries"] for row in again.chunks()]
     again.finish()
     assert sum(decoded) == 42 - 4 * chunks
     assert (tmp_path / "killed").read_bytes() == whole.read_bytes()
@@ -165,7 +165,7 @@ def test_a_pack_of_other_images_or_size_is_not_resumed(folder, tmp_path, small_c
 # --- mistakes and damage -----------------------------------------------------------------------------
 
 
-def damaged(store: Path, to: Path, place: int) -> Path:
+def corrupted(store: Path, to: Path, place: int) -> Path:
     content = bytearray(store.read_bytes())
     content[place] ^= 1
     to.write_bytes(content)
@@ -173,9 +173,9 @@ def damaged(store: Path, to: Path, place: int) -> Path:
 
 
 @pytest.mark.parametrize("place", [3, 12, 40, -1, -500])
-def test_a_damaged_header_or_index_is_refused_when_opened(store, tmp_path, place) -> None:
-    bad = damaged(store, tmp_path / "bad.moce", place)
-    with pytest.raises(MoceError, match=r"bad.moce is damaged") as refusal:
+def test_a_corrupt_header_or_index_is_refused_when_opened(store, tmp_path, place) -> None:
+    bad = corrupted(store, tmp_path / "bad.moce", place)
+    with pytest.raises(MoceError, match=r"bad.moce is corrupt") as refusal:
         load_images(str(bad), SIZE)
     assert "\n" not in str(refusal.value)
 
@@ -183,13 +183,13 @@ def test_a_damaged_header_or_index_is_refused_when_opened(store, tmp_path, place
 @pytest.mark.parametrize("length", [0, 5, 100, HEADER_BYTES, HEADER_BYTES + 1000, -1])
 def test_a_file_cut_short_is_refused_when_opened(store, tmp_path, length) -> None:
     (tmp_path / "short.moce").write_bytes(store.read_bytes()[:length])
-    with pytest.raises(MoceError, match=r"short.moce is damaged"):
+    with pytest.raises(MoceError, match=r"short.moce is corrupt"):
         open_source(str(tmp_path / "short.moce"))
 
 
-def test_damaged_pixels_are_found_by_verify(store, tmp_path, capsys) -> None:
+def test_corrupt_pixels_are_found_by_verify(store, tmp_path, capsys) -> None:
     assert main(["pack", str(store), "--verify"]) == 0
-    bad = damaged(store, tmp_path / "bad.moce", HEADER_BYTES + 7 * 3 * 20 * 24)
+    bad = corrupted(store, tmp_path / "bad.moce", HEADER_BYTES + 7 * 3 * 20 * 24)
     assert len(load_images(str(bad), SIZE)) == 40  # not checked when opened
     assert main(["pack", str(bad), "--verify"]) == 2
     assert "images 0 to 39 have changed" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from builders import CLUSTERS, DENSE, PRETRAIN, RUNTIME, TRAIN, copy_run, tiny_mae
-from launched import moce_words, said, torchrun, wait_until
+from launched import moce_lines, moce_words, torchrun, wait_until
 
 from moce.commands.registry import COMMANDS
 from moce.data.loader import shard_micro_batches
@@ -133,10 +133,10 @@ def test_fabric_takes_the_device_of_a_process(
     monkeypatch.setattr("lightning_fabric.accelerators.cuda.num_cuda_devices", lambda: 1)
     monkeypatch.setattr(Fabric, "launch", lambda self: None)
     fabric = fabrics.open_fabric(torch.device("cuda", 0), "float32", strategy)
-    held: Any = fabric.strategy
-    assert held.root_device == torch.device("cuda", 0)
-    assert (held.num_nodes, held.num_processes, held.world_size) == (2, 2, 4)
-    assert (held.global_rank, held.local_rank) == (3, 1)
+    strategy: Any = fabric.strategy
+    assert strategy.root_device == torch.device("cuda", 0)
+    assert (strategy.num_nodes, strategy.num_processes, strategy.world_size) == (2, 2, 4)
+    assert (strategy.global_rank, strategy.local_rank) == (3, 1)
 
 
 @pytest.mark.parametrize(("count", "size"), [(32, None), (32, 4), (33, 5), (7, 100), (8, 1)])
@@ -185,7 +185,7 @@ EVEN += [("saving", "ddp"), ("saving", "fsdp"), ("saving_token_moe", "fsdp")]
 UNEVEN = [("token_moe", "ddp"), ("idle", "ddp"), ("idle", "fsdp")]
 
 
-def verb_of(name: str) -> str:
+def command_of(name: str) -> str:
     return name if name in ("pretrain", "finetune") else "train"
 
 
@@ -205,13 +205,13 @@ class Made:
     def by_one(self, name: str, **update: Any) -> Path:
         out = self.folder / f"one_{name}"
         if not out.exists():
-            COMMANDS[verb_of(name)].run({**self.settings[name], **update, "out": out})
+            COMMANDS[command_of(name)].run({**self.settings[name], **update, "out": out})
         return out
 
 
 @pytest.fixture(scope="module")
 def made(runs, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """By method, what a run of it is told; and what two processes have made of it."""
+    """By method, the settings of its run, and what two processes made of it."""
     at_four_steps = {"steps": 4, "mae": str(runs.mae), "data": str(runs.data)}
     train = {**TRAIN, **at_four_steps}
     experts = {**train, "clusters": str(runs.clusters)}
@@ -239,16 +239,16 @@ def made(runs, tmp_path_factory: pytest.TempPathFactory) -> Made:
         jobs[f"uneven_{name}_{strategy}"] = (name, update)
     listed = [
         {
-            "command": verb_of(name),
+            "command": command_of(name),
             "settings": {**settings[name], **update, "out": str(folder / job)},
         }
         for job, (name, update) in jobs.items()
     ]
     (folder / "jobs.json").write_text(json.dumps(listed))
-    _, told = torchrun(Path(__file__).with_name("several.py"), folder / "jobs.json").communicate(
+    _, output = torchrun(Path(__file__).with_name("run_jobs.py"), folder / "jobs.json").communicate(
         timeout=600
     )
-    assert (folder / "finetune_4").exists(), told
+    assert (folder / "finetune_4").exists(), output
     return Made(settings, folder)
 
 
@@ -265,7 +265,7 @@ def test_two_processes_make_what_one_makes(name: str, strategy: str, made: Made)
 @pytest.mark.parametrize(("name", "strategy"), UNEVEN)
 def test_micro_batches_and_uneven_batches(name: str, strategy: str, made: Made, tmp_path) -> None:
     update = {"batch_size": 13, "micro_batch_size": 8}
-    COMMANDS[verb_of(name)].run({**made.settings[name], **update, "out": tmp_path / "one"})
+    COMMANDS[command_of(name)].run({**made.settings[name], **update, "out": tmp_path / "one"})
     assert_same(tmp_path / "one", made.by_two(f"uneven_{name}_{strategy}"))
 
 
@@ -290,10 +290,10 @@ def test_a_run_stopped_by_sigterm_is_resumed(strategy: str, made: Made, tmp_path
     going = torchrun(*moce_words("train", {**settings, "out": out, "strategy": strategy}))
     wait_until(lambda: len(read_metrics(out)) > 3)
     going.send_signal(signal.SIGTERM)
-    _, told = going.communicate(timeout=60)
+    _, output = going.communicate(timeout=60)
     assert going.returncode != 0
-    assert len(said(told)) == 1, told
-    assert "saved in" in said(told)[0]
+    assert len(moce_lines(output)) == 1, output
+    assert "saved in" in moce_lines(output)[0]
     assert len(list((out / "state").glob("*.safetensors"))) == 1
     copied = copy_run(out, tmp_path / "copied")
     torchrun(*moce_words("train", {**settings, "out": out, "resume": True})).communicate()
@@ -318,10 +318,10 @@ def test_a_mistake_is_told_once(
     settings = {**PRETRAIN, "data": str(runs.data)} if command == "pretrain" else {}
     settings = settings or {"backbone": str(runs.mae), "data": str(runs.task)}
     going = torchrun(*moce_words(command, {**settings, **update, "out": tmp_path / "run"}))
-    _, told = going.communicate(timeout=200)
+    _, output = going.communicate(timeout=200)
     assert going.returncode != 0
-    assert len(said(told)) == 1, told
-    assert line in said(told)[0]
+    assert len(moce_lines(output)) == 1, output
+    assert line in moce_lines(output)[0]
 
 
 FAILING = """
@@ -350,9 +350,9 @@ def test_an_error_of_one_process_ends_all(error: str, runs, tmp_path: Path) -> N
     program.write_text(FAILING.format(error=error))
     settings = {**PRETRAIN, "steps": 6, "data": str(runs.data), "out": tmp_path / "run"}
     going = torchrun(program, *moce_words("pretrain", settings)[2:])
-    _, told = going.communicate(timeout=200)
+    _, output = going.communicate(timeout=200)
     assert going.returncode != 0
-    lines = [line for line in told.splitlines() if "the disk of this node is gone" in line]
+    lines = [line for line in output.splitlines() if "the disk of this node is gone" in line]
     # A MoceError is one line; what nobody expected comes with its traceback, in which it stands twice.
-    assert len(lines) == (1 if error == "MoceError" else 2), told
-    assert "Connection" not in told
+    assert len(lines) == (1 if error == "MoceError" else 2), output
+    assert "Connection" not in output

@@ -250,7 +250,7 @@ def test_what_is_whole_of_a_broken_archive_is_read(tmp_path: Path) -> None:
         open_source(str(tmp_path / "z.tar"))
 
 
-def test_images_behind_a_damaged_header_of_an_archive_are_listed(tmp_path: Path) -> None:
+def test_images_behind_a_corrupt_header_of_an_archive_are_listed(tmp_path: Path) -> None:
     """tarfile takes it for the end."""
     path = tar(tmp_path / "a.tar", {f"{n}.png": png(COLORS[0]) for n in range(3)})
     whole = path.read_bytes()

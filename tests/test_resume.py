@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import PRETRAIN, RUNTIME, TRAIN, copy_run, write_images
 from conftest import Runs
-from test_training import run_verb, same_losses, same_weights, stop_after
+from test_training import run_command, same_losses, same_weights, stop_after
 
 import moce
 import moce.runs.files
@@ -35,15 +35,15 @@ def test_sums_between_rows_survive_a_stop(command: str, runs: Runs, tmp_path: Pa
     """Stopped between rows, with a checkpoint that falls on none of them."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     given = {"log_every": 3, "save_every": 4, "steps": 14}
-    run_verb(command, runs, straight, **given)
+    run_command(command, runs, straight, **given)
     watcher = stop_after(stopped, 1)
     with pytest.raises(Interrupted) as stop:
-        run_verb(command, runs, stopped, **given)
+        run_command(command, runs, stopped, **given)
     watcher.join()
     assert stop.value.exit_status == 130
     assert not (stopped / "model.json").exists()
     assert all(row["step"] % 3 == 0 for row in read_metrics(stopped))
-    run_verb(command, runs, stopped, resume=True, **given)
+    run_command(command, runs, stopped, resume=True, **given)
     same_losses(straight, stopped)
     same_weights(straight, stopped)
 
@@ -52,11 +52,11 @@ def test_a_subset_and_a_rate_chosen_from_a_grid_resume_alike(runs: Runs, tmp_pat
     for command, more in (("subset", {"task": runs.task}), ("finetune", {"lr_grid": (0.01, 0.1)})):
         straight, stopped = tmp_path / f"{command}_straight", tmp_path / f"{command}_stopped"
         given = {"log_every": 3, "steps": 12, **more}
-        run_verb(command, runs, straight, **given)
+        run_command(command, runs, straight, **given)
         stop_after(stopped, 1)
         with pytest.raises(Interrupted):
-            run_verb(command, runs, stopped, **given)
-        run_verb(command, runs, stopped, resume=True, **given)
+            run_command(command, runs, stopped, **given)
+        run_command(command, runs, stopped, resume=True, **given)
         same_losses(straight, stopped)
         same_weights(straight, stopped)
 

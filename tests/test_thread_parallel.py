@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import batch, demo_images, tiny_encoder, tiny_mae, tiny_moce
-from test_training import run_verb, same_losses, same_weights, stop_after
+from test_training import run_command, same_losses, same_weights, stop_after
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -198,11 +198,11 @@ def test_a_run_on_several_threads_resumes_alike(
     """To the last bit; with another number of threads sums are rounded differently."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     given = {"steps": 8, "save_every": 3, "threads": threads}
-    run_verb(command, runs, straight, **given)
+    run_command(command, runs, straight, **given)
     watcher = stop_after(stopped, 1)
     with pytest.raises(Interrupted):
-        run_verb(command, runs, stopped, **given)
+        run_command(command, runs, stopped, **given)
     watcher.join()
-    run_verb(command, runs, stopped, resume=True, **given)
+    run_command(command, runs, stopped, resume=True, **given)
     same_losses(straight, stopped)
     same_weights(straight, stopped)

@@ -100,7 +100,7 @@ def stop_after(out: Path, steps: int) -> threading.Thread:
     return thread
 
 
-def run_verb(command: str, runs, out: Path, **changes: object) -> None:
+def run_command(command: str, runs, out: Path, **changes: object) -> None:
     if command == "pretrain":
         moce.pretrain(runs.data, out=out, **{**PRETRAIN, "epochs": 4, **changes})
     elif command == "finetune":
@@ -135,23 +135,23 @@ def same_weights(one: Path, other: Path) -> None:
 
 def test_micro_batches_resume_alike(runs, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    run_verb("moce", runs, straight, micro_batch_size=10)
+    run_command("moce", runs, straight, micro_batch_size=10)
     stop_after(stopped, 2)
     with pytest.raises(Interrupted):
-        run_verb("moce", runs, stopped, micro_batch_size=10)
-    run_verb("moce", runs, stopped, micro_batch_size=10, resume=True)
+        run_command("moce", runs, stopped, micro_batch_size=10)
+    run_command("moce", runs, stopped, micro_batch_size=10, resume=True)
     same_weights(straight, stopped)
 
 
 def test_killed_run_goes_on_from_its_last_checkpoint(runs, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    run_verb("moce", runs, straight, save_every=4)
+    run_command("moce", runs, straight, save_every=4)
     copy_run(straight, killed)
     (killed / "state" / "step_000000020.safetensors").unlink()  # as if it had died after step 18
     (killed / "model.json").unlink()
     metrics = (killed / "metrics.jsonl").read_text().splitlines()
     (killed / "metrics.jsonl").write_text("\n".join(metrics[:18]) + '\n{"step": 19, "lo')
-    run_verb("moce", runs, killed, save_every=4, resume=True)
+    run_command("moce", runs, killed, save_every=4, resume=True)
     same_weights(straight, killed)
     same_losses(straight, killed)
 
@@ -180,27 +180,27 @@ def test_changed_settings_are_refused_showing_the_difference(runs, tmp_path: Pat
     out = tmp_path / "run"
     stop_after(out, 2)
     with pytest.raises(Interrupted):
-        run_verb("pretrain", runs, out)
+        run_command("pretrain", runs, out)
     before = (out / "config.yaml").read_text()
     with pytest.raises(MoceError) as refusal:
-        run_verb("pretrain", runs, out, resume=True, mask_ratio=0.5, batch_size=16)
+        run_command("pretrain", runs, out, resume=True, mask_ratio=0.5, batch_size=16)
     for words in ("mask_ratio was 0.75, is 0.5", "batch_size was 32, is 16"):
         assert words in str(refusal.value)
     assert (out / "config.yaml").read_text() == before
-    run_verb("pretrain", runs, out, resume=True, log_every=7, save_every=3)  # free to change
+    run_command("pretrain", runs, out, resume=True, log_every=7, save_every=3)  # free to change
 
 
 def test_resuming_a_finished_run_changes_nothing(runs, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    run_verb("moce", runs, out)
+    run_command("moce", runs, out)
     before, rows = (out / "model.safetensors").read_bytes(), read_metrics(out)
-    run_verb("moce", runs, out, resume=True)
+    run_command("moce", runs, out, resume=True)
     assert (out / "model.safetensors").read_bytes() == before
     assert read_metrics(out) == rows
 
 
 def test_the_two_newest_checkpoints_stay(runs, tmp_path: Path) -> None:
-    run_verb("pretrain", runs, tmp_path / "run", save_every=3)
+    run_command("pretrain", runs, tmp_path / "run", save_every=3)
     names = sorted(path.name for path in (tmp_path / "run" / "state").glob("step_*"))
     assert names == ["step_000000018.safetensors", "step_000000020.safetensors"]
 
@@ -221,14 +221,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     damage: Callable[[Path], None], runs, tmp_path: Path, capsys
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
-    run_verb("pretrain", runs, whole, save_every=3)
+    run_command("pretrain", runs, whole, save_every=3)
     stop_after(out, 7)
     with pytest.raises(Interrupted):
-        run_verb("pretrain", runs, out, save_every=3)
+        run_command("pretrain", runs, out, save_every=3)
     damage(sorted((out / "state").iterdir())[-1])
-    run_verb("pretrain", runs, out, save_every=3, resume=True)
-    said = capsys.readouterr().err
-    assert "going back to the checkpoint before it" in said and "after step 6" in said
+    run_command("pretrain", runs, out, save_every=3, resume=True)
+    messages = capsys.readouterr().err
+    assert "going back to the checkpoint before it" in messages and "after step 6" in messages
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -236,10 +236,10 @@ def test_only_damaged_checkpoints_are_a_plain_error(runs, tmp_path: Path) -> Non
     out = tmp_path / "run"
     stop_after(out, 2)
     with pytest.raises(Interrupted):
-        run_verb("pretrain", runs, out)
+        run_command("pretrain", runs, out)
     next((out / "state").glob("step_*")).write_bytes(b"junk")
     with pytest.raises(MoceError, match="damaged; start again with --overwrite"):
-        run_verb("pretrain", runs, out, resume=True)
+        run_command("pretrain", runs, out, resume=True)
 
 
 def test_a_folder_another_process_writes_to_is_refused(runs, tmp_path: Path) -> None:
@@ -253,10 +253,10 @@ def test_a_folder_another_process_writes_to_is_refused(runs, tmp_path: Path) -> 
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout and holder.stdout.readline() == b"held\n"
         with pytest.raises(MoceError, match="another process is writing"):
-            run_verb("pretrain", runs, out)
+            run_command("pretrain", runs, out)
         holder.communicate()
-    run_verb("pretrain", runs, out)  # free again
-    run_verb("pretrain", runs, out, resume=True)
+    run_command("pretrain", runs, out)  # free again
+    run_command("pretrain", runs, out, resume=True)
 
 
 # --- losses that are not finite -------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_without_saving_it(
 ) -> None:
     out = tmp_path / "run"
     with pytest.raises(MoceError, match="not finite"):
-        run_verb("pretrain", runs, out, base_lr=base_lr, save_every=1, warmup=0)
+        run_command("pretrain", runs, out, base_lr=base_lr, save_every=1, warmup=0)
     for path in (out / "state").glob("*.safetensors"):
         assert all(torch.isfinite(value).all() for value in read_tensors(path).values()), path.name
     assert not (out / "model.json").exists()
@@ -278,10 +278,10 @@ def test_the_advice_after_a_loss_that_is_not_finite_can_be_followed(runs, tmp_pa
     """It says to lower the rate or lengthen the warm-up and to resume."""
     out = tmp_path / "run"
     with pytest.raises(MoceError) as refusal:
-        run_verb("pretrain", runs, out, base_lr=1e9, warmup=0, save_every=1)
+        run_command("pretrain", runs, out, base_lr=1e9, warmup=0, save_every=1)
     assert "--base-lr" in str(refusal.value)
     if "--resume" in str(refusal.value):
-        run_verb("pretrain", runs, out, base_lr=1e-3, warmup=0.1, save_every=1, resume=True)
+        run_command("pretrain", runs, out, base_lr=1e-3, warmup=0.1, save_every=1, resume=True)
 
 
 # --- logs -----------------------------------------------------------------------------------------
@@ -312,8 +312,8 @@ def test_fresh_experts_do_not_differ_and_trained_ones_do(runs) -> None:
 
 
 def test_a_row_is_the_mean_since_the_last_one(runs, tmp_path: Path) -> None:
-    run_verb("pretrain", runs, tmp_path / "each")
-    run_verb("pretrain", runs, tmp_path / "tens", log_every=10)
+    run_command("pretrain", runs, tmp_path / "each")
+    run_command("pretrain", runs, tmp_path / "tens", log_every=10)
     each = [row["loss"] for row in read_metrics(tmp_path / "each")]
     tens = [row["loss"] for row in read_metrics(tmp_path / "tens")]
     assert tens == pytest.approx([sum(each[:10]) / 10, sum(each[10:]) / 10], abs=1e-5)
@@ -326,14 +326,14 @@ def test_metrics_are_json_that_any_reader_takes(runs, tmp_path: Path) -> None:
         raise AssertionError(f"{constant} in metrics.jsonl")
 
     with pytest.raises(MoceError):
-        run_verb("pretrain", runs, tmp_path / "run", base_lr=1e9, warmup=0)
+        run_command("pretrain", runs, tmp_path / "run", base_lr=1e9, warmup=0)
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
 
 
 def test_tensorboard_events_are_written_on_request(runs, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    run_verb("moce", runs, tmp_path / "run", tensorboard=True, epochs=0.4)
+    run_command("moce", runs, tmp_path / "run", tensorboard=True, epochs=0.4)
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
@@ -342,14 +342,14 @@ def test_tensorboard_events_are_written_on_request(runs, tmp_path: Path) -> None
 
 def test_same_seed_same_weights_other_seed_other_weights(runs, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run_verb("pretrain", runs, tmp_path / name, seed=seed, epochs=0.4)
+        run_command("pretrain", runs, tmp_path / name, seed=seed, epochs=0.4)
     same_weights(tmp_path / "a", tmp_path / "b")
     with pytest.raises(AssertionError):
         same_weights(tmp_path / "a", tmp_path / "c")
 
 
 def test_bf16_training_runs_and_keeps_float32_weights(runs, tmp_path: Path) -> None:
-    run_verb("moce", runs, tmp_path / "run", precision="bf16", epochs=1)
+    run_command("moce", runs, tmp_path / "run", precision="bf16", epochs=1)
     weights = read_tensors(tmp_path / "run" / "model.safetensors")
     assert {v.dtype for k, v in weights.items() if k.startswith("model.")} == {torch.float32}
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run"))

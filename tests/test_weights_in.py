@@ -184,7 +184,7 @@ def test_files_without_known_weights_are_refused(content: object, tmp_path: Path
         read_weights(save_pth(tmp_path / "other.pth", content))
 
 
-def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+def test_a_corrupt_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mae.pth").write_bytes(b"PK not a zip")
     with pytest.raises(MoceError):
         read_weights(tmp_path / "mae.pth")

@@ -1,1 +1,1 @@
-"""One file per verb: settings in, a folder and a small result out. The CLI and moce.VERB call these."""
+"""One file per command: settings in, a folder and a small result out. Called by moce.NAME and the CLI."""

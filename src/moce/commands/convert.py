@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moce.commands.setup import refuse_unused
+from moce.commands.setup import check_file, refuse_unused
 from moce.config import ConvertSettings
-from moce.errors import MoceError
 from moce.runs.files import make_folder
 from moce.runtime.progress import log
 from moce.weights.build import read_weights, to_mae_weights
@@ -34,13 +33,8 @@ class ConvertResult:
 
 
 def run(settings: ConvertSettings) -> ConvertResult:
-    out = settings.out
-    if out.suffix != SUFFIX:
-        raise MoceError(f"--out must be a file that ends in {SUFFIX}, not {out.name}")
-    if out.resolve() == settings.weights.resolve():
-        raise MoceError("--out is the input file; choose another")
-    if out.exists() and not settings.overwrite:
-        raise MoceError(f"{out} exists; add --overwrite to replace it")
+    out, inputs = settings.out, [settings.weights]
+    check_file(out, inputs, f"weights{SUFFIX}", overwrite=settings.overwrite)
     weights = _read(settings)
     for note in weights.notes:
         log(note)

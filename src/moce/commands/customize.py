@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moce.commands.setup import open_output, pixel_store, prepare
+from moce.commands.setup import open_output, pixel_file, prepare
 from moce.config import CustomizeSettings
 from moce.config.usage import check_used
 from moce.customization.bank import Bank, load
@@ -61,7 +61,7 @@ def run(settings: CustomizeSettings) -> CustomizeResult:
 
 def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple[str, str]]]:
     """The choice, and the ids and reasons of images that could not be read."""
-    store = pixel_store(settings)
+    store = pixel_file(settings)
     if settings.strategy == "probe":
         task = load_task(settings.images, bank.task_shape, store, settings.max_skipped)
         chosen = choose_by_probe(bank, task.train, task.train_labels, len(task.classes))

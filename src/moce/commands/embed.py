@@ -10,18 +10,14 @@ import pyarrow
 import pyarrow.parquet
 from torch import Tensor
 
-from moce.commands.setup import check_file, pixel_store, prepare
+from moce.commands.setup import check_file, prepare, read_images
 from moce.config import EmbedSettings
 from moce.data.dataset import ImageDataset
-from moce.data.load import load_images
-from moce.errors import MoceError
+from moce.data.readers.factory import paths_of
 from moce.inference.features import feature_batches, feature_width
-from moce.models.encoder import input_channels, input_size
 from moce.runs.files import atomic, make_folder
 from moce.runtime.progress import log
 from moce.weights.from_runs import load_backbone
-
-SUFFIX = ".parquet"
 
 
 @dataclass
@@ -39,19 +35,12 @@ class EmbedResult:
 
 
 def run(settings: EmbedSettings) -> EmbedResult:
-    if settings.out.suffix != SUFFIX:
-        raise MoceError(f"--out must be a file that ends in {SUFFIX}, not {settings.out.name}")
-    check_file(settings.out, f"features{SUFFIX}", settings.data, overwrite=settings.overwrite)
+    inputs = paths_of(settings.data)
+    check_file(settings.out, inputs, "features.parquet", overwrite=settings.overwrite)
     device, precision = prepare(settings)
     backbone = load_backbone(settings.backbone)
     vit = backbone.vit
-    images = load_images(
-        settings.data,
-        input_size(vit),
-        pixel_store(settings),
-        channels=input_channels(vit),
-        max_skipped=settings.max_skipped,
-    )
+    images = read_images(settings, settings.data, vit)
     for name, reason in images.skipped:
         log(f"skipped {name}: {reason}")
     batches = feature_batches(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moce.commands import finetune
-from moce.commands.setup import open_output, pixel_store, prepare, resolve
+from moce.commands.setup import open_output, pixel_file, prepare, resolve
 from moce.config import EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.load import parse
 from moce.customization.bank import Bank
@@ -172,7 +172,7 @@ class _Evaluation:
                     yield candidate, protocol
 
     def _load(self, plan: SuiteTask, shape: tuple[int, int, int]) -> Task:
-        task = load_task(plan.data, shape, pixel_store(self.settings), self.settings.max_skipped)
+        task = load_task(plan.data, shape, pixel_file(self.settings), self.settings.max_skipped)
         if task.skipped:
             log(f"{plan.name}: skipped {len(task.skipped)} unreadable images")
         return task

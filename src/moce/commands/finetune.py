@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.commands.setup import hint_few_steps, pixel_store, resolve, start_run
+from moce.commands.setup import hint_few_steps, pixel_file, resolve, start_run
 from moce.config import FinetuneSettings
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError, NotFinite
@@ -59,7 +59,7 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     settings = _without_policy_if_unusable(settings, shape[0])
     # Called here to refuse a wrong policy before anything is written.
     read_policy(settings.rand_augment, backbone.spec, shape[1:])
-    task = load_task(settings.data, shape, pixel_store(settings), settings.max_skipped)
+    task = load_task(settings.data, shape, pixel_file(settings), settings.max_skipped)
     metric = choose_metric(settings.metric, task)
     rows = draw_labels(task.train_labels, settings.num_labels, settings.seed, settings.draw)
     start_run(settings, task.train, task.test)

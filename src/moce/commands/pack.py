@@ -10,7 +10,7 @@ from pathlib import Path
 from moce.commands.setup import check_file
 from moce.config import PackSettings
 from moce.data.pack import Packer
-from moce.data.readers.factory import open_source
+from moce.data.readers.factory import open_source, paths_of
 from moce.data.readers.packed import Packed, find_packed
 from moce.errors import Interrupted, MoceError
 from moce.runtime.progress import log, meter
@@ -68,7 +68,8 @@ def _input(settings: PackSettings) -> Packed:
 def _pack(settings: PackSettings, out: Path) -> Packed:
     if settings.size is None:
         raise MoceError("the size is missing: add --size S, in pixels")
-    check_file(out, "images.moce", settings.data, overwrite=settings.overwrite)
+    inputs = paths_of(settings.data)
+    check_file(out, inputs, "images.moce", overwrite=settings.overwrite, any_suffix=True)
     samples = open_source(settings.data)
     packer = Packer(out, samples, (settings.channels, *settings.shape))
     if settings.overwrite:
@@ -90,10 +91,10 @@ def _decode(packer: Packer, workers: int | None) -> None:
         stop_request() as stop,
         closing(packer.chunks(workers)) as chunks,
     ):
-        for chunk in chunks:
-            skipped += chunk.skipped
+        for row in chunks:
+            skipped += len(row["skipped"])
             rate = (packer.done - first) / (time.monotonic() - start)
-            progress.advance(f"{rate:.0f} images/s, {skipped} skipped", chunk.samples)
+            progress.advance(f"{rate:.0f} images/s, {skipped} skipped", row["entries"])
             if stop.received is not None and packer.done < len(packer.samples):
                 raise Interrupted(
                     stop.received,

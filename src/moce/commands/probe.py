@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moce.commands.setup import hint_few_steps, open_output, pixel_store, prepare
+from moce.commands.setup import hint_few_steps, open_output, pixel_file, prepare
 from moce.config import ProbeSettings
 from moce.config.usage import check_used
 from moce.evaluation.evaluator import Evaluator
@@ -60,7 +60,7 @@ def run(settings: ProbeSettings) -> ProbeResult:
     device, precision = prepare(settings)
     backbone = load_backbone(settings.backbone)
     shape = input_shape(backbone.vit)
-    task = load_task(settings.data, shape, pixel_store(settings), settings.max_skipped)
+    task = load_task(settings.data, shape, pixel_file(settings), settings.max_skipped)
     metric = choose_metric(settings.metric, task)
     evaluator = Evaluator(task, metric, settings, device, precision)
     labels = len(evaluator.draws[0])

@@ -68,10 +68,7 @@ class Command:
 
     def function(self) -> Callable[..., Any]:
         """`moce.NAME`: the settings are its arguments, as `help` and completion show."""
-
-        signature = signature_of(
-            self.settings, self.positional, self.work.__annotations__["return"]
-        )
+        signature = self.signature
         first = [signature.parameters[name] for name in self.positional]
         others = Parameter("settings", Parameter.VAR_KEYWORD)  # checked by `run`, with better hints
 
@@ -103,11 +100,7 @@ def command(*given: Any, **more: Any) -> Callable[[Callable[[Any], Any]], Callab
 # The imports are in the functions, so that `moce --help` does not import torch.
 
 
-@command(
-    config.PackSettings,
-    ("data",),
-    "moce pack photos/ --size 256 --out photos.moce",
-)
+@command(config.PackSettings, ("data",), "moce pack photos/ --size 256 --out photos.moce")
 def pack(settings: config.PackSettings) -> PackResult:
     from moce.commands.pack import run
 
@@ -251,11 +244,7 @@ def report(settings: config.ReportSettings) -> ReportResult:
     return run(settings)
 
 
-@command(
-    config.DemoSettings,
-    (),
-    "moce demo --out runs/demo",
-)
+@command(config.DemoSettings, (), "moce demo --out runs/demo")
 def demo(settings: config.DemoSettings) -> DemoResult:
     from moce.commands.demo import run
 

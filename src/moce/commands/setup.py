@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import reduce
+from functools import partial
 from itertools import chain
-from operator import or_
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.config import (
-    CustomizeSettings,
-    EmbedSettings,
-    ProbeSettings,
-    RunSettings,
-    RuntimeSettings,
-    Settings,
-    settings_classes,
-)
+from moce.config import RunSettings, RuntimeSettings, Settings
+from moce.config.base import DataSettings
 from moce.config.facts import facts_of
 from moce.config.usage import check_used, explicitly_set, flag
 from moce.data.dataset import ImageDataset
@@ -28,7 +20,7 @@ from moce.data.load import load_images, temporary_file
 from moce.data.readers.factory import paths_of
 from moce.errors import MoceError
 from moce.models.encoder import input_channels, input_size
-from moce.runs.folder import RUN, Outputs, check_folder, open_folder
+from moce.runs.folder import check_folder, open_folder
 from moce.runs.model import write_config, write_skipped
 from moce.runs.resume import (
     check_inputs,
@@ -90,11 +82,6 @@ def hint_few_steps(settings: Settings, steps: int, advice: str) -> None:
 # --- output ---------------------------------------------------------------------------------------
 
 
-def known_outputs() -> Outputs:
-    """The names of files and folders that commands write to output folders."""
-    return reduce(or_, (Outputs(kind.proofs, kind.files) for kind in settings_classes()), RUN)
-
-
 def inputs_of(settings: Settings) -> list[tuple[str, Path]]:
     """Every setting that names an input, with each path that it names."""
     found: list[tuple[str, Path]] = []
@@ -106,26 +93,20 @@ def inputs_of(settings: Settings) -> list[tuple[str, Path]]:
     return found
 
 
-def check_output(settings: Settings) -> None:
+def check_output(settings: Any) -> None:
     """Raise MoceError unless the output folder can be written to; nothing is changed."""
-    check_folder(*_place_of(settings), **_mode_of(settings))
+    check_folder(
+        settings.out,
+        overwrite=settings.overwrite,
+        resume=getattr(settings, "resume", None),
+        inputs=inputs_of(settings) if settings.overwrite else (),
+    )
 
 
-def open_output(settings: Settings) -> Path:
+def open_output(settings: Any) -> Path:
     """Create or empty the output folder, and lock it; called once all inputs are checked."""
-    return open_folder(*_place_of(settings), **_mode_of(settings))
-
-
-def _place_of(settings: Any) -> tuple[Path, Outputs]:
-    return settings.out, known_outputs()
-
-
-def _mode_of(settings: Any) -> dict[str, Any]:
-    return {
-        "overwrite": settings.overwrite,
-        "resume": getattr(settings, "resume", None),
-        "inputs": inputs_of(settings) if settings.overwrite else (),
-    }
+    keep = getattr(settings, "resume", False)
+    return open_folder(settings.out, partial(check_output, settings), keep=keep)
 
 
 def start_run(settings: RunSettings, *sets: ImageDataset) -> None:
@@ -148,31 +129,36 @@ def start_run(settings: RunSettings, *sets: ImageDataset) -> None:
     write_skipped(settings.out, [pair for images in sets for pair in images.skipped], log)
 
 
-def check_file(out: Path, example: str, data: str, *, overwrite: bool) -> None:
-    """Raise MoceError unless the images `data` can be written to the file `out`. example: its name."""
+def check_file(
+    out: Path, inputs: list[Path], example: str, *, overwrite: bool, any_suffix: bool = False
+) -> None:
+    """Raise MoceError unless the file `out` can be written. example: a name with its suffix."""
+    suffix = Path(example).suffix
+    if out.suffix != suffix and not any_suffix:
+        raise MoceError(f"--out must be a file that ends in {suffix}, not {out.name}")
     if out.is_dir():
         raise MoceError(f"{out} is a folder; give a file to write, such as {out / example}")
     if out.exists() and not overwrite:
         raise MoceError(f"{out} exists; add --overwrite to replace it, or choose another file")
-    if out.resolve() in {path.resolve() for path in paths_of(data)}:
+    if out.resolve() in {path.resolve() for path in inputs}:
         raise MoceError(f"{out} is the input; choose another file")
 
 
 # --- images ---------------------------------------------------------------------------------------
 
 
-def read_images(settings: RunSettings, data: str, vit: VisionTransformer) -> ImageDataset:
+def read_images(settings: DataSettings, data: str, vit: VisionTransformer) -> ImageDataset:
     """The images of a DATA argument in the size and channels of an encoder."""
     return load_images(
         data,
         input_size(vit),
-        pixel_store(settings),
+        pixel_file(settings),
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
     )
 
 
-def pixel_store(settings: RunSettings | ProbeSettings | EmbedSettings | CustomizeSettings) -> Path:
+def pixel_file(settings: Any) -> Path:
     """The temporary file, beside the output, for pixels that do not fit into memory."""
     out = settings.out
     return temporary_file() if out is None else out.with_name(f".{out.name}.pixels")

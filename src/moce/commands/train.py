@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moce.commands.pretrain import save_mae
-from moce.commands.setup import pixel_store, read_images, resolve, start_run
+from moce.commands.setup import pixel_file, read_images, resolve, start_run
 from moce.config import TrainSettings
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
@@ -110,7 +110,7 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     cluster_of = job.clusters_of_images(clusters)
     samples = [e for e in open_source(job.settings.task) if e.split != "test"]
     encoder = clusters.encoder
-    store = pixel_store(job.settings)
+    store = pixel_file(job.settings)
     task = load_images(samples, input_size(encoder), store, channels=input_channels(encoder))
     histogram = assign(task, clusters, job.device, job.settings.precision).bincount(
         minlength=clusters.num_clusters

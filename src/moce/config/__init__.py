@@ -5,18 +5,8 @@ validates values against them. Nothing heavy is imported, so that `moce --help` 
 """
 
 from moce.config.base import (
-    BalanceScope,
-    CentroidUpdate,
     ClusterPooling,
-    Data,
-    DataSettings,
-    Format,
-    GateInit,
-    GateScale,
-    Method,
     Metric,
-    Pooling,
-    Protocol,
     Role,
     RunSettings,
     RuntimeSettings,
@@ -31,10 +21,8 @@ from moce.config.pipeline import (
     CustomizeSettings,
     FileSettings,
     HeadroomSettings,
-    MAESettings,
     PretrainSettings,
     TrainSettings,
-    WeightsSettings,
 )
 from moce.config.tools import (
     ConvertSettings,
@@ -52,14 +40,10 @@ def settings_classes() -> list[type[Settings]]:
 
 
 __all__ = [
-    "BalanceScope",
-    "CentroidUpdate",
     "ClusterPooling",
     "ClusterSettings",
     "ConvertSettings",
     "CustomizeSettings",
-    "Data",
-    "DataSettings",
     "DemoSettings",
     "DoctorSettings",
     "EmbedSettings",
@@ -67,18 +51,11 @@ __all__ = [
     "ExportSettings",
     "FileSettings",
     "FinetuneSettings",
-    "Format",
-    "GateInit",
-    "GateScale",
     "HeadroomSettings",
-    "MAESettings",
-    "Method",
     "Metric",
     "PackSettings",
-    "Pooling",
     "PretrainSettings",
     "ProbeSettings",
-    "Protocol",
     "ReportSettings",
     "Role",
     "RunSettings",
@@ -87,7 +64,6 @@ __all__ = [
     "Strategy",
     "TrainSettings",
     "TrainingSettings",
-    "WeightsSettings",
     "expand",
     "settings_classes",
 ]

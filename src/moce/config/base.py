@@ -135,7 +135,7 @@ class RunSettings(DataSettings):
     overwrite: bool = setting(False, "replace the contents of the output folder", may_change=True)
 
 
-class ResidentSettings(Settings):
+class CacheSettings(Settings):
     """A command that reads its data many times."""
 
     cache_on_gpu: bool = setting(
@@ -147,7 +147,7 @@ class ResidentSettings(Settings):
     )
 
 
-class TrainingSettings(RunSettings, ResidentSettings):
+class TrainingSettings(RunSettings, CacheSettings):
     """A command that trains a network step by step."""
 
     resume: bool = setting(

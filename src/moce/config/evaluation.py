@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,14 @@ from moce.config.base import (
     TrainingSettings,
 )
 from moce.config.facts import GIVEN, setting
+
+BY_SGD: dict[str, tuple[str, ...]] = {"kind": ("linear",), "solver": ("sgd",)}
+METRIC: Any = setting(
+    None,
+    "accuracy, mean_per_class or map11 (default: map11 where an image can have several labels, "
+    "else accuracy)",
+    set_by_evaluate=True,
+)
 
 
 class EmbedSettings(DataSettings):
@@ -60,12 +68,7 @@ class ProbeSettings(DataSettings):
         "regression on features computed once, its strength cross-validated",
         used_with={"kind": ("linear",)},
     )
-    metric: Metric | None = setting(
-        None,
-        "accuracy, mean_per_class or map11 (default: map11 where an image can have several labels, "
-        "else accuracy)",
-        set_by_evaluate=True,
-    )
+    metric: Metric | None = METRIC
     num_labels: Count | None = setting(
         None, "labeled images per draw (default: all)", set_by_evaluate=True
     )
@@ -81,33 +84,33 @@ class ProbeSettings(DataSettings):
     epochs: Positive = setting(
         90,
         "passes over the images (solver sgd)",
-        used_with={"kind": ("linear",), "solver": ("sgd",)},
+        used_with=BY_SGD,
     )
     batch_size: Annotated[Count, Field(ge=2)] = setting(
         16384,
         "images per optimizer step, at most all there are (solver sgd)",
-        used_with={"kind": ("linear",), "solver": ("sgd",)},
+        used_with=BY_SGD,
     )
     micro_batch_size: Count = setting(256, "images per forward pass")
     base_lr: Positive = setting(
         0.1,
         "learning rate per 256 images; the rate is base_lr * images per step / 256 (solver sgd)",
-        used_with={"kind": ("linear",), "solver": ("sgd",)},
+        used_with=BY_SGD,
     )
     warmup: Fraction = setting(
         round(10 / 90, 4),
         "share of the steps with a rising learning rate (solver sgd)",
-        used_with={"kind": ("linear",), "solver": ("sgd",)},
+        used_with=BY_SGD,
     )
     crop_scale: Fraction = setting(
         0.08,
         "smallest random crop, as a share of the image's area (solver sgd)",
-        used_with={"kind": ("linear",), "solver": ("sgd",)},
+        used_with=BY_SGD,
     )
     hflip: bool = setting(
         True,
         "flip half of the images horizontally (solver sgd)",
-        used_with={"kind": ("linear",), "solver": ("sgd",)},
+        used_with=BY_SGD,
     )
     out: Folder | None = setting(None, "folder to write results.json to")
     overwrite: bool = setting(
@@ -132,12 +135,7 @@ class FinetuneSettings(TrainingSettings):
     draw: Index = setting(
         0, "which random draw of the labels, as numbered by moce probe", set_by_evaluate=True
     )
-    metric: Metric | None = setting(
-        None,
-        "accuracy, mean_per_class or map11 (default: map11 where an image can have several labels, "
-        "else accuracy)",
-        set_by_evaluate=True,
-    )
+    metric: Metric | None = METRIC
     epochs: Positive = setting(100, "passes over the images, fractions allowed; 50 from ViT-L on")
     batch_size: Count = setting(1024, "images per optimizer step, over all micro-batches")
     micro_batch_size: Count | None = setting(

@@ -10,6 +10,7 @@ from moce.config.base import (
     EXPORTED,
     IMAGES,
     BalanceScope,
+    CacheSettings,
     CentroidUpdate,
     Channels,
     ClusterPooling,
@@ -28,7 +29,6 @@ from moce.config.base import (
     OpenFraction,
     Positive,
     Reference,
-    ResidentSettings,
     RunSettings,
     Settings,
     Strategy,
@@ -120,7 +120,7 @@ class PretrainSettings(TrainingSettings, WeightsSettings):
     decoder_heads: Count = setting(16, "decoder attention heads", comes_with="run")
 
 
-class ClusterSettings(RunSettings, MAESettings, ResidentSettings):
+class ClusterSettings(RunSettings, MAESettings, CacheSettings):
     """Group the images into balanced clusters by an MAE's features (stage 1)."""
 
     files = frozenset({"assignments.parquet"})

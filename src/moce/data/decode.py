@@ -81,9 +81,8 @@ def _read_tiff(source: Path | bytes) -> np.ndarray:
         raise ValueError(
             "Pillow cannot read this TIFF; pip install 'moce[tiff]' may help"
         ) from None
-    logging.getLogger("tifffile").setLevel(
-        logging.CRITICAL
-    )  # errors are listed with the skipped images
+    # Its errors are listed with the skipped images.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with tifffile.TiffFile(file) as tiff:
         page: Any = tiff.pages[0]

@@ -8,8 +8,8 @@ import secrets
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 
 from moce.data.dataset import ImageDataset
-from moce.data.decode import Raster, to_pixels
+from moce.data.decode import to_pixels
 from moce.data.readers.factory import open_source
-from moce.data.readers.packed import Packed, find_packed
+from moce.data.readers.packed import Packed, PixelReader, find_packed
 from moce.data.readers.sample import Sample, error_line
 from moce.data.run_ahead import run_ahead
 from moce.errors import MoceError
-from moce.runtime.distributed import barrier, is_local_rank0, run_on_local_rank0, world_size
+from moce.runtime.distributed import barrier, run_on_local_rank0, world_size
 from moce.runtime.launch import launch
 from moce.runtime.progress import meter
 from moce.runtime.system import free_memory, worker_threads
@@ -105,21 +105,12 @@ def decode_all(samples: Sequence[Sample], pixels: np.ndarray) -> Reasons:
 def decode_into(pixels: np.ndarray, row: int, sample: Sample) -> str | None:
     """Decode one image into its row; returns the reason if that is not possible."""
     try:
-        with _closing(sample.open()) as image:
+        image = sample.open()
+        with closing(image) if isinstance(image, Image.Image) else nullcontext():
             pixels[row] = to_pixels(image, (pixels.shape[2], pixels.shape[3]), pixels.shape[1])
     except Exception as error:  # decoders raise errors of any type
         return error_line(error)
     return None
-
-
-@contextmanager
-def _closing(image: Raster) -> Iterator[Raster]:
-    """Close the image's file afterwards, if it has one."""
-    try:
-        yield image
-    finally:
-        if isinstance(image, Image.Image):
-            image.close()
 
 
 def _check_skipped(samples: Sequence[Sample], reasons: Reasons, most: float, name: str) -> None:
@@ -215,7 +206,7 @@ def _decode_once_per_node(
     reasons = run_on_local_rank0(decode_to_file)
     pixels = np.memmap(file, np.uint8, "c", shape=shape)  # copy-on-write
     barrier()
-    if is_local_rank0():
+    if launch().local_rank == 0:
         file.unlink()  # its space is freed when the processes end
     return pixels, reasons
 
@@ -243,5 +234,5 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageD
         packed.labels,
         packed.splits,
         packed.skipped,
-        None if in_memory else packed.reader(),
+        None if in_memory else PixelReader(packed.path, packed.shape),
     )

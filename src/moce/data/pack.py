@@ -15,7 +15,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -30,18 +29,10 @@ from moce.data.readers.sample import Sample
 from moce.data.run_ahead import run_ahead
 from moce.errors import MoceError
 from moce.runs.files import make_folder, read_lines, write_text
-from moce.runtime.system import worker_threads
+from moce.runtime.system import existing, worker_threads
 
 CHUNK_BYTES, MOST_IN_CHUNK = 2**25, 1024  # bytes, images: decoded, written and journaled together
 ROW_KEYS = {"entries", "images", "crc32", "skipped"}  # of a line of the journal
-
-
-@dataclass
-class Chunk:
-    """samples: images of this chunk. skipped: how many of them could not be read."""
-
-    samples: int
-    skipped: int
 
 
 class Packer:
@@ -54,17 +45,15 @@ class Packer:
         self._journal = out.with_name(f"{out.name}.journal")
         self._image_bytes = int(np.prod(shape))
         self._size = max(1, min(MOST_IN_CHUNK, CHUNK_BYTES // self._image_bytes))
-        self._job = {"job": self._fingerprint(), "shape": list(shape)}
+        names = json.dumps([(sample.id, sample.label, sample.split) for sample in samples])
+        job = hashlib.sha256(names.encode()).hexdigest()
+        self._job = {"job": job, "shape": list(shape)}
         self._rows: list[dict[str, Any]] = []
 
     @property
     def done(self) -> int:
         """Images processed so far, readable or not."""
         return sum(row["entries"] for row in self._rows)
-
-    def _fingerprint(self) -> str:
-        names = [(sample.id, sample.label, sample.split) for sample in self.samples]
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     def resume(self) -> int:
         """Resume an interrupted pack, if there is one; the number of images it had processed.
@@ -90,8 +79,11 @@ class Packer:
         self._partial.unlink(missing_ok=True)
         self._journal.unlink(missing_ok=True)
 
-    def chunks(self, workers: int | None = None) -> Generator[Chunk]:
-        """Decode, write and journal the remaining images; can be closed and resumed later."""
+    def chunks(self, workers: int | None = None) -> Generator[dict[str, Any]]:
+        """Decode, write and journal the remaining images; yields the journal's lines.
+
+        Can be closed, and resumed later.
+        """
         self._check_room()
         make_folder(self.out.parent)
         # Rewrite the journal: its last line may be incomplete.
@@ -108,7 +100,7 @@ class Packer:
                 journal.write(_line(row))
                 _sync(journal)
                 self._rows.append(row)
-                yield Chunk(row["entries"], len(row["skipped"]))
+                yield row
 
     def _end(self) -> int:
         """The size of the partial file with the journaled images."""
@@ -116,7 +108,7 @@ class Packer:
         return HEADER_BYTES + images * self._image_bytes
 
     def _check_room(self) -> None:
-        parent = next(folder for folder in self.out.absolute().parents if folder.is_dir())
+        parent = existing(self.out.parent)
         needed = (len(self.samples) - self.done) * self._image_bytes
         if needed > shutil.disk_usage(parent).free:
             raise MoceError(f"the images take {needed / 1e9:.1f} GB, more than is free in {parent}")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moce.errors import MoceError
@@ -94,9 +96,6 @@ def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Save tensors by name as safetensors, on rank 0."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     if not is_rank0():
         return
     with atomic(path) as temporary:
@@ -108,9 +107,6 @@ def write_tensors(
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors by name. Raises MoceError if the file is missing or corrupt."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -119,8 +115,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_tensor_metadata(path: Path) -> dict[str, str]:
     """The `metadata` of `write_tensors`. Raises MoceError as `read_tensors`."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}

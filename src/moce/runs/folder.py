@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from moce.config import expand
+from moce.config import expand, settings_classes
 from moce.errors import MoceError
 from moce.runs.lock import lock_folder
 from moce.runs.model import CONFIG, INFO, METRICS, SKIPPED, STATE, TIMINGS, WEIGHTS
@@ -29,25 +28,13 @@ from moce.runtime.distributed import barrier, is_rank0
 TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """The names that moce writes to output folders. proofs: those that nobody else would write."""
-
-    proofs: frozenset[str] = frozenset()
-    files: frozenset[str] = frozenset()
-
-    def __or__(self, other: Outputs) -> Outputs:
-        return Outputs(self.proofs | other.proofs, self.files | other.files)
-
-
-RUN = Outputs(
-    proofs=frozenset({INFO, CONFIG, TIMINGS}), files=frozenset({WEIGHTS, METRICS, SKIPPED})
-)
+# The names that any command writes to output folders; proofs: those that nobody else would write.
+PROOFS = {INFO, CONFIG, TIMINGS}.union(*(kind.proofs for kind in settings_classes()))
+FILES = PROOFS.union({WEIGHTS, METRICS, SKIPPED}, *(kind.files for kind in settings_classes()))
 
 
 def check_folder(
     path: Path,
-    outputs: Outputs = RUN,
     *,
     overwrite: bool = False,
     resume: bool | None = None,
@@ -60,7 +47,7 @@ def check_folder(
     """
     if path.exists() and not path.is_dir():
         raise MoceError(f"{path} is a file; give a folder for the output")
-    if not path.is_dir() or all(_is_temporary(child, outputs) for child in path.iterdir()):
+    if not path.is_dir() or all(_is_temporary(child) for child in path.iterdir()):
         return
     if resume:
         if not (path / CONFIG).is_file():
@@ -71,7 +58,7 @@ def check_folder(
     else:
         for name, place in inputs:
             check_apart(path, name, place)
-        if path.is_symlink() or not _is_run(path, outputs):
+        if path.is_symlink() or not _is_run(path):
             raise MoceError(
                 f"{path} contains files that moce did not write; choose another output folder"
             )
@@ -83,25 +70,18 @@ def check_apart(path: Path, name: str, value: str | Path) -> None:
         raise MoceError(f"{path} holds the input {name} ({value}); choose another output folder")
 
 
-def open_folder(
-    path: Path,
-    outputs: Outputs = RUN,
-    *,
-    overwrite: bool = False,
-    resume: bool | None = None,
-    inputs: Iterable[tuple[str, Path]] = (),
-) -> Path:
-    """Create and lock an output folder; empty it unless it is resumed. Raises as `check_folder`.
+def open_folder(path: Path, check: Callable[[], None], *, keep: bool) -> Path:
+    """Create and lock an output folder, after a last `check`; empty it unless `keep`.
 
     Of several processes, rank 0 does this after all have checked the folder.
     """
     barrier()
     if is_rank0():
-        check_folder(path, outputs, overwrite=overwrite, resume=resume, inputs=inputs)
+        check()
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock_folder(path)
-            _remove_temporaries(path, outputs) if resume else _empty(path)
+            _remove_temporaries(path) if keep else _empty(path)
         except OSError as error:
             raise MoceError(f"cannot make {path}: {error.strerror}") from None
     barrier()
@@ -122,33 +102,31 @@ def _empty(path: Path) -> None:
             child.unlink()
 
 
-def _remove_temporaries(path: Path, outputs: Outputs) -> None:
+def _remove_temporaries(path: Path) -> None:
     """Remove what processes that were killed while writing left in a run and its state."""
     for child in path.rglob(".*"):
-        if _is_temporary(child, outputs):
+        if _is_temporary(child):
             child.unlink(missing_ok=True)
 
 
-def _is_temporary(path: Path, outputs: Outputs) -> bool:
+def _is_temporary(path: Path) -> bool:
     match = TEMPORARY.fullmatch(path.name)
-    known = match and (match[1] in outputs.proofs | outputs.files or path.parent.name == STATE)
+    known = match and (match[1] in FILES or path.parent.name == STATE)
     return bool(known) and path.is_file()
 
 
-def _is_run(path: Path, outputs: Outputs) -> bool:
+def _is_run(path: Path) -> bool:
     """Whether a folder has a proof that moce wrote it, and nothing that moce did not write."""
     children = list(path.iterdir())
-    proven = any(child.name in outputs.proofs for child in children)
-    return proven and all(_is_known(child, outputs) for child in children)
+    proven = any(child.name in PROOFS for child in children)
+    return proven and all(_is_known(child) for child in children)
 
 
-def _is_known(path: Path, outputs: Outputs) -> bool:
+def _is_known(path: Path) -> bool:
     """Whether moce wrote a file, or all of a folder: a run, folders of runs, or nothing."""
     if not path.is_dir():
-        return path.name in outputs.proofs | outputs.files or path.name.startswith(".")
+        return path.name in FILES or path.name.startswith(".")
     if path.name in (STATE, "tensorboard"):
         return True
     children = list(path.iterdir())
-    return _is_run(path, outputs) or all(
-        child.is_dir() and _is_known(child, outputs) for child in children
-    )
+    return _is_run(path) or all(child.is_dir() and _is_known(child) for child in children)

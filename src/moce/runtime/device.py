@@ -22,7 +22,11 @@ BF16_GAIN = 1.3  # choose bf16 if its matrix products are this much faster than 
 
 def resolve_device(wanted: str) -> torch.device:
     """The torch device for auto (CUDA, MPS, else CPU), cpu, cuda or mps. Raises MoceError if absent."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": _has_mps()}
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if wanted == "auto":
         wanted = next(name for name in ("cuda", "mps", "cpu") if available[name])
     if not available[wanted]:
@@ -51,10 +55,6 @@ def _has_own_gpu(local: int) -> bool:
     if launch().by != "srun":
         return False
     return int(os.environ.get("SLURM_GPUS_ON_NODE", local)) >= local
-
-
-def _has_mps() -> bool:
-    return torch.backends.mps.is_available()
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:

@@ -34,11 +34,6 @@ def is_rank0() -> bool:
     return launched_as_rank0()
 
 
-def is_local_rank0() -> bool:
-    """Whether this is the first process of its node."""
-    return launch().local_rank == 0
-
-
 def all_reduce(values: Tensor) -> Tensor:
     """Sum `values` over all processes, in place. Shape and dtype must be the same in all."""
     if _is_distributed():
@@ -86,7 +81,8 @@ def run_on_local_rank0(make: Callable[[], T]) -> T:
     """Call `make` in the first process of each node and return its result in all of that node."""
     if not _is_distributed():
         return make()
-    own = (launch().node, is_local_rank0(), make() if is_local_rank0() else None)
+    first = launch().local_rank == 0
+    own = (launch().node, first, make() if first else None)
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, own)
     return next(value for node, first, value in gathered if first and node == own[0])

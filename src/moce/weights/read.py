@@ -25,7 +25,7 @@ WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher")
 def read_raw(path: Path) -> RawWeights:
     """The tensors of a file (.safetensors, or .pth, .pt, .bin of plain tensors) or a folder.
 
-    Raises MoceError if there is none, it is damaged, or only pickle can read it.
+    Raises MoceError if there is none, it is corrupt, or only pickle can read it.
     """
     file = _in_folder(path) if path.is_dir() else path
     if not file.is_file():
@@ -64,8 +64,10 @@ def _read_file(file: Path) -> RawWeights:
 
 def _read_shards(index: Path) -> RawWeights:
     """The tensors of all files in an index. Raises MoceError if one is missing or incomplete."""
-    files = _read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not files or not all(map(_is_name, files.values())):
+    files: Any = _read_json(index).get("weight_map")
+    names = list(files.values()) if isinstance(files, dict) else []
+    # Bare names only, so that the files are in the same folder.
+    if not names or not all(isinstance(n, str) and n and Path(n).name == n for n in names):
         raise MoceError(
             f"{index} is not an index of weights: it has no weight_map of names to files"
         )
@@ -78,11 +80,6 @@ def _read_shards(index: Path) -> RawWeights:
     if missing:
         raise MoceError(f"{index} lists weights that are in none of its files: {missing[0]}")
     return whole
-
-
-def _is_name(name: object) -> bool:
-    """Whether a value is the bare name of a file in the same folder."""
-    return isinstance(name, str) and bool(name) and Path(name).name == name
 
 
 def _load_plain(path: Path) -> Any:

@@ -104,13 +104,9 @@ def check_arguments(model_args: dict[str, Any]) -> None:
         if value is None:  # the model's default
             continue
         values = value if name in SIZES and isinstance(value, list | tuple) else [value]
-        if len(values) not in (1, 2) or not all(_is_count(number) for number in values):
+        if len(values) not in (1, 2) or not all(type(number) is int for number in values):
             what = "one number or [height, width]" if name in SIZES else "a number"
             raise MoceError(f"model_args: {name} must be {what}, not {value!r}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def refuse_given(

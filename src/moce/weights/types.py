@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +53,13 @@ class MAEWeights:
     mask_ratio: float | None = None
     norm_pix: bool | None = None
     notes: list[str] = field(default_factory=list)
+
+
+def rename(name: str, patterns: Iterable[tuple[str, str]]) -> str:
+    """A name after all replacements of regular expressions, in order."""
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def drop(tensors: Tensors, prefixes: dict[str, str], notes: list[str]) -> Tensors:

@@ -11,15 +11,17 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from moce.config import expand
+from moce.data.decode import open_encoded
 from moce.data.readers.folder import read_folder
 from moce.data.readers.huggingface import HUB_PREFIX, is_saved, read_hub, read_saved
 from moce.data.readers.numpy_arrays import read_arrays
 from moce.data.readers.packed import find_packed
 from moce.data.readers.parquet import DEMO_PREFIX, demo_samples, read_parquet
-from moce.data.readers.sample import Sample, file_sample, is_image_name
+from moce.data.readers.sample import Sample, as_text, is_image_name
 from moce.data.readers.tar import expand_braces, matching, read_shards
 from moce.data.readers.torchvision import TORCHVISION_PREFIX, read_torchvision
 from moce.errors import MoceError
@@ -78,6 +80,14 @@ def open_sources(sources: Sequence[Source]) -> list[Sample]:
 
 
 def _open(source: Source) -> list[Sample]:
+    """The images of a source. Raises MoceError if there are none."""
+    samples = _read(source)
+    if not samples:
+        raise MoceError(f"no images in {source.data}")
+    return samples
+
+
+def _read(source: Source) -> list[Sample]:
     data = source.data
     for prefix, read in NAMED.items():
         if data.startswith(prefix):
@@ -93,7 +103,8 @@ def _open(source: Source) -> list[Sample]:
     if suffix in BY_SUFFIX and path.is_file():
         return BY_SUFFIX[suffix](path)
     if is_image_name(path.name) and path.is_file():
-        return [file_sample(path, source.written)]
+        # Identified by the path as the user wrote it.
+        return [Sample(as_text(Path(source.written).as_posix()), partial(open_encoded, path))]
     packed = find_packed(data)
     if packed is not None:
         return packed.samples()

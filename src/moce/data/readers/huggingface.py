@@ -47,14 +47,11 @@ def _load(load: Any, name: str) -> list[Sample]:
     try:
         found = load()
         splits = {"": found} if hasattr(found, "features") else dict(found)
-        samples = [sample for split in splits for sample in _samples(splits[split], split, name)]
+        return [sample for split in splits for sample in _samples(splits[split], split, name)]
     except MoceError:
         raise
     except Exception as error:  # of the network, files and configurations: any type
         raise MoceError(f"cannot read {name}: {error_line(error)}") from None
-    if not samples:
-        raise MoceError(f"no images in {name}")
-    return samples
 
 
 def _samples(table: Any, split: str, name: str) -> Iterator[Sample]:

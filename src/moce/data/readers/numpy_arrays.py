@@ -24,12 +24,8 @@ def read_arrays(path: Path) -> list[Sample]:
     name, arrays = str(path), _load(path)
     found = [prefix for prefix in PREFIXES if f"{prefix}images" in arrays]
     if len(arrays) == 1 or not found:
-        samples = _samples(arrays, _image_key(arrays, name), "", name)
-    else:
-        samples = [s for p in found for s in _samples(arrays, f"{p}images", p, name)]
-    if not samples:
-        raise MoceError(f"no images in {name}")
-    return samples
+        return _samples(arrays, _image_key(arrays, name), "", name)
+    return [s for p in found for s in _samples(arrays, f"{p}images", p, name)]
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

@@ -68,10 +68,6 @@ class Packed:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(self.mapped())
 
-    def reader(self) -> PixelReader:
-        """A reader that raises MoceError if the file changes while it is in use."""
-        return PixelReader(self.path, self.shape)
-
     def samples(self) -> list[Sample]:
         """The images, as other readers return them."""
         openers = [partial(_as_raster, image) for image in self.mapped()]
@@ -81,12 +77,12 @@ class Packed:
     def verify(self, advance: Callable[[int], None] = lambda count: None) -> None:
         """Read all pixels and compare checksums; calls `advance` with the number of images read.
 
-        Raises MoceError that names the damaged images.
+        Raises MoceError that names the corrupt images.
         """
         pixels, start = self.mapped(), 0
         for count, expected in self.chunks:
             if zlib.crc32(pixels[start : start + count].data) != expected:
-                raise _damaged(
+                raise _corrupt(
                     self.path, f"the pixels of images {start} to {start + count - 1} have changed"
                 )
             start += count
@@ -144,7 +140,7 @@ def _as_raster(pixels: np.ndarray) -> Image.Image | np.ndarray:
 def find_packed(data: str) -> Packed | None:
     """The packed file that DATA names, by suffix or content; None if it names something else.
 
-    Raises MoceError if the file is damaged.
+    Raises MoceError if the file is corrupt.
     """
     path = expand(Path(data))
     if not data or not os.path.isfile(path):  # noqa: PTH113 - pathlib's raises for long names
@@ -155,18 +151,18 @@ def find_packed(data: str) -> Packed | None:
 
 
 def open_packed(path: Path) -> Packed:
-    """Read header and index. Raises MoceError if the file is damaged, cut short or not packed."""
+    """Read header and index. Raises MoceError if the file is corrupt, cut short or not packed."""
     with path.open("rb") as file:
         header = _read_header(path, file.read(HEADER_BYTES))
         shape = tuple(header[name] for name in ("count", "channels", "height", "width"))
         end = HEADER_BYTES + int(np.prod(shape, dtype=np.int64))
         expected, found = end + header["index_bytes"], path.stat().st_size
         if found != expected:
-            raise _damaged(path, f"it has {found} bytes where {expected} are expected")
+            raise _corrupt(path, f"it has {found} bytes where {expected} are expected")
         file.seek(end)
         index = file.read(header["index_bytes"])
     if zlib.crc32(index) != header["index_crc32"]:
-        raise _damaged(path, "its index does not match its checksum")
+        raise _corrupt(path, "its index does not match its checksum")
     return _from_index(path, shape, json.loads(index))
 
 
@@ -174,7 +170,7 @@ def _read_header(path: Path, block: bytes) -> dict[str, Any]:
     line, _, body = block.partition(b"\n")
     body = body.rstrip()
     if line != MAGIC + b" %08x" % zlib.crc32(body) or len(block) != HEADER_BYTES:
-        raise _damaged(path, "its header does not match its checksum")
+        raise _corrupt(path, "its header does not match its checksum")
     header = json.loads(body)
     if header["version"] != VERSION:
         raise MoceError(
@@ -203,5 +199,5 @@ def header_block(shape: tuple[int, ...], index: bytes, made_by: str) -> bytes:
     return (MAGIC + b" %08x\n" % zlib.crc32(body) + body).ljust(HEADER_BYTES - 1) + b"\n"
 
 
-def _damaged(path: Path, reason: str) -> MoceError:
-    return MoceError(f"{path} is damaged or not a packed file: {reason}; pack the images again")
+def _corrupt(path: Path, reason: str) -> MoceError:
+    return MoceError(f"{path} is corrupt or not a packed file: {reason}; pack the images again")

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NoReturn
 
-from moce.data.decode import Raster, open_encoded
+from moce.data.decode import Raster
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
@@ -51,11 +51,6 @@ def from_path(name: str, open_image: Callable[[], Raster], label: str | None = N
     if label is None and folders:
         label = folders[-1]
     return Sample(name, open_image, label, split)
-
-
-def file_sample(path: Path, written: str) -> Sample:
-    """A single image file, identified by its path as the user wrote it."""
-    return Sample(as_text(Path(written).as_posix()), partial(open_encoded, path))
 
 
 def refused(name: str, reason: str) -> Sample:

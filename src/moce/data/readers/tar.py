@@ -6,11 +6,10 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from functools import partial
 from glob import glob
 from pathlib import Path, PurePosixPath
 
-from moce.data.decode import Raster, open_encoded
+from moce.data.decode import open_encoded
 from moce.data.readers.sample import (
     Sample,
     as_text,
@@ -75,21 +74,18 @@ def find_shards(pattern: str) -> list[Path]:
 
 
 def read_shards(pattern: str) -> list[Sample]:
-    """The images of tar files, named SHARD/MEMBER. Raises MoceError if there are none.
+    """The images of tar files, named SHARD/MEMBER. Raises MoceError if a file is missing.
 
     The label is the content of the member KEY.cls, or the member's folder.
     """
     paths = find_shards(pattern)
     stems = [path.stem for path in paths]
     names = stems if len(set(stems)) == len(stems) else [path.as_posix() for path in paths]
-    samples = [
+    return [
         sample
         for path, name in zip(paths, names, strict=True)
         for sample in _read_shard(path, name)
     ]
-    if not samples:
-        raise MoceError(f"no images in {pattern}")
-    return samples
 
 
 def _read_shard(path: Path, name: str) -> Iterator[Sample]:
@@ -114,7 +110,7 @@ def _index(path: Path) -> tuple[list[tarfile.TarInfo], str]:
     try:
         with tarfile.open(path, "r:") as archive:
             members.extend(archive)  # keeps what comes before an error
-            if not _ends(path, archive.offset):  # tarfile stops silently at a damaged header
+            if not _ends(path, archive.offset):  # tarfile stops silently at a corrupt header
                 return members, "neither an image nor the archive's end"
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         if path.open("rb").read(2) == b"\x1f\x8b":
@@ -145,12 +141,8 @@ def _sample(path: Path, shard: str, member: tarfile.TarInfo, label: str | None) 
         return refused(identity, "the name leads out of the archive")
     if not member.isreg() or member.issparse():
         return refused(identity, "a link or sparse file, not an image")
-    found = from_path(inside.as_posix(), partial(_open_member, path, member), label)
+    found = from_path(inside.as_posix(), lambda: open_encoded(_read_member(path, member)), label)
     return Sample(f"{shard}/{inside.as_posix()}", found.open, found.label, found.split)
-
-
-def _open_member(path: Path, member: tarfile.TarInfo) -> Raster:
-    return open_encoded(_read_member(path, member))
 
 
 def _read_member(path: Path, member: tarfile.TarInfo) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ SUN_SPLITS_URL = "https://vision.princeton.edu/projects/2010/SUN/download/Partit
 class TorchvisionSet:
     """read: the images of a data set in a folder. needs: files it needs there, for error messages."""
 
-    read: Callable[[Path], list[Sample]]
+    read: Callable[[Path], Iterable[Sample]]
     needs: str
 
 
@@ -48,7 +48,7 @@ def read_torchvision(name: str) -> list[Sample]:
         raise MoceError(f"no data set '{TORCHVISION_PREFIX}{name}'{hint}; valid: {valid}")
     folder = expand(Path(os.environ.get("MOCE_DATA") or DEFAULT_FOLDER))
     try:
-        return SETS[name].read(folder)
+        return list(SETS[name].read(folder))
     except MoceError:
         raise
     except Exception as error:  # of sockets, archives and parsers: any type
@@ -80,31 +80,26 @@ def _sample(folder: Path, path: str | Path, label: Label, split: str) -> Sample:
     return Sample(path.relative_to(folder).as_posix(), partial(Image.open, path), label, split)
 
 
-def _with_splits(kind: str, splits: dict[str, str], folder: Path) -> list[Sample]:
+def _with_splits(kind: str, splits: dict[str, str], folder: Path) -> Iterator[Sample]:
     """A torchvision class with splits and a loader. splits: torchvision's names to ours."""
-    samples = []
     for name, split in splits.items():
         found = _dataset(kind, folder, split=name, loader=str)  # keeps the path: decodes nothing
         for path, number in (found[index] for index in range(len(found))):
-            samples.append(_sample(folder, path, str(found.classes[number]), split))
-    return samples
+            yield _sample(folder, path, str(found.classes[number]), split)
 
 
-def _pets(folder: Path) -> list[Sample]:
-    samples = []
+def _pets(folder: Path) -> Iterator[Sample]:
     for name, split in _TRAINVAL_TEST.items():
         found = _dataset("OxfordIIITPet", folder, split=name)
         # The one class without a loader: its items are decoded images, the paths are private.
         for path, number in zip(found._images, found._labels, strict=True):
-            samples.append(_sample(folder, path, found.classes[number], split))
-    return samples
+            yield _sample(folder, path, found.classes[number], split)
 
 
-def _caltech101(folder: Path) -> list[Sample]:
+def _caltech101(folder: Path) -> Iterator[Sample]:
     """Trains on 30 random images of each class, tests on the rest; without the background class."""
     found = _dataset("Caltech101", folder)
     classes = np.array(found.y)
-    samples = []
     for number, name in enumerate(found.categories):
         members = np.flatnonzero(classes == number)
         drawn = np.random.default_rng([CALTECH_SEED, number]).permutation(len(members))
@@ -112,11 +107,10 @@ def _caltech101(folder: Path) -> list[Sample]:
             file = f"image_{found.index[index]:04d}.jpg"
             path = folder / "caltech101" / "101_ObjectCategories" / name / file
             split = "train" if drawn[place] < CALTECH_TRAIN else "test"
-            samples.append(_sample(folder, path, name, split))
-    return samples
+            yield _sample(folder, path, name, split)
 
 
-def _sun397(folder: Path) -> list[Sample]:
+def _sun397(folder: Path) -> Iterator[Sample]:
     """The first of the ten official partitions, whose lists torchvision does not download."""
     found = _dataset("SUN397", folder, loader=str)
     root = folder / "SUN397"
@@ -124,21 +118,17 @@ def _sun397(folder: Path) -> list[Sample]:
         files = " and ".join(SUN_SPLITS.values())
         raise MoceError(f"no {files} in {root}; get them from {SUN_SPLITS_URL}")
     labels = dict(found[index] for index in range(len(found)))
-    samples = []
     for split, file in SUN_SPLITS.items():
         for line in (root / file).read_text(encoding="utf-8").split():
             path = root / line.lstrip("/")
-            samples.append(_sample(folder, path, found.classes[labels[str(path)]], split))
-    return samples
+            yield _sample(folder, path, found.classes[labels[str(path)]], split)
 
 
-def _voc2007(folder: Path) -> list[Sample]:
-    samples = []
+def _voc2007(folder: Path) -> Iterator[Sample]:
     for name, split in _TRAINVAL_TEST.items():
         found = _dataset("VOCDetection", folder, year="2007", image_set=name)
         for path, annotation in zip(found.images, found.annotations, strict=True):
-            samples.append(_sample(folder, path, _voc_labels(found, annotation), split))
-    return samples
+            yield _sample(folder, path, _voc_labels(found, annotation), split)
 
 
 def _voc_labels(found: Any, annotation: str) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ def read(raw: RawWeights) -> MAEWeights:
         header: dict[str, Any] = json.loads(raw.header[HEADER])
         fields = {name: header[name] for name in FIELDS}
     except (ValueError, KeyError, TypeError) as error:
-        raise MoceError(f"the header of {raw.path} is damaged: {error!r}") from None
+        raise MoceError(f"the header of {raw.path} is corrupt: {error!r}") from None
     for name in ("mean", "std"):
         fields[name] = tuple(fields[name]) if fields[name] else None
     return MAEWeights(raw.path, *facebook.split(raw.tensors), **fields)

@@ -15,7 +15,7 @@ from moce.errors import MoceError
 from moce.weights.architecture import pair
 from moce.weights.formats import dinov2
 from moce.weights.formats import mae as facebook
-from moce.weights.types import MAEWeights, RawWeights, Tensors, drop
+from moce.weights.types import MAEWeights, RawWeights, Tensors, drop, rename
 
 TYPES = ("vit", "vit_mae", "dinov2", "dinov2_with_registers")
 EPS = 1e-6  # of timm's norms and the original MAE; Transformers' default of 1e-12 is not MAE's
@@ -67,7 +67,7 @@ def read(raw: RawWeights) -> MAEWeights:
         notes.append(f"norms use eps {EPS}, the config says {config['layer_norm_eps']}")
     tensors = {MODEL_PREFIX.sub("", name): value for name, value in raw.tensors.items()}
     tensors = drop(tensors, LEFT_OUT, notes)
-    tensors = _concatenate({_renamed(name): value for name, value in tensors.items()})
+    tensors = _concatenate({rename(name, RENAMES): value for name, value in tensors.items()})
     encoder, decoder = facebook.split(tensors)
     return MAEWeights(
         raw.path,
@@ -108,12 +108,6 @@ def _preprocessing(raw: RawWeights) -> dict[str, Any]:
         return {}
     values = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
     return {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-
-
-def _renamed(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _concatenate(tensors: Tensors) -> Tensors:

@@ -5,7 +5,6 @@ The names are those that 4.x writes, which 5.x loads too.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from moce.runs.model import WEIGHTS
 from moce.weights.formats import mae as facebook
 from moce.weights.formats.transformers import EPS
 from moce.weights.read import MODEL_CONFIG, PROCESSOR
-from moce.weights.types import Tensors
+from moce.weights.types import Tensors, rename
 
 # Applied in this order.
 RENAMES = (
@@ -169,13 +168,7 @@ def _renamed(tensors: Tensors) -> Tensors:
     for name, value in tensors.items():
         if ".attn.qkv." in name:
             for part, third in zip("qkv", value.chunk(3), strict=True):
-                renamed[_rename(name.replace(".qkv.", f".{part}."))] = third
+                renamed[rename(name.replace(".qkv.", f".{part}."), RENAMES)] = third
         else:
-            renamed[_rename(name)] = value
+            renamed[rename(name, RENAMES)] = value
     return renamed
-
-
-def _rename(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name

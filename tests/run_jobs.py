@@ -1,6 +1,6 @@
-"""What torchrun starts in tests: several runs one after the other, by the same processes.
+"""Started by torchrun in tests: runs several commands in the same processes, one after another.
 
-python several.py JOBS: a JSON list of {verb, settings}. A run that fails leaves OUT.error.RANK.
+python run_jobs.py JOBS: a JSON list of {command, settings}. A run that fails leaves OUT.error.RANK.
 """
 
 from __future__ import annotations
