@@ -232,6 +232,12 @@ class TrainSettings(TrainingSettings, MAESettings):
     imbalance_weight: NonNegative = setting(
         0.01, "weight of the imbalance loss", used_with={"method": ("moce",)}
     )
+    balance_bound: Annotated[Positive, Field(ge=1)] = setting(
+        2.0,
+        "most images of an expert in even shares, at the start and before the balance loss sets in; "
+        "1: equal shares (as in the paper)",
+        used_with={"method": ("moce", "sdr")},
+    )
     balance_scope: BalanceScope = setting(
         "dataset",
         "count the images of each expert over the data set's clusters or over the batch",
