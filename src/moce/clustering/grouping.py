@@ -8,9 +8,7 @@ from scipy.cluster.hierarchy import ClusterNode, linkage, to_tree
 from torch import Tensor
 
 
-def group_clusters(
-    centroids: Tensor, sizes: Tensor, num_groups: int, bound: float = 2.0
-) -> Tensor:
+def group_clusters(centroids: Tensor, sizes: Tensor, num_groups: int, bound: float = 2.0) -> Tensor:
     """Groups of related clusters, [K] int64, numbered from the largest: a cut through Ward's tree.
 
     The tree is cut from the top. A group with more than `bound` even shares of the images is

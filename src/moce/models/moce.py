@@ -213,7 +213,9 @@ class MoCE(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             tables = self.tables()
             work = self.cluster_sizes if self.balance_scope == "dataset" else counts
-            balance = torch.stack([balance_loss(table, work, self.balance_bound) for table in tables]).sum()
+            balance = torch.stack(
+                [balance_loss(table, work, self.balance_bound) for table in tables]
+            ).sum()
             imbalance = torch.stack([imbalance_loss(table, counts) for table in tables]).sum()
         return MoCEOutput(output.loss, balance, imbalance, output.prediction, output.removed)
 
