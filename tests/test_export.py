@@ -147,7 +147,7 @@ SIZES = torch.tensor([10, 20, 30, 40])
 
 
 def pick(histogram: list[int], strategy: str = "auto", **options):
-    return choose(torch.tensor(histogram), ROUTES, GAINS, SIZES, (0.7, 0.9), strategy, **options)
+    return choose(torch.tensor(histogram), ROUTES, GAINS, SIZES, (0.85, 0.9), strategy, **options)
 
 
 def test_votes_are_counted_by_route_and_the_most_voted_wins() -> None:
@@ -157,7 +157,7 @@ def test_votes_are_counted_by_route_and_the_most_voted_wins() -> None:
     assert list(choice.votes) == [(0, 1), (2, 0), (1, 1)]
     assert choice.share == pytest.approx(0.5)
     assert choice.cluster_histogram == [3, 2, 4, 1]
-    assert (choice.similarity, choice.training_similarity) == (0.7, 0.9)
+    assert (choice.similarity, choice.training_similarity) == (0.85, 0.9)
 
 
 def test_route_takes_the_winner_alone_with_its_mean_scale_and_spread() -> None:
@@ -195,6 +195,15 @@ def test_auto_takes_the_winner_at_the_threshold(
     histogram: list[int], threshold: float, strategy: str
 ) -> None:
     assert pick(histogram, threshold=threshold).strategy == strategy
+
+
+@pytest.mark.parametrize(
+    ("similarity", "strategy"), [(0.95, "route"), (0.81, "route"), (0.79, "generalist")]
+)
+def test_auto_gives_all_experts_to_a_foreign_task(similarity: float, strategy: str) -> None:
+    """One that is more than twice as far from its centroids as the training images are."""
+    votes = torch.tensor([9, 0, 0, 0])
+    assert choose(votes, ROUTES, GAINS, SIZES, (similarity, 0.9)).strategy == strategy
 
 
 def test_shares_cover_all_experts_even_those_no_cluster_uses() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from builders import BLOCKS, CLUSTERS, EXPERTS, batch, tiny_mae, tiny_moce, unit_rows
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from moce.clustering.grouping import group_clusters
@@ -117,15 +117,13 @@ def test_gate_for_reproduces_groups_at_the_wanted_confidence(
 
 def test_gate_for_groups_of_more_clusters_than_dimensions() -> None:
     """The groups a run starts from, where no gate can have any logits it likes."""
-    clusters = unit_rows(96, 32)
     for seed in range(3):
-        groups = group_clusters(clusters, 4, seed)
+        clusters = unit_rows(96, 32, seed=seed)
+        groups = group_clusters(clusters, torch.full((96,), 50), 4)
         table = ClusterGate(gate_for(clusters, groups, 4, 0.8)).table(clusters)
         agreement = (table.argmax(dim=1) == groups).float().mean()
         assert agreement > 0.9
         assert table.amax(dim=1).mean().item() == pytest.approx(0.8, abs=1e-3)
-        work = table.argmax(dim=1).bincount(minlength=4)
-        assert work.min() >= 0.5 * work.float().mean()
 
 
 def test_weights_are_laid_out_row_by_row() -> None:
@@ -134,14 +132,60 @@ def test_weights_are_laid_out_row_by_row() -> None:
     assert gate.weight.is_contiguous()
 
 
-def test_groups_are_balanced_and_differ_between_seeds() -> None:
-    clusters = unit_rows(32, 64)
-    first, second = (group_clusters(clusters, 4, seed) for seed in (1, 2))
-    for groups in (first, second):
-        sizes = groups.bincount(minlength=4)
-        assert sizes.min() >= 5 and sizes.max() <= 12
-    assert len((first * 4 + second).unique()) > 8  # two blocks make more than E routes
-    assert torch.equal(first, group_clusters(clusters, 4, 1))
+def related_clusters() -> tuple[Tensor, Tensor]:
+    """24 clusters of four domains with 3, 5, 6 and 10 of them, [24, 16] unit, and their domain."""
+    domain = torch.tensor([0] * 3 + [1] * 5 + [2] * 6 + [3] * 10)
+    far = 4 * unit_rows(4, 16, seed=1)[domain]
+    return nn.functional.normalize(far + unit_rows(24, 16, seed=2), dim=1), domain
+
+
+@pytest.mark.parametrize("num_groups", [4, 8, 12])
+def test_groups_keep_related_clusters_together(num_groups: int) -> None:
+    clusters, domain = related_clusters()
+    groups = group_clusters(clusters, torch.full((24,), 10), num_groups)
+    assert set(groups.tolist()) == set(range(num_groups))
+    for number in range(num_groups):
+        assert len(domain[groups == number].unique()) == 1
+    work = groups.bincount()
+    assert work.tolist() == sorted(work.tolist(), reverse=True)  # numbered from the largest
+
+
+@pytest.mark.parametrize(("bound", "largest"), [(1.0, 5), (1.5, 5), (2.0, 6), (100.0, 10)])
+def test_a_bound_splits_large_groups_first(bound: float, largest: int) -> None:
+    clusters, _ = related_clusters()
+    groups = group_clusters(clusters, torch.full((24,), 10), 8, bound)
+    assert groups.bincount(minlength=8).max() <= largest
+
+
+def test_groups_count_images_not_clusters() -> None:
+    """A domain of few clusters with most of the images is the one that is split."""
+    clusters, domain = related_clusters()
+    sizes = torch.where(domain == 0, 1000, 1)
+    groups = group_clusters(clusters, sizes, 6, 1.0)
+    assert len(groups[domain == 0].unique()) == 3
+
+
+def test_groups_do_not_depend_on_the_order_of_clusters() -> None:
+    clusters, _ = related_clusters()
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    sizes = torch.arange(24) + 10
+    groups = group_clusters(clusters, sizes, 5)
+    assert torch.equal(group_clusters(clusters[order], sizes[order], 5), groups[order])
+
+
+def test_a_single_cluster_is_a_single_group() -> None:
+    assert group_clusters(unit_rows(1, 4), torch.tensor([7]), 1).tolist() == [0]
+
+
+def test_no_balance_loss_within_the_bound() -> None:
+    table = torch.eye(4)
+    even, skewed = torch.tensor([10.0, 10, 10, 10]), torch.tensor([19.0, 19, 1, 1])
+    for weights in (even, skewed):
+        assert balance_loss(table, weights, bound=2.0) == 0
+        expected = weights.var(unbiased=False) / weights.mean() ** 2
+        assert balance_loss(table, weights).item() == pytest.approx(expected.item())
+    overloaded = torch.tensor([36.0, 2, 1, 1])  # 3.6 even shares: 1.6 beyond the bound
+    assert balance_loss(table, overloaded, 2.0).item() == pytest.approx(1.6**2 / 4)
 
 
 def test_random_gate_has_the_stated_deviation() -> None:

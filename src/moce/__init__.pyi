@@ -121,6 +121,12 @@ def customize(
     images: Data,
     *,
     out: str | Path,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    model: str | None = None,
+    model_args: dict[str, Any] = {},
+    img_size: int | None = None,
+    decoder_heads: int | None = None,
     seed: int = 0,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["auto", "float32", "bf16"] = "auto",
@@ -128,17 +134,36 @@ def customize(
     max_skipped: float = 0.5,
     overwrite: bool = False,
     strategy: Literal["auto", "route", "merge", "generalist", "probe"] = "auto",
-    threshold: float = 0.5,
+    threshold: float = 0.9,
     format: Literal["timm", "transformers", "torch", "onnx"] = "timm",
+    adapt_steps: Literal["auto"] | int = 0,
+    data: Data | None = None,
+    clusters: str | Path | None = None,
+    pool_share: float = 0.5,
+    adapt_batch_size: int = 128,
+    adapt_lr: float | None = None,
+    resume: bool = False,
     assign: Literal["balanced", "nearest"] = "balanced",
     batch_size: int = 256,
 ) -> CustomizeResult:
-    """Pick the experts for a task and export a dense timm backbone (stage 3).
+    """Pick the experts for a task, adapt them to it if asked, and export a dense backbone (stage 3).
 
     Args:
-        run (str | Path): run folder of moce train
+        run (str | Path): run folder of moce train; to adapt without experts: an MAE run, or weights
+            of other libraries (a file, a folder or a timm name)
         images (Data): the task's images (only strategy probe uses labels)
         out (str | Path): folder to write the backbone to
+        allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
+            e.g. norm.*; they are initialized
+        allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        model (str | None, default None): timm architecture of a weights file (default: inferred
+            from tensor shapes)
+        model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
+            {"num_heads": 2}
+        img_size (int | None, default None): image side in pixels for a weights file (default: its
+            own)
+        decoder_heads (int | None, default None): attention heads of the decoder in a weights file
+            (default: 16)
         seed (int, default 0): seed of all random numbers
         device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
         precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
@@ -148,11 +173,24 @@ def customize(
         overwrite (bool, default False): replace the contents of the output folder
         strategy (Literal['auto', 'route', 'merge', 'generalist', 'probe'], default 'auto'): route:
             the winner's experts; merge: averaged by the task's votes; generalist: averaged by the
-            training data's; auto: route if the winner is clear, else merge; probe: whichever
-            classifies the images' labels best on frozen features
-        threshold (float, default 0.5): vote share from which auto takes the winner
+            training data's; auto: generalist if the images are unlike the training data, else route
+            if the winner is clear, else merge; probe: whichever classifies the images' labels best
+            on frozen features
+        threshold (float, default 0.9): vote share from which auto takes the winner
         format (Literal['timm', 'transformers', 'torch', 'onnx'], default 'timm'): library to write
             the folder for
+        adapt_steps (Literal['auto'] | int, default 0): continue masked autoencoding on the task's
+            images for so many steps (test images never, labels unused); auto: 700, or more for over
+            9,000 images
+        data (Data | None, default None): pool to adapt on as well: images of the task's clusters
+            are drawn from it
+        clusters (str | Path | None, default None): run folder of moce cluster, to find related
+            images of the pool (default: a MoCE run's own)
+        pool_share (float, default 0.5): share of the pool's images in a batch
+        adapt_batch_size (int, default 128): images per optimizer step
+        adapt_lr (float | None, default None): base learning rate per 256 images (default: half of
+            the run's; 7.5e-5 for other weights)
+        resume (bool, default False): resume an interrupted adaptation
         assign (Literal['balanced', 'nearest'], default 'balanced'): cluster of an image: as in
             training, or the nearest centroid
         batch_size (int, default 256): images per forward pass
@@ -784,6 +822,7 @@ def train(
     shared_gate: bool = False,
     balance_weight: float = 0.01,
     imbalance_weight: float = 0.01,
+    balance_bound: float = 2.0,
     balance_scope: Literal["dataset", "batch"] = "dataset",
 ) -> TrainResult:
     """Train cluster-conditional experts from an MAE (stage 2), or a baseline for as long.
@@ -866,6 +905,8 @@ def train(
         shared_gate (bool, default False): one gate, so one route, for all MoE blocks
         balance_weight (float, default 0.01): weight of the balance loss
         imbalance_weight (float, default 0.01): weight of the imbalance loss
+        balance_bound (float, default 2.0): most images of an expert in even shares, at the start
+            and before the balance loss sets in; 1: equal shares (as in the paper)
         balance_scope (Literal['dataset', 'batch'], default 'dataset'): count the images of each
             expert over the data set's clusters or over the batch
     """

@@ -100,9 +100,8 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
         precision=settings.precision,
         load_larger=lambda: read_images(settings, settings.data, clusters.encoder),
     )
-    group_of = group_clusters(
-        clusters.centroids, settings.num_groups, settings.seed, projected=False
-    )[cluster_of]
+    sizes = cluster_of.bincount(minlength=clusters.num_clusters)
+    group_of = group_clusters(clusters.centroids, sizes, settings.num_groups)[cluster_of]
     held, seen = split(len(images), settings.seed)
     check_groups(group_of[seen], settings.num_groups)
     if int(group_of[held].bincount(minlength=settings.num_groups).min()) == 0:

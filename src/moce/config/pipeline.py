@@ -34,7 +34,7 @@ from moce.config.base import (
     Strategy,
     TrainingSettings,
 )
-from moce.config.facts import setting
+from moce.config.facts import GIVEN, setting
 
 
 class WeightsSettings(Settings):
@@ -232,6 +232,12 @@ class TrainSettings(TrainingSettings, MAESettings):
     imbalance_weight: NonNegative = setting(
         0.01, "weight of the imbalance loss", used_with={"method": ("moce",)}
     )
+    balance_bound: Annotated[Positive, Field(ge=1)] = setting(
+        2.0,
+        "most images of an expert in even shares, at the start and before the balance loss sets in; "
+        "1: equal shares (as in the paper)",
+        used_with={"method": ("moce", "sdr")},
+    )
     balance_scope: BalanceScope = setting(
         "dataset",
         "count the images of each expert over the data set's clusters or over the batch",
@@ -252,13 +258,17 @@ class HeadroomSettings(TrainingSettings, MAESettings):
     num_groups: Count = setting(4, "groups of clusters, each trained on alone")
 
 
-class CustomizeSettings(DataSettings):
-    """Pick the experts for a task and export a dense timm backbone (stage 3)."""
+class CustomizeSettings(DataSettings, FileSettings):
+    """Pick the experts for a task, adapt them to it if asked, and export a dense backbone (stage 3)."""
 
-    proofs = frozenset({"selection.json"})
+    proofs = frozenset({"selection.json", "adaptation.json"})
     files = EXPORTED
 
-    run: Folder = setting(description="run folder of moce train", input="weights")
+    run: Folder = setting(
+        description="run folder of moce train; to adapt without experts: an MAE run, or weights of "
+        "other libraries (a file, a folder or a timm name)",
+        input="weights",
+    )
     images: Data = setting(
         description="the task's images (only strategy probe uses labels)", input="images"
     )
@@ -267,15 +277,52 @@ class CustomizeSettings(DataSettings):
     strategy: Strategy = setting(
         "auto",
         "route: the winner's experts; merge: averaged by the task's votes; generalist: averaged by "
-        "the training data's; auto: route if the winner is clear, else merge; probe: whichever "
+        "the training data's; auto: generalist if the images are unlike the training data, else route "
+        "if the winner is clear, else merge; probe: whichever "
         "classifies the images' labels best on frozen features",
     )
     threshold: Fraction = setting(
-        0.5,
+        0.9,
         "vote share from which auto takes the winner",
         used_with={"strategy": ("auto",)},
     )
     format: Format = setting("timm", "library to write the folder for")
+    adapt_steps: Literal["auto"] | Annotated[int, Field(ge=0, le=2**31 - 1)] = setting(
+        0,
+        "continue masked autoencoding on the task's images for so many steps (test images never, "
+        "labels unused); auto: 700, or more for over 9,000 images",
+    )
+    data: Data | None = setting(
+        None,
+        "pool to adapt on as well: images of the task's clusters are drawn from it",
+        input="images",
+        used_with={"adapt_steps": (GIVEN,)},
+    )
+    clusters: Folder | None = setting(
+        None,
+        "run folder of moce cluster, to find related images of the pool (default: a MoCE run's own)",
+        input="weights",
+        used_with={"data": (GIVEN,)},
+    )
+    pool_share: OpenFraction = setting(
+        0.5,
+        "share of the pool's images in a batch",
+        used_with={"data": (GIVEN,)},
+    )
+    adapt_batch_size: Count = setting(
+        128, "images per optimizer step", used_with={"adapt_steps": (GIVEN,)}
+    )
+    adapt_lr: Positive | None = setting(
+        None,
+        "base learning rate per 256 images (default: half of the run's; 7.5e-5 for other weights)",
+        used_with={"adapt_steps": (GIVEN,)},
+    )
+    resume: bool = setting(
+        False,
+        "resume an interrupted adaptation",
+        may_change=True,
+        used_with={"adapt_steps": (GIVEN,)},
+    )
     assign: Literal["balanced", "nearest"] = setting(
         "balanced",
         "cluster of an image: as in training, or the nearest centroid",

@@ -14,6 +14,7 @@ from moce.data.from_python import as_image_dataset
 from moce.inference.features import extract_features
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec, input_shape
+from moce.models.mae import MAE
 from moce.models.moce import MoCE, MoCESpec
 from moce.weights.formats.timm import pooled
 from moce.weights.from_runs import load_moce
@@ -85,7 +86,7 @@ class Bank:
         self,
         images: object,
         strategy: str = "auto",
-        threshold: float = 0.5,
+        threshold: float = 0.9,
         assign: str = "balanced",
         batch_size: int = 256,
     ) -> Choice:
@@ -102,7 +103,7 @@ class Bank:
 
     @torch.no_grad()
     def choose(
-        self, histogram: torch.Tensor, similarity: float, strategy: str, threshold: float = 0.5
+        self, histogram: torch.Tensor, similarity: float, strategy: str, threshold: float = 0.9
     ) -> Choice:
         """Like `select`, given the images per cluster, [K], and their mean similarity."""
         return choose(
@@ -127,6 +128,15 @@ class Bank:
         """The dense ViT of a choice; it returns normed tokens, [b, prefix + patches, d]."""
         shares, gains = torch.tensor(choice.shares), torch.tensor(choice.gains)
         return self.model.dense_encoder(shares, gains)
+
+    def mae(self, choice: Choice) -> MAE:
+        """The masked autoencoder of a choice: its dense ViT with the mixture's decoder."""
+        mae = self.model.mae
+        decoder = {n: v for n, v in mae.state_dict().items() if not n.startswith("encoder.")}
+        encoder = {f"encoder.{n}": v for n, v in self.backbone(choice).state_dict().items()}
+        dense = self.spec.mae.build()
+        dense.load_state_dict(decoder | encoder)
+        return dense
 
     def customize(
         self, images: object, strategy: str = "auto", **options: Any

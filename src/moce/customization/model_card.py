@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from moce.config.base import Format
+from moce.customization.adaptation import Adaptation
 from moce.customization.selection import Choice, route_name
 from moce.runs.files import write_json, write_text
 from moce.weights.export import Model, write_model_folder
@@ -21,7 +23,14 @@ LIBRARY: dict[Format, str] = {  # that loads a format, by its name on the Huggin
 TAGS = ["moce", "masked-autoencoder", "vision-transformer"]
 
 
-def write_choice(folder: Path, kind: Format, model: Model, choice: Choice, source: Path) -> str:
+def write_choice(
+    folder: Path,
+    kind: Format,
+    model: Model,
+    choice: Choice,
+    source: Path,
+    further_facts: Sequence[str] = (),
+) -> str:
     """Write a model for a task, its card and selection.json; returns the Python that loads it."""
     title = f"Backbone customized by moce from {source.name}"
     facts = [
@@ -31,10 +40,25 @@ def write_choice(folder: Path, kind: Format, model: Model, choice: Choice, sourc
         f"clusters: {clusters_of(choice)}",
         f"similarity to the clusters: {choice.similarity:.3f} "
         f"(training images: {choice.training_similarity:.3f})",
+        *further_facts,
     ]
     snippet = write_with_card(folder, kind, model, title, facts)
     write_json(folder / "selection.json", choice.to_json())
     return snippet
+
+
+def adaptation_facts(adaptation: Adaptation) -> list[str]:
+    """What a card says of an adaptation."""
+    facts = [
+        f"adapted: {adaptation.steps} steps on {adaptation.task_images} task images and "
+        f"{adaptation.pool_images} related ones"
+    ]
+    if adaptation.error_before is not None and adaptation.error_after is not None:
+        facts.append(
+            f"reconstruction error of {adaptation.held_out} held-out task images: "
+            f"{adaptation.error_before:.4f} before, {adaptation.error_after:.4f} after"
+        )
+    return facts
 
 
 def write_with_card(folder: Path, kind: Format, model: Model, title: str, facts: list[str]) -> str:

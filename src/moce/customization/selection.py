@@ -16,6 +16,7 @@ from torch.nn.functional import one_hot
 from moce.errors import MoceError
 
 Route = tuple[int, ...]
+FOREIGN = 2.0
 
 
 @dataclass
@@ -46,6 +47,17 @@ class Choice:
         return {**asdict(self), "route": list(self.route), "votes": votes}
 
 
+def is_foreign(similarity: float, training_similarity: float) -> bool:
+    """Whether a task's images are unlike those that the experts were trained on.
+
+    They are if they lie further than `FOREIGN` times as far from their centroids as the training
+    images do (cosine distances, on average). Specialists lose what they do not see, so such a task
+    is better served by all experts averaged: by 1 to 5 points on four of four (docs/log.md,
+    2026-11-25); the others by the experts of their clusters.
+    """
+    return 1 - similarity > FOREIGN * (1 - training_similarity)
+
+
 def route_name(route: Route) -> str:
     """A route as users write it, such as 2-0."""
     return "-".join(map(str, route))
@@ -58,7 +70,7 @@ def choose(
     sizes: Tensor,
     similarity: tuple[float, float],
     strategy: str = "auto",
-    threshold: float = 0.5,
+    threshold: float = 0.9,
     num_experts: int | None = None,
 ) -> Choice:
     """Choose experts for a task.
@@ -66,7 +78,8 @@ def choose(
     histogram: [K], the task's images per cluster; routes: [K, blocks] int64, the experts of every
     cluster; gains: [K, blocks], the scale of their outputs; sizes: [K], training images per
     cluster; similarity: of the task's and of the training images to their centroids; threshold:
-    vote share from which strategy auto takes the winner; num_experts: E (default: as many as
+    vote share from which strategy auto takes the winner; auto averages all experts for a
+    foreign task; num_experts: E (default: as many as
     `routes` names). Raises MoceError if the histogram is empty, the strategy unknown or the
     threshold not in [0, 1].
     """
@@ -79,6 +92,7 @@ def choose(
     share = votes[winner] / sum(votes.values())
     if strategy == "auto":
         strategy = "route" if share >= threshold else "merge"
+        strategy = "generalist" if is_foreign(*similarity) else strategy
     cluster_weights = weigh_clusters(strategy, histogram, sizes, on_route(routes, winner))
     num_experts = num_experts or int(routes.max()) + 1
     shares, scale, spread = expert_weights(cluster_weights, routes, gains, num_experts)

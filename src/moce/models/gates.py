@@ -32,12 +32,18 @@ def squared_cv(values: Tensor, dim: int = -1) -> Tensor:
     return values.var(dim=dim, unbiased=False) / mean.square()
 
 
-def balance_loss(table: Tensor, weights: Tensor) -> Tensor:
-    """CV^2 of the experts' importance: 0 when all experts get equal work (section 3.2).
+def balance_loss(table: Tensor, weights: Tensor, bound: float = 1.0) -> Tensor:
+    """How far the experts' work is beyond the bound; CV^2 of it with bound 1 (section 3.2).
+
+    With r the work of an expert over the mean, it is the mean of max(0, |r - 1| - (bound - 1))^2:
+    no loss while no expert has more than `bound` even shares of the work. Related images stay
+    together only if sizes may follow the data.
 
     table: [K, E] clean probabilities; weights: [K] images per cluster, of the batch or the data.
     """
-    return squared_cv(weights.to(table.dtype) @ table)
+    work = weights.to(table.dtype) @ table
+    beyond = (work / work.mean() - 1).abs() - (bound - 1)
+    return beyond.clamp(min=0).square().mean()
 
 
 def imbalance_loss(table: Tensor, counts: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ class MoCE(nn.Module):
         gate_scale: str = "straight_through",
         balance_scope: str = "dataset",
         expert_scope: str = "ffn",
+        balance_bound: float = 1.0,
     ) -> None:
         """Change `mae` into a mixture in place: pass a copy to keep the original.
 
@@ -120,6 +121,7 @@ class MoCE(nn.Module):
             gate_scale: straight_through (outputs are scaled by 1) or prob (by the probability).
             balance_scope: weights of the balance loss: images per cluster in the dataset or in
                 the batch.
+            balance_bound: even shares of the work that an expert may have without balance loss.
             expert_scope: experts replace the block's ffn (the paper) or the whole block.
 
         Raises MoceError for whole blocks with gate_scale prob: no dense block could equal them.
@@ -131,6 +133,7 @@ class MoCE(nn.Module):
         self.blocks = tuple(blocks)
         self.gate_scale = gate_scale
         self.balance_scope = balance_scope
+        self.balance_bound = balance_bound
         self.gates = nn.ModuleList(ClusterGate(weight) for weight in gate_weights)
         self.register_buffer("clusters", clusters.float().clone())
         self.register_buffer("cluster_sizes", cluster_sizes.float().clone())
@@ -210,7 +213,9 @@ class MoCE(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             tables = self.tables()
             work = self.cluster_sizes if self.balance_scope == "dataset" else counts
-            balance = torch.stack([balance_loss(table, work) for table in tables]).sum()
+            balance = torch.stack(
+                [balance_loss(table, work, self.balance_bound) for table in tables]
+            ).sum()
             imbalance = torch.stack([imbalance_loss(table, counts) for table in tables]).sum()
         return MoCEOutput(output.loss, balance, imbalance, output.prediction, output.removed)
 

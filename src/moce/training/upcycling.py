@@ -54,32 +54,31 @@ def upcycle(
     moce = MoCE(
         mae,
         moce_spec.blocks,
-        [initial_gate(settings, clusters.centroids, n) for n in range(moce_spec.num_gates)],
+        [initial_gate(settings, clusters.centroids, sizes, n) for n in range(moce_spec.num_gates)],
         clusters.centroids,
         sizes,
         settings.gate_scale,
         settings.balance_scope,
         settings.expert_scope,
+        settings.balance_bound,
     )
     if settings.method == "sdr":
         moce.gates.requires_grad_(False)
     return moce_spec, moce
 
 
-def initial_gate(settings: TrainSettings, centroids: Tensor, number: int) -> Tensor:
-    """Initial weights [E, D] of gate `number`; every gate starts from its own grouping of clusters.
+def initial_gate(settings: TrainSettings, centroids: Tensor, sizes: Tensor, number: int) -> Tensor:
+    """Initial weights [E, D] of gate `number`: an expert for every group of related clusters.
 
-    A single gate groups the centroids themselves, several gates group random projections of them.
+    All gates start from the same groups, so that an expert of any block sees related images only;
+    training may move each gate on its own.
     """
     fixed = settings.method == "sdr"
     if not fixed and settings.gate_init == "random":
         generator = keyed_generator(settings.seed, Stream.GATE, -1 - number)
         width = centroids.shape[1]
         return random_gate(settings.num_experts, width, settings.gate_init_std, generator)
-    alone = fixed or settings.shared_gate
-    groups = group_clusters(
-        centroids, settings.num_experts, settings.seed + 1 + number, projected=not alone
-    )
+    groups = group_clusters(centroids, sizes, settings.num_experts, settings.balance_bound)
     confidence = SDR_CONFIDENCE if fixed else settings.gate_confidence
     return gate_for(centroids, groups, settings.num_experts, confidence)
 

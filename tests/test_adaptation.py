@@ -1,0 +1,186 @@
+"""Adaptation: which images it trains on, what it keeps, what it leaves, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from builders import RUNTIME, TINY_ARGS, TINY_NAME, tiny_encoder, tiny_mae
+from conftest import Runs
+from PIL import Image
+
+import moce
+from moce.customization.adaptation import (
+    HeldOutError,
+    default_steps,
+    draw_related,
+    mixed_rows,
+    split_task,
+)
+from moce.data.load import load_images
+from moce.data.readers.sample import Sample
+from moce.runs.files import read_tensors
+from moce.runs.model import read_metrics
+from moce.training import trainer
+
+QUICK = {"adapt_steps": 8, "adapt_batch_size": 16, **RUNTIME}
+
+
+def test_default_steps_grow_with_large_tasks_only() -> None:
+    assert default_steps(100, 128, 0.5) == default_steps(1000, 128, 0.0) == 700
+    assert default_steps(100_000, 128, 0.5) == 7813  # each image five times
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(3, 0), (10, 1), (100, 10), (50_000, 1000)])
+def test_task_images_train_or_are_held_out(count: int, held_out: int) -> None:
+    own, watched = split_task(count, seed=0)
+    assert len(watched) == held_out and sorted(own + watched) == list(range(count))
+    assert split_task(count, seed=0) == (own, watched)
+
+
+def test_related_images_follow_the_tasks_histogram() -> None:
+    pool = [Sample(str(number), lambda: None) for number in range(300)]
+    cluster_of = {sample.id: number % 3 for number, sample in enumerate(pool)}
+    drawn = draw_related(pool, cluster_of, [30, 10, 0], 80, seed=0)
+    assert Counter(cluster_of[sample.id] for sample in drawn) == {0: 60, 1: 20}
+    assert len({sample.id for sample in drawn}) == 80
+    everything = draw_related(pool, cluster_of, [1, 1, 1], 10_000, seed=0)
+    assert len(everything) == 300  # a cluster gives no more than it has
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize(("task", "pool"), [(10, 100), (100, 10), (7, 13)])
+def test_the_pool_has_its_share_and_every_image_occurs(task: int, pool: int, share: float) -> None:
+    rows = mixed_rows(task, pool, share)
+    assert set(rows) == set(range(task + pool))
+    of_pool = sum(row >= task for row in rows) / len(rows)
+    assert of_pool == pytest.approx(share, abs=0.05)
+
+
+def test_without_a_pool_only_the_task_trains() -> None:
+    assert mixed_rows(5, 0, 0.5) == [0, 1, 2, 3, 4]
+
+
+def test_the_best_state_is_kept(runs: Runs) -> None:
+    mae = tiny_mae()
+    images = load_images(str(runs.task), (16, 16))
+    watch = HeldOutError(mae, tiny_encoder(), images, torch.device("cpu"), "float32")
+    best = watch()["held_out"]
+    kept = {name: value.clone() for name, value in mae.state_dict().items()}
+    with torch.no_grad():
+        for parameter in mae.parameters():
+            parameter.add_(1.0)
+    assert watch()["held_out"] > best
+    assert watch.restore_best() == pytest.approx(best)
+    assert all(torch.equal(value, kept[name]) for name, value in mae.state_dict().items())
+
+
+def test_a_backbone_is_adapted_and_loads_with_timm(runs: Runs, tmp_path: Path) -> None:
+    out = tmp_path / "backbone"
+    result = moce.customize(runs.moce, runs.task, out=out, data=runs.data, **QUICK)
+    names = {path.name for path in out.iterdir()}
+    expected = {"README.md", "adaptation.json", "config.json", "config.yaml", "metrics.jsonl"}
+    assert names == expected | {"model.safetensors", "selection.json", "timings.jsonl"}
+    done = json.loads((out / "adaptation.json").read_text())
+    assert done["steps"] == 8 and done["pool_images"] > 0
+    assert done["task_images"] + done["held_out"] > 0
+    assert done["error_after"] <= done["error_before"]
+    assert "adapted: 8 steps" in (out / "README.md").read_text()
+    assert [row["step"] for row in read_metrics(out)] == list(range(1, 9))
+    assert all("held_out" in row for row in read_metrics(out))
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    assert model(torch.zeros(1, 3, 16, 16)).isfinite().all()
+    plain = moce.customize(runs.moce, runs.task, out=tmp_path / "plain", **RUNTIME)
+    changed, as_chosen = (read_tensors(f / "model.safetensors") for f in (out, plain.folder))
+    assert result.choice == plain.choice
+    assert any(not torch.equal(changed[name], as_chosen[name]) for name in changed)
+
+
+def test_test_images_never_train(runs: Runs, tmp_path: Path) -> None:
+    """The same backbone, bit for bit, whatever the test images show."""
+    shutil.copytree(runs.task, tmp_path / "task")
+    choose = {"strategy": "generalist"}
+    first = moce.customize(runs.moce, tmp_path / "task", out=tmp_path / "a", **QUICK, **choose)
+    tests = sorted((tmp_path / "task" / "test").rglob("*.png"))
+    assert tests
+    for path in tests:
+        Image.new("RGB", (16, 16), "red").save(path)
+    second = moce.customize(runs.moce, tmp_path / "task", out=tmp_path / "b", **QUICK, **choose)
+    one, other = (read_tensors(r.folder / "model.safetensors") for r in (first, second))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_an_interrupted_adaptation_resumes_to_the_bit(
+    runs: Runs, tmp_path: Path, monkeypatch
+) -> None:
+    whole = moce.customize(runs.moce, runs.task, out=tmp_path / "whole", **QUICK)
+    save, saved = trainer.save_checkpoint, []
+
+    def stop(*arguments: object) -> None:
+        save(*arguments)
+        saved.append(1)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        moce.customize(runs.moce, runs.task, out=tmp_path / "again", **QUICK)
+    monkeypatch.undo()
+    again = moce.customize(runs.moce, runs.task, out=tmp_path / "again", resume=True, **QUICK)
+    one, other = (read_tensors(r.folder / "model.safetensors") for r in (whole, again))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert read_metrics(whole.folder) == read_metrics(again.folder)
+
+
+def test_an_mae_is_adapted_too(runs: Runs, tmp_path: Path) -> None:
+    """So that MAE+ gets the same offer as the mixture."""
+    result = moce.customize(
+        runs.mae, runs.task, out=tmp_path / "a", data=runs.data, clusters=runs.clusters, **QUICK
+    )
+    assert result.choice is None and result.adaptation is not None
+    assert result.adaptation.pool_images > 0 and "adapted" in result.summary()
+    assert not (tmp_path / "a" / "selection.json").exists()
+    probed = moce.probe(tmp_path / "a", runs.task, solver="lbfgs", **RUNTIME)
+    assert 0 < probed.mean <= 1
+
+
+def test_weights_of_other_libraries_are_adapted(runs: Runs, tmp_path: Path) -> None:
+    moce.convert(runs.mae, out=tmp_path / "mae.safetensors")
+    result = moce.customize(
+        tmp_path / "mae.safetensors",
+        runs.task,
+        out=tmp_path / "a",
+        model=TINY_NAME,
+        model_args=TINY_ARGS,
+        decoder_heads=2,
+        **QUICK,
+    )
+    assert result.adaptation is not None and result.adaptation.pool_images == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"adapt_steps": 0, "adapt_lr": 1e-3}, "leave out .*--adapt-lr"),
+        ({"clusters": "x"}, "leave out --clusters"),
+        ({"adapt_steps": -1}, "adapt_steps"),
+        ({"model": "vit_tiny_patch16_224"}, "model comes from the run"),
+        ({"data": "no such images"}, "no such images|no images"),
+    ],
+)
+def test_what_cannot_be_is_refused(runs: Runs, tmp_path: Path, changes, words: str) -> None:
+    with pytest.raises(moce.MoceError, match=words):
+        moce.customize(runs.moce, runs.task, out=tmp_path / "out", **{**QUICK, **changes})
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_mae_needs_steps_and_clusters(runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(moce.MoceError, match="no experts to choose from; add --adapt-steps"):
+        moce.customize(runs.mae, runs.task, out=tmp_path / "out", **RUNTIME)
+    with pytest.raises(moce.MoceError, match="--data needs --clusters"):
+        moce.customize(runs.mae, runs.task, out=tmp_path / "out", data=runs.data, **QUICK)
