@@ -208,8 +208,8 @@ def demo(
     tasks: Sequence[str] = (),
     pretrain_epochs: float = 18,
     train_epochs: float = 8,
-    num_clusters: int = 48,
-    num_experts: int = 4,
+    num_clusters: int = 96,
+    num_experts: int = 8,
     num_labels: int = 150,
     draws: int = 3,
     finetune_epochs: float = 16,
@@ -229,8 +229,8 @@ def demo(
         tasks (Sequence[str], default ()): tasks to run (default: all embedded ones)
         pretrain_epochs (float, default 18): epochs of the MAE
         train_epochs (float, default 8): epochs of MoCE and of MAE+
-        num_clusters (int, default 48): clusters K
-        num_experts (int, default 4): experts E per MoE block
+        num_clusters (int, default 96): clusters K
+        num_experts (int, default 8): experts E per MoE block
         num_labels (int, default 150): labeled images per draw
         draws (int, default 3): draws of labels per probe
         finetune_epochs (float, default 16): epochs of each fine-tune
