@@ -180,7 +180,7 @@ def test_what_cannot_be_is_refused(runs: Runs, tmp_path: Path, changes, words: s
 
 
 def test_an_mae_needs_steps_and_clusters(runs: Runs, tmp_path: Path) -> None:
-    with pytest.raises(moce.MoceError, match="no experts to choose from; add --adapt-steps"):
+    with pytest.raises(moce.MoceError, match="kind 'mae'"):
         moce.customize(runs.mae, runs.task, out=tmp_path / "out", **RUNTIME)
     with pytest.raises(moce.MoceError, match="--data needs --clusters"):
         moce.customize(runs.mae, runs.task, out=tmp_path / "out", data=runs.data, **QUICK)

@@ -222,12 +222,12 @@ def test_full_output_folder_names_the_two_ways_on(runs, tmp_path: Path, capsys) 
 
 
 def test_advice_names_only_flags_that_the_command_has(runs, capsys) -> None:
-    """cluster can resume, customize cannot."""
+    """cluster can resume, export cannot."""
     for command, words in (
-        ("cluster", [runs.data, "--mae", runs.mae, "--num-clusters", 4]),
-        ("customize", [runs.moce, runs.task]),
+        ("cluster", [runs.data, "--mae", runs.mae, "--num-clusters", 4, *QUIET]),
+        ("export", [runs.moce, "--strategy", "generalist"]),
     ):
-        assert run_command([command, *words, "--out", runs.data, *QUIET]) == 2
+        assert run_command([command, *words, "--out", runs.data]) == 2
         message = one_line(capsys)
         assert "--overwrite" in message and ("--resume" in message) == (command == "cluster")
 

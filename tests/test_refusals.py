@@ -127,9 +127,9 @@ SETTINGS: dict[str, Case] = {
     "assignment of a probe": (
         lambda w: w.customize("--strategy", "probe", "--assign", "nearest"), "--assign"),
     "threshold of a probe": (
-        lambda w: w.customize("--strategy", "probe", "--threshold", 0.9), "--threshold"),
+        lambda w: w.customize("--strategy", "probe", "--threshold", 0.8), "--threshold"),
     "threshold of a route": (
-        lambda w: w.customize("--strategy", "route", "--threshold", 0.9), "--threshold"),
+        lambda w: w.customize("--strategy", "route", "--threshold", 0.8), "--threshold"),
     "solver of neighbors": (lambda w: w.probe("--kind", "knn", "--solver", "lbfgs"), "--solver"),
     "neighbors of a linear probe": (lambda w: w.probe("--neighbors", 3), "--neighbors"),
     "rate without steps": (lambda w: w.probe("--solver", "lbfgs", "--base-lr", 1), "--base-lr"),

@@ -202,13 +202,15 @@ def balanced_potentials(
     """
     best, damping = potentials, FIRST_DAMPING
     masses: Masses | None = None
-    current = potentials
+    current, sinkhorn = potentials, False
     for _ in range(max_steps):
         found = column_masses(scores, current)
         on_pass()
         helped = masses is None or found.total_error < masses.total_error
         if masses is None or helped:
             best, masses = current, found
+        elif sinkhorn:
+            break  # the next step, and all that follow, would be this one again
         if masses.error <= tolerance:
             break
         damping = damping / 4 if helped else damping * 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,7 +138,8 @@ class _Job:
                 batch_size=settings.batch_size,
                 rows=slice(shard.start + file.done, shard.stop),
             )
-            file.fill(batches, lambda: self.stop.received is not None)
+            with closing(batches):
+                file.fill(batches, lambda: self.stop.received is not None)
         self._raise_if_stopped(f"{file.done} of {count} features")
         mean = file.center()
         return file.tensor(), mean

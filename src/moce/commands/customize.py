@@ -79,12 +79,11 @@ def run(settings: CustomizeSettings) -> CustomizeResult:
     check_used(settings, settings)
     device, precision = prepare(settings)
     settings = settings.model_copy(update={"device": device.type, "precision": precision})
-    if holds_moce(settings.run):
-        refuse_given(settings, f"run {settings.run}")
-        return _from_experts(settings, device)
-    if not settings.adapt_steps:
-        raise MoceError(f"{settings.run} has no experts to choose from; add --adapt-steps")
-    return _from_mae(settings, device)
+    mixture = moce_run(settings.run) is not None and holds_moce(settings.run)
+    if settings.adapt_steps and not mixture:
+        return _from_mae(settings, device)
+    refuse_given(settings, f"run {settings.run}")
+    return _from_experts(settings, device)
 
 
 def _from_experts(settings: CustomizeSettings, device: torch.device) -> CustomizeResult:

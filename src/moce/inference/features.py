@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 
 import torch
@@ -69,7 +69,7 @@ def feature_batches(
     pooling: str = "mean",
     batch_size: int = 256,
     rows: slice | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """`extract_features` batch by batch, [b, width], of all images or a slice of them."""
     vit = vit.to(device).eval()
     choose_attention(vit, device, precision)
