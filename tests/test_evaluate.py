@@ -219,7 +219,7 @@ def test_a_moce_run_says_what_each_task_got(evaluated: Path) -> None:
     assert len(rows["moce_probe", "digits"]["choice"]["chosen"]) == 2
 
 
-def test_the_same_values_as_the_single_verbs_give(runs: Runs, evaluated: Path) -> None:
+def test_the_same_values_as_the_single_commands_give(runs: Runs, evaluated: Path) -> None:
     rows = {(r["backbone"], r["task"], r["protocol"]): r["values"] for r in rows_of(evaluated)}
     options = {"num_labels": 12, "draws": 2, **RUNTIME}
     alone = moce.probe(runs.mae, runs.task, solver="lbfgs", **options)
