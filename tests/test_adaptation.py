@@ -93,6 +93,8 @@ def test_a_backbone_is_adapted_and_loads_with_timm(runs: Runs, tmp_path: Path) -
     assert "adapted: 8 steps" in (out / "README.md").read_text()
     assert [row["step"] for row in read_metrics(out)] == list(range(1, 9))
     assert all("held_out" in row for row in read_metrics(out))
+    page = moce.report(out, out=tmp_path / "report.html")
+    assert "Adapted backbone" in page.page.read_text() and "Unfinished" not in page.page.read_text()
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert model(torch.zeros(1, 3, 16, 16)).isfinite().all()
     plain = moce.customize(runs.moce, runs.task, out=tmp_path / "plain", **RUNTIME)

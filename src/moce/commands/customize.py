@@ -12,7 +12,7 @@ import torch
 from moce.commands.setup import open_output, pixel_file, prepare
 from moce.config import CustomizeSettings, TrainingSettings
 from moce.config.usage import check_used
-from moce.customization.adaptation import Adaptation, adapt, default_steps, draw_related
+from moce.customization.adaptation import ADAPTATION, Adaptation, adapt, default_steps, draw_related
 from moce.customization.bank import Bank, load
 from moce.customization.model_card import adaptation_facts, write_choice, write_with_card
 from moce.customization.selection import Choice, route_name
@@ -35,7 +35,6 @@ from moce.weights.export import Model, check_format
 from moce.weights.from_runs import holds_moce, load_clusters
 from moce.weights.resolve import moce_run, refuse_given, start_from
 
-ADAPTATION = "adaptation.json"
 LOWER_LR = 0.5  # of the rate that a run was trained with
 BASE_LR = 7.5e-5  # for weights of other libraries: half of MAE's own rate
 

@@ -28,6 +28,7 @@ from moce.runtime.progress import log
 from moce.training.objectives import MAEObjective
 from moce.training.trainer import Step, fit
 
+ADAPTATION = "adaptation.json"
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share of the task's images, and images
 FEWEST_TO_HOLD_OUT = 10  # task images; with fewer, all of them train
 CHECKS = 8  # of the held-out error during a run

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moce.customization.adaptation import ADAPTATION
 from moce.errors import MoceError, raise_if_corrupt
 from moce.evaluation.results import ROWS, read_rows
 from moce.reporting.images import Source
@@ -22,6 +23,7 @@ TITLES = {
     "headroom": "Headroom",
     "mae_plus": "MAE+",
     "moce": "MoCE",
+    "adapted": "Adapted backbone",
     "classifier": "Fine-tuned",
     "evaluation": "Evaluation",
     "unfinished": "Unfinished",
@@ -107,13 +109,16 @@ def _is_run(folder: Path) -> bool:
 def _read_run(path: Path) -> Run:
     config = read_config(path) if (path / CONFIG).is_file() else {}
     rows, info = _read_rows(path), {}
-    source = path / (INFO if (path / INFO).is_file() else RESULTS)
+    source = next((path / n for n in (INFO, ADAPTATION) if (path / n).is_file()), path / RESULTS)
     with raise_if_corrupt(source):
         if source.name == INFO:
             info = read_info(path)
         elif source.is_file():
             content = json.loads(source.read_text(encoding="utf-8"))
-            info = {"kind": "headroom", **content} if "groups" in content else {}
+            if source.name == ADAPTATION:
+                info = {"kind": "adapted", **content}
+            elif "groups" in content:
+                info = {"kind": "headroom", **content}
         info = info or {"kind": "evaluation" if rows else "unfinished"}
         _check_info(info)
     kind = str(info["kind"])
