@@ -309,7 +309,7 @@ def test_a_run_stopped_by_sigterm_is_resumed(strategy: str, made: Made, tmp_path
     [
         ("pretrain", {"data": "nowhere"}, "no such images"),
         ("pretrain", {"batch_size": 5, "micro_batch_size": 2, "steps": 2}, "without an image"),
-        ("probe", {}, "this is work for one process, and torchrun has started 2"),
+        ("probe", {}, "runs in one process, but torchrun started 2"),
     ],
 )
 def test_a_mistake_is_told_once(
