@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from builders import RUNTIME, TINY_ARGS, TINY_NAME, tiny_encoder, tiny_mae
+from commands import QUIET, run_command
 from conftest import Runs
 from PIL import Image
 
@@ -18,14 +19,14 @@ import moce
 from moce.customization.adaptation import (
     HeldOutError,
     default_steps,
-    draw_related,
     mixed_rows,
     split_task,
 )
+from moce.customization.related_images import draw_related
 from moce.data.load import load_images
 from moce.data.readers.sample import Sample
 from moce.runs.files import read_tensors
-from moce.runs.model import read_metrics
+from moce.runs.model import read_config, read_metrics
 from moce.training import trainer
 
 QUICK = {"adapt_steps": 8, "adapt_batch_size": 16, **RUNTIME}
@@ -117,26 +118,92 @@ def test_test_images_never_train(runs: Runs, tmp_path: Path) -> None:
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_an_interrupted_adaptation_resumes_to_the_bit(
-    runs: Runs, tmp_path: Path, monkeypatch
-) -> None:
-    whole = moce.customize(runs.moce, runs.task, out=tmp_path / "whole", **QUICK)
+def interrupted(runs: Runs, out: Path, monkeypatch) -> Path:
+    """An adaptation that was stopped after its second checkpoint."""
     save, saved = trainer.save_checkpoint, []
 
     def stop(*arguments: object) -> None:
         save(*arguments)
         saved.append(1)
-        if len(saved) == 3:
+        if len(saved) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
-        moce.customize(runs.moce, runs.task, out=tmp_path / "again", **QUICK)
+        moce.customize(runs.moce, runs.task, out=out, **QUICK)
     monkeypatch.undo()
+    return out
+
+
+def test_an_interrupted_adaptation_resumes_to_the_bit(
+    runs: Runs, tmp_path: Path, monkeypatch
+) -> None:
+    whole = moce.customize(runs.moce, runs.task, out=tmp_path / "whole", **QUICK)
+    interrupted(runs, tmp_path / "again", monkeypatch)
     again = moce.customize(runs.moce, runs.task, out=tmp_path / "again", resume=True, **QUICK)
     one, other = (read_tensors(r.folder / "model.safetensors") for r in (whole, again))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert read_metrics(whole.folder) == read_metrics(again.folder)
+
+
+def test_a_resumed_adaptation_must_be_the_same(runs: Runs, tmp_path: Path, monkeypatch) -> None:
+    out = interrupted(runs, tmp_path / "out", monkeypatch)
+    for changes, words in (
+        ({"adapt_steps": 9}, "steps was 8, is 9"),
+        ({"adapt_lr": 0.5}, "base_lr was"),
+        ({"data": runs.data}, "data was None"),
+        ({"strategy": "generalist"}, "choice was"),
+    ):
+        with pytest.raises(moce.MoceError, match=words):
+            values = {**QUICK, **changes}
+            moce.customize(runs.moce, runs.task, out=out, resume=True, **values)
+    moce.customize(runs.moce, runs.task, out=out, resume=True, **QUICK)
+    with pytest.raises(moce.MoceError, match="is finished; use --overwrite"):
+        moce.customize(runs.moce, runs.task, out=out, resume=True, **QUICK)
+
+
+def test_config_says_what_was_adapted_to_what(runs: Runs, tmp_path: Path) -> None:
+    result = moce.customize(runs.moce, runs.task, out=tmp_path / "a", data=runs.data, **QUICK)
+    config = read_config(result.folder)
+    assert (config["run"], config["images"]) == (str(runs.moce), str(runs.task))
+    assert (config["data"], config["pool_share"]) == (str(runs.data), 0.5)
+    assert result.choice is not None and config["choice"] == result.choice.strategy
+
+
+def test_unreadable_images_are_listed_whichever_side_they_are_on(
+    runs: Runs, tmp_path: Path
+) -> None:
+    """A pool image of the same name as a task's image does not change what the task trains on."""
+    shutil.copytree(runs.task / "train", tmp_path / "task")
+    shutil.copytree(runs.task / "train", tmp_path / "pool")
+    first = sorted((tmp_path / "pool").rglob("*.png"))[0]
+    first.write_bytes(b"no image")
+    result = moce.customize(
+        runs.moce, tmp_path / "task", out=tmp_path / "a", data=tmp_path / "pool", **QUICK
+    )
+    count = len(list((tmp_path / "task").rglob("*.png")))
+    assert result.adaptation is not None
+    assert result.adaptation.task_images + result.adaptation.held_out == count
+    (skipped,) = (tmp_path / "a" / "skipped.jsonl").read_text().splitlines()
+    assert first.name in skipped
+
+
+def test_another_clustering_is_not_taken_for_the_runs_own(runs: Runs, tmp_path: Path) -> None:
+    other = tmp_path / "clusters"
+    moce.cluster(runs.data, mae=runs.mae, out=other, num_clusters=5, **RUNTIME)
+    with pytest.raises(moce.MoceError, match=r"not the clustering that .* was trained with"):
+        moce.customize(
+            runs.moce, runs.task, out=tmp_path / "a", data=runs.data, clusters=other, **QUICK
+        )
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_command_line_adapts(runs: Runs, tmp_path: Path, capsys) -> None:
+    words = ["customize", runs.moce, runs.task, "--out", tmp_path / "a", *QUIET]
+    assert run_command([*words, "--adapt-steps", "3", "--adapt-batch-size", "16"]) == 0
+    assert "adapted: 3 steps" in capsys.readouterr().out
+    assert run_command([*words, "--adapt-steps", "many", "--overwrite"]) == 2
+    assert "adapt_steps" in capsys.readouterr().err
 
 
 def test_an_mae_is_adapted_too(runs: Runs, tmp_path: Path) -> None:

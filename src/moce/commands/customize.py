@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
-from moce.commands.setup import open_output, pixel_file, prepare
-from moce.config import CustomizeSettings, TrainingSettings
+from moce.commands.setup import check_output, open_output, pixel_file, prepare, start_run
+from moce.config import AdaptationSettings, CustomizeSettings
 from moce.config.usage import check_used
-from moce.customization.adaptation import ADAPTATION, Adaptation, adapt, default_steps, draw_related
+from moce.customization.adaptation import ADAPTATION, CHECKS, Adaptation, adapt, default_steps
 from moce.customization.bank import Bank, load
 from moce.customization.model_card import adaptation_facts, write_choice, write_with_card
+from moce.customization.related_images import RelatedImages
 from moce.customization.selection import Choice, route_name
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
@@ -23,13 +25,14 @@ from moce.data.readers.sample import Sample
 from moce.errors import MoceError
 from moce.evaluation.evaluator import choose_by_probe
 from moce.evaluation.task import load_task
-from moce.inference.assign import assign
+from moce.inference.assign import clustered_images
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import input_channels, input_size
 from moce.models.mae import MAE, MAESpec
-from moce.runs.assignments import ASSIGNMENTS, read_assignments
+from moce.runs.assignments import ASSIGNMENTS
 from moce.runs.files import write_json
-from moce.runs.model import CONFIG, STATE, read_config, write_skipped
+from moce.runs.model import STATE, read_config, write_skipped
+from moce.runs.resume import check_unchanged, resumes
 from moce.runtime.progress import log
 from moce.weights.export import Model, check_format
 from moce.weights.from_runs import holds_moce, load_clusters
@@ -76,6 +79,7 @@ def _choice_lines(choice: Choice) -> list[str]:
 
 def run(settings: CustomizeSettings) -> CustomizeResult:
     check_used(settings, settings)
+    check_output(settings)
     device, precision = prepare(settings)
     settings = settings.model_copy(update={"device": device.type, "precision": precision})
     mixture = moce_run(settings.run) is not None and holds_moce(settings.run)
@@ -93,11 +97,11 @@ def _from_experts(settings: CustomizeSettings, device: torch.device) -> Customiz
     check_format(settings.format, Model(bank.encoder_spec, mae.encoder))
     adaptation = None
     if settings.adapt_steps:
-        job = _Adaptation(settings, device, bank.spec.mae, mae, bank.clusters)
-        adaptation, skipped = job.run()
+        spec, clusters = bank.spec.mae, bank.clusters
+        adaptation = _Adaptation(settings, device, spec, mae, clusters, choice.strategy).run()
     else:
         open_output(settings)
-    write_skipped(settings.out, skipped, log)
+        write_skipped(settings.out, skipped, log)
     model = Model(bank.encoder_spec, mae.encoder.cpu())
     facts = [] if adaptation is None else adaptation_facts(adaptation)
     load_it = write_choice(settings.out, settings.format, model, choice, settings.run, facts)
@@ -110,8 +114,7 @@ def _from_mae(settings: CustomizeSettings, device: torch.device) -> CustomizeRes
     spec, mae = start_from(settings.run, settings)
     check_format(settings.format, Model(spec.encoder, mae.encoder))
     clusters = None if settings.clusters is None else load_clusters(settings.clusters)
-    adaptation, skipped = _Adaptation(settings, device, spec, mae, clusters).run()
-    write_skipped(settings.out, skipped, log)
+    adaptation = _Adaptation(settings, device, spec, mae, clusters).run()
     title = f"Backbone adapted by moce from {settings.run.name}"
     facts = [f"source: {settings.run.name}", *adaptation_facts(adaptation)]
     model = Model(spec.encoder, mae.encoder.cpu())
@@ -156,97 +159,94 @@ class _Adaptation:
     spec: MAESpec
     mae: MAE
     clusters: ClusterModel | None
+    strategy: str | None = None
 
-    def run(self) -> tuple[Adaptation, list[tuple[str, str]]]:
-        """What was done, and the ids and reasons of images that could not be read."""
+    def run(self) -> Adaptation:
         settings = self.settings
         task = [sample for sample in open_source(settings.images) if sample.split != "test"]
         if not task:
             raise MoceError(f"{settings.images} has test images only; adaptation needs others")
-        steps = settings.adapt_steps
-        if steps == "auto":
-            share = settings.pool_share if settings.data else 0.0
-            steps = default_steps(len(task), settings.adapt_batch_size, share)
-        related = self._related(task, steps) if settings.data else []
-        images = self._load([*task, *related])
-        unreadable = {name for name, _ in images.skipped}
-        num_task = sum(sample.id not in unreadable for sample in task)
-        training = self._training_settings(steps)
-        open_output(settings)
-        done = adapt(
-            self.spec, self.mae, images, num_task, settings.pool_share, training, self.device
-        )
-        return done, images.skipped
+        training = self._training_settings(len(task))
+        related, unreadable = self._related(task, training) if settings.data else ([], [])
+        images = self._load([*task, *related], self.mae.encoder)
+        images = replace(images, skipped=images.skipped + unreadable)
+        if resumes(training):
+            check_unchanged(training.out, training)
+            if (training.out / ADAPTATION).is_file():
+                raise MoceError(f"{training.out} is finished; use --overwrite to adapt again")
+        start_run(training, images)
+        of_pool = {sample.id for sample in related}
+        num_task = sum(name not in of_pool for name in images.ids)
+        return adapt(self.spec, self.mae, images, num_task, training, self.device)
 
-    def _related(self, task: list[Sample], steps: int) -> list[Sample]:
-        """Images of the pool from the task's clusters, as many as the run can see."""
+    def _related(
+        self, task: list[Sample], training: AdaptationSettings
+    ) -> tuple[list[Sample], list[tuple[str, str]]]:
+        """Images of the pool, as many as the run can see, and those that could not be read."""
         settings, clusters = self.settings, self.clusters
-        assert settings.data is not None and clusters is not None
-        of_task = self._assign(task)
-        histogram = torch.tensor(list(of_task.values())).bincount(minlength=clusters.num_clusters)
+        assert settings.data is not None and clusters is not None and training.steps is not None
+        finder = RelatedImages(
+            clusters,
+            _known_clusters(settings, clusters),
+            lambda samples: self._load(samples, clusters.encoder),
+            self.device,
+            settings.precision,
+        )
+        count = round(training.steps * training.batch_size * training.pool_share)
         pool = open_source(settings.data)
-        known = self._known_clusters()
-        unseen = [sample for sample in pool if sample.id not in known]
-        if unseen:
-            log(f"{len(unseen)} images of the pool are new to the clustering; assigning them")
-            known |= self._assign(unseen)
-        readable = [sample for sample in pool if sample.id in known]
-        count = round(steps * settings.adapt_batch_size * settings.pool_share)
-        drawn = draw_related(readable, known, histogram.tolist(), count, settings.seed)
-        if not drawn:
-            raise MoceError(
-                f"{settings.data} has no images of the task's clusters; leave out --data"
-            )
-        return drawn
+        return finder.find(task, pool, settings.data, count, settings.seed), finder.skipped
 
-    def _known_clusters(self) -> dict[str, int]:
-        """The clusters of the pool's images by id, as far as a clustering on disk knows them."""
-        run = self.settings.clusters
-        if run is None:
-            origin = read_config(self.settings.run).get("clusters")
-            run = Path(origin) if origin else None
-        known = run is not None and (run / ASSIGNMENTS).is_file() and (run / CONFIG).is_file()
-        return read_assignments(run) if run is not None and known else {}
-
-    def _assign(self, samples: list[Sample]) -> dict[str, int]:
-        """The cluster of every image that can be read, by id."""
-        assert self.clusters is not None
-        encoder = self.clusters.encoder
-        images = self._load(samples, input_size(encoder))
-        clusters = assign(images, self.clusters, self.device, self.settings.precision)
-        return dict(zip(images.ids, clusters.tolist(), strict=True))
-
-    def _load(self, samples: list[Sample], size: tuple[int, int] | None = None) -> ImageDataset:
-        encoder = self.mae.encoder
+    def _load(self, samples: list[Sample], encoder: VisionTransformer) -> ImageDataset:
         return load_images(
             samples,
-            size or input_size(encoder),
+            input_size(encoder),
             pixel_file(self.settings),
             channels=input_channels(encoder),
             max_skipped=self.settings.max_skipped,
         )
 
-    def _training_settings(self, steps: int) -> TrainingSettings:
+    def _training_settings(self, num_images: int) -> AdaptationSettings:
         settings = self.settings
-        checks = max(1, steps // 8)
-        return TrainingSettings(
-            out=settings.out,
-            overwrite=settings.overwrite,
-            resume=settings.resume,
+        share = settings.pool_share if settings.data else 0.0
+        steps = settings.adapt_steps
+        if steps == "auto":
+            steps = default_steps(num_images, settings.adapt_batch_size, share)
+        same = CustomizeSettings.model_fields.keys() & AdaptationSettings.model_fields.keys()
+        own = {"strategy", "batch_size", "pool_share"}  # of the same name, but another meaning
+        return AdaptationSettings(
+            **{name: getattr(settings, name) for name in same - own},
+            choice=self.strategy,
+            pool_share=share,
             steps=steps,
             batch_size=settings.adapt_batch_size,
-            base_lr=settings.adapt_lr or self._base_lr(),
-            seed=settings.seed,
-            device=settings.device,
-            precision=settings.precision,
-            threads=settings.threads,
-            max_skipped=settings.max_skipped,
-            log_every=checks,
-            save_every=checks,
+            base_lr=settings.adapt_lr or _base_lr(settings.run),
+            log_every=max(1, steps // CHECKS),
+            save_every=max(1, steps // CHECKS),
         )
 
-    def _base_lr(self) -> float:
-        """Half of the rate that the run was trained with: it goes on from a trained state."""
-        run = moce_run(self.settings.run)
-        known = read_config(run).get("base_lr") if run is not None else None
-        return LOWER_LR * float(known) if known else BASE_LR
+
+def _base_lr(run: Path) -> float:
+    """Half of the rate that a run was trained with, since training continues from its end."""
+    folder = moce_run(run)
+    known = read_config(folder).get("base_lr") if folder is not None else None
+    return LOWER_LR * float(known) if known else BASE_LR
+
+
+def _known_clusters(settings: CustomizeSettings, clusters: ClusterModel) -> dict[str, int]:
+    """The clusters of the pool's images by id, as far as a clustering on disk has them.
+
+    That of a MoCE run may have moved, or another may have taken its place: then none is known.
+    """
+    assert settings.data is not None
+    run = settings.clusters
+    if run is None:
+        origin = read_config(settings.run).get("clusters")
+        run = Path(origin) if origin else None
+        if run is None or not (run / ASSIGNMENTS).is_file():
+            return {}
+    if not torch.equal(load_clusters(run).centroids, clusters.centroids):
+        if settings.clusters is not None:
+            raise MoceError(f"{run} is not the clustering that {settings.run} was trained with")
+        log(f"{run} is no longer the clustering of {settings.run}: it is not used")
+        return {}
+    return clustered_images(run, clusters.num_clusters, settings.data)

@@ -17,6 +17,7 @@ from moce.config.base import (
 )
 from moce.config.evaluation import EmbedSettings, EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.pipeline import (
+    AdaptationSettings,
     ClusterSettings,
     CustomizeSettings,
     FileSettings,
@@ -40,6 +41,7 @@ def settings_classes() -> list[type[Settings]]:
 
 
 __all__ = [
+    "AdaptationSettings",
     "ClusterPooling",
     "ClusterSettings",
     "ConvertSettings",

@@ -333,3 +333,14 @@ class CustomizeSettings(DataSettings, FileSettings):
         "images per forward pass",
         used_with={"strategy": ("auto", "route", "merge", "generalist")},
     )
+
+
+class AdaptationSettings(TrainingSettings):
+    """What `moce customize --adapt-steps` trains with, as the backbone's config.yaml records it."""
+
+    run: Folder = setting(description="where the backbone comes from", input="weights")
+    choice: str | None = setting(None, "strategy of the choice of experts (None: an MAE)")
+    images: Data = setting(description="the task's images", input="images")
+    data: Data | None = setting(None, "pool of related images", input="images")
+    clusters: Folder | None = setting(None, "run folder of moce cluster", input="weights")
+    pool_share: Fraction = setting(0.5, "share of the pool's images in a batch")

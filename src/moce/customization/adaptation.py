@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moce.config import TrainingSettings
+from moce.config import AdaptationSettings
 from moce.data.dataset import ImageDataset
 from moce.data.loader import fetch
-from moce.data.readers.sample import Sample
 from moce.data.rng import Stream, keyed_generator
 from moce.inference.reconstruction_error import reconstruction_error
 from moce.models.encoder import EncoderSpec
@@ -63,19 +61,18 @@ def adapt(
     mae: MAE,
     images: ImageDataset,
     num_task: int,
-    pool_share: float,
-    settings: TrainingSettings,
+    settings: AdaptationSettings,
     device: torch.device,
 ) -> Adaptation:
     """Train `mae` in place on a task's images and on related ones; it ends in its best state.
 
-    images: the task's first, `num_task` of them, then the pool's. pool_share: of the images in a
-    batch, on average. Metrics and checkpoints go to `settings.out`, a run can be resumed.
+    images: the task's first, `num_task` of them, then the pool's. Metrics and
+    checkpoints go to `settings.out`; a run can be resumed.
     """
     own, held_out = split_task(num_task, settings.seed)
     num_pool = len(images) - num_task
     rows = [*own, *range(num_task, len(images))]
-    mixed = mixed_rows(len(own), num_pool, pool_share)
+    mixed = mixed_rows(len(own), num_pool, settings.pool_share)
     objective = MAEObjective(
         "adapt", mae, spec.encoder, images.subset([rows[row] for row in mixed]), settings
     )
@@ -96,7 +93,7 @@ def adapt(
 
 
 def _seconds_per_step(
-    objective: MAEObjective, settings: TrainingSettings, device: torch.device
+    objective: MAEObjective, settings: AdaptationSettings, device: torch.device
 ) -> float:
     """Time of a forward and backward pass over a batch, which leaves no trace in the model."""
     objective.model.to(device)
@@ -117,33 +114,6 @@ def split_task(count: int, seed: int) -> tuple[list[int], list[int]]:
     order = torch.randperm(count, generator=keyed_generator(seed, Stream.ORDER, -1)).tolist()
     held_out = min(MOST_HELD_OUT, int(HELD_OUT * count)) if count >= FEWEST_TO_HOLD_OUT else 0
     return sorted(order[held_out:]), sorted(order[:held_out])
-
-
-def draw_related(
-    pool: Sequence[Sample],
-    cluster_of: Mapping[str, int],
-    histogram: Sequence[int],
-    count: int,
-    seed: int,
-) -> list[Sample]:
-    """At most `count` different pool images, drawn in proportion to the task's histogram.
-
-    cluster_of: cluster of every pool image, by id; histogram: [K] task images per cluster. A
-    cluster with too few images gives all it has.
-    """
-    members: dict[int, list[Sample]] = {}
-    for sample in pool:
-        members.setdefault(cluster_of[sample.id], []).append(sample)
-    total = sum(histogram)
-    drawn: list[Sample] = []
-    for cluster, images in enumerate(histogram):
-        found = members.get(cluster, [])
-        wanted = min(len(found), round(count * images / total))
-        generator = keyed_generator(seed, Stream.ORDER, -2 - cluster)
-        drawn += [
-            found[i] for i in torch.randperm(len(found), generator=generator)[:wanted].tolist()
-        ]
-    return drawn
 
 
 def mixed_rows(num_task: int, num_pool: int, pool_share: float) -> list[int]:

@@ -34,17 +34,7 @@ def assign_images(
     the input size of the clusters' encoder; called if `images` are smaller.
     Raises MoceError if the run's assignments do not fit its clusters.
     """
-    with raise_if_corrupt(run / CONFIG):
-        clustered = read_config(run)["data"]
-    if clustered != data:
-        log(f"the clusters were made from {clustered}; images are matched to them by name")
-    known = read_assignments(run)
-    highest = max(known.values(), default=-1)
-    if highest >= clusters.num_clusters:
-        raise MoceError(
-            f"{run / ASSIGNMENTS} is damaged or was edited: it contains cluster {highest}, and there "
-            f"are {clusters.num_clusters}, counted from 0"
-        )
+    known = clustered_images(run, clusters.num_clusters, data)
     cluster_of = torch.tensor([known.get(name, -1) for name in images.ids])
     unseen = (cluster_of < 0).nonzero()[:, 0].tolist()
     if unseen:
@@ -52,6 +42,25 @@ def assign_images(
         new = _large_enough(clusters, images.subset(unseen), load_larger)
         cluster_of[unseen] = assign(new, clusters, device, precision)
     return cluster_of
+
+
+def clustered_images(run: Path, num_clusters: int, data: str) -> dict[str, int]:
+    """The cluster of every image of a `moce cluster` run, by id. data: what they are matched to.
+
+    Raises MoceError if the run's assignments do not fit its clusters.
+    """
+    with raise_if_corrupt(run / CONFIG):
+        clustered = read_config(run)["data"]
+    if clustered != data:
+        log(f"the clusters were made from {clustered}; images are matched to them by name")
+    known = read_assignments(run)
+    highest = max(known.values(), default=-1)
+    if highest >= num_clusters:
+        raise MoceError(
+            f"{run / ASSIGNMENTS} is corrupt or was edited: it contains cluster {highest}, and there "
+            f"are {num_clusters}, counted from 0"
+        )
+    return known
 
 
 def _large_enough(
