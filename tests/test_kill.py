@@ -116,25 +116,27 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
 
 def test_a_second_ctrl_c_stops_at_once(runs: Runs, tmp_path: Path) -> None:
-    """A step that takes long is not waited for."""
+    """No micro-batch is begun after it: eight of five seconds make up a step, one is waited for."""
     code = (
         "import time, moce.training.objectives as objectives\n"
         "cropped, calls = objectives.cropped, []\n"
         "def slow(*given):\n"
         "    calls.append(1)\n"
-        "    time.sleep(30 if len(calls) > 8 else 0)\n"
+        "    time.sleep(5 if len(calls) > 8 * 8 else 0)\n"
         "    return cropped(*given)\n"
         "objectives.cropped = slow"
     )
     out = tmp_path / "run"
-    process = start(*words_of("pretrain", runs, out), code=code)
+    process = start(*words_of("pretrain", runs, out), "--micro-batch-size", 4, code=code)
     wait_for(process, lambda: len(read_metrics(out)) >= 4)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
+    second = time.monotonic()
     assert "interrupted; resume with --resume" in last_line(process, 130)
+    assert time.monotonic() - second < 20
 
 
 SLOW_IMAGES = (

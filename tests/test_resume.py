@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from builders import PRETRAIN, RUNTIME, TRAIN, copy_run, write_images
 from conftest import Runs
 from test_training import run_command, same_losses, same_weights, stop_after
@@ -19,7 +20,7 @@ from moce.cli import main
 from moce.config import PretrainSettings
 from moce.data.load import load_images
 from moce.errors import Interrupted, MoceError, NotFinite, Terminated
-from moce.runs.model import read_metrics, read_timings
+from moce.runs.model import read_config, read_metrics, read_timings
 from moce.runtime.device import prepare
 from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from moce.training.metrics import Window
@@ -59,6 +60,20 @@ def test_a_subset_and_a_rate_chosen_from_a_grid_resume_alike(runs: Runs, tmp_pat
         run_command(command, runs, stopped, resume=True, **given)
         same_losses(straight, stopped)
         same_weights(straight, stopped)
+
+
+def test_a_mixture_of_0_1_0_keeps_its_balance_loss(runs: Runs, tmp_path: Path) -> None:
+    """Its config.yaml has no balance_bound: experts were to get equal shares."""
+    run = copy_run(runs.moce, tmp_path / "run")
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    del content["balance_bound"]
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    moce.train(runs.data, mae=runs.mae, clusters=runs.clusters, out=run, resume=True)
+    assert read_config(run)["balance_bound"] == 1.0
+    with pytest.raises(MoceError, match=r"balance_bound was 1\.0, is 3\.0"):
+        moce.train(
+            runs.data, mae=runs.mae, clusters=runs.clusters, out=run, resume=True, balance_bound=3.0
+        )
 
 
 def test_a_restored_window_continues_in_the_order_of_its_losses() -> None:

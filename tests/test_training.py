@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     damage(sorted((out / "state").iterdir())[-1])
     run_command("pretrain", runs, out, save_every=3, resume=True)
     messages = capsys.readouterr().err
-    assert "going back to the checkpoint before it" in messages and "after step 6" in messages
+    assert "loading the previous checkpoint" in messages and "after step 6" in messages
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -238,7 +238,7 @@ def test_only_damaged_checkpoints_are_a_plain_error(runs, tmp_path: Path) -> Non
     with pytest.raises(Interrupted):
         run_command("pretrain", runs, out)
     next((out / "state").glob("step_*")).write_bytes(b"junk")
-    with pytest.raises(MoceError, match="damaged; start again with --overwrite"):
+    with pytest.raises(MoceError, match="corrupt; start again with --overwrite"):
         run_command("pretrain", runs, out, resume=True)
 
 

@@ -19,7 +19,7 @@ from moce.commands.registry import COMMANDS, Command
 from moce.config.load import closest, read_recipe, read_yaml, renamed
 from moce.config.usage import flag, replaced_by
 from moce.errors import MoceError, signal_of
-from moce.runtime.launch import ALONE, first_to_fail, launch, launched_as_rank0, leave
+from moce.runtime.launch import ALONE, first_to_fail, is_rank0, launch, leave
 from moce.runtime.signals import terminable
 
 FAILED, MISTAKE = 1, 2
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with terminable():
             result = command.run(settings_of(command, options))
-        if launched_as_rank0():
+        if is_rank0():
             _print_result(result, as_json=as_json)
     except (Exception, KeyboardInterrupt) as error:
         return _fail(command, error)
@@ -149,7 +149,7 @@ class _Parser(argparse.ArgumentParser):
             hint = f"did you mean '{near}'? " if near else ""
             message = f"unknown command '{unknown[1]}'; {hint}commands: {', '.join(COMMANDS)}"
         line = f"{self.prog}: error: {message} (see {self.prog} --help)\n"
-        self.exit(MISTAKE, line if launched_as_rank0() else None)
+        self.exit(MISTAKE, line if is_rank0() else None)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args

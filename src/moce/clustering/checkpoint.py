@@ -14,7 +14,8 @@ from moce.clustering.features import gather_shards
 from moce.errors import MoceError
 from moce.runs.files import CHECKSUM, checksum, read_tensor_metadata, read_tensors, write_tensors
 from moce.runs.model import STATE
-from moce.runtime.distributed import is_rank0, shard_range
+from moce.runtime.distributed import shard_range
+from moce.runtime.launch import is_rank0
 
 FILE = "iteration.safetensors"
 TENSORS = ("centroids", "potentials", "assignment", "sample_potentials")
@@ -36,7 +37,7 @@ def save_iteration(folder: Path, state: Iteration, count: int) -> None:
 
 
 def load_iteration(folder: Path, count: int, device: torch.device) -> Iteration | None:
-    """The last saved state; None if there is none or it is damaged."""
+    """The last saved state; None if there is none or it is corrupt."""
     path = folder / STATE / FILE
     if not path.is_file():
         path = folder / STATE / OLD_FILE

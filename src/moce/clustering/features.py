@@ -140,7 +140,7 @@ def _keys(rows: Rows) -> Tensor:
     for where in chunks(len(rows), rows.chunk_size // 4 or 1):  # float64: smaller, for the cache
         projected = rows.features[where].cpu().double() @ projection
         if not projected.isfinite().all():
-            raise MoceError("some image features are not finite; is the MAE run damaged?")
+            raise MoceError("some image features are not finite; is the MAE run corrupt?")
         rounded = (projected / DUPLICATE_DISTANCE).round().long()
         keys[where] = (rounded * factors).sum(dim=1)
     return keys

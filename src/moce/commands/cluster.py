@@ -34,7 +34,8 @@ from moce.models.encoder import EncoderSpec
 from moce.runs.assignments import write_assignments
 from moce.runs.model import INFO, STATE, read_model, write_model
 from moce.runtime.device import fits_on
-from moce.runtime.distributed import agreed_signal, barrier, is_rank0, shard_range, world_size
+from moce.runtime.distributed import agreed_signal, barrier, shard_range, world_size
+from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log, meter
 from moce.runtime.signals import StopRequest, stop_request
 from moce.training.metrics import MetricLog

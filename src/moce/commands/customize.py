@@ -171,7 +171,7 @@ class _Adaptation:
         images = self._load([*task, *related], self.mae.encoder)
         images = replace(images, skipped=images.skipped + unreadable)
         if resumes(training):
-            check_unchanged(training.out, training)
+            check_unchanged(training)
             if (training.out / ADAPTATION).is_file():
                 raise MoceError(f"{training.out} is finished; use --overwrite to adapt again")
         start_run(training, images)

@@ -31,7 +31,8 @@ from moce.evaluation.task import Task, draw_labels, load_task
 from moce.models.encoder import input_shape
 from moce.runs.files import write_json
 from moce.runs.model import STATE, write_model
-from moce.runtime.distributed import is_rank0, run_on_rank0
+from moce.runtime.distributed import run_on_rank0
+from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
 from moce.training.trainer import fit, total_steps
 from moce.weights.formats.timm import write_timm_folder

@@ -61,7 +61,7 @@ def resolve(settings: R) -> tuple[R, torch.device]:
     where, precision = prepare(settings)
     settings = settings.model_copy(update={"device": where.type, "precision": precision})
     if resumed:
-        check_unchanged(settings.out, settings)
+        check_unchanged(settings)
     return settings, where
 
 

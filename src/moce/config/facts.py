@@ -20,6 +20,7 @@ class Facts(TypedDict, total=False):
     comes_with: where the value is already known: in a run of moce, or in any weights with a decoder.
     set_by_evaluate: `moce evaluate` sets it, so a suite must not.
     was: its name in moce 0.1.0.
+    before: its value in recorded runs that lack it (default: it was off).
     """
 
     input: Literal["images", "weights", "file"]
@@ -30,6 +31,7 @@ class Facts(TypedDict, total=False):
     comes_with: Literal["run", "decoder"]
     set_by_evaluate: bool
     was: str
+    before: Any
 
 
 def setting(default: Any = ..., description: str = "", **facts: Unpack[Facts]) -> Any:

@@ -236,6 +236,7 @@ class TrainSettings(TrainingSettings, MAESettings):
         2.0,
         "most images of an expert in even shares, at the start and before the balance loss sets in; "
         "1: equal shares (as in the paper)",
+        before=1.0,
         used_with={"method": ("moce", "sdr")},
     )
     balance_scope: BalanceScope = setting(

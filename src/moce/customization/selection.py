@@ -52,8 +52,8 @@ def is_foreign(similarity: float, training_similarity: float) -> bool:
 
     They are if they lie further than `FOREIGN` times as far from their centroids as the training
     images do (cosine distances, on average). Specialists lose what they do not see, so such a task
-    is better served by all experts averaged: by 1 to 5 points on four of four (docs/log.md,
-    2026-11-25); the others by the experts of their clusters.
+    is better served by all experts averaged. The factor was set on development tasks and one seed
+    (docs/log.md, 2026-11-25).
     """
     return 1 - similarity > FOREIGN * (1 - training_similarity)
 

@@ -59,7 +59,7 @@ def write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a folder, none if it has no rows.jsonl; a damaged row and all after it are left out."""
+    """The rows of a folder, none if it has no rows.jsonl; a corrupt row and all after it are left out."""
     rows = [_renamed(row) for row in read_lines(folder / ROWS, "values")]
     return [row for row in rows if row.keys() >= set(KEY)]
 

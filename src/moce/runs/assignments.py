@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moce.errors import MoceError, raise_if_corrupt
 from moce.runs.files import atomic
-from moce.runtime.distributed import is_rank0
+from moce.runtime.launch import is_rank0
 
 ASSIGNMENTS = "assignments.parquet"
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moce.errors import MoceError
-from moce.runtime.distributed import is_rank0
+from moce.runtime.launch import is_rank0
 
 CHECKSUM = "sha256"
 

@@ -22,7 +22,8 @@ from moce.config import expand, settings_classes
 from moce.errors import MoceError
 from moce.runs.lock import lock_folder
 from moce.runs.model import CONFIG, INFO, METRICS, SKIPPED, STATE, TIMINGS, WEIGHTS
-from moce.runtime.distributed import barrier, is_rank0
+from moce.runtime.distributed import barrier
+from moce.runtime.launch import is_rank0
 
 # What `atomic` writes to before a file gets its name; a killed process leaves it behind.
 TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")

@@ -41,12 +41,19 @@ def recorded_settings(settings: R) -> R:
     for name in ("device", "precision"):
         if given.get(name) == "auto":
             del given[name]
-    return parse(type(settings), {**read_config(settings.out), **given})
+    return parse(type(settings), {**_recorded(settings), **given})
 
 
-def check_unchanged(folder: Path, settings: RunSettings) -> None:
+def _recorded(settings: RunSettings) -> dict[str, Any]:
+    """The values in config.yaml, and those that an older version, which lacks them, stands for."""
+    facts = facts_of(settings).items()
+    before = {name: fact["before"] for name, fact in facts if "before" in fact}
+    return {**before, **read_config(settings.out)}
+
+
+def check_unchanged(settings: RunSettings) -> None:
     """Raise MoceError, showing the difference, if a setting that must not change has changed."""
-    before, now = read_config(folder), settings.model_dump(mode="json")
+    before, now = _recorded(settings), settings.model_dump(mode="json")
     facts, replaced = facts_of(settings), replaced_by(type(settings), now)
     # A setting that an older version did not have was off.
     changed = [
@@ -58,7 +65,7 @@ def check_unchanged(folder: Path, settings: RunSettings) -> None:
         and (name in before or value)
     ]
     if changed:
-        raise MoceError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
+        raise MoceError(f"cannot resume {settings.out} with other settings: {'; '.join(changed)}")
 
 
 # --- inputs ---------------------------------------------------------------------------------------

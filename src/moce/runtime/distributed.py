@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moce.runtime.launch import launch, launched_as_rank0
+from moce.runtime.launch import launch
 
 T = TypeVar("T")
 
@@ -27,11 +27,6 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this process, 0 .. world_size() - 1."""
     return dist.get_rank() if _is_distributed() else 0
-
-
-def is_rank0() -> bool:
-    """Whether this process writes files and messages; known before the group is open."""
-    return launched_as_rank0()
 
 
 def all_reduce(values: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ def _per_node(world_size: int) -> int:
     return world_size // nodes
 
 
-def launched_as_rank0() -> bool:
-    """Whether this process writes files and messages to the user."""
+def is_rank0() -> bool:
+    """Whether this process writes files and messages; known before the process group is open."""
     return launch().rank == 0
 
 
@@ -98,4 +98,4 @@ def first_to_fail() -> bool:
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
         return store.add(f"moce/failed/{attempt}", 1) == 1
     except (KeyError, ValueError, RuntimeError):
-        return launched_as_rank0()
+        return is_rank0()

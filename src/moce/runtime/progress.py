@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moce.runtime.distributed import is_rank0
+from moce.runtime.launch import is_rank0
 
 console = Console(stderr=True, highlight=False)
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal

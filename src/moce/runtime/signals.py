@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from moce.errors import Terminated
-from moce.runtime.launch import launched_as_rank0
+from moce.runtime.launch import is_rank0
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -57,7 +57,7 @@ class StopRequest:
 
 def _write(message: str) -> None:
     """Write a line to standard error, unbuffered: the signal may have interrupted a buffered write."""
-    if not launched_as_rank0():
+    if not is_rank0():
         return
     with suppress(OSError, ValueError, AttributeError):
         os.write(sys.stderr.fileno(), f"\n{message}\n".encode())

@@ -1,6 +1,6 @@
 """Checkpoints: the state of a run after a step in one safetensors file, written atomically.
 
-Each holds a checksum of its tensors; if the newest is damaged, the previous one is loaded.
+Each holds a checksum of its tensors; if the newest is corrupt, the previous one is loaded.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from moce.errors import MoceError, NotFinite
 from moce.runs.files import CHECKSUM, checksum, read_tensor_metadata, read_tensors, write_tensors
 from moce.runs.model import STATE
-from moce.runtime.distributed import all_reduce, is_rank0
+from moce.runtime.distributed import all_reduce
 from moce.runtime.fsdp import full_optimizer_state, full_state, load_full_state
+from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
 from moce.training.metrics import remedy
 
@@ -71,9 +72,9 @@ def _check_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Checkpoint | None:
-    """Load the newest checkpoint that is not damaged, in place; None if there are no checkpoints.
+    """Load the newest checkpoint that is not corrupt, in place; None if there are no checkpoints.
 
-    Raises MoceError if it does not fit the model, or if all checkpoints are damaged.
+    Raises MoceError if it does not fit the model, or if all checkpoints are corrupt.
     """
     found = _newest_sound(folder)
     if found is None:
@@ -94,22 +95,22 @@ def load_checkpoint(
 
 
 def _newest_sound(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
-    """The newest checkpoint that is not damaged, and its tensors; None if there are no checkpoints."""
+    """The newest checkpoint that is not corrupt, and its tensors; None if there are no checkpoints."""
     paths = _checkpoints(folder)
     for path in reversed(paths):
         try:
             return path, _read_checked(path)
         except MoceError as error:
-            log(f"warning: {error}; going back to the checkpoint before it")
+            log(f"warning: {error}; loading the previous checkpoint")
     if paths:
-        raise MoceError(f"all checkpoints of {folder} are damaged; start again with --overwrite")
+        raise MoceError(f"all checkpoints of {folder} are corrupt; start again with --overwrite")
     return None
 
 
 def _read_checked(path: Path) -> dict[str, Tensor]:
     tensors = read_tensors(path)
     if read_tensor_metadata(path).get(CHECKSUM) != checksum(tensors):
-        raise MoceError(f"{path} is damaged: its checksum is wrong")
+        raise MoceError(f"{path} is corrupt: its checksum is wrong")
     return tensors
 
 

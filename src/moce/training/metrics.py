@@ -15,7 +15,8 @@ from torch import Tensor
 from moce.errors import MoceError, NotFinite
 from moce.runs.files import append_line, read_lines, write_text
 from moce.runs.model import METRICS, TIMINGS
-from moce.runtime.distributed import all_reduce, is_rank0
+from moce.runtime.distributed import all_reduce
+from moce.runtime.launch import is_rank0
 from moce.training.thread_parallel import Losses
 
 STEPS = "steps"  # key of the step count in a window's state

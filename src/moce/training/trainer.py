@@ -21,17 +21,10 @@ from moce.errors import Interrupted, MoceError
 from moce.models.activation_checkpoint import set_checkpointing
 from moce.models.encoder import choose_attention
 from moce.runs.model import INFO, write_config
-from moce.runtime.distributed import (
-    agreed_signal,
-    all_reduce,
-    barrier,
-    broadcast,
-    is_rank0,
-    rank,
-    world_size,
-)
+from moce.runtime.distributed import agreed_signal, all_reduce, barrier, broadcast, rank, world_size
 from moce.runtime.fabric import open_fabric
 from moce.runtime.fsdp import full_state
+from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log, meter
 from moce.runtime.signals import stop_request
 from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -225,8 +218,7 @@ class _Trainer:
         if found is None:
             if (self.folder / INFO).is_file():
                 raise MoceError(
-                    f"{self.folder} is finished and its checkpoints are gone: there is nothing to "
-                    "go on from; --overwrite trains again"
+                    f"{self.folder} is finished: no checkpoint to resume from; use --overwrite to retrain"
                 )
             return 0
         self.window.load(found.window)
