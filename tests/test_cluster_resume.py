@@ -169,7 +169,9 @@ def test_signal_saves_and_names_the_command_to_resume(
     same(straight, tmp_path / "run")
 
 
-def test_damaged_state_is_ignored(inputs, straight: Path, tmp_path: Path, monkeypatch) -> None:
+def test_corrupt_state_is_reported_and_ignored(
+    inputs, straight: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(cluster, "save_iteration", counted(checkpoint.save_iteration, 3, kill))
         with pytest.raises(Killed):
@@ -178,7 +180,9 @@ def test_damaged_state_is_ignored(inputs, straight: Path, tmp_path: Path, monkey
     content = bytearray(kept.read_bytes())
     content[-5] ^= 1
     kept.write_bytes(bytes(content))
+    capsys.readouterr()
     run(inputs, tmp_path / "run", resume=True)
+    assert f"{kept.name} is corrupt; the iterations start over" in capsys.readouterr().err
     same(straight, tmp_path / "run")
 
 

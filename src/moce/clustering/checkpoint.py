@@ -16,6 +16,7 @@ from moce.runs.files import CHECKSUM, checksum, read_tensor_metadata, read_tenso
 from moce.runs.model import STATE
 from moce.runtime.distributed import shard_range
 from moce.runtime.launch import is_rank0
+from moce.runtime.progress import log
 
 FILE = "iteration.safetensors"
 TENSORS = ("centroids", "potentials", "assignment", "sample_potentials")
@@ -47,8 +48,9 @@ def load_iteration(folder: Path, count: int, device: torch.device) -> Iteration 
         tensors, metadata = read_tensors(path), read_tensor_metadata(path)
         numbers = json.loads(metadata.get("iteration") or metadata["round"])
     except (MoceError, KeyError, json.JSONDecodeError):
-        return None
+        tensors, metadata = {}, {}
     if metadata.get(CHECKSUM) != checksum(tensors):
+        log(f"warning: {path} is corrupt; the iterations start over")
         return None
     # Clones, so that memory is aligned as before: sums may depend on it.
     assignment = tensors.pop("assignment").clone()
