@@ -168,7 +168,7 @@ class _Adaptation:
             raise MoceError(f"{settings.images} has test images only; adaptation needs others")
         training = self._training_settings(len(task))
         related, unreadable = self._related(task, training) if settings.data else ([], [])
-        images = self._load([*task, *related], self.mae.encoder)
+        images = self._load([*task, *related], self.mae.encoder, keep_tiny=True)
         images = replace(images, skipped=images.skipped + unreadable)
         if resumes(training):
             check_unchanged(training)
@@ -196,13 +196,16 @@ class _Adaptation:
         pool = open_source(settings.data)
         return finder.find(task, pool, settings.data, count, settings.seed), finder.skipped
 
-    def _load(self, samples: list[Sample], encoder: VisionTransformer) -> ImageDataset:
+    def _load(
+        self, samples: list[Sample], encoder: VisionTransformer, *, keep_tiny: bool = False
+    ) -> ImageDataset:
         return load_images(
             samples,
             input_size(encoder),
             pixel_file(self.settings),
             channels=input_channels(encoder),
             max_skipped=self.settings.max_skipped,
+            keep_tiny=keep_tiny,
         )
 
     def _training_settings(self, num_images: int) -> AdaptationSettings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moce.commands.setup import read_images, resolve, start_run
+from moce.commands.setup import resolve, start_run, training_images
 from moce.config import PretrainSettings
 from moce.data.dataset import ImageDataset
 from moce.models.encoder import RGB, EncoderSpec, per_channel
@@ -33,7 +33,7 @@ class PretrainResult:
 def run(settings: PretrainSettings) -> PretrainResult:
     settings, device = resolve(settings)
     spec, mae = _build(settings)
-    images = read_images(settings, settings.data, mae.encoder)
+    images = training_images(settings, settings.data, mae.encoder)
     start_run(settings, images)
     objective = MAEObjective("pretrain", mae, spec.encoder, images, settings)
     fit(objective, settings, device, settings.precision)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moce.config import AdaptationSettings
 from moce.data.dataset import ImageDataset
-from moce.data.loader import fetch
+from moce.data.loader import view_batches
 from moce.data.rng import Stream, keyed_generator
 from moce.inference.reconstruction_error import reconstruction_error
 from moce.models.encoder import EncoderSpec
@@ -99,7 +99,8 @@ def _seconds_per_step(
     objective.model.to(device)
     count = min(settings.batch_size, settings.micro_batch_size or settings.batch_size)
     rows = torch.arange(count) % len(objective.images)
-    batch = fetch(objective.images, rows, torch.zeros_like(rows), device)
+    places = [(rows, torch.zeros_like(rows))]
+    (batch,) = view_batches(objective.images, places, device, objective.views, workers=0)
     seconds = 0.0
     for _ in range(2):  # the first is slower
         start = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,16 @@ from torch import Tensor, nn
 
 from moce.config import TrainingSettings
 from moce.data.dataset import ImageDataset
-from moce.data.loader import Batch, BatchOrder, cached_on_gpu, prefetched, shard_micro_batches
+from moce.data.loader import (
+    Batch,
+    BatchOrder,
+    cached_on_gpu,
+    prefetched,
+    shard_micro_batches,
+    view_batches,
+)
 from moce.data.rng import Stream, keyed_generator
+from moce.data.views import Views
 from moce.errors import Interrupted, MoceError
 from moce.models.activation_checkpoint import set_checkpointing
 from moce.models.encoder import choose_attention
@@ -33,6 +41,7 @@ from moce.training.idle_experts import IdleExperts
 from moce.training.metrics import MetricLog, Window
 from moce.training.optimizer import ParameterGroup, adamw, learning_rate, set_learning_rate
 from moce.training.thread_parallel import Losses, ThreadParallel, has_dropout
+from moce.training.unreadable import UnreadableImages
 
 
 @dataclass
@@ -62,6 +71,8 @@ class Objective(ABC):
         parameter_groups: for AdamW; `lr_scale` is a factor of the learning rate.
         chunk_size: images per chunk for `ThreadParallel`. None: the loss must not be chunked.
         diagnostics: values to log beside the losses.
+        views: what `loss` asks a batch for: random crops of the images, or what a policy makes of
+            those. None: batches are whole images.
     """
 
     name: str
@@ -70,6 +81,7 @@ class Objective(ABC):
     parameter_groups: list[ParameterGroup]
     chunk_size: int | None = None
     diagnostics: Diagnostics | None = None
+    views: Views | None = None
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
@@ -116,9 +128,10 @@ class _Trainer:
     ) -> None:
         self.objective, self.settings, self.folder = objective, settings, settings.out
         self.count = len(objective.images)
-        self.images = (
-            cached_on_gpu(objective.images, device) if settings.cache_on_gpu else objective.images
-        )
+        self.images = objective.images
+        if settings.cache_on_gpu and (objective.views is None or objective.views.policy is None):
+            self.images = cached_on_gpu(self.images, device)
+        self.unreadable = UnreadableImages(objective.images, settings.out)
         self.total = total_steps(settings, self.count)
         self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
         self.sharded = settings.strategy == "fsdp" and world_size() > 1
@@ -157,7 +170,7 @@ class _Trainer:
         with (
             closing(self._open_log()) as metric_log,
             meter(self.objective.name, self.total, self.done) as progress,
-            closing(prefetched(self.images, rows, self.fabric.device)) as batches,
+            closing(self._batches(rows)) as batches,
             stop_request() as stop,
             self._thread_parallel() as self.thread_parallel,
         ):
@@ -177,6 +190,13 @@ class _Trainer:
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
         self._finish()
+
+    def _batches(self, rows: Iterator[tuple[Tensor, Tensor]]) -> Generator[Batch]:
+        device, views = self.fabric.device, self.objective.views
+        if views is None:
+            return prefetched(self.images, rows, device)
+        workers, report = self.settings.workers, self.unreadable.report
+        return view_batches(self.images, rows, device, views, workers, report)
 
     def _open_log(self) -> MetricLog:
         return MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
@@ -229,6 +249,7 @@ class _Trainer:
     def _save(self, step: int) -> None:
         self.window.collect()
         self.window.check_finite(self.folder)
+        self.unreadable.write()
         diagnostics = self.objective.diagnostics
         state = Checkpoint(step, self.window.state(), diagnostics.state if diagnostics else {})
         save_checkpoint(self.folder, state, self.model.module, self.optimizer)
