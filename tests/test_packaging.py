@@ -146,7 +146,7 @@ def test_the_container_copies_files_that_exist_and_are_not_ignored() -> None:
     assert {"pyproject.toml", "src"} <= set(files)
     for name in files:
         assert (ROOT / name).exists() and any(fnmatch(name, pattern) for pattern in kept), name
-    build = PROJECT["license-files"][:1] + [PROJECT["readme"]]
+    build = [*PROJECT["license-files"][:1], PROJECT["readme"]]
     assert set(build) <= set(files), "the wheel needs them"
 
 
@@ -167,7 +167,7 @@ def test_the_container_installs_what_its_device_needs(
     assert sum(call[:2] == ["pip", "install"] for call in calls) == installs
     assert sum("INDEX" in call for call in calls) == index
     assert (done.returncode == 0) == (device != "tpu")
-    assert ("moce", "doctor") == tuple(calls[-1]) if calls else "must be cpu or cuda" in done.stderr
+    assert calls[-1:] == ([["moce", "doctor"]] if installs else [])
 
 
 # --- completion -----------------------------------------------------------------------------------
