@@ -46,7 +46,7 @@ def _read_candidate(text: str) -> Candidate:
         reference, _, selection = reference.rpartition("@")
     if not (NAME.fullmatch(name) and equals and reference):
         raise MoceError(f"backbone '{text}' is not NAME=PATH or NAME=PATH@SELECTION")
-    selection = SELECTIONS_BEFORE.get(selection, selection)
+    selection = SELECTIONS_BEFORE.get(selection or "", selection)
     if selection is not None and selection not in SELECTIONS:
         raise MoceError(f"backbone '{text}': @{selection} is not one of {', '.join(SELECTIONS)}")
     return Candidate(name, reference, selection)

@@ -69,4 +69,4 @@ def _renamed(row: dict[str, Any]) -> dict[str, Any]:
     """A row with today's names: version 0.1.0 wrote `how` for `selection`."""
     row = {"selection" if name == "how" else name: value for name, value in row.items()}
     selection = row.get("selection")
-    return {**row, "selection": SELECTIONS_BEFORE.get(selection, selection)}
+    return {**row, "selection": SELECTIONS_BEFORE.get(str(selection), selection)}
