@@ -15,6 +15,7 @@ from moce.config.base import (
     TrainingSettings,
     expand,
 )
+from moce.config.dense import DetectorHead, SegmenterHead
 from moce.config.evaluation import EmbedSettings, EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.pipeline import (
     AdaptationSettings,
@@ -47,6 +48,7 @@ __all__ = [
     "ConvertSettings",
     "CustomizeSettings",
     "DemoSettings",
+    "DetectorHead",
     "DoctorSettings",
     "EmbedSettings",
     "EvaluateSettings",
@@ -62,6 +64,7 @@ __all__ = [
     "Role",
     "RunSettings",
     "RuntimeSettings",
+    "SegmenterHead",
     "Settings",
     "Strategy",
     "TrainSettings",
