@@ -31,6 +31,7 @@ from moce.config.tools import (
     DoctorSettings,
     ExportSettings,
     PackSettings,
+    PushSettings,
     ReportSettings,
 )
 
@@ -58,6 +59,7 @@ __all__ = [
     "PackSettings",
     "PretrainSettings",
     "ProbeSettings",
+    "PushSettings",
     "ReportSettings",
     "Role",
     "RunSettings",
