@@ -17,6 +17,7 @@ from moce.commands.headroom import HeadroomResult
 from moce.commands.pack import PackResult
 from moce.commands.pretrain import PretrainResult
 from moce.commands.probe import ProbeResult
+from moce.commands.push import PushResult
 from moce.commands.report import ReportResult
 from moce.commands.train import TrainResult
 from moce.customization.bank import Bank
@@ -781,6 +782,18 @@ def probe(
         hflip (bool, default True): flip half of the images horizontally (solver sgd)
         out (str | Path | None, default None): folder to write results.json to
         overwrite (bool, default False): replace the contents of the output folder
+    """
+
+def push(
+    folder: str | Path, repo: str, *, private: bool = False, license: str | None = None
+) -> PushResult:
+    """Push an exported folder, with its card, to the Hugging Face hub.
+
+    Args:
+        folder (str | Path): folder of moce customize or moce export
+        repo (str): name on the hub: ORGANIZATION/NAME
+        private (bool, default False): only for the organization's members
+        license (str | None, default None): license of the weights, for the card, e.g. cc-by-nc-4.0
     """
 
 def report(

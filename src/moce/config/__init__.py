@@ -32,6 +32,7 @@ from moce.config.tools import (
     DoctorSettings,
     ExportSettings,
     PackSettings,
+    PushSettings,
     ReportSettings,
 )
 
@@ -60,6 +61,7 @@ __all__ = [
     "PackSettings",
     "PretrainSettings",
     "ProbeSettings",
+    "PushSettings",
     "ReportSettings",
     "Role",
     "RunSettings",
