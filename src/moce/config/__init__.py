@@ -16,6 +16,7 @@ from moce.config.base import (
     TrainingSettings,
     expand,
 )
+from moce.config.dense import DetectorHead, SegmenterHead
 from moce.config.evaluation import EmbedSettings, EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.pipeline import (
     AdaptationSettings,
@@ -32,6 +33,7 @@ from moce.config.tools import (
     DoctorSettings,
     ExportSettings,
     PackSettings,
+    PushSettings,
     ReportSettings,
 )
 
@@ -48,6 +50,7 @@ __all__ = [
     "ConvertSettings",
     "CustomizeSettings",
     "DemoSettings",
+    "DetectorHead",
     "DoctorSettings",
     "EmbedSettings",
     "EvaluateSettings",
@@ -60,10 +63,12 @@ __all__ = [
     "PackSettings",
     "PretrainSettings",
     "ProbeSettings",
+    "PushSettings",
     "ReportSettings",
     "Role",
     "RunSettings",
     "RuntimeSettings",
+    "SegmenterHead",
     "Settings",
     "Strategy",
     "TrainSettings",
