@@ -19,7 +19,7 @@ from moce.data import workers as workers_module
 from moce.data.augment import TRIES, random_crops
 from moce.data.decode import open_encoded, resized_box, upright_size
 from moce.data.load import load_images, open_images
-from moce.data.loader import BatchOrder, view_batches
+from moce.data.loader import BatchOrder, Loading, view_batches
 from moce.data.views import Views
 from moce.errors import MoceError
 from moce.runs.model import read_skipped
@@ -137,7 +137,7 @@ def test_ends_of_oblong_images_are_seen() -> None:
 
 def batches(images, workers: int, steps: int = 4, views: Views = VIEWS, first: int = 0):
     order = BatchOrder(len(images), 5, seed=1).micro_batches(first, steps, None)
-    return list(view_batches(images, order, CPU, views, workers))
+    return list(view_batches(images, order, CPU, views, Loading(workers=workers)))
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_after_a_resume(folder: Path) -> None:
@@ -221,7 +221,13 @@ def test_unreadable_images_are_replaced_without_changing_others(folder: Path, br
     bad = {images.ids.index("b/3.jpg"), images.ids.index("a/4.png")}
     reported: list[tuple[int, str]] = []
     order = BatchOrder(12, 5, seed=1)
-    found = view_batches(images, order.micro_batches(0, 8, None), CPU, VIEWS, 2, reported.extend)
+    found = view_batches(
+        images,
+        order.micro_batches(0, 8, None),
+        CPU,
+        VIEWS,
+        Loading(workers=2, on_unreadable=reported.extend),
+    )
     for number, (one, other) in enumerate(zip(batches(whole, 0, steps=8), found, strict=True)):
         asked = order(number)[0].tolist()
         for place, row in enumerate(asked):

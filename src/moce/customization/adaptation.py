@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moce.config import AdaptationSettings
 from moce.data.dataset import ImageDataset
-from moce.data.loader import view_batches
+from moce.data.loader import Loading, view_batches
 from moce.data.rng import Stream, keyed_generator
 from moce.inference.reconstruction_error import reconstruction_error
 from moce.models.encoder import EncoderSpec
@@ -100,7 +100,7 @@ def _seconds_per_step(
     count = min(settings.batch_size, settings.micro_batch_size or settings.batch_size)
     rows = torch.arange(count) % len(objective.images)
     places = [(rows, torch.zeros_like(rows))]
-    (batch,) = view_batches(objective.images, places, device, objective.views, workers=0)
+    (batch,) = view_batches(objective.images, places, device, objective.views, Loading(workers=0))
     seconds = 0.0
     for _ in range(2):  # the first is slower
         start = time.perf_counter()

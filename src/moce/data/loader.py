@@ -23,7 +23,19 @@ from moce.runtime.distributed import shard_range, world_size
 
 COPY_BYTES = 2**26  # bytes of pixels copied to a device at a time
 
-OnUnreadable = Callable[[list[tuple[int, str]]], None]
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches are read.
+
+    cache_on_gpu: keep pixels on a GPU with room for them. workers: processes that read and crop
+    images (None: one per core; 0: a thread). on_unreadable: is told (row, reason) of images that
+    cannot be read.
+    """
+
+    cache_on_gpu: bool = False
+    workers: int | None = None
+    on_unreadable: Callable[[list[tuple[int, str]]], None] | None = None
 
 
 @dataclass
@@ -148,23 +160,23 @@ def view_batches(
     images: ImageDataset,
     order: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
-    views: Views,
-    workers: int | None = None,
-    on_unreadable: OnUnreadable | None = None,
+    views: Views | None,
+    loading: Loading = Loading(),
 ) -> Generator[Batch]:
     """The batch of each (rows, epochs), to be asked for its views; made ahead of its use.
 
-    Tiny images of one size are fetched, to be cropped on `device`. Others are cropped, and a policy
-    is applied, by processes. An image found to be unreadable is reported by (row, reason), and
-    another takes its place, with its own row.
+    Tiny images of one size are fetched, to be cropped on `device`; so are all without views. Others
+    are cropped, and a policy is applied, by processes. In the place of an image that is found to be
+    unreadable comes another, with its own row.
     """
-    if images.originals is None and views.policy is None:
+    if views is None or (images.originals is None and views.policy is None):
+        images = cached_on_gpu(images, device) if loading.cache_on_gpu else images
         yield from prefetched(images, order, device)
         return
-    with closing(views_ahead(images, order, views, device, workers)) as chunks:
+    with closing(views_ahead(images, order, views, device, loading.workers)) as chunks:
         for chunk in chunks:
-            if on_unreadable is not None and chunk.unreadable:
-                on_unreadable(chunk.unreadable)
+            if loading.on_unreadable is not None and chunk.unreadable:
+                loading.on_unreadable(chunk.unreadable)
             yield Batch(chunk.rows, chunk.epochs, torch.as_tensor(chunk.pixels), are_views=True)
 
 

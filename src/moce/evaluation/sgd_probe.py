@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moce.config import ProbeSettings
 from moce.data.dataset import ImageDataset
-from moce.data.loader import Batch, BatchOrder, view_batches
+from moce.data.loader import Batch, BatchOrder, Loading, view_batches
 from moce.data.rng import Stream, keyed_generator
 from moce.errors import MoceError
 from moce.inference.features import extract_features
@@ -63,7 +63,9 @@ class FrozenEncoder:
             for chunk in zip(rows.split(size), epochs.split(size), strict=True)
         )
         views = views_of(self.settings, self.backbone.vit.patch_embed.img_size)
-        return view_batches(images, chunks, self.device, views, self.settings.workers)
+        return view_batches(
+            images, chunks, self.device, views, Loading(workers=self.settings.workers)
+        )
 
     @torch.no_grad()  # not inference_mode: the head's backward pass needs the features
     def augmented_features(self, batches: Iterator[Batch], count: int) -> tuple[Tensor, Tensor]:

@@ -83,8 +83,8 @@ def run_on_local_rank0(make: Callable[[], T]) -> T:
     return next(value for node, first, value in gathered if first and node == own[0])
 
 
-def gather(value: T) -> list[T]:
-    """The picklable values of all processes, by rank, in each of them."""
+def all_gather(value: T) -> list[T]:
+    """A picklable value of every process, in the order of their ranks, in all processes."""
     if not _is_distributed():
         return [value]
     gathered: list[Any] = [None] * world_size()

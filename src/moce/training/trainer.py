@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,7 @@ from moce.data.dataset import ImageDataset
 from moce.data.loader import (
     Batch,
     BatchOrder,
-    cached_on_gpu,
-    prefetched,
+    Loading,
     shard_micro_batches,
     view_batches,
 )
@@ -67,7 +66,7 @@ class Objective(ABC):
         name: shown beside the progress bar.
         model: the network that is trained, and saved in checkpoints. With FSDP it stays whole, on
             the CPU, and is up to date in diagnostics and after `fit`.
-        images: the training images.
+        images: the training images; an `ImageDataset`, unless `batches` is overridden.
         parameter_groups: for AdamW; `lr_scale` is a factor of the learning rate.
         chunk_size: images per chunk for `ThreadParallel`. None: the loss must not be chunked.
         diagnostics: values to log beside the losses.
@@ -77,7 +76,7 @@ class Objective(ABC):
 
     name: str
     model: nn.Module
-    images: ImageDataset
+    images: Sized
     parameter_groups: list[ParameterGroup]
     chunk_size: int | None = None
     diagnostics: Diagnostics | None = None
@@ -90,6 +89,13 @@ class Objective(ABC):
         Each is a mean over the images, or the same for all micro-batches of the step. `model` is
         `self.model` as it is called in training (wrapped, sharded or a replica).
         """
+
+    def batches(
+        self, order: Iterable[tuple[Tensor, Tensor]], device: torch.device, loading: Loading
+    ) -> Generator[Any]:
+        """The batch of each (rows, epochs) on `device`, read while the previous ones are used."""
+        assert isinstance(self.images, ImageDataset)
+        return view_batches(self.images, order, device, self.views, loading)
 
     @property
     def uses_mixup(self) -> bool:
@@ -128,9 +134,6 @@ class _Trainer:
     ) -> None:
         self.objective, self.settings, self.folder = objective, settings, settings.out
         self.count = len(objective.images)
-        self.images = objective.images
-        if settings.cache_on_gpu and (objective.views is None or objective.views.policy is None):
-            self.images = cached_on_gpu(self.images, device)
         self.unreadable = UnreadableImages(objective.images, settings.out)
         self.total = total_steps(settings, self.count)
         self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
@@ -189,17 +192,17 @@ class _Trainer:
                 progress.advance(note)
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
+            metric_log.finish()
         self._finish()
 
-    def _batches(self, rows: Iterator[tuple[Tensor, Tensor]]) -> Generator[Batch]:
-        device, views = self.fabric.device, self.objective.views
-        if views is None:
-            return prefetched(self.images, rows, device)
-        workers, report = self.settings.workers, self.unreadable.report
-        return view_batches(self.images, rows, device, views, workers, report)
+    def _batches(self, rows: Iterable[tuple[Tensor, Tensor]]) -> Generator[Any]:
+        settings = self.settings
+        loading = Loading(settings.cache_on_gpu, settings.workers, self.unreadable.report)
+        return self.objective.batches(rows, self.fabric.device, loading)
 
     def _open_log(self) -> MetricLog:
-        return MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
+        settings = self.settings
+        return MetricLog(self.folder, settings.loggers, self.done, settings.model_dump(mode="json"))
 
     def _log(self, metric_log: MetricLog, step: int, rate: float) -> str:
         """Write the row of a step. Returns a summary for the progress bar."""
