@@ -34,7 +34,7 @@ TO_8_BITS: dict[str, Callable[[int], int]] = {  # by Pillow's raw mode of the fi
 }
 MOST_CHANNELS, MOST_VALUES = 1024, 2**30
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-MARGIN = 2  # times the pixels needed: with less, reduced decoding shows (docs/log.md)
+MARGIN = 2.5  # times the pixels needed: with less, reduced decoding shows (docs/log.md)
 
 
 def open_encoded(source: Path | bytes) -> Raster:
@@ -154,15 +154,13 @@ def resized_box(image: Raster, box: Sequence[int], size: Box, channels: int = 3)
     size where that leaves `MARGIN` times the pixels needed, which changes values by less than a
     rounding error on average. Raises ValueError if the channels do not match.
     """
-    full_height, full_width = upright_size(image)
+    scale = 1
     if isinstance(image, Image.Image):
-        _reduce(image, min(box[2] / size[0], box[3] / size[1]) / MARGIN)
+        scale = _reduce(image, min(box[2] / size[0], box[3] / size[1]) / MARGIN)
     upright = _decoded(image)
-    down, right = 1.0, 1.0
-    if isinstance(upright, Image.Image):
-        down, right = upright.height / full_height, upright.width / full_width
-    top, left = box[0] * down, box[1] * right
-    bottom, end = (box[0] + box[2]) * down, (box[1] + box[3]) * right
+    top, left, bottom, end = (
+        edge / scale for edge in (box[0], box[1], box[0] + box[2], box[1] + box[3])
+    )
     # Cropped first, so that pixels outside of the box do not count.
     first_row, first_column = math.floor(top), math.floor(left)
     cut = _cut(upright, first_row, first_column, math.ceil(bottom), math.ceil(end))
@@ -174,11 +172,16 @@ def resized_box(image: Raster, box: Sequence[int], size: Box, channels: int = 3)
     return np.concatenate([as_channels_first(plane) for plane in resized])
 
 
-def _reduce(image: Image.Image, most: float) -> None:
-    """Let a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, at least 1/`most` of it."""
+def _reduce(image: Image.Image, most: float) -> int:
+    """Let a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, at least 1/`most` of it; 1: whole."""
     scale = next((scale for scale in (8, 4, 2) if scale <= most), 1)
-    if scale > 1 and image.format in ("JPEG", "MPO"):
-        image.draft(None, (image.width // scale, image.height // scale))
+    if scale == 1 or image.format not in ("JPEG", "MPO"):
+        return 1
+    width, height = image.size
+    if _orientation(image) != 1 and (width % scale or height % scale):
+        return 1  # the last pixels, which are not whole, would come first
+    image.draft(None, (width // scale, height // scale))
+    return round(width / image.width)
 
 
 def _cut(image: Raster, top: int, left: int, bottom: int, right: int) -> Raster:
