@@ -253,8 +253,14 @@ def test_pretrain_counts_and_lists_what_it_cannot_read(broken: Path, tmp_path: P
 def test_a_folder_without_any_readable_image_is_one_line(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / f"{number}.jpg").write_bytes(b"nothing")
+    with pytest.raises(MoceError, match="no readable image among the 4 of"):
+        open_images(str(tmp_path), SIZE)
+    for number in range(40):
+        (tmp_path / f"{number}.jpg").write_bytes(b"nothing")
+    Image.new("RGB", (70, 90)).save(tmp_path / "0.jpg")
+    images = open_images(str(tmp_path), SIZE).subset(range(1, 40))
     with pytest.raises(MoceError, match="images in a row cannot be read; the last: ValueError"):
-        batches(open_images(str(tmp_path), SIZE), 1)
+        batches(images, 1)
 
 
 def test_a_killed_worker_is_one_line(folder: Path, monkeypatch) -> None:

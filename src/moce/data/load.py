@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -34,7 +34,7 @@ from moce.runtime.system import free_memory, worker_threads
 MEMORY_SHARE = 0.4  # of the free memory; more pixels are stored in a file
 AHEAD_PER_THREAD = 16  # images: enough to keep threads busy, few enough for sets of any size
 TINY, MOST_TINY_BYTES = 64, 2**32  # pixels of a side; bytes of a set that is decoded at once
-LOOKED_AT = 15  # images, to find out the size of all
+LOOKED_AT = 16  # images, to find out the size of all
 REPORT_EVERY = 32  # images
 BAR_AFTER = 2.0  # seconds
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def load_images(
         return _from_packed(packed, size, channels)
     name, samples = _opened(data)
     originals = Originals(samples, channels, max_skipped)
-    own = _tiny_size(originals) if keep_tiny else None
+    own = _tiny_size(originals, None) if keep_tiny else None
     return _decoded(originals, own or size, pixel_file, name)
 
 
@@ -77,15 +77,16 @@ def open_images(
 ) -> ImageDataset:
     """Images of DATA to train on, in views of `size` (h, w): only listed, and decoded as they are used.
 
-    Images that are all tiny and of one size are decoded at once, as by `load_images`. Raises
-    MoceError as it does, but finds unreadable images only there.
+    Images that are all tiny and of one size are decoded at once, as by `load_images`, which raises
+    MoceError for the same reasons. Of others only a few are looked at: raises MoceError if there are
+    none, or all of these are unreadable.
     """
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
         return _from_packed(packed, size, channels)
     name, samples = _opened(data)
     originals = Originals(samples, channels, max_skipped)
-    own = _tiny_size(originals)
+    own = _tiny_size(originals, name)
     if own is not None:
         images = _decoded(originals, own, pixel_file, name)
         if images.originals is None:
@@ -113,20 +114,38 @@ def _dataset(originals: Originals, stored: Tensor | None) -> ImageDataset:
     )
 
 
-def _tiny_size(originals: Originals) -> tuple[int, int] | None:
-    """The size (h, w) of the images, if those looked at are tiny, of one size, and few enough."""
-    count = len(originals.samples)
+def _tiny_size(originals: Originals, name: str | None) -> tuple[int, int] | None:
+    """The size (h, w) of the images, if those looked at are tiny, of one size, and few enough.
+
+    Raises MoceError if all of these are unreadable, unless `name` is None.
+    """
+    samples, count = originals.samples, len(originals.samples)
+    rows = sorted({round(i * (count - 1) / (LOOKED_AT - 1)) for i in range(LOOKED_AT)})
+    looked_at = [samples[row] for row in rows]
     sizes: set[tuple[int, int]] = set()
-    for place in sorted({round(i * (count - 1) / LOOKED_AT) for i in range(LOOKED_AT + 1)}):
-        with suppress(Exception):  # broken images say nothing
-            image = originals.samples[place].open()
-            with closing(image) if isinstance(image, Image.Image) else nullcontext():
-                sizes.add(upright_size(image))
+    reasons: Reasons = {}
+    for place, sample in enumerate(looked_at):
+        try:
+            sizes.add(_size(sample, decode=count <= LOOKED_AT, channels=originals.channels))
+        except Exception as error:  # decoders raise errors of any type
+            reasons[place] = error_line(error)
+    if name is not None and (len(reasons) == len(rows) or count <= LOOKED_AT):
+        _check_skipped(looked_at, reasons, originals.max_skipped, name)
     if len(sizes) != 1:
         return None
     (size,) = sizes
     num_bytes = count * originals.channels * math.prod(size)
     return size if max(size) <= TINY and num_bytes <= MOST_TINY_BYTES else None
+
+
+def _size(sample: Sample, *, decode: bool, channels: int) -> tuple[int, int]:
+    """The size (h, w) of an image by its header; decode: read the whole, to see whether it can be."""
+    image = sample.open()
+    with closing(image) if isinstance(image, Image.Image) else nullcontext():
+        size = upright_size(image)
+        if decode:
+            to_pixels(image, (1, 1), channels)
+    return size
 
 
 # --- decoding -----------------------------------------------------------------------------------------
