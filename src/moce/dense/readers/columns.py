@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ class Columns:
     features: what the file says about its columns, as `datasets` writes it.
     """
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     features: dict[str, Any]
     objects: tuple[str, list[Any]] | None
     masks: list[Cell] | None

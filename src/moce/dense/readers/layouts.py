@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -163,13 +163,13 @@ def _masks(root: Path, kind: str) -> list[Sample]:
     return [s for s in _in(read_folder(root), kind) if s.id.lower().endswith(".png")]
 
 
-def _in(samples: list[Sample], kind: str) -> list[Sample]:
+def _in(samples: Sequence[Sample], kind: str) -> list[Sample]:
     return [sample for sample in samples if kind in PurePosixPath(sample.id).parts[:-1]]
 
 
 def _matched(
-    images: list[Sample],
-    masks: list[Sample],
+    images: Sequence[Sample],
+    masks: Sequence[Sample],
     image_ending: str = "",
     mask_ending: str = "",
     unmasked: bool = True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from moce.data.readers.folder import read_folder
@@ -12,7 +12,7 @@ from moce.data.readers.sample import SPLITS, Sample
 IMAGE_FOLDERS = ("JPEGImages", "images", "leftImg8bit")
 
 
-def image_samples(root: Path) -> list[Sample]:
+def image_samples(root: Path) -> Sequence[Sample]:
     """The images of a folder: those in its JPEGImages, images or leftImg8bit folders if there are any.
 
     Raises MoceError without images.
