@@ -295,6 +295,12 @@ def evaluate(
     root: str | Path = ".",
     draws: int | None = None,
     finetune_draws: int = 1,
+    adapt_steps: Literal["auto"] | int = "auto",
+    adapt_data: Data | None = None,
+    adapt_clusters: str | Path | None = None,
+    adapt_pool_share: float = 0.5,
+    adapt_batch_size: int = 128,
+    adapt_lr: float | None = None,
     resume: bool = False,
 ) -> EvaluateResult:
     """Compare backbones, and MoCE runs customized for each task, on a suite of labeled tasks.
@@ -304,7 +310,8 @@ def evaluate(
         out (str | Path): folder to write the run to
         backbones (Sequence[str]): what to compare, NAME=REFERENCE each; for a MoCE run also
             NAME=RUN@SELECTION, one of auto, route, merge, generalist, probe (by labels), random
-            (route), oracle (best route)
+            (route), oracle (best route); NAME=REFERENCE@adapt adapts a masked autoencoder to each
+            task, NAME=RUN@auto+adapt the experts that a strategy chooses
         seed (int, default 0): seed of all random numbers
         device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
         precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
@@ -320,6 +327,16 @@ def evaluate(
         root (str | Path, default '.'): folder that relative paths of the suite start from
         draws (int | None, default None): random draws of the labels (default: the suite's)
         finetune_draws (int, default 1): how many of these draws to fine-tune on
+        adapt_steps (Literal['auto'] | int, default 'auto'): optimizer steps of adaptation (@adapt)
+            on the training images of a task; auto: as moce customize
+        adapt_data (Data | None, default None): pool to adapt on as well: images of the task's
+            clusters are drawn from it
+        adapt_clusters (str | Path | None, default None): run folder of moce cluster, to find
+            related images of the pool (default: a MoCE run's own)
+        adapt_pool_share (float, default 0.5): share of the pool's images in a batch of adaptation
+        adapt_batch_size (int, default 128): images per optimizer step of adaptation
+        adapt_lr (float | None, default None): base learning rate of adaptation per 256 images
+            (default: half of the run's; 7.5e-5 for other weights)
         resume (bool, default False): resume an interrupted evaluation
     """
 
