@@ -1,0 +1,1 @@
+"""Detection, instance and semantic segmentation: data, metrics, models and pictures."""
