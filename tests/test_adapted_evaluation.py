@@ -140,7 +140,7 @@ def test_weights_of_other_libraries_are_adapted(runs: Runs, tmp_path: Path) -> N
     [
         ("mae", {}, "no backbone is adapted .*leave out --adapt-batch-size and --adapt-steps"),
         ("mae@route+adapt", {}, "no experts to select: give @adapt"),
-        ("moce@oracle+adapt", {}, "@oracle.adapt is not one of"),
+        ("moce@best_route+adapt", {}, "@best_route.adapt is not one of"),
         ("mae@adapt", {"adapt_data": "data"}, "--adapt-data needs --adapt-clusters RUN"),
         ("moce@adapt", {"adapt_clusters": "clusters"}, "leave out --adapt-clusters"),
         ("mae@adapt", {"adapt_steps": 0}, "adapt_steps"),

@@ -22,12 +22,18 @@ from moce.config.usage import check_used
 from moce.customization.adaptation import Adaptation
 from moce.customization.adapter import Adapter, default_lr, with_steps
 from moce.customization.bank import Bank, load
-from moce.customization.model_card import adaptation_facts, write_backbone
+from moce.customization.model_card import (
+    adaptation_facts,
+    scores_facts,
+    share_of_votes,
+    similarity_fact,
+    write_backbone,
+)
 from moce.customization.related_images import RelatedImages, known_clusters
 from moce.customization.selection import Choice, route_name
 from moce.data.load import load_images
 from moce.data.readers.factory import open_source
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.evaluation.evaluator import choose_by_probe
 from moce.evaluation.task import load_task
 from moce.models.cluster_model import ClusterModel
@@ -66,12 +72,14 @@ class CustomizeResult:
 
 
 def _choice_lines(choice: Choice) -> list[str]:
-    votes = [f"route {route_name(route)}: {n} images" for route, n in choice.votes.items()]
+    votes = [
+        f"route {route_name(route)}: {counted(n, 'image')}" for route, n in choice.votes.items()
+    ]
     return [
         *votes,
-        f"strategy {choice.strategy}; the winner has {choice.share:.0%} of the votes",
-        f"similarity to the clusters {choice.similarity:.3f} "
-        f"(training images: {choice.training_similarity:.3f})",
+        f"strategy {choice.strategy}; the winner has the votes of {share_of_votes(choice)}",
+        similarity_fact(choice),
+        *scores_facts(choice),
     ]
 
 

@@ -1,7 +1,7 @@
 """NAME=PATH@SELECTION: the backbones that an evaluation compares.
 
 A MoCE run is customized for every task: by a strategy of `moce customize`, by a random route, by the
-best route (oracle) or by the labels (probe). `@adapt` and `@STRATEGY+adapt` continue masked
+best route (cross-fitted) or by the labels (probe). `@adapt` and `@STRATEGY+adapt` continue masked
 autoencoding on the task's training images, from any masked autoencoder.
 """
 
@@ -15,16 +15,17 @@ from typing import get_args
 from moce.config import FileSettings, Strategy, expand
 from moce.customization.bank import Bank, load
 from moce.errors import MoceError
+from moce.evaluation.results import SELECTIONS_BEFORE
 from moce.models.encoder import input_shape
 from moce.models.mae import MAE, MAESpec
 from moce.weights.from_runs import Backbone, holds_moce, load_backbone
 from moce.weights.resolve import moce_run, start_from
 
-PROBE_ONLY = frozenset({"random", "oracle", "probe"})  # selections without a single backbone
+PROBE_ONLY = frozenset({"random", "best_route", "probe"})  # selections without a single backbone
 ADAPT = "adapt"
 SELECTIONS: tuple[str, ...] = (
     *get_args(Strategy),
-    *("random", "oracle", ADAPT),
+    *("random", "best_route", ADAPT),
     *(f"{strategy}+{ADAPT}" for strategy in get_args(Strategy) if strategy not in PROBE_ONLY),
 )
 NAME = re.compile(r"\w[\w.+-]*")  # names become folders and columns
@@ -77,6 +78,7 @@ def _read_candidate(text: str) -> Candidate:
         reference, _, selection = reference.rpartition("@")
     if not (NAME.fullmatch(name) and equals and reference):
         raise MoceError(f"backbone '{text}' is not NAME=PATH or NAME=PATH@SELECTION")
+    selection = SELECTIONS_BEFORE.get(selection or "", selection)
     if selection is not None and selection not in SELECTIONS:
         raise MoceError(f"backbone '{text}': @{selection} is not one of {', '.join(SELECTIONS)}")
     return Candidate(name, reference, selection)
