@@ -17,6 +17,7 @@ from moce.commands.headroom import HeadroomResult
 from moce.commands.pack import PackResult
 from moce.commands.pretrain import PretrainResult
 from moce.commands.probe import ProbeResult
+from moce.commands.push import PushResult
 from moce.commands.report import ReportResult
 from moce.commands.train import TrainResult
 from moce.customization.bank import Bank
@@ -386,6 +387,14 @@ def finetune(
     data: Data,
     *,
     out: str | Path,
+    task: Literal["classify", "detect", "segment"] | None = None,
+    annotations: str | Path | None = None,
+    image_size: int | None = None,
+    jitter: Sequence[float] = (),
+    window: int = 0,
+    freeze: bool = False,
+    masks: bool = True,
+    head_args: dict[str, Any] = {},
     cache_on_gpu: bool = True,
     seed: int = 0,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -424,7 +433,7 @@ def finetune(
     cutmix: float = 1.0,
     smoothing: float = 0.1,
 ) -> FinetuneResult:
-    """Train a backbone end to end on a labeled task.
+    """Train a backbone end to end on a labeled task: to classify, to detect or to segment.
 
     Args:
         backbone (str | Path): backbone: a customized folder, an MAE run folder or a timm name (not
@@ -432,6 +441,22 @@ def finetune(
         data (Data): labeled images: class folders (train/ and test/ if split), or another source
             with labels
         out (str | Path): folder to write the run to
+        task (Literal['classify', 'detect', 'segment'] | None, default None): what to train for:
+            classify, detect (boxes, and masks if there are any) or segment (a class for every
+            pixel) (default: what the labels say)
+        annotations (str | Path | None, default None): where the boxes or masks are, if not beside
+            the images: a COCO JSON file or a folder
+        image_size (int | None, default None): side in pixels of the square that the network sees;
+            position embeddings are resampled (default: 1024 to detect, 512 to segment)
+        jitter (Sequence[float], default ()): least and greatest factor by which images are resized
+            before they are cropped to image_size (default: 0.1,2 to detect, 0.5,2 to segment)
+        window (int, default 0): side in patches of the windows to which all blocks but four
+            restrict attention (0: none); has to divide the grid of patches
+        freeze (bool, default False): train the head only, on frozen features
+        masks (bool, default True): learn masks, too, where the labels have them
+        head_args (dict[str, Any], default {}): of the head; detect: dim (256), scales of the
+            pyramid ([4, 2, 1, 0.5]), anchor_scale (8, side of an anchor over the stride of its
+            level), depth (4, convolutions); segment: kind (upernet or linear), dim (512)
         cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
             the GPU if they take at most a quarter of its free memory
         seed (int, default 0): seed of all random numbers
@@ -775,6 +800,18 @@ def probe(
         hflip (bool, default True): flip half of the images horizontally (solver sgd)
         out (str | Path | None, default None): folder to write results.json to
         overwrite (bool, default False): replace the contents of the output folder
+    """
+
+def push(
+    folder: str | Path, repo: str, *, private: bool = False, license: str | None = None
+) -> PushResult:
+    """Push an exported folder, with its card, to the Hugging Face hub.
+
+    Args:
+        folder (str | Path): folder of moce customize or moce export
+        repo (str): name on the hub: ORGANIZATION/NAME
+        private (bool, default False): only for the organization's members
+        license (str | None, default None): license of the weights, for the card, e.g. cc-by-nc-4.0
     """
 
 def report(

@@ -15,6 +15,7 @@ from moce.config.base import (
     TrainingSettings,
     expand,
 )
+from moce.config.dense import DetectorHead, SegmenterHead
 from moce.config.evaluation import EmbedSettings, EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.pipeline import (
     AdaptationSettings,
@@ -31,6 +32,7 @@ from moce.config.tools import (
     DoctorSettings,
     ExportSettings,
     PackSettings,
+    PushSettings,
     ReportSettings,
 )
 
@@ -47,6 +49,7 @@ __all__ = [
     "ConvertSettings",
     "CustomizeSettings",
     "DemoSettings",
+    "DetectorHead",
     "DoctorSettings",
     "EmbedSettings",
     "EvaluateSettings",
@@ -58,10 +61,12 @@ __all__ = [
     "PackSettings",
     "PretrainSettings",
     "ProbeSettings",
+    "PushSettings",
     "ReportSettings",
     "Role",
     "RunSettings",
     "RuntimeSettings",
+    "SegmenterHead",
     "Settings",
     "Strategy",
     "TrainSettings",
