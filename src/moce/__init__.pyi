@@ -419,6 +419,7 @@ def finetune(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     num_labels: int | None = None,
     draw: int = 0,
@@ -488,7 +489,10 @@ def finetune(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         num_labels (int | None, default None): labeled images to train on (default: all)
         draw (int, default 0): which random draw of the labels, as numbered by moce probe
         metric (Literal['accuracy', 'mean_per_class', 'map11'] | None, default None): accuracy,
@@ -547,6 +551,7 @@ def headroom(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     num_groups: int = 4,
 ) -> HeadroomResult:
@@ -603,7 +608,10 @@ def headroom(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         num_groups (int, default 4): groups of clusters, each trained on alone
     """
 
@@ -665,6 +673,7 @@ def pretrain(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     model: str = "vit_base_patch16_224",
     model_args: dict[str, Any] = {},
@@ -719,7 +728,10 @@ def pretrain(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         model (str, default 'vit_base_patch16_224'): encoder: any plain timm ViT
         model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
             "depth": 6}
@@ -860,6 +872,7 @@ def train(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     clusters: str | Path | None = None,
     method: Literal["moce", "mae", "token_moe", "sdr", "subset"] = "moce",
@@ -931,7 +944,10 @@ def train(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         clusters (str | Path | None, default None): run folder of moce cluster (not for methods mae
             and token_moe)
         method (Literal['moce', 'mae', 'token_moe', 'sdr', 'subset'], default 'moce'): moce:
