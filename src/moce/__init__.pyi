@@ -296,6 +296,12 @@ def evaluate(
     root: str | Path = ".",
     draws: int | None = None,
     finetune_draws: int = 1,
+    adapt_steps: Literal["auto"] | int = "auto",
+    adapt_data: Data | None = None,
+    adapt_clusters: str | Path | None = None,
+    adapt_pool_share: float = 0.5,
+    adapt_batch_size: int = 128,
+    adapt_lr: float | None = None,
     resume: bool = False,
 ) -> EvaluateResult:
     """Compare backbones, and MoCE runs customized for each task, on a suite of labeled tasks.
@@ -305,7 +311,9 @@ def evaluate(
         out (str | Path): folder to write the run to
         backbones (Sequence[str]): what to compare, NAME=REFERENCE each; for a MoCE run also
             NAME=RUN@SELECTION, one of auto, route, merge, generalist, probe (by labels), random
-            (route), best_route (on the other half of the test images)
+            (route), best_route (on the other half of the test images); NAME=REFERENCE@adapt adapts
+            a masked autoencoder to each task, NAME=RUN@auto+adapt the experts that a strategy
+            chooses
         seed (int, default 0): seed of all random numbers
         device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
         precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
@@ -321,6 +329,16 @@ def evaluate(
         root (str | Path, default '.'): folder that relative paths of the suite start from
         draws (int | None, default None): random draws of the labels (default: the suite's)
         finetune_draws (int, default 1): how many of these draws to fine-tune on
+        adapt_steps (Literal['auto'] | int, default 'auto'): optimizer steps of adaptation (@adapt)
+            on the training images of a task; auto: as moce customize
+        adapt_data (Data | None, default None): pool to adapt on as well: images of the task's
+            clusters are drawn from it
+        adapt_clusters (str | Path | None, default None): run folder of moce cluster, to find
+            related images of the pool (default: a MoCE run's own)
+        adapt_pool_share (float, default 0.5): share of the pool's images in a batch of adaptation
+        adapt_batch_size (int, default 128): images per optimizer step of adaptation
+        adapt_lr (float | None, default None): base learning rate of adaptation per 256 images
+            (default: half of the run's; 7.5e-5 for other weights)
         resume (bool, default False): resume an interrupted evaluation
     """
 
@@ -401,6 +419,7 @@ def finetune(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     num_labels: int | None = None,
     draw: int = 0,
@@ -470,7 +489,10 @@ def finetune(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         num_labels (int | None, default None): labeled images to train on (default: all)
         draw (int, default 0): which random draw of the labels, as numbered by moce probe
         metric (Literal['accuracy', 'mean_per_class', 'map11'] | None, default None): accuracy,
@@ -529,6 +551,7 @@ def headroom(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     num_groups: int = 4,
 ) -> HeadroomResult:
@@ -585,7 +608,10 @@ def headroom(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         num_groups (int, default 4): groups of clusters, each trained on alone
     """
 
@@ -656,6 +682,7 @@ def pretrain(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     model: str = "vit_base_patch16_224",
     model_args: dict[str, Any] = {},
@@ -710,7 +737,10 @@ def pretrain(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         model (str, default 'vit_base_patch16_224'): encoder: any plain timm ViT
         model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
             "depth": 6}
@@ -851,6 +881,7 @@ def train(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     clusters: str | Path | None = None,
     method: Literal["moce", "mae", "token_moe", "sdr", "subset"] = "moce",
@@ -922,7 +953,10 @@ def train(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         clusters (str | Path | None, default None): run folder of moce cluster (not for methods mae
             and token_moe)
         method (Literal['moce', 'mae', 'token_moe', 'sdr', 'subset'], default 'moce'): moce:
