@@ -42,8 +42,8 @@ from moce.runs.model import STATE, read_config, write_skipped
 from moce.runs.resume import check_unchanged, resumes
 from moce.runtime.progress import log
 from moce.weights.export import Model, check_format
-from moce.weights.from_runs import holds_moce, load_clusters
-from moce.weights.resolve import moce_run, refuse_given, start_from
+from moce.weights.from_runs import holds_moce, load_clusters, moce_run
+from moce.weights.resolve import refuse_given, start_from
 
 LOWER_LR = 0.5  # of the rate that a run was trained with
 BASE_LR = 7.5e-5  # for weights of other libraries: half of MAE's own rate

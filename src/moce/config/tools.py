@@ -96,7 +96,7 @@ class ExportSettings(FileSettings):
     overwrite: bool = setting(False, "replace the contents of the output folder")
 
 
-class ConvertSettings(Settings):
+class ConvertSettings(FileSettings):
     """Convert weights of any library that moce reads to one safetensors file."""
 
     weights: Folder = setting(
