@@ -67,7 +67,8 @@ def _chosen(found: list[_Candidate], path: Path, key: str | None) -> _Candidate:
     listed = ", ".join(names[:SHOWN])
     if key is None:
         raise MoceError(
-            f"{path} holds several networks: {listed}; choose one by --weights-key NAME"
+            f"{path} holds several networks: {listed}; choose one by --weights-key NAME, here or to "
+            "moce convert"
         )
     matches = [c for c, name in zip(found, names, strict=True) if key in (name, ".".join(c.parts))]
     matches = matches or [candidate for candidate in found if key in candidate.parts]
