@@ -631,11 +631,11 @@ def pretrain(
     max_skipped: float = 0.5,
     overwrite: bool = False,
     resume: bool = False,
-    epochs: float = 400,
+    epochs: float | None = None,
     steps: int | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     micro_batch_size: int | None = None,
-    base_lr: float = 0.00015,
+    base_lr: float | None = None,
     weight_decay: float = 0.05,
     beta2: float = 0.95,
     clip_grad: float | None = None,
@@ -648,7 +648,7 @@ def pretrain(
     log_every: int = 20,
     save_every: int = 500,
     tensorboard: bool = False,
-    model: str = "vit_base_patch16_224",
+    model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
     init: str | Path | None = None,
@@ -680,14 +680,15 @@ def pretrain(
         max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
         overwrite (bool, default False): replace the contents of the output folder
         resume (bool, default False): resume from the last checkpoint in the output folder
-        epochs (float, default 400): passes over the images (fractions allowed)
+        epochs (float | None, default None): passes over the images, fractions allowed (default:
+            from the number of images)
         steps (int | None, default None): optimizer steps (default: from epochs)
-        batch_size (int, default 256): images per optimizer step, over all processes and
-            micro-batches
+        batch_size (int | None, default None): images per optimizer step, over all processes and
+            micro-batches (default: 256, fewer for few images)
         micro_batch_size (int | None, default None): images per forward pass of each process;
             gradients are accumulated over a batch (default: all)
-        base_lr (float, default 0.00015): learning rate per 256 images; the rate is base_lr *
-            batch_size / 256
+        base_lr (float | None, default None): learning rate per 256 images; the rate is base_lr *
+            batch_size / 256 (default: from the size of the model and the weights it starts from)
         weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
         beta2 (float, default 0.95): AdamW second-moment decay
         clip_grad (float | None, default None): clip the gradient to this norm
@@ -702,7 +703,8 @@ def pretrain(
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
         tensorboard (bool, default False): also write TensorBoard events
-        model (str, default 'vit_base_patch16_224'): encoder: any plain timm ViT
+        model (str | None, default None): encoder: any plain timm ViT (default: one that fits the
+            images and the device)
         model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
             "depth": 6}
         img_size (int | None, default None): image side in pixels (default: the model's)
@@ -826,11 +828,11 @@ def train(
     max_skipped: float = 0.5,
     overwrite: bool = False,
     resume: bool = False,
-    epochs: float = 400,
+    epochs: float | None = None,
     steps: int | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     micro_batch_size: int | None = None,
-    base_lr: float = 0.00015,
+    base_lr: float | None = None,
     weight_decay: float = 0.05,
     beta2: float = 0.95,
     clip_grad: float | None = None,
@@ -892,14 +894,15 @@ def train(
         max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
         overwrite (bool, default False): replace the contents of the output folder
         resume (bool, default False): resume from the last checkpoint in the output folder
-        epochs (float, default 400): passes over the images (fractions allowed)
+        epochs (float | None, default None): passes over the images, fractions allowed (default:
+            from the number of images)
         steps (int | None, default None): optimizer steps (default: from epochs)
-        batch_size (int, default 256): images per optimizer step, over all processes and
-            micro-batches
+        batch_size (int | None, default None): images per optimizer step, over all processes and
+            micro-batches (default: 256, fewer for few images)
         micro_batch_size (int | None, default None): images per forward pass of each process;
             gradients are accumulated over a batch (default: all)
-        base_lr (float, default 0.00015): learning rate per 256 images; the rate is base_lr *
-            batch_size / 256
+        base_lr (float | None, default None): learning rate per 256 images; the rate is base_lr *
+            batch_size / 256 (default: from the size of the model and the weights it starts from)
         weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
         beta2 (float, default 0.95): AdamW second-moment decay
         clip_grad (float | None, default None): clip the gradient to this norm

@@ -41,12 +41,10 @@ from moce.runs.files import write_json
 from moce.runs.model import STATE, read_config, write_skipped
 from moce.runs.resume import check_unchanged, resumes
 from moce.runtime.progress import log
+from moce.training.defaults import rate_after
 from moce.weights.export import Model, check_format
 from moce.weights.from_runs import holds_moce, load_clusters
 from moce.weights.resolve import moce_run, refuse_given, start_from
-
-LOWER_LR = 0.5  # of the rate that a run was trained with
-BASE_LR = 7.5e-5  # for weights of other libraries: half of MAE's own rate
 
 
 @dataclass
@@ -235,10 +233,9 @@ class _Adaptation:
 
 
 def _base_lr(run: Path) -> float:
-    """Half of the rate that a run was trained with, since training continues from its end."""
+    """For training on from a run, or from other weights."""
     folder = moce_run(run)
-    known = read_config(folder).get("base_lr") if folder is not None else None
-    return LOWER_LR * float(known) if known else BASE_LR
+    return rate_after(read_config(folder) if folder is not None else {})
 
 
 def _known_clusters(settings: CustomizeSettings, clusters: ClusterModel) -> dict[str, int]:

@@ -5,6 +5,7 @@ validates values against them. Nothing heavy is imported, so that `moce --help` 
 """
 
 from moce.config.base import (
+    ChosenSettings,
     ClusterPooling,
     Metric,
     Role,
@@ -44,6 +45,7 @@ def settings_classes() -> list[type[Settings]]:
 
 __all__ = [
     "AdaptationSettings",
+    "ChosenSettings",
     "ClusterPooling",
     "ClusterSettings",
     "ConvertSettings",
