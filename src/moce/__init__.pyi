@@ -19,6 +19,7 @@ from moce.commands.pretrain import PretrainResult
 from moce.commands.probe import ProbeResult
 from moce.commands.push import PushResult
 from moce.commands.report import ReportResult
+from moce.commands.run import RunResult
 from moce.commands.train import TrainResult
 from moce.customization.bank import Bank
 from moce.errors import MoceError as MoceError
@@ -807,6 +808,59 @@ def report(
         runs (str | Path): run folders, or a folder of run folders
         out (str | Path, default 'report.html'): file to write
         max_images (int, default 12): pictures per row of a montage
+    """
+
+def run(
+    data: Data,
+    *,
+    out: str | Path,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    overwrite: bool = False,
+    tasks: Sequence[str] = (),
+    resume: bool = False,
+    mae: str | Path | None = None,
+    model: str | None = None,
+    init: str | Path | None = None,
+    epochs: float | None = None,
+    pretrain: dict[str, Any] = {},
+    cluster: dict[str, Any] = {},
+    train: dict[str, Any] = {},
+    customize: dict[str, Any] = {},
+    probe: dict[str, Any] = {},
+) -> RunResult:
+    """Pretrain, cluster, train experts, then customize and probe for each task: all in one.
+
+    Args:
+        data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
+            separate several by commas, or list them in @FILE, one per line
+        out (str | Path): folder to write the run to
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        overwrite (bool, default False): replace the contents of the output folder
+        tasks (Sequence[str], default ()): the tasks' images, each as a DATA argument, e.g.
+            birds/,cars/
+        resume (bool, default False): finish an interrupted run, or add tasks to a finished one
+        mae (str | Path | None, default None): start from this run of moce pretrain, or weights of
+            another library, without pretraining
+        model (str | None, default None): encoder to pretrain, as of moce pretrain
+        init (str | Path | None, default None): weights to start pretraining from, as of moce
+            pretrain
+        epochs (float | None, default None): epochs of pretraining, as of moce pretrain
+        pretrain (dict[str, Any], default {}): further settings of moce pretrain, as YAML
+        cluster (dict[str, Any], default {}): settings of moce cluster, e.g. {num_clusters: 64}
+        train (dict[str, Any], default {}): settings of moce train, e.g. {num_experts: 4, epochs:
+            50}
+        customize (dict[str, Any], default {}): settings of moce customize, e.g. {strategy: route}
+        probe (dict[str, Any], default {}): settings of moce probe, e.g. {num_labels: 200}
     """
 
 def train(

@@ -33,6 +33,7 @@ from moce.config.tools import (
     DoctorSettings,
     ExportSettings,
     PackSettings,
+    PipelineSettings,
     PushSettings,
     ReportSettings,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "HeadroomSettings",
     "Metric",
     "PackSettings",
+    "PipelineSettings",
     "PretrainSettings",
     "ProbeSettings",
     "PushSettings",
