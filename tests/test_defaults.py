@@ -21,7 +21,7 @@ from moce.errors import MoceError
 from moce.runtime import progress
 from moce.runtime.progress import duration, meter
 from moce.training import announce
-from moce.training.defaults import batch_for, choose_model, choose_training, rate_after
+from moce.training.defaults import batch_for, choose_model, choose_training, default_lr
 
 SMALL_DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 
@@ -97,10 +97,13 @@ def test_given_settings_are_not_chosen() -> None:
     assert choose_training(given, 444, 5_000_000, False) == {}
 
 
-def test_training_on_from_weights_is_shorter_and_slower() -> None:
+def test_training_on_from_weights_is_shorter_and_slower(runs) -> None:
     fresh = choose_training(asked(), 5_100, 5_000_000, False)
-    for config, rate in (({"base_lr": 4e-3}, 2e-3), ({}, 7.5e-5)):
-        chosen = choose_training(asked(), 5_100, 5_000_000, False, rate_after(config))
+    for weights, rate in (
+        (runs.mae, PRETRAIN["base_lr"] / 2),
+        ("vit_base_patch16_224.mae", 7.5e-5),
+    ):
+        chosen = choose_training(asked(), 5_100, 5_000_000, False, default_lr(weights))
         assert chosen["base_lr"] == rate and chosen["epochs"] < fresh["epochs"] / 3
 
 

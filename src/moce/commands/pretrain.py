@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from moce.commands.setup import changed, choose, read_images, resolve, start_run
-from moce.config import PretrainSettings, expand
+from moce.config import PretrainSettings
 from moce.data.dataset import ImageDataset
 from moce.data.sample_sizes import count_and_side
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
-from moce.runs.model import last_metrics, read_config, write_model
+from moce.runs.model import last_metrics, write_model
 from moce.runs.resume import resumes
 from moce.runtime.progress import log
 from moce.training.announce import announce
@@ -21,12 +21,12 @@ from moce.training.defaults import (
     BASE,
     OFFICIAL,
     choose_model,
+    default_lr,
     official_weights_here,
-    rate_after,
 )
 from moce.training.objectives import MAEObjective
 from moce.training.trainer import fit
-from moce.weights.resolve import check_arguments, from_timm, moce_run, overrides_of, start_from
+from moce.weights.resolve import check_arguments, from_timm, overrides_of, start_from
 
 PRETRAINED = "pretrained"
 FEW_IMAGES, PHOTOGRAPH = 50_000, 160  # images; pixels of the shorter side
@@ -49,7 +49,7 @@ def run(settings: PretrainSettings) -> PretrainResult:
     settings = _with_model(asked, device)
     spec, mae = _build(settings)
     images = read_images(settings, settings.data, mae.encoder)
-    rate = None if settings.init is None else _rate_after(settings.init)
+    rate = None if settings.init is None else default_lr(settings.init)
     settings = choose(settings, len(images), mae.encoder, device, rate)
     start_run(settings, images)
     objective = MAEObjective("pretrain", mae, spec.encoder, images, settings)
@@ -81,11 +81,6 @@ def _with_model(settings: PretrainSettings, device: torch.device) -> PretrainSet
             f"--init {OFFICIAL}"
         )
     return settings.model_copy(update=chosen)
-
-
-def _rate_after(init: str) -> float:
-    run = moce_run(expand(Path(init)))
-    return rate_after(read_config(run) if run is not None else {})
 
 
 def _build(settings: PretrainSettings) -> tuple[MAESpec, MAE]:

@@ -113,7 +113,7 @@ def run(settings: config.PipelineSettings) -> RunResult:
     return run(settings)
 
 
-@command(config.PackSettings, ("data",), "moce pack photos/ --size 256 --out photos.moce")
+@command(config.PackSettings, ("data",), "moce pack photos/ --shorter-side 512 --out packed/")
 def pack(settings: config.PackSettings) -> PackResult:
     from moce.commands.pack import run
 

@@ -22,15 +22,15 @@ from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import input_channels, input_size
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
-from moce.runs.model import last_metrics, read_config, write_model
+from moce.runs.model import last_metrics, write_model
 from moce.runtime.progress import log
 from moce.training.announce import announce
-from moce.training.defaults import rate_after
+from moce.training.defaults import default_lr
 from moce.training.objectives import MAEObjective, MoCEObjective, TokenMoEObjective
 from moce.training.trainer import Objective, fit, total_steps
 from moce.training.upcycling import check_experts, upcycle, upcycle_by_token
 from moce.weights.from_runs import load_clusters
-from moce.weights.resolve import moce_run, start_from
+from moce.weights.resolve import start_from
 
 
 @dataclass
@@ -51,9 +51,7 @@ def run(settings: TrainSettings) -> TrainResult:
     asked, device = resolve(settings)
     spec, mae = start_from(asked.mae, asked)
     images = read_images(asked, asked.data, mae.encoder)
-    origin = moce_run(asked.mae)
-    rate = rate_after(read_config(origin) if origin is not None else {})
-    settings = choose(asked, len(images), mae.encoder, device, rate)
+    settings = choose(asked, len(images), mae.encoder, device, default_lr(asked.mae))
     job = _Job(settings, device, spec, mae, images, changed(asked, settings))
     return METHODS[settings.method](job)
 

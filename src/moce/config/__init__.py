@@ -7,6 +7,7 @@ validates values against them. Nothing heavy is imported, so that `moce --help` 
 from moce.config.base import (
     ChosenSettings,
     ClusterPooling,
+    LoggerName,
     Metric,
     Role,
     RunSettings,
@@ -60,6 +61,7 @@ __all__ = [
     "FileSettings",
     "FinetuneSettings",
     "HeadroomSettings",
+    "LoggerName",
     "Metric",
     "PackSettings",
     "PipelineSettings",

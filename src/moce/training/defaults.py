@@ -6,11 +6,14 @@ those of the MAE paper, and between them interpolated.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from moce.config import ChosenSettings
+from moce.config import ChosenSettings, expand
+from moce.runs.model import read_config
+from moce.weights.resolve import moce_run
 
 BASE = "vit_base_patch16_224"
 OFFICIAL = "vit_base_patch16_224.mae"
@@ -25,8 +28,8 @@ FULL = (224, 16)
 # (most parameters of the encoder, base_lr)
 RATES = [(10e6, 4e-3), (40e6, 1e-3)]
 LARGE_RATE = 1.5e-4
-OTHER_WEIGHTS_RATE = 7.5e-5
-LOWER = 0.5  # rate of training that continues from the end of a run, over the run's
+LOWER_LR = 0.5  # of the rate that a run was trained with
+BASE_LR = 7.5e-5  # for weights of other libraries: half of MAE's own rate
 # By whether there is an accelerator: images seen in all, fewest and most epochs.
 BUDGET = {False: (200_000, 5, 200), True: (40_000_000, 100, 400)}
 CONTINUED = 0.25  # of the epochs, where training starts from weights
@@ -93,10 +96,11 @@ def batch_for(count: int) -> int:
     return size
 
 
-def rate_after(config: dict[str, Any]) -> float:
-    """base_lr for training on from a run with this config, or from other weights (an empty one)."""
-    known = config.get("base_lr")
-    return LOWER * float(known) if known else OTHER_WEIGHTS_RATE
+def default_lr(weights: Path | str) -> float:
+    """base_lr for training that continues from a run, half of its own, or from other weights."""
+    run = moce_run(expand(Path(weights)))
+    known = read_config(run).get("base_lr") if run is not None else None
+    return LOWER_LR * float(known) if known else BASE_LR
 
 
 def official_weights_here() -> bool:
