@@ -618,26 +618,35 @@ def headroom(
 def pack(
     data: Data,
     *,
+    out: str | Path | None = None,
+    shorter_side: int | None = None,
+    quality: int = 90,
+    shard_size: int = 500,
     size: str | int | Sequence[int] | None = None,
     channels: int = 3,
-    out: str | Path | None = None,
     overwrite: bool = False,
     verify: bool = False,
     workers: int | None = None,
 ) -> PackResult:
-    """Decode and resize images once, into one file that every command takes as DATA.
+    """Write images, as encoded or as pixels, to few large files that every command takes as DATA.
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
             saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
             separate several by commas, or list them in @FILE, one per line
-        size (str | int | Sequence[int] | None, default None): size in pixels, one number or
-            HEIGHTxWIDTH: the model's input size, or about 1.15 times it for random crops
-        channels (int, default 3): channels of the images, as the encoder takes them: 1 (gray), 3
+        out (str | Path | None, default None): folder to write; with --size, a file such as
+            icons.moce
+        shorter_side (int | None, default None): encode larger images again, as JPEGs of this
+            shorter side in pixels (default: keep all images as they are encoded)
+        quality (int, default 90): quality of these JPEGs
+        shard_size (int, default 500): size of a file in the folder, in MB (10^6 bytes)
+        size (str | int | Sequence[int] | None, default None): write pixels to one file instead,
+            resized and cropped to this size, one number or HEIGHTxWIDTH: for small images of one
+            size
+        channels (int, default 3): channels of the pixels, as the encoder takes them: 1 (gray), 3
             (color) or more
-        out (str | Path | None, default None): file to write, such as photos.moce
-        overwrite (bool, default False): replace the file, and what an interrupted run left
-        verify (bool, default False): read all pixels back and compare checksums (without --out:
+        overwrite (bool, default False): replace the output, and what an interrupted run left
+        verify (bool, default False): read everything back and compare checksums (without --out:
             those of DATA)
         workers (int | None, default None): images decoded at the same time (default: all usable
             cores)
