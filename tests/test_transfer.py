@@ -24,7 +24,7 @@ from moce.config import FinetuneSettings, ProbeSettings
 from moce.config.load import parse, read_recipe
 from moce.data.loader import Batch
 from moce.errors import MoceError
-from moce.evaluation.finetune import by_size, hold_out
+from moce.evaluation.finetune import Inputs, by_size, hold_out, tuning_views
 from moce.evaluation.probe import choose_pooling
 from moce.evaluation.results import read_rows
 from moce.evaluation.sgd_probe import build_head, build_optimizer, steps_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.config import RunSettings, RuntimeSettings, Settings
+from moce.config import ChosenSettings, RunSettings, RuntimeSettings, Settings
 from moce.config.base import DataSettings
 from moce.config.facts import facts_of
 from moce.config.usage import check_used, explicitly_set, flag
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images, open_images, temporary_file
 from moce.data.readers.factory import paths_of
+from moce.data.readers.sample import Sample
 from moce.errors import MoceError
 from moce.models.encoder import input_channels, input_size
 from moce.runs.folder import check_folder, open_folder
@@ -34,9 +35,11 @@ from moce.runs.resume import (
 )
 from moce.runtime import device
 from moce.runtime.progress import log
+from moce.training.defaults import choose_training
 from moce.training.loggers import check_loggers
 
 R = TypeVar("R", bound=RunSettings)
+C = TypeVar("C", bound=ChosenSettings)
 
 FEW_STEPS = 500  # below which the published recipes for labeled tasks stop half trained
 
@@ -74,6 +77,28 @@ def refuse_unused(settings: Settings, names: Iterable[str], reason: str) -> None
     if unused:
         flags = " and ".join(flag(name, getattr(settings, name)) for name in unused)
         raise MoceError(f"{reason}: leave out {flags}")
+
+
+def choose(
+    settings: C,
+    count: int,
+    encoder: VisionTransformer,
+    device: torch.device,
+    rate_of_weights: float | None = None,
+) -> C:
+    """The settings with length, batch and rate for `count` images where they are not given.
+
+    rate_of_weights: base_lr for the weights that training starts from.
+    """
+    parameters = sum(weight.numel() for weight in encoder.parameters())
+    accelerated = device.type != "cpu"
+    chosen = choose_training(settings, count, parameters, accelerated, rate_of_weights)
+    return settings.model_copy(update=chosen)
+
+
+def changed(before: Settings, after: Settings) -> list[str]:
+    """The names of the settings whose values differ."""
+    return [name for name, value in after if value != getattr(before, name)]
 
 
 def hint_few_steps(settings: Settings, steps: int, advice: str) -> None:
@@ -151,9 +176,16 @@ def check_file(
 
 
 def read_images(
-    settings: DataSettings, data: str, vit: VisionTransformer, *, keep_tiny: bool = False
+    settings: DataSettings,
+    data: str | Sequence[Sample],
+    vit: VisionTransformer,
+    *,
+    keep_tiny: bool = False,
 ) -> ImageDataset:
-    """The images of a DATA argument in the size and channels of an encoder; see `load_images`."""
+    """The images of a DATA argument, or these, in the size and channels of an encoder.
+
+    keep_tiny: see `load_images`.
+    """
     return load_images(
         data,
         input_size(vit),

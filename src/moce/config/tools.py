@@ -1,4 +1,4 @@
-"""Settings of pack, convert, export, push, report, demo and doctor."""
+"""Settings of pack, convert, export, push, run, report, demo and doctor."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from moce.config.base import (
     Folder,
     Format,
     Positive,
+    Reference,
+    RunSettings,
     RuntimeSettings,
     Settings,
 )
-from moce.config.facts import setting
+from moce.config.facts import GIVEN, setting
 from moce.config.pipeline import FileSettings
 
 
@@ -39,21 +41,32 @@ Size = Annotated[
 
 
 class PackSettings(Settings):
-    """Decode and resize images once, into one file that every command takes as DATA."""
+    """Write images, as encoded or as pixels, to few large files that every command takes as DATA."""
 
     data: Data = setting(description=IMAGES, input="images")
+    out: Folder | None = setting(None, "folder to write; with --size, a file such as icons.moce")
+    shorter_side: Count | None = setting(
+        None,
+        "encode larger images again, as JPEGs of this shorter side in pixels (default: keep all "
+        "images as they are encoded)",
+    )
+    quality: Annotated[int, Field(ge=1, le=100)] = setting(
+        90, "quality of these JPEGs", used_with={"shorter_side": (GIVEN,)}
+    )
+    shard_size: Count = setting(500, "size of a file in the folder, in MB (10^6 bytes)")
     size: Size | None = setting(
         None,
-        "size in pixels, one number or HEIGHTxWIDTH: the model's input size, or about 1.15 times "
-        "it for random crops",
+        "write pixels to one file instead, resized and cropped to this size, one number or "
+        "HEIGHTxWIDTH: for small images of one size",
     )
     channels: Count = setting(
-        3, "channels of the images, as the encoder takes them: 1 (gray), 3 (color) or more"
+        3,
+        "channels of the pixels, as the encoder takes them: 1 (gray), 3 (color) or more",
+        used_with={"size": (GIVEN,)},
     )
-    out: Folder | None = setting(None, "file to write, such as photos.moce")
-    overwrite: bool = setting(False, "replace the file, and what an interrupted run left")
+    overwrite: bool = setting(False, "replace the output, and what an interrupted run left")
     verify: bool = setting(
-        False, "read all pixels back and compare checksums (without --out: those of DATA)"
+        False, "read everything back and compare checksums (without --out: those of DATA)"
     )
     workers: Count | None = setting(
         None, "images decoded at the same time (default: all usable cores)"
@@ -105,7 +118,7 @@ class PushSettings(Settings):
     license: str | None = setting(None, "license of the weights, for the card, e.g. cc-by-nc-4.0")
 
 
-class ConvertSettings(Settings):
+class ConvertSettings(FileSettings):
     """Convert weights of any library that moce reads to one safetensors file."""
 
     weights: Folder = setting(
@@ -119,6 +132,36 @@ class ConvertSettings(Settings):
         False, "read a .pth file by pickle, which can run any code in the file"
     )
     overwrite: bool = setting(False, "replace the output file")
+
+
+class PipelineSettings(RunSettings):
+    """Pretrain, cluster, train experts, then customize and probe for each task: all in one."""
+
+    proofs = frozenset({"mae", "clusters", "moce", "backbones", "probes"})
+    files = frozenset({"results.json"})
+
+    data: Data = setting(description=IMAGES, input="images")
+    tasks: tuple[str, ...] = setting(
+        (), "the tasks' images, each as a DATA argument, e.g. birds/,cars/", may_change=True
+    )
+    resume: bool = setting(
+        False, "finish an interrupted run, or add tasks to a finished one", may_change=True
+    )
+    mae: Folder | None = setting(
+        None,
+        "start from this run of moce pretrain, or weights of another library, without pretraining",
+        input="weights",
+    )
+    model: str | None = setting(None, "encoder to pretrain, as of moce pretrain")
+    init: Reference | None = setting(
+        None, "weights to start pretraining from, as of moce pretrain", input="weights"
+    )
+    epochs: Positive | None = setting(None, "epochs of pretraining, as of moce pretrain")
+    pretrain: dict[str, Any] = setting({}, "further settings of moce pretrain, as YAML")
+    cluster: dict[str, Any] = setting({}, "settings of moce cluster, e.g. {num_clusters: 64}")
+    train: dict[str, Any] = setting({}, "settings of moce train, e.g. {num_experts: 4, epochs: 50}")
+    customize: dict[str, Any] = setting({}, "settings of moce customize, e.g. {strategy: route}")
+    probe: dict[str, Any] = setting({}, "settings of moce probe, e.g. {num_labels: 200}")
 
 
 class DemoSettings(RuntimeSettings):

@@ -40,22 +40,23 @@ class Results:
         return _mean_of_all([self.mean(task, protocol, backbone) for task in tasks])
 
     def choice(self, task: str, **wanted: str) -> dict[str, Any] | None:
-        """What the first MoCE run with a strategy selected for a task."""
+        """What the first MoCE run with a strategy selected for a task, before any adaptation."""
         row = self._chosen(task=task, **wanted)
         return row["choice"] if row else None
 
     def regret(self, task: str, protocol: str) -> float | None:
-        """The best route's mean minus that of the selection of the same MoCE run."""
+        """The best strategy's (else route's) mean minus that of the selection of the same MoCE run."""
         chosen = self._chosen(task=task, protocol=protocol)
         if not chosen:
             return None
         alike = {"task": task, "protocol": protocol, "reference": chosen["reference"]}
-        for best in self.where(**alike, selection="best_route"):
-            return float(np.mean(best["values"])) - float(np.mean(chosen["values"]))
+        for selection in ("best_strategy", "best_route"):
+            for best in self.where(**alike, selection=selection):
+                return float(np.mean(best["values"])) - float(np.mean(chosen["values"]))
         return None
 
     def _chosen(self, **wanted: str) -> dict[str, Any] | None:
-        rows = self.where(**wanted)
+        rows = [row for row in self.where(**wanted) if not row.get("adaptation")]
         return next((row for row in rows if "votes" in (row.get("choice") or {})), None)
 
 
