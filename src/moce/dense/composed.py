@@ -22,8 +22,8 @@ from moce.data.decode import open_encoded, to_pixels
 from moce.data.readers.parquet import demo_samples, demo_table
 from moce.data.readers.sample import Sample
 from moce.dense import rle
+from moce.dense.mask_files import write_class_names, write_mask
 from moce.dense.metrics import xywh
-from moce.dense.predictions import write_class_names, write_mask
 from moce.errors import MoceError
 from moce.runs.files import atomic, make_folder, write_json
 
@@ -110,8 +110,8 @@ def _write_masks(out: Path, split: str, scenes: Iterator[Scene], classes: list[s
         mask = np.zeros(scene.pixels.shape[1:], np.int64)
         for label, part in zip(scene.labels, scene.masks, strict=True):
             mask[part] = label + 1
-        write_mask(out / "masks" / split / name, mask, len(classes))
-    write_class_names(out / "classes.txt", classes)
+        write_mask(out / "masks" / split / name, mask)
+    write_class_names(out, classes)
 
 
 def _write_image(path: Path, pixels: np.ndarray) -> None:

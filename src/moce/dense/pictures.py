@@ -1,119 +1,104 @@
-"""Pictures with boxes, masks and classes drawn in, by torchvision."""
+"""Images with boxes and masks drawn into them."""
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from moce.dense import rle
 from moce.dense.types import IGNORE, Instances
 
-Color = tuple[int, int, int]
-SMALLEST = 256  # pixels of the longer side; smaller images are enlarged, so that names can be read
-MIN_SCORE = 0.5
-GOLDEN = 0.618034  # successive hues this far apart stay distinct
-ALPHA = 0.5
-GAP, TITLE = 8, 14  # pixels
+SIDE = 320  # least longer side in pixels: smaller images are enlarged, so that names can be read
+NUM_COLORS = 256
+GOLDEN = 0.618034  # of a turn of hue between two classes: neighbors differ most
 
 
-def class_colors(count: int) -> list[Color]:
-    """A color for each of `count` classes."""
-    hues = [(0.6 + GOLDEN * number) % 1 for number in range(count)]
-    found = [colorsys.hsv_to_rgb(hue, 0.85, (1.0, 0.75)[n % 2]) for n, hue in enumerate(hues)]
-    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in found]
+def _color(number: int) -> tuple[int, int, int]:
+    red, green, blue = colorsys.hsv_to_rgb(number * GOLDEN % 1, 0.75, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+COLORS = [_color(number) for number in range(NUM_COLORS)]
+PALETTE = [
+    0,
+    0,
+    0,
+    *(value for color in COLORS[1:] for value in color),
+]  # of a mask PNG; 0 is black
 
 
 def draw_instances(
-    pixels: np.ndarray,
-    found: Instances | Mapping[str, Any],
-    classes: Sequence[str],
-    min_score: float = MIN_SCORE,
+    pixels: np.ndarray, found: Instances | dict[str, Any], classes: Sequence[str]
 ) -> Image.Image:
-    """An image with its objects drawn in: the truth, or predictions with at least `min_score`.
-
-    pixels: [c, h, w] uint8; of other than 1 or 3 channels the first three are shown. found:
-    Instances, or a prediction as `DetectionMetric.add` takes it. Small images are enlarged.
-    """
-    boxes, labels, masks, scores = _parts(found, min_score)
-    canvas, scale = _canvas(pixels)
-    palette = class_colors(len(classes))
-    colors = [palette[label] for label in labels]
-    if masks:
-        drawn = np.stack([_enlarged(m, scale) for m in rle.decode(masks, _size(pixels))])
-        canvas = draw_segmentation_masks(canvas, torch.from_numpy(drawn), ALPHA, colors)
-    if len(boxes):
-        names = [classes[label] for label in labels]
-        if scores is not None:
-            names = [f"{n} {score:.2f}" for n, score in zip(names, scores, strict=True)]
-        corners = torch.from_numpy(boxes * scale)
-        canvas = draw_bounding_boxes(canvas, corners, names, colors, width=2)
-    return _image(canvas)
-
-
-def _parts(
-    found: Instances | Mapping[str, Any], min_score: float
-) -> tuple[np.ndarray, list[int], list[Any] | None, list[float] | None]:
+    """An image [c, h, w] uint8 with its objects, or with a predictor's, whose scores are shown, too."""
     if isinstance(found, Instances):
-        masks = None if found.masks is None else list(found.masks)
-        return found.boxes, found.classes.tolist(), masks, None
-    scores = np.asarray(found["scores"], np.float64)
-    rows = np.flatnonzero(scores >= min_score)
-    boxes = np.asarray(found["boxes"], np.float32).reshape(-1, 4)[rows]
-    labels = np.asarray(found["labels"], np.int64)[rows].tolist()
-    masks = found.get("masks")
-    return boxes, labels, [masks[r] for r in rows] if masks else None, scores[rows].tolist()
+        boxes, labels, masks, scores = found.boxes, found.classes, found.masks, None
+    else:
+        boxes, labels, masks, scores = (found[n] for n in ("boxes", "labels", "masks", "scores"))
+    image, factor = _enlarged(_rgb(pixels))
+    if not len(boxes):
+        return _to_pil(image)
+    colors = [COLORS[int(label) % NUM_COLORS] for label in labels]
+    if masks is not None:
+        planes = torch.from_numpy(rle.decode(list(masks), pixels.shape[1:]))
+        image = draw_segmentation_masks(image, _resized(planes, image), 0.45, colors)
+    names = [classes[int(label)] for label in labels]
+    if scores is not None:
+        names = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+    corners = torch.from_numpy(np.asarray(boxes, np.float32)) * factor
+    return _to_pil(draw_bounding_boxes(image, corners, names, colors, width=2))
 
 
 def draw_mask(pixels: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
-    """An image with the classes of its pixels drawn in; those that are `IGNORE` stay as they are.
-
-    pixels: [c, h, w] uint8; mask: [h, w] integers.
-    """
-    canvas, scale = _canvas(pixels)
-    palette = class_colors(len(classes))
-    present = [label for label in np.unique(mask).tolist() if label != IGNORE]
-    if present:
-        drawn = np.stack([_enlarged(mask == label, scale) for label in present])
-        colors = [palette[label] for label in present]
-        canvas = draw_segmentation_masks(canvas, torch.from_numpy(drawn), ALPHA, colors)
-    return _image(canvas)
+    """An image [c, h, w] uint8 with the class of every pixel, [h, w], in its color; class 0 is not drawn."""
+    image, _ = _enlarged(_rgb(pixels))
+    shown = [int(n) for n in np.unique(mask) if n not in (0, IGNORE) and n < len(classes)]
+    if not shown:
+        return _to_pil(image)
+    planes = torch.from_numpy(np.stack([mask == number for number in shown]))
+    colors = [COLORS[number % NUM_COLORS] for number in shown]
+    return _to_pil(draw_segmentation_masks(image, _resized(planes, image), 0.6, colors))
 
 
-def side_by_side(
-    pictures: Sequence[Image.Image], titles: Sequence[str] = ("truth", "prediction")
-) -> Image.Image:
-    """Pictures in a row on white, each with a title above it."""
-    width = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
-    height = max(picture.height for picture in pictures) + TITLE
-    row, x = Image.new("RGB", (width, height), "white"), 0
-    for picture, title in zip(pictures, titles, strict=True):
-        ImageDraw.Draw(row).text((x, 1), title, fill="black")
-        row.paste(picture, (x, TITLE))
-        x += picture.width + GAP
-    return row
+def side_by_side(rows: Sequence[Sequence[Image.Image]], gap: int = 6) -> Image.Image:
+    """Rows of pictures on white, each as wide as the widest of its column."""
+    widths = [max(row[n].width for row in rows) for n in range(len(rows[0]))]
+    heights = [max(picture.height for picture in row) for row in rows]
+    size = sum(widths) + gap * (len(widths) - 1), sum(heights) + gap * (len(rows) - 1)
+    canvas, top = Image.new("RGB", size, "white"), 0
+    for row, height in zip(rows, heights, strict=True):
+        left = 0
+        for picture, width in zip(row, widths, strict=True):
+            canvas.paste(picture, (left, top))
+            left += width + gap
+        top += height + gap
+    return canvas
 
 
-def _size(pixels: np.ndarray) -> tuple[int, int]:
-    return pixels.shape[1], pixels.shape[2]
+def _rgb(pixels: np.ndarray) -> Tensor:
+    """Three channels of an image of any number: the first three, or the first one in gray."""
+    image = torch.from_numpy(pixels)
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
 
 
-def _canvas(pixels: np.ndarray) -> tuple[Tensor, int]:
-    """[3, h, w] uint8, enlarged by a whole number if the image is small."""
-    shown = np.repeat(pixels[:1], 3, 0) if len(pixels) < 3 else pixels[:3]
-    scale = max(1, SMALLEST // max(_size(pixels)))
-    return torch.from_numpy(np.ascontiguousarray(_enlarged(shown, scale))), scale
+def _enlarged(image: Tensor) -> tuple[Tensor, int]:
+    """The image times a whole factor that makes it large enough, and the factor."""
+    factor = max(1, round(SIDE / max(image.shape[1:])))
+    larger = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return larger, factor
 
 
-def _enlarged(values: np.ndarray, scale: int) -> np.ndarray:
-    return values.repeat(scale, -1).repeat(scale, -2)
+def _resized(planes: Tensor, image: Tensor) -> Tensor:
+    factor = image.shape[1] // planes.shape[1]
+    return planes.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
 
 
-def _image(canvas: Tensor) -> Image.Image:
-    return Image.fromarray(canvas.permute(1, 2, 0).numpy())
+def _to_pil(image: Tensor) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
