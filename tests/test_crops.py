@@ -240,7 +240,10 @@ def test_unreadable_images_are_replaced_without_changing_others(folder: Path, br
     assert torch.equal(again.pixels, other.pixels)
 
 
-def test_pretrain_counts_and_lists_what_it_cannot_read(broken: Path, tmp_path: Path) -> None:
+def test_pretrain_counts_and_lists_what_it_cannot_read(
+    broken: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("moce.data.load.LOOKED_AT", 2)
     settings = {**PRETRAIN, "batch_size": 6, "steps": 6}
     result = moce.pretrain(broken, out=tmp_path / "run", **settings)
     assert math.isfinite(result.loss) and result.images == 12
