@@ -19,8 +19,8 @@ from moce.customization.model_card import adaptation_facts, write_choice, write_
 from moce.customization.related_images import RelatedImages
 from moce.customization.selection import Choice, route_name
 from moce.data.dataset import ImageDataset
-from moce.data.load import load_images
-from moce.data.readers.factory import open_source
+from moce.data.divide import learning_rows, voting_rows
+from moce.data.load import chosen_samples, load_images
 from moce.data.readers.sample import Sample
 from moce.errors import MoceError
 from moce.evaluation.evaluator import choose_by_probe
@@ -143,6 +143,7 @@ def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple
         store,
         channels=channels,
         max_skipped=settings.max_skipped,
+        choose=voting_rows,
     )
     choice = bank.select(
         images, settings.strategy, settings.threshold, settings.assign, settings.batch_size
@@ -163,9 +164,7 @@ class _Adaptation:
 
     def run(self) -> Adaptation:
         settings = self.settings
-        task = [sample for sample in open_source(settings.images) if sample.split != "test"]
-        if not task:
-            raise MoceError(f"{settings.images} has test images only; adaptation needs others")
+        task = chosen_samples(settings.images, voting_rows)
         training = self._training_settings(len(task))
         related, unreadable = self._related(task, training) if settings.data else ([], [])
         images = self._load([*task, *related], self.mae.encoder)
@@ -193,7 +192,7 @@ class _Adaptation:
             settings.precision,
         )
         count = round(training.steps * training.batch_size * training.pool_share)
-        pool = open_source(settings.data)
+        pool = chosen_samples(settings.data, learning_rows)
         return finder.find(task, pool, settings.data, count, settings.seed), finder.skipped
 
     def _load(self, samples: list[Sample], encoder: VisionTransformer) -> ImageDataset:

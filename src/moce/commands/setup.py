@@ -16,7 +16,8 @@ from moce.config.base import DataSettings
 from moce.config.facts import facts_of
 from moce.config.usage import check_used, explicitly_set, flag
 from moce.data.dataset import ImageDataset
-from moce.data.load import load_images, temporary_file
+from moce.data.divide import learning_rows
+from moce.data.load import Choose, load_images, temporary_file
 from moce.data.readers.factory import paths_of
 from moce.errors import MoceError
 from moce.models.encoder import input_channels, input_size
@@ -147,14 +148,23 @@ def check_file(
 # --- images ---------------------------------------------------------------------------------------
 
 
-def read_images(settings: DataSettings, data: str, vit: VisionTransformer) -> ImageDataset:
-    """The images of a DATA argument in the size and channels of an encoder."""
+def read_images(
+    settings: DataSettings,
+    data: str,
+    vit: VisionTransformer,
+    choose: Choose | None = learning_rows,
+) -> ImageDataset:
+    """The images of a DATA argument in the size and channels of an encoder.
+
+    choose: which of them; by default those that a model may learn from.
+    """
     return load_images(
         data,
         input_size(vit),
         pixel_file(settings),
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
+        choose=choose,
     )
 
 

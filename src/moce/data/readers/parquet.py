@@ -11,7 +11,9 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from moce.data.decode import Raster, open_encoded
-from moce.data.readers.sample import SPLITS, Label, Sample
+from moce.data.readers.labels import IMAGES, LABELS, SPLITS, column_labels, pick
+from moce.data.readers.sample import Label, Sample
+from moce.data.readers.splits import column_splits
 from moce.errors import MoceError
 
 DEMO_PREFIX = "demo:"
@@ -28,7 +30,7 @@ def _read_table(path: Path) -> pyarrow.Table:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise MoceError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-    if "image" not in table.column_names:
+    if _image_column(table) is None:
         raise MoceError(f"{path} has no column 'image' (columns: {', '.join(table.column_names)})")
     return table
 
@@ -38,18 +40,17 @@ def _samples(table: pyarrow.Table, name: str) -> list[Sample]:
 
     A label that is a list stands for any number of classes.
     """
-    images = table.column("image")
+    images = table.column(_image_column(table))
     if pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
         images = pyarrow.compute.struct_field(images, "bytes")
     if not pyarrow.types.is_binary(images.type) and not pyarrow.types.is_large_binary(images.type):
         raise MoceError(f"column 'image' of {name} holds {images.type}, not encoded images")
     ids = _strings(table, "id", name) or [str(row) for row in range(table.num_rows)]
-    labels = _labels(table, name) or [None] * table.num_rows
-    splits = _strings(table, "split", name) or [None] * table.num_rows
+    labels = _labels(table, name)
+    splits = _splits(table, name)
 
     def sample(row: int) -> Sample:
-        split = SPLITS.get(splits[row] or "")
-        return Sample(str(ids[row]), lambda: _decode(images[row].as_py()), labels[row], split)
+        return Sample(str(ids[row]), lambda: _decode(images[row].as_py()), labels[row], splits[row])
 
     return [sample(row) for row in range(table.num_rows)]
 
@@ -60,11 +61,24 @@ def _decode(content: bytes | None) -> Raster:
     return open_encoded(content)
 
 
+def _image_column(table: pyarrow.Table) -> str | None:
+    return pick(table.column_names, IMAGES)
+
+
 def _labels(table: pyarrow.Table, name: str) -> Sequence[Label | None]:
-    if "label" in table.column_names and pyarrow.types.is_list(table.column("label").type):
-        several = table.column("label").to_pylist()
-        return [None if each is None else tuple(sorted({*map(str, each)})) for each in several]
-    return _strings(table, "label", name)
+    column = pick(table.column_names, LABELS)
+    if column is None:
+        return [None] * table.num_rows
+    kind = table[column].type
+    if pyarrow.types.is_struct(kind):
+        raise MoceError(f"column '{column}' of {name} holds {kind}, not text")
+    return column_labels(table[column].to_pylist())
+
+
+def _splits(table: pyarrow.Table, name: str) -> Sequence[str | None]:
+    column = pick(table.column_names, SPLITS)
+    values = table[column].to_pylist() if column else [None] * table.num_rows
+    return column_splits(values, f"column '{column}' of {name}")
 
 
 def _strings(table: pyarrow.Table, column: str, name: str) -> Sequence[str | None]:
