@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # module in one process, so that what they share is made once.
 TESTS := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow lint types check clean
+.PHONY: help demo test test-slow lint types site dist check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,8 @@ help:
 	@echo "make test-slow  run the slow tests (end to end)"
 	@echo "make lint       check style (ruff)"
 	@echo "make types      check types (mypy)"
+	@echo "make site       build the documentation site (build/site)"
+	@echo "make dist       build and check the wheel and the source distribution (dist)"
 	@echo "make check      run all checks, as continuous integration does"
 	@echo "make clean      delete .venv, runs and caches"
 
@@ -48,7 +50,17 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-check: lint types test test-slow
+# A broken link, a missing page or an undocumented name is an error.
+site: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Without isolation: what builds is installed already, so that this needs no network.
+dist: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+check: lint types test test-slow site dist
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

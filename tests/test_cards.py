@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from huggingface_hub import ModelCard
 from torch.testing import assert_close
 
 import moce
-from moce.customization.model_card import clusters_of
+from moce.customization.model_card import clusters_of, experts_fact, similarity_fact, write_choice
 from moce.customization.selection import route_name
 from moce.models.encoder import encode_tokens, pool_tokens
+from moce.weights.export import Model
 from moce.weights.from_runs import load_mae
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -42,7 +44,7 @@ def test_the_card_of_a_task_has_facts_and_code_that_loads_it(kind, runs, tmp_pat
     for fact in (
         f"source: {runs.moce.name}",
         f"strategy: {choice.strategy}",
-        f"route: {route_name(choice.route)} ({choice.share:.0%} of the task's images)",
+        experts_fact(choice),
         f"clusters: {clusters_of(choice)}",
         f"format: {kind}",
         "3 channels of 16x16 pixels",
@@ -54,6 +56,32 @@ def test_the_card_of_a_task_has_facts_and_code_that_loads_it(kind, runs, tmp_pat
     expected = features_of(moce.load(runs.moce).backbone(choice), images)
     found = torch.as_tensor(run_code(card, result.folder, images)["features"])
     assert_close(found, expected, **CLOSE)
+
+
+def test_only_the_card_of_a_route_names_one(runs, tmp_path: Path) -> None:
+    bank = moce.load(runs.moce)
+    for strategy in ("route", "merge", "generalist"):
+        choice = bank.select(str(runs.task), strategy)
+        folder = tmp_path / strategy
+        folder.mkdir()
+        write_choice(
+            folder, "timm", Model(bank.encoder_spec, bank.backbone(choice)), choice, runs.moce
+        )
+        card = (folder / "README.md").read_text()
+        assert ("- route: " in card) == (strategy == "route")
+        assert ("- experts: all, averaged by " in card) == (strategy != "route")
+        assert f"strategy: {strategy}" in card
+
+
+def test_a_choice_says_what_its_numbers_are_worth(runs) -> None:
+    choice = moce.load(runs.moce).select(str(runs.task))
+    few = replace(choice, votes={(0, 0): 3, (1, 0): 1}, share=0.75)
+    many = replace(choice, votes={(0, 0): 300, (1, 0): 100}, share=0.75)
+    assert few.share_by_chance == pytest.approx((0.301, 0.954), abs=1e-3)  # Wilson's interval
+    assert many.share_by_chance == pytest.approx((0.705, 0.790), abs=1e-3)
+    far = replace(choice, similarity=0.7, training_similarity=0.8)
+    assert far.distance == pytest.approx(1.5)
+    assert "1.5 times as far" in similarity_fact(far) and "over 2 times" in similarity_fact(far)
 
 
 @pytest.mark.parametrize("kind", DENSE)

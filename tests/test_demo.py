@@ -57,7 +57,7 @@ def test_moce_and_mae_plus_had_equal_steps_and_data(demo: Path) -> None:
 @pytest.mark.slow
 def test_results_have_the_promised_form(demo: Path) -> None:
     rows = read_rows(demo / "evaluation")
-    backbones = ("mae", "mae_plus", "moce", "random", "oracle")
+    backbones = ("mae", "mae_plus", "moce", "random", "best_route")
     expected = {(task, name, "linear", 2) for task in TASKS for name in backbones}
     expected |= {(task, name, "finetune", 1) for task in TASKS for name in backbones[1:3]}
     found = {(r["task"], r["backbone"], r["protocol"], len(r["values"])) for r in rows}
@@ -75,6 +75,8 @@ def test_its_runs_customize_any_task(demo: Path) -> None:
     choice = bank.select("demo:emoji")
     assert sum(choice.votes.values()) == sum(choice.cluster_histogram) == 707
     assert bank.customize("demo:emoji").num_features == ENCODER["embed_dim"]
+    classifier = bank.customize("demo:emoji", num_classes=4)
+    assert classifier.head.out_features == 4
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Suites, candidates, fair oracles, resumed evaluations."""
+"""Suites, candidates, the best route measured fairly, resumed evaluations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from conftest import Runs
 
 import moce
 from moce.commands import evaluate as evaluate_command
+from moce.customization.selection import route_name
 from moce.errors import Interrupted, MoceError
 from moce.evaluation.backbones import Candidate, read_candidates
 from moce.evaluation.evaluator import choose_by_probe
-from moce.evaluation.routes import oracle_values, random_routes
+from moce.evaluation.routes import best_route_values, random_routes
 from moce.evaluation.suite import pick_tasks, read_suite
 from moce.evaluation.task import draw_labels, load_task
 from moce.reporting.results_table import results_table
@@ -112,8 +113,8 @@ def test_an_unknown_task_names_the_valid_ones(tmp_path: Path) -> None:
 
 
 def test_candidates_are_read() -> None:
-    found = read_candidates(("a=runs/a", "b=runs/b@oracle"))
-    assert found == [Candidate("a", "runs/a"), Candidate("b", "runs/b", "oracle")]
+    found = read_candidates(("a=runs/a", "b=runs/b@oracle"))  # its former name
+    assert found == [Candidate("a", "runs/a"), Candidate("b", "runs/b", "best_route")]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_a_dense_backbone_has_no_experts_to_choose_from(runs: Runs, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-# --- the oracle -----------------------------------------------------------------------------------
+# --- the best route -----------------------------------------------------------------------------------
 
 
 def as_scores(correct: np.ndarray) -> list[list[np.ndarray]]:
@@ -151,17 +152,17 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((scores.argmax(axis=1) == labels).mean())
 
 
-def test_the_oracle_finds_a_route_that_is_better_everywhere() -> None:
+def test_best_route_finds_a_route_that_is_better_everywhere() -> None:
     correct = np.random.default_rng(0).random((4, 3, 2000)) < 0.5
     correct[2] = np.random.default_rng(1).random((3, 2000)) < 0.7
-    values = oracle_values(as_scores(correct), accuracy, np.ones(2000, int), 0)
+    values = best_route_values(as_scores(correct), accuracy, np.ones(2000, int), 0)
     np.testing.assert_allclose(values, correct[2].mean(axis=1), atol=1e-9)
 
 
-def test_the_oracle_does_not_win_by_luck() -> None:
+def test_best_route_does_not_win_by_luck() -> None:
     """Routes that are all alike: the best on the images it is scored on would look better."""
     correct = np.random.default_rng(0).random((8, 50, 100)) < 0.5
-    fair = np.mean(oracle_values(as_scores(correct), accuracy, np.ones(100, int), 0))
+    fair = np.mean(best_route_values(as_scores(correct), accuracy, np.ones(100, int), 0))
     assert abs(fair - 0.5) < 0.02
     assert correct.mean(axis=2).max(axis=0).mean() > 0.55
 
@@ -181,7 +182,7 @@ def test_random_routes_are_drawn_anew_for_every_draw(runs: Runs) -> None:
 @pytest.fixture(scope="module")
 def evaluated(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("evaluate")
-    names = [f"moce_{s}={runs.moce}@{s}" for s in ("route", "random", "oracle", "probe")]
+    names = [f"moce_{s}={runs.moce}@{s}" for s in ("route", "random", "best_route", "probe")]
     protocols = ("linear", "knn", "finetune")
     backbones = (f"mae={runs.mae}", f"moce={runs.moce}", f"dense={runs.backbone}", *names)
     evaluate(runs, write_suite(root), root / "out", *backbones, protocols=protocols)
@@ -194,7 +195,7 @@ def rows_of(out: Path) -> list[dict]:
 
 def test_every_task_backbone_and_protocol_has_a_row(evaluated: Path) -> None:
     rows = rows_of(evaluated)
-    assert len(rows) == 2 * (2 * 7 + 4)  # random, oracle and probe are not fine-tuned
+    assert len(rows) == 2 * (2 * 7 + 4)  # random, best_route and probe are not fine-tuned
     assert {row["protocol"] for row in rows} == {"linear", "knn", "finetune"}
     assert all(0 <= value <= 1 for row in rows for value in row["values"])
     probes = [row for row in rows if row["protocol"] != "finetune"]
@@ -215,7 +216,7 @@ def test_confusion_counts_every_test_image_in_every_draw(runs: Runs, evaluated: 
 def test_a_moce_run_says_what_each_task_got(evaluated: Path) -> None:
     rows = {(row["backbone"], row["task"]): row for row in rows_of(evaluated)}
     assert rows["moce_route", "digits"]["choice"]["strategy"] == "route"
-    assert len(rows["moce_oracle", "digits"]["choice"]["routes"]) > 1
+    assert len(rows["moce_best_route", "digits"]["choice"]["routes"]) > 1
     assert len(rows["moce_probe", "digits"]["choice"]["chosen"]) == 2
 
 
@@ -308,13 +309,19 @@ def test_labels_choose_the_candidate_that_separates_them(runs: Runs) -> None:
     assert chosen.strategy == "route"
     assert 1 in chosen.route
     assert chosen.share == pytest.approx(chosen.votes[chosen.route] / sum(chosen.votes.values()))
+    routes = {f"route {route_name(route)}" for route in bank.routes}
+    assert chosen.scores.keys() == {*routes, "merge", "generalist"}
+    assert chosen.scores[f"route {route_name(chosen.route)}"] == max(chosen.scores.values())
 
 
 def test_customize_by_probe_writes_a_backbone(runs: Runs, tmp_path: Path) -> None:
-    customize(runs.moce, runs.task, out=tmp_path / "b", strategy="probe")
+    made = customize(runs.moce, runs.task, out=tmp_path / "b", strategy="probe")
     assert timm.create_model(f"local-dir:{tmp_path}/b", pretrained=True) is not None
     card = json.loads((tmp_path / "b" / "selection.json").read_text())
     assert card["strategy"] in ("route", "merge", "generalist")
+    printed = made.summary()
+    for name, value in card["scores"].items():
+        assert f"{name} {100 * value:.1f} %" in printed
 
 
 def test_choosing_by_labels_needs_two_images_of_a_class(runs: Runs) -> None:
@@ -390,9 +397,9 @@ def test_wrong_sections_are_found_at_once(tmp_path: Path, section, values, messa
         read_suite(write_suite(tmp_path, **{section: values}), Path())
 
 
-def test_the_oracle_needs_enough_images() -> None:
+def test_best_route_needs_enough_images() -> None:
     with pytest.raises(MoceError, match="4 test images"):
-        oracle_values([[np.ones((3, 2))]], accuracy, np.ones(3, int), 0)
+        best_route_values([[np.ones((3, 2))]], accuracy, np.ones(3, int), 0)
 
 
 def test_draws_of_labels_are_distinct_between_seeds() -> None:

@@ -349,6 +349,11 @@ def test_customized_vit_is_trainable_and_equals_the_folder(runs) -> None:
     assert_close(vit.eval()(images), folder(images), atol=1e-5, rtol=1e-5)
     assert all(p.requires_grad for name, p in vit.named_parameters() if name != "pos_embed")
     assert type(vit) is timm.models.VisionTransformer
+    classifier = bank.customize(str(runs.task), num_classes=4).eval()
+    assert classifier(images).shape == (4, 4)
+    assert_close(
+        classifier.forward_head(classifier.forward_features(images), pre_logits=True), vit(images)
+    )
 
 
 @pytest.mark.parametrize("images", [[], 7, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), [3]])

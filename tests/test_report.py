@@ -35,11 +35,11 @@ def section_titles(html: str) -> list[str]:
 def demo_rows(bank: Any, task: str = "digits") -> list[dict[str, Any]]:
     """Rows as the demo writes them, for one task."""
     choice = bank.select("demo:digits").to_json()
-    probes = {"mae": 0.5, "mae_plus": 0.6, "moce": 0.7, "random": 0.55, "oracle": 0.72}
+    probes = {"mae": 0.5, "mae_plus": 0.6, "moce": 0.7, "random": 0.55, "best_route": 0.72}
     common = {"task": task, "data": "demo:digits", "metric": "accuracy", "labels": 9}
 
     def row(name: str, protocol: str, values: list[float]) -> dict[str, Any]:
-        selection = name if name in ("random", "oracle") else None
+        selection = name if name in ("random", "best_route") else None
         reference = "moce" if selection else name
         chosen = choice if name == "moce" else None
         return make_row(
@@ -241,7 +241,7 @@ def test_results_with_gaps() -> None:
     results = Results([{**row, "choice": None}])
     assert results.mean("t", "linear", "moce") == pytest.approx(0.6)
     assert results.regret("t", "linear") is None
-    assert results.average("linear", "oracle") is None
+    assert results.average("linear", "best_route") is None
     assert results.backbones("linear") == ["moce"]
 
 

@@ -33,8 +33,8 @@ LOOKS = {
     "moce_probe": Look("MoCE by labels", "#f0e442", "d"),
     "moce_generalist": Look("MoCE, all experts averaged", "#a0522d", "X"),
     "moce_random": METHODS["random_route"],
-    "moce_oracle": METHODS["oracle"],
-    "moce_block_oracle": Look("oracle route, whole blocks", "#005f45", "^"),
+    "moce_oracle": METHODS["best_route"],
+    "moce_block_oracle": Look("best route, whole blocks", "#005f45", "^"),
     "subset": Look("subset", INK, "P"),
 }
 

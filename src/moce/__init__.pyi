@@ -17,6 +17,7 @@ from moce.commands.headroom import HeadroomResult
 from moce.commands.pack import PackResult
 from moce.commands.pretrain import PretrainResult
 from moce.commands.probe import ProbeResult
+from moce.commands.push import PushResult
 from moce.commands.report import ReportResult
 from moce.commands.train import TrainResult
 from moce.customization.bank import Bank
@@ -304,7 +305,7 @@ def evaluate(
         out (str | Path): folder to write the run to
         backbones (Sequence[str]): what to compare, NAME=REFERENCE each; for a MoCE run also
             NAME=RUN@SELECTION, one of auto, route, merge, generalist, probe (by labels), random
-            (route), oracle (best route)
+            (route), best_route (on the other half of the test images)
         seed (int, default 0): seed of all random numbers
         device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
         precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
@@ -368,6 +369,14 @@ def finetune(
     data: Data,
     *,
     out: str | Path,
+    task: Literal["classify", "detect", "segment"] | None = None,
+    annotations: str | Path | None = None,
+    image_size: int | None = None,
+    jitter: Sequence[float] = (),
+    window: int = 0,
+    freeze: bool = False,
+    masks: bool = True,
+    head_args: dict[str, Any] = {},
     cache_on_gpu: bool = True,
     seed: int = 0,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -392,6 +401,7 @@ def finetune(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     num_labels: int | None = None,
     draw: int = 0,
@@ -406,7 +416,7 @@ def finetune(
     cutmix: float = 1.0,
     smoothing: float = 0.1,
 ) -> FinetuneResult:
-    """Train a backbone end to end on a labeled task.
+    """Train a backbone end to end on a labeled task: to classify, to detect or to segment.
 
     Args:
         backbone (str | Path): backbone: a customized folder, an MAE run folder or a timm name (not
@@ -414,6 +424,22 @@ def finetune(
         data (Data): labeled images: class folders (train/ and test/ if split), or another source
             with labels
         out (str | Path): folder to write the run to
+        task (Literal['classify', 'detect', 'segment'] | None, default None): what to train for:
+            classify, detect (boxes, and masks if there are any) or segment (a class for every
+            pixel) (default: what the labels say)
+        annotations (str | Path | None, default None): where the boxes or masks are, if not beside
+            the images: a COCO JSON file or a folder
+        image_size (int | None, default None): side in pixels of the square that the network sees;
+            position embeddings are resampled (default: 1024 to detect, 512 to segment)
+        jitter (Sequence[float], default ()): least and greatest factor by which images are resized
+            before they are cropped to image_size (default: 0.1,2 to detect, 0.5,2 to segment)
+        window (int, default 0): side in patches of the windows to which all blocks but four
+            restrict attention (0: none); has to divide the grid of patches
+        freeze (bool, default False): train the head only, on frozen features
+        masks (bool, default True): learn masks, too, where the labels have them
+        head_args (dict[str, Any], default {}): of the head; detect: dim (256), scales of the
+            pyramid ([4, 2, 1, 0.5]), anchor_scale (8, side of an anchor over the stride of its
+            level), depth (4, convolutions); segment: kind (upernet or linear), dim (512)
         cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
             the GPU if they take at most a quarter of its free memory
         seed (int, default 0): seed of all random numbers
@@ -445,7 +471,10 @@ def finetune(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         num_labels (int | None, default None): labeled images to train on (default: all)
         draw (int, default 0): which random draw of the labels, as numbered by moce probe
         metric (Literal['accuracy', 'mean_per_class', 'map11'] | None, default None): accuracy,
@@ -504,6 +533,7 @@ def headroom(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     num_groups: int = 4,
 ) -> HeadroomResult:
@@ -560,7 +590,10 @@ def headroom(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         num_groups (int, default 4): groups of clusters, each trained on alone
     """
 
@@ -622,6 +655,7 @@ def pretrain(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     model: str = "vit_base_patch16_224",
     model_args: dict[str, Any] = {},
@@ -676,7 +710,10 @@ def pretrain(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         model (str, default 'vit_base_patch16_224'): encoder: any plain timm ViT
         model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
             "depth": 6}
@@ -759,6 +796,18 @@ def probe(
         overwrite (bool, default False): replace the contents of the output folder
     """
 
+def push(
+    folder: str | Path, repo: str, *, private: bool = False, license: str | None = None
+) -> PushResult:
+    """Push an exported folder, with its card, to the Hugging Face hub.
+
+    Args:
+        folder (str | Path): folder of moce customize or moce export
+        repo (str): name on the hub: ORGANIZATION/NAME
+        private (bool, default False): only for the organization's members
+        license (str | None, default None): license of the weights, for the card, e.g. cc-by-nc-4.0
+    """
+
 def report(
     *runs: str | Path, out: str | Path = "report.html", max_images: int = 12
 ) -> ReportResult:
@@ -805,6 +854,7 @@ def train(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     clusters: str | Path | None = None,
     method: Literal["moce", "mae", "token_moe", "sdr", "subset"] = "moce",
@@ -876,7 +926,10 @@ def train(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         clusters (str | Path | None, default None): run folder of moce cluster (not for methods mae
             and token_moe)
         method (Literal['moce', 'mae', 'token_moe', 'sdr', 'subset'], default 'moce'): moce:

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import shtab
 from pydantic.fields import FieldInfo
 
 from moce.commands.registry import COMMANDS, Command
@@ -24,6 +25,7 @@ from moce.runtime.signals import terminable
 
 FAILED, MISTAKE = 1, 2
 INTERRUPTED = 128  # plus the number of the signal, as shells report it
+ALONE_FLAGS = ("-h", "--help", "--version", "--print-completion")  # flags without a command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -153,7 +155,8 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
-        if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+        first = words[0].partition("=")[0] if words else ""
+        if first.startswith("-") and first not in ALONE_FLAGS:
             self.error(f"expected a command before {words[0]}")
         options, unknown = self.parse_known_args(words, namespace)
         if unknown:
@@ -183,6 +186,9 @@ def build_parser() -> argparse.ArgumentParser:
         "See it all at once: moce demo",
     )
     parser.add_argument("--version", action="version", version=f"moce {version('moce')}")
+    shtab.add_argument_to(
+        parser, "--print-completion", help="print the completion script of a shell and exit"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for command in COMMANDS.values():
         summary = (command.settings.__doc__ or "").strip()
@@ -205,16 +211,24 @@ def _add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
         if name in command.positional:
             many = "*" if typing.get_origin(field.annotation) is tuple else None
             # Optional here, because a recipe may give it; the settings class requires it.
-            parser.add_argument(name, metavar=name.upper(), nargs=many or "?", help=_help(field))
+            added = parser.add_argument(
+                name, metavar=name.upper(), nargs=many or "?", help=_help(field)
+            )
+            added.complete = shtab.FILE  # type: ignore[attr-defined]
         elif field.annotation is bool:
             action = argparse.BooleanOptionalAction
             parser.add_argument(flag(name), dest=name, action=action, help=_help(field))
         else:
-            parser.add_argument(flag(name), dest=name, metavar=_metavar(field), help=_help(field))
+            added = parser.add_argument(
+                flag(name), dest=name, metavar=_metavar(field), help=_help(field)
+            )
+            if _holds(field, Path):
+                added.complete = shtab.FILE  # type: ignore[attr-defined]
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument(
+    recipe = parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML recipe of settings; flags override it"
     )
+    recipe.complete = shtab.FILE  # type: ignore[attr-defined]
 
 
 def _help(field: FieldInfo) -> str:

@@ -15,14 +15,21 @@ from moce.config import AdaptationSettings, CustomizeSettings
 from moce.config.usage import check_used
 from moce.customization.adaptation import ADAPTATION, CHECKS, Adaptation, adapt, default_steps
 from moce.customization.bank import Bank, load
-from moce.customization.model_card import adaptation_facts, write_choice, write_with_card
+from moce.customization.model_card import (
+    adaptation_facts,
+    scores_facts,
+    share_of_votes,
+    similarity_fact,
+    write_choice,
+    write_with_card,
+)
 from moce.customization.related_images import RelatedImages
 from moce.customization.selection import Choice, route_name
 from moce.data.dataset import ImageDataset
 from moce.data.divide import learning_rows, voting_rows
 from moce.data.load import chosen_samples, load_images
 from moce.data.readers.sample import Sample
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.evaluation.evaluator import choose_by_probe
 from moce.evaluation.task import load_task
 from moce.inference.assign import clustered_images
@@ -68,12 +75,14 @@ class CustomizeResult:
 
 
 def _choice_lines(choice: Choice) -> list[str]:
-    votes = [f"route {route_name(route)}: {n} images" for route, n in choice.votes.items()]
+    votes = [
+        f"route {route_name(route)}: {counted(n, 'image')}" for route, n in choice.votes.items()
+    ]
     return [
         *votes,
-        f"strategy {choice.strategy}; the winner has {choice.share:.0%} of the votes",
-        f"similarity to the clusters {choice.similarity:.3f} "
-        f"(training images: {choice.training_similarity:.3f})",
+        f"strategy {choice.strategy}; the winner has the votes of {share_of_votes(choice)}",
+        similarity_fact(choice),
+        *scores_facts(choice),
     ]
 
 

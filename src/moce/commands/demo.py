@@ -172,7 +172,7 @@ def _evaluation(
     """Probe all backbones on every task, then fine-tune MAE+ and MoCE."""
     out = settings.out
     runs = {name: f"{name}={out / name}" for name in ("mae", "mae_plus", "moce")}
-    routes = (f"{name}={out / 'moce'}@{name}" for name in ("random", "oracle"))
+    routes = (f"{name}={out / 'moce'}@{name}" for name in ("random", "best_route"))
     common = {
         "suite": _write_suite(out / "suite.yaml", tasks, settings),
         "out": out / "evaluation",

@@ -35,7 +35,7 @@ from moce.weights.export import Model
 from moce.weights.from_runs import Backbone
 
 TABLE, ABOUT = "results.md", "evaluation.json"
-PROBE_ONLY = frozenset({"random", "oracle", "probe"})  # selections without a single backbone
+PROBE_ONLY = frozenset({"random", "best_route", "probe"})  # selections without a single backbone
 
 
 @dataclass

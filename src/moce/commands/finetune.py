@@ -53,6 +53,7 @@ class FinetuneResult:
 
 
 def run(settings: FinetuneSettings) -> FinetuneResult:
+    settings = settings.model_copy(update={"task": settings.task or "classify"})
     settings, device = resolve(settings)
     backbone = load_backbone(settings.backbone)
     settings = by_size(settings, backbone.vit)

@@ -9,6 +9,7 @@ could gain, since it has the whole network to itself.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from moce.clustering.grouping import group_clusters
 from moce.commands.setup import read_images, refuse_unused, resolve, start_run
 from moce.config import HeadroomSettings
 from moce.data.dataset import ImageDataset
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.inference.assign import assign_images
 from moce.inference.reconstruction_error import reconstruction_error
 from moce.models.encoder import EncoderSpec
@@ -35,45 +36,57 @@ MOST_HELD_OUT = 4000
 SMALLEST_GROUP = 64  # images
 # Separates runs whose experts gained accuracy from those that did not: see docs/log.md.
 WORTHWHILE = 0.04
+FEWEST_PASSES = 2  # over a group's images, below which both errors are still those of the start
 
 
 @dataclass
 class GroupGain:
     """A group of clusters: held-out errors after training on all images and on the group alone.
 
-    gain: how far training on the group alone lowers the error, as a share; worthwhile: True if an
-    expert is likely to pay for this group.
+    gain: how far training on the group alone lowers the error, as a share; worthwhile: whether an
+    expert is likely to pay for this group, None after too few passes over its images to tell.
     """
 
     images: int
     error_all: float
     error_alone: float
+    passes: float
     gain: float = field(init=False)
-    worthwhile: bool = field(init=False)
+    worthwhile: bool | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.gain = 1 - self.error_alone / self.error_all
-        self.worthwhile = self.gain >= WORTHWHILE
+        self.worthwhile = self.gain >= WORTHWHILE if self.passes >= FEWEST_PASSES else None
 
 
 @dataclass
 class HeadroomResult:
-    """gain: mean over the groups, weighted by their images; worthwhile: for any group; steps: on all images."""
+    """gain: mean over the groups, weighted by their images; worthwhile: for any group, None if too few
+    passes tell of none; steps: on all images.
+    """
 
     run: Path
     groups: list[GroupGain]
     gain: float
     steps: int
-    worthwhile: bool
+    worthwhile: bool | None
 
     def summary(self) -> str:
         lines = [
-            f"group {number}: {group.images} images, error {group.error_all:.4f} trained on all, "
+            f"group {number}: {counted(group.images, 'image')}, seen {group.passes:.1f} times, error "
+            f"{group.error_all:.4f} trained on all, "
             f"{group.error_alone:.4f} alone ({100 * group.gain:+.1f} %)"
             f"{': experts are likely to pay' if group.worthwhile else ''}"
             for number, group in enumerate(self.groups)
         ]
-        if not self.worthwhile:
+        passes = min(group.passes for group in self.groups)
+        if passes < FEWEST_PASSES:
+            enough = math.ceil(self.steps * FEWEST_PASSES / passes)
+            lines.append(
+                f"no verdict: after {passes:.1f} passes over a group's images the errors tell too "
+                f"little; from {FEWEST_PASSES} on they do: --steps {enough}"
+            )
+        elif not self.worthwhile:
             lines.append(
                 "experts are unlikely to pay yet: training on all images is as good for the groups (a "
                 "smaller model, longer pre-training or more diverse images could change that)"
@@ -114,13 +127,16 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
     for number in range(settings.num_groups):
         mine = group_of == number
         rows = seen[mine[seen]]
-        alone = trainer.train(f"group{number}", rows, max(1, round(steps * len(rows) / len(seen))))
+        own_steps = max(1, round(steps * len(rows) / len(seen)))
+        alone = trainer.train(f"group{number}", rows, own_steps)
         test = held[mine[held]]
         errors = trainer.error(on_all, test), trainer.error(alone, test)
-        groups.append(GroupGain(int(mine.sum()), *errors))
+        passes = own_steps * settings.batch_size / len(rows)
+        groups.append(GroupGain(int(mine.sum()), *errors, passes))
     total = sum(group.images for group in groups)
     gain = sum(group.gain * group.images for group in groups) / total
-    worthwhile = any(group.worthwhile for group in groups)
+    told = [group.worthwhile for group in groups if group.worthwhile is not None]
+    worthwhile = any(told) if told else None
     result = HeadroomResult(settings.out, groups, gain, steps, worthwhile)
     write_json(settings.out / "results.json", {**asdict(result), "run": str(settings.out)})
     return result

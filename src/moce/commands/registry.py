@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moce.commands.pack import PackResult
     from moce.commands.pretrain import PretrainResult
     from moce.commands.probe import ProbeResult
+    from moce.commands.push import PushResult
     from moce.commands.report import ReportResult
     from moce.commands.train import TrainResult
 
@@ -172,6 +173,13 @@ def customize(settings: config.CustomizeSettings) -> CustomizeResult:
 )
 def export(settings: config.ExportSettings) -> ExportResult:
     from moce.commands.export import run
+
+    return run(settings)
+
+
+@command(config.PushSettings, ("folder", "repo"), "moce push backbones/birds my-name/birds")
+def push(settings: config.PushSettings) -> PushResult:
+    from moce.commands.push import run
 
     return run(settings)
 

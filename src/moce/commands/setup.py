@@ -34,6 +34,7 @@ from moce.runs.resume import (
 )
 from moce.runtime import device
 from moce.runtime.progress import log
+from moce.training.loggers import check_loggers
 
 R = TypeVar("R", bound=RunSettings)
 
@@ -59,6 +60,7 @@ def resolve(settings: R) -> tuple[R, torch.device]:
     if resumes(settings):
         settings, resumed = recorded_settings(settings), True
     check_used(settings, asked)
+    check_loggers(getattr(settings, "loggers", ()))
     where, precision = prepare(settings)
     settings = settings.model_copy(update={"device": where.type, "precision": precision})
     if resumed:

@@ -6,6 +6,7 @@ validates values against them. Nothing heavy is imported, so that `moce --help` 
 
 from moce.config.base import (
     ClusterPooling,
+    LoggerName,
     Metric,
     Role,
     RunSettings,
@@ -15,6 +16,7 @@ from moce.config.base import (
     TrainingSettings,
     expand,
 )
+from moce.config.dense import DetectorHead, SegmenterHead
 from moce.config.evaluation import EmbedSettings, EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.pipeline import (
     AdaptationSettings,
@@ -31,6 +33,7 @@ from moce.config.tools import (
     DoctorSettings,
     ExportSettings,
     PackSettings,
+    PushSettings,
     ReportSettings,
 )
 
@@ -47,6 +50,7 @@ __all__ = [
     "ConvertSettings",
     "CustomizeSettings",
     "DemoSettings",
+    "DetectorHead",
     "DoctorSettings",
     "EmbedSettings",
     "EvaluateSettings",
@@ -54,14 +58,17 @@ __all__ = [
     "FileSettings",
     "FinetuneSettings",
     "HeadroomSettings",
+    "LoggerName",
     "Metric",
     "PackSettings",
     "PretrainSettings",
     "ProbeSettings",
+    "PushSettings",
     "ReportSettings",
     "Role",
     "RunSettings",
     "RuntimeSettings",
+    "SegmenterHead",
     "Settings",
     "Strategy",
     "TrainSettings",

@@ -87,6 +87,7 @@ GateScale = Literal["straight_through", "prob"]
 GateInit = Literal["centroids", "random"]
 BalanceScope = Literal["dataset", "batch"]
 Processes = Literal["auto", "ddp", "fsdp"]
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 Pooling = Literal["mean", "cls"]
 ClusterPooling = Literal["mean", "cls", "pixels"]
 CentroidUpdate = Literal["hard", "soft"]
@@ -188,4 +189,16 @@ class TrainingSettings(RunSettings, CacheSettings):
         20, "steps between lines of metrics.jsonl and timings.jsonl", may_change=True
     )
     save_every: Count = setting(500, "steps between checkpoints", may_change=True)
-    tensorboard: bool = setting(False, "also write TensorBoard events")
+    logger: tuple[LoggerName, ...] = setting(
+        (),
+        "also log to tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow "
+        "(MLFLOW_TRACKING_URI, or mlflow.db beside the run); several with commas",
+        may_change=True,
+    )
+    tensorboard: bool = setting(False, "the same as --logger tensorboard", may_change=True)
+
+    @property
+    def loggers(self) -> tuple[LoggerName, ...]:
+        """Every logger that was asked for, once."""
+        old: tuple[LoggerName, ...] = ("tensorboard",) if self.tensorboard else ()
+        return tuple(dict.fromkeys((*self.logger, *old)))

@@ -29,6 +29,7 @@ from moce.config.base import (
     RunSettings,
     TrainingSettings,
 )
+from moce.config.dense import CLASSIFY, DenseTaskSettings
 from moce.config.facts import GIVEN, setting
 
 BY_SGD: dict[str, tuple[str, ...]] = {"kind": ("linear",), "solver": ("sgd",)}
@@ -118,14 +119,15 @@ class ProbeSettings(DataSettings):
     )
 
 
-class FinetuneSettings(TrainingSettings):
-    """Train a backbone end to end on a labeled task."""
+class FinetuneSettings(TrainingSettings, DenseTaskSettings):
+    """Train a backbone end to end on a labeled task: to classify, to detect or to segment."""
 
     # The defaults are MAE's for ViT-B, and used for smaller encoders too. `by_size` in
-    # evaluation/finetune.py changes some of them for larger encoders, unless they are given.
+    # evaluation/finetune.py changes some of them for larger encoders, unless they are given;
+    # `by_task` in dense/recipe.py those of detection and segmentation.
 
     proofs = frozenset({"results.json"})  # of moce 0.1.0
-    files = EXPORTED | {"rows.jsonl"}
+    files = EXPORTED | {"rows.jsonl", "network.py", "examples.png"}
 
     backbone: Reference = setting(description=BACKBONE, input="weights")
     data: Data = setting(description=LABELED, input="images")
@@ -135,7 +137,13 @@ class FinetuneSettings(TrainingSettings):
     draw: Index = setting(
         0, "which random draw of the labels, as numbered by moce probe", set_by_evaluate=True
     )
-    metric: Metric | None = METRIC
+    metric: Metric | None = setting(
+        None,
+        "accuracy, mean_per_class or map11 (default: map11 where an image can have several labels, "
+        "else accuracy)",
+        set_by_evaluate=True,
+        used_with=CLASSIFY,
+    )
     epochs: Positive = setting(100, "passes over the images, fractions allowed; 50 from ViT-L on")
     batch_size: Count = setting(1024, "images per optimizer step, over all micro-batches")
     micro_batch_size: Count | None = setting(
@@ -150,6 +158,7 @@ class FinetuneSettings(TrainingSettings):
         "base_lr values to choose from: each is trained on some of the training images and scored "
         "on the rest, then the best is trained on all of them",
         replaces="base_lr",
+        used_with=CLASSIFY,
     )
     val_share: OpenFraction = setting(
         0.2,
@@ -170,14 +179,17 @@ class FinetuneSettings(TrainingSettings):
     rand_augment: str = setting(
         "rand-m9-mstd0.5-inc1",
         "timm's RandAugment policy, applied image by image on the CPU ('': off)",
+        used_with=CLASSIFY,
     )
     random_erasing: Fraction = setting(
-        0.25, "probability that a rectangle of an image is replaced by noise"
+        0.25, "probability that a rectangle of an image is replaced by noise", used_with=CLASSIFY
     )
-    mixup: NonNegative = setting(0.8, "mixup alpha (0: off)")
-    cutmix: NonNegative = setting(1.0, "cutmix alpha (0: off)")
-    smoothing: Fraction = setting(0.1, "label smoothing (one label per image)")
-    crop_scale: Fraction = setting(0.08, "smallest random crop, as a share of the image's area")
+    mixup: NonNegative = setting(0.8, "mixup alpha (0: off)", used_with=CLASSIFY)
+    cutmix: NonNegative = setting(1.0, "cutmix alpha (0: off)", used_with=CLASSIFY)
+    smoothing: Fraction = setting(0.1, "label smoothing (one label per image)", used_with=CLASSIFY)
+    crop_scale: Fraction = setting(
+        0.08, "smallest random crop, as a share of the image's area", used_with=CLASSIFY
+    )
 
 
 class EvaluateSettings(RunSettings):
@@ -192,8 +204,8 @@ class EvaluateSettings(RunSettings):
     )
     backbones: Annotated[tuple[str, ...], Field(min_length=1)] = setting(
         description="what to compare, NAME=REFERENCE each; for a MoCE run also NAME=RUN@SELECTION, "
-        "one of auto, route, merge, generalist, probe (by labels), random (route), oracle (best "
-        "route)",
+        "one of auto, route, merge, generalist, probe (by labels), random (route), best_route "
+        "(on the other half of the test images)",
         may_change=True,
     )
     protocols: tuple[Protocol, ...] = setting(

@@ -1,4 +1,4 @@
-"""Settings of pack, convert, export, report, demo and doctor."""
+"""Settings of pack, convert, export, push, report, demo and doctor."""
 
 from __future__ import annotations
 
@@ -94,6 +94,15 @@ class ExportSettings(FileSettings):
         "route", "of a MoCE run: one route, or all experts averaged (generalist)"
     )
     overwrite: bool = setting(False, "replace the contents of the output folder")
+
+
+class PushSettings(Settings):
+    """Push an exported folder, with its card, to the Hugging Face hub."""
+
+    folder: Folder = setting(description="folder of moce customize or moce export")
+    repo: str = setting(description="name on the hub: ORGANIZATION/NAME")
+    private: bool = setting(False, "only for the organization's members")
+    license: str | None = setting(None, "license of the weights, for the card, e.g. cc-by-nc-4.0")
 
 
 class ConvertSettings(Settings):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -148,14 +147,21 @@ class Bank:
         return dense
 
     def customize(
-        self, images: object, strategy: str = "auto", **options: Any
+        self,
+        images: object,
+        strategy: str = "auto",
+        threshold: float = 0.9,
+        assign: str = "balanced",
+        batch_size: int = 256,
+        num_classes: int = 0,
     ) -> VisionTransformer:
         """A timm ViT for the task that returns one feature per image, [b, d], ready to fine-tune.
 
-        options: as for `select`. `timm.data.resolve_model_data_config` gives its preprocessing.
+        num_classes: of a new head, which then returns logits, [b, num_classes]; the others are as for
+        `select`. `timm.data.resolve_model_data_config` gives its preprocessing.
         """
-        encoder = self.backbone(self.select(images, strategy, **options))
-        return pooled(encoder, self.encoder_spec)
+        encoder = self.backbone(self.select(images, strategy, threshold, assign, batch_size))
+        return pooled(encoder, self.encoder_spec, num_classes=num_classes)
 
 
 def load(run: str | Path) -> Bank:

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from moce.config.base import Format
 from moce.customization.adaptation import Adaptation
-from moce.customization.selection import Choice, route_name
+from moce.customization.selection import FOREIGN, Choice, route_name
+from moce.errors import counted
 from moce.runs.files import write_json, write_text
 from moce.weights.export import Model, write_model_folder
 
@@ -36,10 +37,10 @@ def write_choice(
     facts = [
         f"source: {source.name}",
         f"strategy: {choice.strategy}",
-        f"route: {route_name(choice.route)} ({choice.share:.0%} of the task's images)",
+        experts_fact(choice),
         f"clusters: {clusters_of(choice)}",
-        f"similarity to the clusters: {choice.similarity:.3f} "
-        f"(training images: {choice.training_similarity:.3f})",
+        similarity_fact(choice),
+        *scores_facts(choice),
         *further_facts,
     ]
     snippet = write_with_card(folder, kind, model, title, facts)
@@ -47,15 +48,48 @@ def write_choice(
     return snippet
 
 
+def experts_fact(choice: Choice) -> str:
+    """Which experts a choice takes; only strategy route takes those of one route."""
+    if choice.strategy == "route":
+        return f"route: {route_name(choice.route)} ({share_of_votes(choice)})"
+    voted = counted(sum(count > 0 for count in choice.votes.values()), "route")
+    by = f"the task's votes for {voted}" if choice.strategy == "merge" else "their training images"
+    return f"experts: all, averaged by {by}"
+
+
+def share_of_votes(choice: Choice) -> str:
+    """The winner's share, and how exactly so many images tell it."""
+    low, high = choice.share_by_chance
+    images = counted(sum(choice.votes.values()), "image")
+    return f"{choice.share:.0%} of {images}, by chance {low:.0%} to {high:.0%}"
+
+
+def similarity_fact(choice: Choice) -> str:
+    """The similarity of a task's images to the clusters, and from when on they are unlike them."""
+    return (
+        f"similarity to the clusters: {choice.similarity:.3f} (training images: "
+        f"{choice.training_similarity:.3f}), {choice.distance:.1f} times as far from the centroids; "
+        f"over {FOREIGN:g} times, auto takes the average of all experts"
+    )
+
+
+def scores_facts(choice: Choice) -> list[str]:
+    """What strategy probe has compared, best first."""
+    ranked = sorted(choice.scores.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} {100 * score:.1f} %" for name, score in ranked)
+    return [f"cross-validated on the labels: {shown}"] if ranked else []
+
+
 def adaptation_facts(adaptation: Adaptation) -> list[str]:
     """What a card says of an adaptation."""
     facts = [
-        f"adapted: {adaptation.steps} steps on {adaptation.task_images} task images and "
-        f"{adaptation.pool_images} related ones"
+        f"adapted: {counted(adaptation.steps, 'step')} on "
+        f"{counted(adaptation.task_images, 'task image')} and "
+        f"{counted(adaptation.pool_images, 'related one')}"
     ]
     if adaptation.error_before is not None and adaptation.error_after is not None:
         facts.append(
-            f"reconstruction error of {adaptation.held_out} held-out task images: "
+            f"reconstruction error of {counted(adaptation.held_out, 'held-out task image')}: "
             f"{adaptation.error_before:.4f} before, {adaptation.error_after:.4f} after"
         )
     return facts

@@ -6,7 +6,8 @@ clusters is a vote among routes (arXiv 2402.05382, section 3.3).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class Choice:
     cluster_histogram: images per cluster; similarity: mean cosine similarity of the images to
     their centroids, training_similarity the training images' own; strategy: route, merge or
     generalist (never auto); shares, gains: [blocks, E], weight and output scale of every expert;
-    gain_spread: standard deviation of the winner's scale over its clusters, per block (0: exact).
+    gain_spread: standard deviation of the winner's scale over its clusters, per block (0: exact);
+    scores: of strategy probe, every candidate's cross-validated score, 0..1.
     """
 
     route: Route
@@ -40,6 +42,21 @@ class Choice:
     shares: list[list[float]]
     gains: list[list[float]]
     gain_spread: list[float]
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def distance(self) -> float:
+        """How far the images lie from their centroids, in distances of the training images."""
+        return (1 - self.similarity) / max(1 - self.training_similarity, 1e-6)
+
+    @property
+    def share_by_chance(self) -> tuple[float, float]:
+        """The shares, of all such images, that these votes allow for: Wilson's interval at 95 %."""
+        count, z = sum(self.votes.values()), 1.96
+        middle = self.share + z**2 / (2 * count)
+        reach = z * math.sqrt(self.share * (1 - self.share) / count + (z / (2 * count)) ** 2)
+        low, high = ((middle + side * reach) / (1 + z**2 / count) for side in (-1, 1))
+        return max(0.0, low), min(1.0, high)
 
     def to_json(self) -> dict[str, Any]:
         """The choice as JSON values; routes as in 2-0."""

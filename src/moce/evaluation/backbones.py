@@ -1,7 +1,7 @@
 """NAME=PATH@SELECTION: the backbones that an evaluation compares.
 
 A MoCE run is customized for every task: by a strategy of `moce customize`, by a random route, by the
-best route (oracle) or by the labels (probe).
+best route (cross-fitted) or by the labels (probe).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import get_args
 from moce.config import Strategy, expand
 from moce.customization.bank import Bank, load
 from moce.errors import MoceError
+from moce.evaluation.results import SELECTIONS_BEFORE
 from moce.weights.from_runs import Backbone, holds_moce, load_backbone
 
-SELECTIONS: tuple[str, ...] = (*get_args(Strategy), "random", "oracle")
+SELECTIONS: tuple[str, ...] = (*get_args(Strategy), "random", "best_route")
 NAME = re.compile(r"\w[\w.+-]*")  # names become folders and columns
 
 
@@ -45,6 +46,7 @@ def _read_candidate(text: str) -> Candidate:
         reference, _, selection = reference.rpartition("@")
     if not (NAME.fullmatch(name) and equals and reference):
         raise MoceError(f"backbone '{text}' is not NAME=PATH or NAME=PATH@SELECTION")
+    selection = SELECTIONS_BEFORE.get(selection or "", selection)
     if selection is not None and selection not in SELECTIONS:
         raise MoceError(f"backbone '{text}': @{selection} is not one of {', '.join(SELECTIONS)}")
     return Candidate(name, reference, selection)

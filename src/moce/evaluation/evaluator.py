@@ -17,7 +17,7 @@ from moce.data.dataset import ImageDataset
 from moce.errors import MoceError
 from moce.evaluation.metrics import confusion_counts, score
 from moce.evaluation.probe import build_probe, choose_pooling
-from moce.evaluation.routes import candidate_routes, oracle_values, random_routes
+from moce.evaluation.routes import best_route_values, candidate_routes, random_routes
 from moce.evaluation.sgd_probe import FrozenEncoder
 from moce.evaluation.sklearn_probe import cross_validated
 from moce.evaluation.task import Task, draw_labels
@@ -55,7 +55,7 @@ class Evaluator:
             draw_labels(task.train_labels, settings.num_labels, settings.seed, number)
             for number in range(settings.draws)
         ]
-        # By MoCE run and route, for all draws: random, oracle and strategies share routes.
+        # By MoCE run and route, for all draws: random, best and chosen ones share routes.
         self._route_cache: dict[tuple[str, Route], list[np.ndarray]] = {}
 
     def probe(
@@ -63,15 +63,15 @@ class Evaluator:
     ) -> Outcome:
         """Probe a backbone, or the backbones that a MoCE run gives for this task.
 
-        selection: how to customize a bank: a strategy, random, oracle or probe. reference: names the
+        selection: how to customize a bank: a strategy, random, best_route or probe. reference: names the
         bank, so that each of its routes is probed only once.
         """
         if isinstance(model, Backbone):
             return self._outcome(self._scores(model))
         if selection == "random":
             return self._random(model, reference)
-        if selection == "oracle":
-            return self._oracle(model, reference)
+        if selection == "best_route":
+            return self._best_route(model, reference)
         if selection == "probe":
             return self._by_labels(model)
         choice = model.select(self.task.train, selection or "auto")
@@ -106,12 +106,12 @@ class Evaluator:
         scores = [self._route_scores(bank, reference, r)[n] for n, r in enumerate(routes)]
         return self._outcome(scores, {"chosen": [route_name(route) for route in routes]})
 
-    def _oracle(self, bank: Bank, reference: str) -> Outcome:
+    def _best_route(self, bank: Bank, reference: str) -> Outcome:
         """The best route; `choice` holds the mean value of each."""
         routes = candidate_routes(bank)
         scores = [self._route_scores(bank, reference, route) for route in routes]
         labels = self.task.test_labels
-        values = oracle_values(scores, partial(score, self.metric), labels, self.settings.seed)
+        values = best_route_values(scores, partial(score, self.metric), labels, self.settings.seed)
         by_route = {
             route_name(route): float(np.mean([score(self.metric, s, labels) for s in of_route]))
             for route, of_route in zip(routes, scores, strict=True)
@@ -144,7 +144,8 @@ def choose_by_probe(
     """The choice whose frozen features classify the labeled images best in cross-validation.
 
     Compares the most used routes, the merge by the task's votes and the generalist; a tie goes to the
-    first, in the order of the task's votes. Raises TooFewLabels if a class has one image.
+    first, in the order of the task's votes. The choice has the scores of all. Raises TooFewLabels if
+    a class has one image.
     """
     merged = bank.select(images, "merge")
     total = sum(merged.votes.values())
@@ -174,4 +175,11 @@ def choose_by_probe(
             raise TooFewLabels("strategy probe needs at least two labeled images of every class")
         return max(found.values())
 
-    return max(choices, key=accuracy)
+    scored = {_name(choice): (accuracy(choice), choice) for choice in choices}
+    _, best = max(scored.values(), key=lambda pair: pair[0])
+    return replace(best, scores={name: score for name, (score, _) in scored.items()})
+
+
+def _name(choice: Choice) -> str:
+    route = f" {route_name(choice.route)}" if choice.strategy == "route" else ""
+    return choice.strategy + route

@@ -13,6 +13,7 @@ from typing import Any
 from moce.runs.files import read_lines, write_text
 
 ROWS = "rows.jsonl"
+SELECTIONS_BEFORE = {"oracle": "best_route"}  # names of earlier versions, and today's
 KEY = ("task", "backbone", "reference", "selection", "protocol")  # identifies a row
 
 
@@ -66,4 +67,6 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def _renamed(row: dict[str, Any]) -> dict[str, Any]:
     """A row with today's names: version 0.1.0 wrote `how` for `selection`."""
-    return {"selection" if name == "how" else name: value for name, value in row.items()}
+    row = {"selection" if name == "how" else name: value for name, value in row.items()}
+    selection = row.get("selection")
+    return {**row, "selection": SELECTIONS_BEFORE.get(str(selection), selection)}

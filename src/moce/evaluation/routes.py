@@ -1,4 +1,4 @@
-"""Random and oracle routes: what a choice of experts is worth."""
+"""Random routes, and the best one: what a choice of experts is worth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moce.customization.selection import Route
 from moce.errors import MoceError
 
 FEWEST_TO_HALVE = 4  # test images
-MOST_ROUTES = 8  # candidates of the oracle and of random draws
+MOST_ROUTES = 8  # candidates for the best and for random routes
 
 
 def candidate_routes(bank: Bank) -> list[Route]:
@@ -26,21 +26,22 @@ def random_routes(bank: Bank, draws: int, seed: int, task: str) -> list[Route]:
     return [routes[int(generator.integers(len(routes)))] for _ in range(draws)]
 
 
-def oracle_values(
+def best_route_values(
     scores: list[list[np.ndarray]],
     metric: Callable[[np.ndarray, np.ndarray], float],
     labels: np.ndarray,
     seed: int,
 ) -> list[float]:
-    """The metric of the best route, [draws]: chosen on one half of the test images, scored on the other.
+    """The metric of the best route, [draws], cross-fitted.
 
-    The mean of both ways round. Choosing and scoring on the same images would let the luckiest route
-    win. scores: [routes][draws] of [m, C] each; metric: from scores and labels to a value; labels: of
-    the m test images. Raises MoceError if there are too few test images.
+    Chosen on one half of the test images and scored on the other; the mean of both ways round.
+    Choosing and scoring on the same images would let the luckiest route win. scores:
+    [routes][draws] of [m, C] each; metric: from scores and labels to a value; labels: of the m test
+    images. Raises MoceError if there are too few test images.
     """
     if len(labels) < FEWEST_TO_HALVE:
         raise MoceError(
-            f"an oracle needs at least {FEWEST_TO_HALVE} test images, not {len(labels)}"
+            f"best_route needs at least {FEWEST_TO_HALVE} test images, not {len(labels)}"
         )
     order = np.random.default_rng(seed).permutation(len(labels))
     if labels.ndim == 1:  # stratify the halves by class

@@ -202,7 +202,8 @@ class MoCE(nn.Module):
         their mean over micro-batches and processes counts them once per step.
 
         Args:
-            images, noise: as in `MAE`.
+            images: as in `MAE`.
+            noise: as in `MAE`.
             clusters: [b] int64, the cluster of every image.
             gate_noise: [gates, K, E] or None, as in `route`.
             counts: [K] images per cluster in the global batch (default: in this one).

@@ -15,7 +15,7 @@ from moce.reporting.style import drawing, expert_color, faded, look_of
 
 PROTOCOLS = {"linear": "Linear probe", "knn": "Nearest neighbors", "finetune": "Fine-tuned"}
 CAPTION = (
-    "In %: mean ± standard deviation over draws of labels. Regret: oracle minus MoCE, in points. Vote: "
+    "In %: mean ± standard deviation over draws of labels. Regret: best route minus MoCE, in points. Vote: "
     "share of the task's images that vote for the winning route."
 )
 
@@ -34,7 +34,8 @@ def results_section(material: Material) -> Section | None:
         blocks.append(_votes_chart(choices))
     lead = (
         "The metric on the test images of every task. Compare MoCE with MAE+, which had the same "
-        "number of steps; the oracle shows what a perfect choice of experts would give."
+        "number of steps; the best route, chosen on one half of the test images and scored on the other, "
+        "shows what a better choice of experts could give."
     )
     return Section("results", "Results", lead, blocks)
 

@@ -33,7 +33,7 @@ METHODS = {
     "mae_plus": Look("MAE+", "#0072b2", "s"),
     "moce": Look("MoCE", "#d55e00", "D"),
     "random_route": Look("random route", "#cc79a7", "X"),
-    "oracle": Look("oracle route", "#009e73", "^"),
+    "best_route": Look("best route, cross-fitted", "#009e73", "^"),
     "unfinished": Look("unfinished", "#b59b00", "v"),
     "classifier": Look("fine-tuned", "#5d4a8a", "P"),
 }

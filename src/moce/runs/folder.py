@@ -21,7 +21,17 @@ from pathlib import Path
 from moce.config import expand, settings_classes
 from moce.errors import MoceError
 from moce.runs.lock import lock_folder
-from moce.runs.model import CONFIG, INFO, METRICS, SKIPPED, STATE, TIMINGS, WEIGHTS
+from moce.runs.model import (
+    CONFIG,
+    INFO,
+    METRICS,
+    SKIPPED,
+    STATE,
+    TENSORBOARD,
+    TIMINGS,
+    WANDB,
+    WEIGHTS,
+)
 from moce.runtime.distributed import barrier
 from moce.runtime.launch import is_rank0
 
@@ -127,7 +137,7 @@ def _is_known(path: Path) -> bool:
     """Whether moce wrote a file, or all of a folder: a run, folders of runs, or nothing."""
     if not path.is_dir():
         return path.name in FILES or path.name.startswith(".")
-    if path.name in (STATE, "tensorboard"):
+    if path.name in (STATE, TENSORBOARD, WANDB):
         return True
     children = list(path.iterdir())
     return _is_run(path) or all(child.is_dir() and _is_known(child) for child in children)

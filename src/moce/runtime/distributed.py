@@ -83,6 +83,15 @@ def run_on_local_rank0(make: Callable[[], T]) -> T:
     return next(value for node, first, value in gathered if first and node == own[0])
 
 
+def all_gather(value: T) -> list[T]:
+    """A picklable value of every process, in the order of their ranks, in all processes."""
+    if not _is_distributed():
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def shard_range(count: int) -> slice:
     """This process's slice of `count` items; sizes differ by at most one between processes."""
     own, size = rank(), world_size()

@@ -58,6 +58,8 @@ def chunk_size(mae: MAE) -> int:
 class MAEObjective(Objective):
     """Masked autoencoding: `moce pretrain`, and the methods mae and subset of `moce train`."""
 
+    images: ImageDataset
+
     def __init__(
         self,
         name: str,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +58,7 @@ class Objective(ABC):
         name: shown beside the progress bar.
         model: the network that is trained, and saved in checkpoints. With FSDP it stays whole, on
             the CPU, and is up to date in diagnostics and after `fit`.
-        images: the training images.
+        images: the training images; an `ImageDataset`, unless `batches` is overridden.
         parameter_groups: for AdamW; `lr_scale` is a factor of the learning rate.
         chunk_size: images per chunk for `ThreadParallel`. None: the loss must not be chunked.
         diagnostics: values to log beside the losses.
@@ -66,7 +66,7 @@ class Objective(ABC):
 
     name: str
     model: nn.Module
-    images: ImageDataset
+    images: Sized
     parameter_groups: list[ParameterGroup]
     chunk_size: int | None = None
     diagnostics: Diagnostics | None = None
@@ -78,6 +78,14 @@ class Objective(ABC):
         Each is a mean over the images, or the same for all micro-batches of the step. `model` is
         `self.model` as it is called in training (wrapped, sharded or a replica).
         """
+
+    def batches(
+        self, order: Iterable[tuple[Tensor, Tensor]], device: torch.device, *, cache_on_gpu: bool
+    ) -> Generator[Any]:
+        """The batch of each (rows, epochs) on `device`, read while the previous ones are used."""
+        assert isinstance(self.images, ImageDataset)
+        images = cached_on_gpu(self.images, device) if cache_on_gpu else self.images
+        return prefetched(images, order, device)
 
     @property
     def uses_mixup(self) -> bool:
@@ -116,9 +124,6 @@ class _Trainer:
     ) -> None:
         self.objective, self.settings, self.folder = objective, settings, settings.out
         self.count = len(objective.images)
-        self.images = (
-            cached_on_gpu(objective.images, device) if settings.cache_on_gpu else objective.images
-        )
         self.total = total_steps(settings, self.count)
         self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
         self.sharded = settings.strategy == "fsdp" and world_size() > 1
@@ -157,7 +162,7 @@ class _Trainer:
         with (
             closing(self._open_log()) as metric_log,
             meter(self.objective.name, self.total, self.done) as progress,
-            closing(prefetched(self.images, rows, self.fabric.device)) as batches,
+            closing(self._batches(rows)) as batches,
             stop_request() as stop,
             self._thread_parallel() as self.thread_parallel,
         ):
@@ -176,10 +181,16 @@ class _Trainer:
                 progress.advance(note)
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
+            metric_log.finish()
         self._finish()
 
+    def _batches(self, rows: Iterable[tuple[Tensor, Tensor]]) -> Generator[Any]:
+        cache = self.settings.cache_on_gpu
+        return self.objective.batches(rows, self.fabric.device, cache_on_gpu=cache)
+
     def _open_log(self) -> MetricLog:
-        return MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
+        settings = self.settings
+        return MetricLog(self.folder, settings.loggers, self.done, settings.model_dump(mode="json"))
 
     def _log(self, metric_log: MetricLog, step: int, rate: float) -> str:
         """Write the row of a step. Returns a summary for the progress bar."""

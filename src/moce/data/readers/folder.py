@@ -1,38 +1,43 @@
-"""Folders of image files, at any depth; folders of .npy files if there are no others."""
+"""Folders of image files, at any depth; folders of parquet or .npy files if there are no others."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from moce.data.decode import Raster, open_encoded
+from moce.data.decode import Raster
 from moce.data.formats import HINTS, suffixes
 from moce.data.readers.left_out import LeftOut
 from moce.data.readers.numpy_arrays import open_array
-from moce.data.readers.sample import Sample, as_text, is_image_name
+from moce.data.readers.parquet import read_parquet_files
+from moce.data.readers.sample import Encoded, Sample, as_text, is_image_name
 from moce.data.readers.splits import place_samples
+from moce.data.readers.storage import local_file
 from moce.errors import MoceError
 
 
-def read_folder(root: Path) -> list[Sample]:
+def read_folder(root: Path) -> Sequence[Sample]:
     """The images in a folder, named by their path in it. Raises MoceError if there are none."""
     left_out = LeftOut(str(root), HINTS)
     files = _files(root, left_out)
     images = [path for path in files if is_image_name(path.name)]
-    opener: Callable[[Path], Raster] = open_encoded
-    if not images:  # next to images, .npy files are usually labels or masks
+    opener: Callable[[Path], Callable[[], Raster]] = Encoded
+    shards = [] if images else [path for path in files if path.suffix == ".parquet"]
+    if not images and not shards:  # next to images, .npy files are usually labels or masks
         images = [path for path in files if path.suffix == ".npy"]
-        opener = open_array
-    used = set(images)
+        opener = partial(partial, open_array)  # picklable openers
+    used = set(images or shards)
     left_out.add_others(path.name for path in files if path not in used)
     left_out.report()
+    if shards:
+        return read_parquet_files([local_file(path) for path in shards])
     if not images:
         known = " ".join(sorted(suffixes()))
-        raise MoceError(f"no images in {root} (looked at any depth for {known} .npy)")
+        raise MoceError(f"no images in {root} (looked at any depth for {known} .parquet .npy)")
     names = [as_text(path.relative_to(root).as_posix()) for path in images]
-    samples = [Sample(n, partial(opener, path)) for n, path in zip(names, images, strict=True)]
+    samples = [Sample(name, opener(path)) for name, path in zip(names, images, strict=True)]
     return place_samples(list(zip(names, samples, strict=True)), str(root), root.resolve().name)
 
 

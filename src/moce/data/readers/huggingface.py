@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moce.data.decode import Raster, open_encoded
 from moce.data.readers.labels import IMAGES, LABELS, SPLITS, column_labels, pick
-from moce.data.readers.sample import Label, Sample, error_line
+from moce.data.readers.sample import Encoded, Label, Sample, error_line
 from moce.data.readers.splits import column_splits
 from moce.errors import MoceError
 
@@ -71,7 +70,8 @@ def _samples(table: Any, part: str, split: str | None, name: str) -> Iterator[Sa
     labels, splits = _labels(table), _splits(table, split, name)
     for row in range(len(table)):
         identity = f"{part}/{row}" if part else str(row)
-        yield Sample(identity, partial(_open_row, encoded, row, column), labels[row], splits[row])
+        opened = Encoded(partial(_read_row, encoded, row, column))
+        yield Sample(identity, opened, labels[row], splits[row])
 
 
 def _splits(table: Any, split: str | None, name: str) -> list[str | None]:
@@ -82,11 +82,11 @@ def _splits(table: Any, split: str | None, name: str) -> list[str | None]:
     return column_splits(table.select_columns(column)[:][column], f"column '{column}' of {name}")
 
 
-def _open_row(table: Any, row: int, column: str) -> Raster:
+def _read_row(table: Any, row: int, column: str) -> bytes:
     value = table[row][column]
     if value is None or not (value["bytes"] or value["path"]):
         raise ValueError("no content")
-    return open_encoded(value["bytes"] or Path(value["path"]))
+    return value["bytes"] or Path(value["path"]).read_bytes()
 
 
 def _labels(table: Any) -> list[Label | None]:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 import re
 import tarfile
+from functools import partial
 from glob import glob
 from pathlib import Path, PurePosixPath
 
-from moce.data.decode import open_encoded
 from moce.data.formats import HINTS
 from moce.data.readers.labels import from_text
 from moce.data.readers.left_out import LeftOut
-from moce.data.readers.sample import Label, Sample, as_text, error_line, is_image_name, refused
+from moce.data.readers.sample import (
+    Encoded,
+    Label,
+    Sample,
+    as_text,
+    error_line,
+    is_image_name,
+    refused,
+)
 from moce.data.readers.splits import last_word, place_samples, source_splits
 from moce.data.readers.tar_keys import LABEL_SUFFIXES, label_names, other_parts
 from moce.errors import MoceError
@@ -155,7 +163,7 @@ def _sample(
     if not member.isreg() or member.issparse():
         return "", refused(identity, "a link or sparse file, not an image")
     name = inside.as_posix()
-    return name, Sample(f"{shard}/{name}", lambda: open_encoded(_read_member(path, member)), label)
+    return name, Sample(f"{shard}/{name}", Encoded(partial(_read_member, path, member)), label)
 
 
 def _read_member(path: Path, member: tarfile.TarInfo) -> bytes:

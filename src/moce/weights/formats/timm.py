@@ -70,9 +70,14 @@ def write_timm_folder(folder: Path, vit: VisionTransformer, spec: EncoderSpec, *
 
 
 def pooled(vit: VisionTransformer, spec: EncoderSpec, **head: Any) -> VisionTransformer:
-    """A timm ViT with the weights of `vit`, with pooling or a head, and its own pretrained_cfg."""
+    """A timm ViT with the weights of `vit`, with pooling or a head, and its own pretrained_cfg.
+
+    A head that `vit` lacks is new.
+    """
     model = spec.build(**{"global_pool": "avg", "fc_norm": False, **head})
-    model.load_state_dict(vit.state_dict())
+    missing, unexpected = model.load_state_dict(vit.state_dict(), strict=False)
+    new = [name for name in missing if not name.startswith("head.")]
+    assert not new and not unexpected, (new, unexpected)  # the architectures are the same
     base: Any = model.pretrained_cfg
     cfg = {name: base.get(name) for name in ARCHITECTURE_CFG}
     cfg |= {
