@@ -296,6 +296,12 @@ def evaluate(
     root: str | Path = ".",
     draws: int | None = None,
     finetune_draws: int = 1,
+    adapt_steps: Literal["auto"] | int = "auto",
+    adapt_data: Data | None = None,
+    adapt_clusters: str | Path | None = None,
+    adapt_pool_share: float = 0.5,
+    adapt_batch_size: int = 128,
+    adapt_lr: float | None = None,
     resume: bool = False,
 ) -> EvaluateResult:
     """Compare backbones, and MoCE runs customized for each task, on a suite of labeled tasks.
@@ -305,7 +311,9 @@ def evaluate(
         out (str | Path): folder to write the run to
         backbones (Sequence[str]): what to compare, NAME=REFERENCE each; for a MoCE run also
             NAME=RUN@SELECTION, one of auto, route, merge, generalist, probe (by labels), random
-            (route), best_route (on the other half of the test images)
+            (route), best_route (on the other half of the test images); NAME=REFERENCE@adapt adapts
+            a masked autoencoder to each task, NAME=RUN@auto+adapt the experts that a strategy
+            chooses
         seed (int, default 0): seed of all random numbers
         device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
         precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
@@ -321,6 +329,16 @@ def evaluate(
         root (str | Path, default '.'): folder that relative paths of the suite start from
         draws (int | None, default None): random draws of the labels (default: the suite's)
         finetune_draws (int, default 1): how many of these draws to fine-tune on
+        adapt_steps (Literal['auto'] | int, default 'auto'): optimizer steps of adaptation (@adapt)
+            on the training images of a task; auto: as moce customize
+        adapt_data (Data | None, default None): pool to adapt on as well: images of the task's
+            clusters are drawn from it
+        adapt_clusters (str | Path | None, default None): run folder of moce cluster, to find
+            related images of the pool (default: a MoCE run's own)
+        adapt_pool_share (float, default 0.5): share of the pool's images in a batch of adaptation
+        adapt_batch_size (int, default 128): images per optimizer step of adaptation
+        adapt_lr (float | None, default None): base learning rate of adaptation per 256 images
+            (default: half of the run's; 7.5e-5 for other weights)
         resume (bool, default False): resume an interrupted evaluation
     """
 
@@ -600,26 +618,35 @@ def headroom(
 def pack(
     data: Data,
     *,
+    out: str | Path | None = None,
+    shorter_side: int | None = None,
+    quality: int = 90,
+    shard_size: int = 500,
     size: str | int | Sequence[int] | None = None,
     channels: int = 3,
-    out: str | Path | None = None,
     overwrite: bool = False,
     verify: bool = False,
     workers: int | None = None,
 ) -> PackResult:
-    """Decode and resize images once, into one file that every command takes as DATA.
+    """Write images, as encoded or as pixels, to few large files that every command takes as DATA.
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
             saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
             separate several by commas, or list them in @FILE, one per line
-        size (str | int | Sequence[int] | None, default None): size in pixels, one number or
-            HEIGHTxWIDTH: the model's input size, or about 1.15 times it for random crops
-        channels (int, default 3): channels of the images, as the encoder takes them: 1 (gray), 3
+        out (str | Path | None, default None): folder to write; with --size, a file such as
+            icons.moce
+        shorter_side (int | None, default None): encode larger images again, as JPEGs of this
+            shorter side in pixels (default: keep all images as they are encoded)
+        quality (int, default 90): quality of these JPEGs
+        shard_size (int, default 500): size of a file in the folder, in MB (10^6 bytes)
+        size (str | int | Sequence[int] | None, default None): write pixels to one file instead,
+            resized and cropped to this size, one number or HEIGHTxWIDTH: for small images of one
+            size
+        channels (int, default 3): channels of the pixels, as the encoder takes them: 1 (gray), 3
             (color) or more
-        out (str | Path | None, default None): file to write, such as photos.moce
-        overwrite (bool, default False): replace the file, and what an interrupted run left
-        verify (bool, default False): read all pixels back and compare checksums (without --out:
+        overwrite (bool, default False): replace the output, and what an interrupted run left
+        verify (bool, default False): read everything back and compare checksums (without --out:
             those of DATA)
         workers (int | None, default None): images decoded at the same time (default: all usable
             cores)

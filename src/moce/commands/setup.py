@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,7 @@ from moce.data.dataset import ImageDataset
 from moce.data.divide import learning_rows
 from moce.data.load import Choose, load_images, temporary_file
 from moce.data.readers.factory import paths_of
+from moce.data.readers.sample import Sample
 from moce.errors import MoceError
 from moce.models.encoder import input_channels, input_size
 from moce.runs.folder import check_folder, open_folder
@@ -152,13 +153,13 @@ def check_file(
 
 def read_images(
     settings: DataSettings,
-    data: str,
+    data: str | Sequence[Sample],
     vit: VisionTransformer,
     choose: Choose | None = learning_rows,
 ) -> ImageDataset:
-    """The images of a DATA argument in the size and channels of an encoder.
+    """The images of a DATA argument, or these, in the size and channels of an encoder.
 
-    choose: which of them; by default those that a model may learn from.
+    choose: which of those of a DATA argument; by default those that a model may learn from.
     """
     return load_images(
         data,
@@ -166,7 +167,7 @@ def read_images(
         pixel_file(settings),
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
-        choose=choose,
+        choose=choose if isinstance(data, str) else None,
     )
 
 

@@ -57,6 +57,7 @@ Positive = Annotated[float, Field(gt=0, le=MOST)]
 NonNegative = Annotated[float, Field(ge=0, le=MOST)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Index = Annotated[int, Field(ge=0, le=2**62)]
+Steps = Literal["auto"] | Count
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Numbers = Accepts("float | Sequence[float]")
 Channels = Annotated[
