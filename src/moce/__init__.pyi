@@ -39,6 +39,7 @@ def cluster(
     cache_on_gpu: bool = True,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -73,6 +74,8 @@ def cluster(
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
         allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
         model (str | None, default None): timm architecture of a weights file (default: inferred
             from tensor shapes)
         model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
@@ -104,7 +107,18 @@ def cluster(
     """
 
 def convert(
-    weights: str | Path, *, out: str | Path, trust_pickle: bool = False, overwrite: bool = False
+    weights: str | Path,
+    *,
+    out: str | Path,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
+    model: str | None = None,
+    model_args: dict[str, Any] = {},
+    img_size: int | None = None,
+    decoder_heads: int | None = None,
+    trust_pickle: bool = False,
+    overwrite: bool = False,
 ) -> ConvertResult:
     """Convert weights of any library that moce reads to one safetensors file.
 
@@ -112,6 +126,19 @@ def convert(
         weights (str | Path): file or folder of weights, or a run of moce
         out (str | Path): file to write, FILE.safetensors, with the names of timm and
             facebookresearch/mae
+        allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
+            e.g. norm.*; they are initialized
+        allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
+        model (str | None, default None): timm architecture of a weights file (default: inferred
+            from tensor shapes)
+        model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
+            {"num_heads": 2}
+        img_size (int | None, default None): image side in pixels for a weights file (default: its
+            own)
+        decoder_heads (int | None, default None): attention heads of the decoder in a weights file
+            (default: 16)
         trust_pickle (bool, default False): read a .pth file by pickle, which can run any code in
             the file
         overwrite (bool, default False): replace the output file
@@ -124,6 +151,7 @@ def customize(
     out: str | Path,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -157,6 +185,8 @@ def customize(
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
         allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
         model (str | None, default None): timm architecture of a weights file (default: inferred
             from tensor shapes)
         model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
@@ -261,8 +291,8 @@ def embed(
     """Write one feature per image to a parquet file: columns id, label, split, embedding.
 
     Args:
-        backbone (str | Path): backbone: a customized folder, an MAE run folder or a timm name (not
-            fine-tuned)
+        backbone (str | Path): backbone: a customized folder, a run of moce pretrain or finetune,
+            weights of another library (a file or a folder) or a timm name
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
             saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
             separate several by commas, or list them in @FILE, one per line
@@ -348,6 +378,7 @@ def export(
     out: str | Path,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -365,6 +396,8 @@ def export(
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
         allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
         model (str | None, default None): timm architecture of a weights file (default: inferred
             from tensor shapes)
         model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
@@ -437,8 +470,8 @@ def finetune(
     """Train a backbone end to end on a labeled task: to classify, to detect or to segment.
 
     Args:
-        backbone (str | Path): backbone: a customized folder, an MAE run folder or a timm name (not
-            fine-tuned)
+        backbone (str | Path): backbone: a customized folder, a run of moce pretrain or finetune,
+            weights of another library (a file or a folder) or a timm name
         data (Data): labeled images: class folders (train/ and test/ if split), or another source
             with labels
         out (str | Path): folder to write the run to
@@ -523,6 +556,7 @@ def headroom(
     clusters: str | Path,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -568,6 +602,8 @@ def headroom(
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
         allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
         model (str | None, default None): timm architecture of a weights file (default: inferred
             from tensor shapes)
         model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
@@ -658,6 +694,7 @@ def pretrain(
     out: str | Path,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
     cache_on_gpu: bool = True,
     seed: int = 0,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -706,6 +743,8 @@ def pretrain(
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
         allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
         cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
             the GPU if they take at most a quarter of its free memory
         seed (int, default 0): seed of all random numbers
@@ -787,8 +826,8 @@ def probe(
     """Score frozen features on a labeled task with a linear or nearest-neighbor classifier.
 
     Args:
-        backbone (str | Path): backbone: a customized folder, an MAE run folder or a timm name (not
-            fine-tuned)
+        backbone (str | Path): backbone: a customized folder, a run of moce pretrain or finetune,
+            weights of another library (a file or a folder) or a timm name
         data (Data): labeled images: class folders (train/ and test/ if split), or another source
             with labels
         seed (int, default 0): seed of all random numbers
@@ -853,6 +892,7 @@ def train(
     out: str | Path,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -914,6 +954,8 @@ def train(
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
         allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
         model (str | None, default None): timm architecture of a weights file (default: inferred
             from tensor shapes)
         model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.

@@ -42,8 +42,8 @@ from moce.models.mae import MAE, MAESpec
 from moce.runs.model import write_skipped
 from moce.runtime.progress import log
 from moce.weights.export import Model, check_format
-from moce.weights.from_runs import holds_moce, load_clusters
-from moce.weights.resolve import moce_run, refuse_given, start_from
+from moce.weights.from_runs import holds_moce, load_clusters, moce_run
+from moce.weights.resolve import refuse_given, start_from
 
 
 @dataclass

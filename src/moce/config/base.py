@@ -74,7 +74,10 @@ IMAGES = (
     "commas, or list them in @FILE, one per line"
 )
 LABELED = "labeled images: class folders (train/ and test/ if split), or another source with labels"
-BACKBONE = "backbone: a customized folder, an MAE run folder or a timm name (not fine-tuned)"
+BACKBONE = (
+    "backbone: a customized folder, a run of moce pretrain or finetune, weights of another library (a "
+    "file or a folder) or a timm name"
+)
 
 EXPORTED = frozenset(  # what a folder for another library may hold
     {"config.json", "README.md", "architecture.json", "model.onnx"}

@@ -116,7 +116,7 @@ class PushSettings(Settings):
     license: str | None = setting(None, "license of the weights, for the card, e.g. cc-by-nc-4.0")
 
 
-class ConvertSettings(Settings):
+class ConvertSettings(FileSettings):
     """Convert weights of any library that moce reads to one safetensors file."""
 
     weights: Folder = setting(

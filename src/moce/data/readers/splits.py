@@ -22,6 +22,8 @@ WORDS = {
     "unlabeled": ("unlabeled", "unlabelled", "unsupervised"),
 }
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
+# In layouts that fix their words: trainval.txt of Pascal VOC repeats train.txt and val.txt.
+PLAIN_SPLITS = {w: SPLIT_OF[w] for w in ("train", "test", "val", "valid", "validation")}
 _ALL_WORDS = "|".join(map(re.escape, sorted(SPLIT_OF, key=len, reverse=True)))
 # "Train", "test2017", "training_set", "01_val", "train images"
 _NAME = re.compile(
