@@ -341,9 +341,9 @@ def evaluate(
         out (str | Path): folder to write the run to
         backbones (Sequence[str]): what to compare, NAME=REFERENCE each; for a MoCE run also
             NAME=RUN@SELECTION, one of auto, route, merge, generalist, probe (by labels), random
-            (route), best_route (on the other half of the test images); NAME=REFERENCE@adapt adapts
-            a masked autoencoder to each task, NAME=RUN@auto+adapt the experts that a strategy
-            chooses
+            (route), best_route and best_strategy (on the other half of the test images);
+            NAME=REFERENCE@adapt adapts a masked autoencoder to each task, NAME=RUN@auto+adapt the
+            experts that a strategy chooses
         seed (int, default 0): seed of all random numbers
         device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
         precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
