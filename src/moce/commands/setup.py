@@ -17,7 +17,8 @@ from moce.config.base import DataSettings
 from moce.config.facts import facts_of
 from moce.config.usage import check_used, explicitly_set, flag
 from moce.data.dataset import ImageDataset
-from moce.data.load import load_images, open_images, temporary_file
+from moce.data.divide import learning_rows
+from moce.data.load import Choose, load_images, open_images, temporary_file
 from moce.data.readers.factory import paths_of
 from moce.data.readers.sample import Sample
 from moce.errors import MoceError
@@ -179,11 +180,13 @@ def read_images(
     settings: DataSettings,
     data: str | Sequence[Sample],
     vit: VisionTransformer,
+    choose: Choose | None = learning_rows,
     *,
     keep_tiny: bool = False,
 ) -> ImageDataset:
     """The images of a DATA argument, or these, in the size and channels of an encoder.
 
+    choose: which of those of a DATA argument; by default those that a model may learn from.
     keep_tiny: see `load_images`.
     """
     return load_images(
@@ -192,6 +195,7 @@ def read_images(
         pixel_file(settings),
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
+        choose=choose if isinstance(data, str) else None,
         keep_tiny=keep_tiny,
     )
 
@@ -215,6 +219,7 @@ def training_images(settings: DataSettings, data: str, vit: VisionTransformer) -
         pixel_file(settings),
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
+        choose=learning_rows,
     )
 
 

@@ -23,7 +23,7 @@ from moce.data.dataset import ImageDataset, Originals
 from moce.data.decode import to_pixels, upright_size
 from moce.data.readers.factory import open_source
 from moce.data.readers.packed import Packed, PixelReader, find_packed
-from moce.data.readers.sample import Sample, error_line
+from moce.data.readers.sample import Label, Sample, error_line
 from moce.data.run_ahead import run_ahead
 from moce.errors import MoceError
 from moce.runtime.distributed import barrier, run_on_local_rank0, world_size
@@ -37,6 +37,7 @@ TINY, MOST_TINY_BYTES = 64, 2**32  # pixels of a side; bytes of a set that is de
 LOOKED_AT = 16  # images, to find out the size of all
 REPORT_EVERY = 32  # images
 BAR_AFTER = 2.0  # seconds
+Choose = Callable[[Sequence[Label | None], Sequence[str | None], str], list[int]]
 T = TypeVar("T")
 Reasons = dict[int, str]  # by row, why an image could not be decoded
 
@@ -49,19 +50,21 @@ def load_images(
     channels: int = 3,
     max_skipped: float = 1.0,
     keep_tiny: bool = False,
+    choose: Choose | None = None,
 ) -> ImageDataset:
     """Decode all images of DATA, resized by the shorter side and center-cropped to `size` (h, w).
 
     Broken images, and those with a wrong number of channels, are skipped and listed. Pixels that do
     not fit into memory go to `pixel_file`, a temporary file. Packed files are not decoded: their
     images keep their size, which must be at least `size`. keep_tiny: images for training, too: if
-    all are tiny and of one size, they keep it. Raises MoceError if no image is readable, more than
-    the share `max_skipped` is not (inf: never), or neither memory nor disk has room.
+    all are tiny and of one size, they keep it. choose: which rows to load, by labels, splits and the
+    name of the source. Raises MoceError if no image is readable, more than the share `max_skipped`
+    is not (inf: never), or neither memory nor disk has room.
     """
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
-        return _from_packed(packed, size, channels)
-    name, samples = _opened(data)
+        return _from_packed(packed, size, channels, choose)
+    name, samples = _opened(data, choose)
     originals = Originals(samples, channels, max_skipped)
     own = _tiny_size(originals, None) if keep_tiny else None
     return _decoded(originals, own or size, pixel_file, name)
@@ -74,6 +77,7 @@ def open_images(
     *,
     channels: int = 3,
     max_skipped: float = 1.0,
+    choose: Choose | None = None,
 ) -> ImageDataset:
     """Images of DATA to train on, in views of `size` (h, w): only listed, and decoded as they are used.
 
@@ -83,8 +87,8 @@ def open_images(
     """
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
-        return _from_packed(packed, size, channels)
-    name, samples = _opened(data)
+        return _from_packed(packed, size, channels, choose)
+    name, samples = _opened(data, choose)
     originals = Originals(samples, channels, max_skipped)
     own = _tiny_size(originals, name)
     if own is not None:
@@ -94,12 +98,15 @@ def open_images(
     return _dataset(originals, None)
 
 
-def _opened(data: str | Sequence[Sample]) -> tuple[str, Sequence[Sample]]:
+def _opened(data: str | Sequence[Sample], choose: Choose | None) -> tuple[str, Sequence[Sample]]:
     """A name of the images for messages, and the images. Raises MoceError if there are none."""
     name = data if isinstance(data, str) else "the list of images"
     samples = open_source(data) if isinstance(data, str) else data
     if not samples:
         raise MoceError(f"no images in {name}")
+    if choose is not None:
+        rows = choose([s.label for s in samples], [s.split for s in samples], name)
+        samples = [samples[row] for row in rows]
     return name, samples
 
 
@@ -146,6 +153,13 @@ def _size(sample: Sample, *, decode: bool, channels: int) -> tuple[int, int]:
         if decode:
             to_pixels(image, (1, 1), channels)
     return size
+
+
+def chosen_samples(data: str, choose: Choose) -> list[Sample]:
+    """The images of DATA that `choose` picks, as in `load_images`, not yet decoded."""
+    samples = open_source(data)
+    rows = choose([s.label for s in samples], [s.split for s in samples], data)
+    return [samples[row] for row in rows]
 
 
 # --- decoding -----------------------------------------------------------------------------------------
@@ -318,7 +332,9 @@ def _decode_once_per_node(
     return pixels, result
 
 
-def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageDataset:
+def _from_packed(
+    packed: Packed, size: tuple[int, int], channels: int, choose: Choose | None
+) -> ImageDataset:
     """The images of a packed file, in memory if they fit, else mapped.
 
     Several processes map it: the system caches it once for all of them.
@@ -335,7 +351,7 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageD
             f"{size[0]}x{size[1]} needed; pack them again with --size {size[0]}x{size[1]} or more"
         )
     in_memory = world_size() == 1 and _fits_in_memory(packed.num_bytes)
-    return ImageDataset(
+    images = ImageDataset(
         packed.tensor(in_memory=in_memory),
         packed.ids,
         packed.labels,
@@ -343,3 +359,6 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageD
         packed.skipped,
         None if in_memory else PixelReader(packed.path, packed.shape),
     )
+    if choose is None:
+        return images
+    return images.subset(choose(images.labels, images.splits, str(packed.path)))
