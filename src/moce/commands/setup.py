@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -35,6 +35,19 @@ from moce.runtime import device
 from moce.runtime.progress import log
 
 R = TypeVar("R", bound=RunSettings)
+
+
+class Described(Protocol):
+    """What is recorded of a set of images."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> Sequence[Any]: ...
+    @property
+    def skipped(self) -> list[tuple[str, str]]: ...
+
+
 
 FEW_STEPS = 500  # below which the published recipes for labeled tasks stop half trained
 
@@ -109,7 +122,7 @@ def open_output(settings: Any) -> Path:
     return open_folder(settings.out, partial(check_output, settings), keep=keep)
 
 
-def start_run(settings: RunSettings, *sets: ImageDataset) -> None:
+def start_run(settings: RunSettings, *sets: Described) -> None:
     """Open the folder of a run that can be resumed, and record its settings and inputs.
 
     Raises MoceError, before anything is written, if a resumed run was started with other inputs.

@@ -40,6 +40,11 @@ class DenseTaskSettings(Settings):
         input="file",
         used_with=DENSE,
     )
+    ignore_index: Annotated[Index, Field(le=255)] | None = setting(
+        None,
+        "value of masks that neither trains nor counts, beside 255",
+        used_with={"task": ("segment",)},
+    )
     image_size: Count | None = setting(
         None,
         "side in pixels of the square that the network sees; position embeddings are resampled "
