@@ -33,7 +33,7 @@ class RelatedImages:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def find(
-        self, task: list[Sample], pool: list[Sample], name: str, count: int, seed: int
+        self, task: list[Sample], pool: Sequence[Sample], name: str, count: int, seed: int
     ) -> list[Sample]:
         """At most `count` pool images; their ids start with the pool's name.
 

@@ -110,6 +110,20 @@ def to_pixels(image: Raster, size: Box, channels: int = 3) -> np.ndarray:
     return np.concatenate([_filled(plane, size) for plane in planes])
 
 
+def to_picture(image: Raster) -> Image.Image:
+    """An image as moce reads it, at its own size: 8 bits, gray or color, upright, transparency on white.
+
+    Raises ValueError for other numbers of channels than 1 and 3.
+    """
+    if isinstance(image, np.ndarray):
+        channels = 3 if image.ndim == 3 and image.shape[2] == 3 else 1
+        planes = _array_planes(image, channels)
+    else:
+        channels = 1 if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I") else 3
+        planes = _planes(image, channels)
+    return planes[0] if len(planes) == 1 else Image.merge("RGB", planes)
+
+
 def _filled(image: Image.Image, size: Box) -> np.ndarray:
     """[c, h, w]: resized by the shorter side and center-cropped."""
     height, width = size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from moce.data.dataset import ImageDataset
-from moce.data.decode import open_encoded
 from moce.data.load import decode_all, load_images, temporary_file
 from moce.data.readers.factory import Source, open_sources
-from moce.data.readers.sample import Sample, is_image_name
+from moce.data.readers.sample import Encoded, Sample, is_image_name
 from moce.errors import MoceError
 
 BLOCK = 1024  # images of a stream decoded at a time
@@ -62,7 +60,7 @@ def _from_stream(stream: Iterable[object], size: tuple[int, int], channels: int)
     return _unlabeled(torch.from_numpy(np.concatenate(blocks)), ids, skipped)
 
 
-def _as_samples(items: Sequence[object]) -> list[Sample]:
+def _as_samples(items: Sequence[object]) -> Sequence[Sample]:
     texts = [str(item) for item in items if isinstance(item, str | Path)]
     if len(texts) == len(items) and not all(is_image_name(text) for text in texts):
         return open_sources([Source(text, text) for text in texts])
@@ -73,7 +71,7 @@ def _as_sample(number: int, item: object) -> Sample:
     if isinstance(item, Image.Image | np.ndarray):
         return Sample(str(number), item.copy)
     if isinstance(item, str | Path):
-        return Sample(str(item), partial(open_encoded, Path(item)))
+        return Sample(str(item), Encoded(Path(item)))
     raise MoceError(f"image {number} is a {type(item).__name__}; give paths or PIL images")
 
 

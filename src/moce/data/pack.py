@@ -13,7 +13,7 @@ import os
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from importlib.metadata import version
@@ -38,7 +38,7 @@ ROW_KEYS = {"entries", "images", "crc32", "skipped"}  # of a line of the journal
 class Packer:
     """Writes one packed file: iterate over `chunks`, then call `finish`."""
 
-    def __init__(self, out: Path, samples: list[Sample], shape: tuple[int, int, int]) -> None:
+    def __init__(self, out: Path, samples: Sequence[Sample], shape: tuple[int, int, int]) -> None:
         """shape: (channels, height, width) of the packed images."""
         self.out, self.samples, self.shape = out, samples, shape
         self._partial = out.with_name(f"{out.name}.partial")

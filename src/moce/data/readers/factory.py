@@ -11,18 +11,19 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 from moce.config import expand
-from moce.data.decode import open_encoded
 from moce.data.readers.folder import read_folder
 from moce.data.readers.huggingface import HUB_PREFIX, is_saved, read_hub, read_saved
+from moce.data.readers.manifest import MANIFEST, packed_shards
 from moce.data.readers.numpy_arrays import read_arrays
 from moce.data.readers.packed import find_packed
-from moce.data.readers.parquet import DEMO_PREFIX, demo_samples, read_parquet
-from moce.data.readers.sample import Sample, as_text, is_image_name
-from moce.data.readers.tar import expand_braces, matching, read_shards
+from moce.data.readers.parquet import DEMO_PREFIX, demo_samples, read_parquet_files
+from moce.data.readers.sample import Encoded, Sample, as_text, is_image_name
+from moce.data.readers.storage import local_file
+from moce.data.readers.table import SampleTable
+from moce.data.readers.tar import expand_braces, find_shards, matching, read_shards
 from moce.data.readers.torchvision import TORCHVISION_PREFIX, read_torchvision
 from moce.errors import MoceError
 
@@ -32,16 +33,12 @@ ACCEPTED = (
     "demo:pretrain"
 )
 
-NAMED: dict[str, Callable[[str], list[Sample]]] = {
+NAMED: dict[str, Callable[[str], Sequence[Sample]]] = {
     DEMO_PREFIX: demo_samples,
     TORCHVISION_PREFIX: read_torchvision,
     HUB_PREFIX: read_hub,
 }
-BY_SUFFIX: dict[str, Callable[[Path], list[Sample]]] = {
-    ".parquet": read_parquet,
-    ".npy": read_arrays,
-    ".npz": read_arrays,
-}
+ARRAYS, SHARDED = {".npy", ".npz"}, (".tar", ".parquet")
 
 
 def is_named(data: str) -> bool:
@@ -57,12 +54,12 @@ class Source:
     written: str
 
 
-def open_source(data: str) -> list[Sample]:
+def open_source(data: str) -> Sequence[Sample]:
     """The images that DATA names. Raises MoceError if there are none."""
     return open_sources(sources_of(data))
 
 
-def open_sources(sources: Sequence[Source]) -> list[Sample]:
+def open_sources(sources: Sequence[Source]) -> Sequence[Sample]:
     """The images of all sources; if there are several, ids start with the source's name."""
     if not sources:
         raise MoceError(f"no images named; give {ACCEPTED}")
@@ -72,14 +69,14 @@ def open_sources(sources: Sequence[Source]) -> list[Sample]:
         raise MoceError(f"{twice[0]} is named {counts[twice[0]]} times")
     if len(sources) == 1:
         return _unique(_open(sources[0]))
-    samples = []
+    samples: list[Sample] = []
     for source, name in zip(sources, _names(sources), strict=True):
         for sample in _open(source):
             samples.append(replace(sample, id=f"{name}/{sample.id}") if name else sample)
     return _unique(samples)
 
 
-def _open(source: Source) -> list[Sample]:
+def _open(source: Source) -> Sequence[Sample]:
     """The images of a source. Raises MoceError if there are none."""
     samples = _read(source)
     if not samples:
@@ -87,24 +84,28 @@ def _open(source: Source) -> list[Sample]:
     return samples
 
 
-def _read(source: Source) -> list[Sample]:
+def _read(source: Source) -> Sequence[Sample]:
     data = source.data
     for prefix, read in NAMED.items():
         if data.startswith(prefix):
             return read(data.removeprefix(prefix))
     path = expand(Path(data))
     suffix = path.suffix.lower()
-    if suffix == ".tar" and not os.path.isdir(path):  # noqa: PTH112 - a pattern is not a path
-        return read_shards(str(path))
+    if suffix in SHARDED and not os.path.isdir(path):  # noqa: PTH112 - a pattern is not a path
+        if suffix == ".tar":
+            return read_shards(str(path))
+        return read_parquet_files([local_file(file) for file in find_shards(str(path))])
     if not _exists(path):
         raise MoceError(f"no such images: {data[:500]} (give {ACCEPTED})")
+    if path.name == MANIFEST or (path / MANIFEST).is_file():
+        return read_parquet_files(packed_shards(path))
     if path.is_dir():
         return read_saved(path) if is_saved(path) else read_folder(path)
-    if suffix in BY_SUFFIX and path.is_file():
-        return BY_SUFFIX[suffix](path)
+    if suffix in ARRAYS and path.is_file():
+        return read_arrays(path)
     if is_image_name(path.name) and path.is_file():
         # Identified by the path as the user wrote it.
-        return [Sample(as_text(Path(source.written).as_posix()), partial(open_encoded, path))]
+        return [Sample(as_text(Path(source.written).as_posix()), Encoded(path))]
     packed = find_packed(data)
     if packed is not None:
         return packed.samples()
@@ -172,9 +173,11 @@ def _names(sources: Sequence[Source]) -> list[str | None]:
         depth += 1
 
 
-def _unique(samples: list[Sample]) -> list[Sample]:
+def _unique(found: Sequence[Sample]) -> Sequence[Sample]:
     """Number repeated ids: name, name#2, name#3."""
-    seen: Counter[str] = Counter()
+    if isinstance(found, SampleTable) and found.unique:
+        return found
+    samples, seen = list(found), Counter[str]()
     for place, sample in enumerate(samples):
         seen[sample.id] += 1
         if seen[sample.id] > 1:
@@ -203,6 +206,6 @@ def paths_of(data: str) -> list[Path]:
 
 
 def _files_of(name: str) -> list[str]:
-    if not name.endswith(".tar"):
+    if not name.endswith(SHARDED):
         return [name]
     return [path for text in expand_braces(name) for path in matching(text) or [text]]

@@ -1,33 +1,35 @@
-"""Folders of image files, at any depth; folders of .npy files if there are no others."""
+"""Folders of image files, at any depth; folders of parquet or .npy files if there are no others."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from moce.data.decode import Raster, open_encoded
+from moce.data.decode import Raster
 from moce.data.readers.numpy_arrays import open_array
-from moce.data.readers.sample import SUFFIXES, Sample, as_text, from_path, is_image_name
+from moce.data.readers.parquet import read_parquet_files
+from moce.data.readers.sample import SUFFIXES, Encoded, Sample, as_text, from_path, is_image_name
+from moce.data.readers.storage import local_file
 from moce.errors import MoceError
 
 
-def read_folder(root: Path) -> list[Sample]:
+def read_folder(root: Path) -> Sequence[Sample]:
     """The images in a folder, named by their path in it. Raises MoceError if there are none."""
     files = _files(root)
     images = [path for path in files if is_image_name(path.name)]
-    opener: Callable[[Path], Raster] = open_encoded
+    opener: Callable[[Path], Callable[[], Raster]] = Encoded
+    shards = [path for path in files if path.suffix == ".parquet"]
+    if shards and not images:
+        return read_parquet_files([local_file(path) for path in shards])
     if not images:  # next to images, .npy files are usually labels or masks
         images = [path for path in files if path.suffix == ".npy"]
-        opener = open_array
+        opener = partial(partial, open_array)  # picklable openers
     if not images:
         suffixes = " ".join(sorted(SUFFIXES))
-        raise MoceError(f"no images in {root} (looked at any depth for {suffixes} .npy)")
-    return [
-        from_path(as_text(path.relative_to(root).as_posix()), partial(opener, path))
-        for path in images
-    ]
+        raise MoceError(f"no images in {root} (looked at any depth for {suffixes} .parquet .npy)")
+    return [from_path(as_text(path.relative_to(root).as_posix()), opener(path)) for path in images]
 
 
 def _files(root: Path) -> list[Path]:

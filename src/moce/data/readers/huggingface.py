@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moce.data.decode import Raster, open_encoded
-from moce.data.readers.sample import SPLITS, Label, Sample, error_line
+from moce.data.readers.sample import SPLITS, Encoded, Label, Sample, error_line
 from moce.errors import MoceError
 
 HUB_PREFIX = "hf:"
@@ -65,15 +64,15 @@ def _samples(table: Any, split: str, name: str) -> Iterator[Sample]:
     labels = _labels(table)
     for row in range(len(table)):
         identity = f"{split}/{row}" if split else str(row)
-        opened = partial(_open_row, encoded, row, columns[0])
+        opened = Encoded(partial(_read_row, encoded, row, columns[0]))
         yield Sample(identity, opened, labels[row], SPLITS.get(split or str(table.split or "")))
 
 
-def _open_row(table: Any, row: int, column: str) -> Raster:
+def _read_row(table: Any, row: int, column: str) -> bytes:
     value = table[row][column]
     if value is None or not (value["bytes"] or value["path"]):
         raise ValueError("no content")
-    return open_encoded(value["bytes"] or Path(value["path"]))
+    return value["bytes"] or Path(value["path"]).read_bytes()
 
 
 def _labels(table: Any) -> list[Label | None]:

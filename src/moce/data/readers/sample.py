@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from moce.data.decode import Raster
+from moce.data.decode import Raster, open_encoded
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
@@ -25,6 +25,19 @@ class Sample:
     open: Callable[[], Raster]
     label: Label | None = None
     split: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Opens an encoded image, and gives its bytes. source: its file, or a function that reads it."""
+
+    source: Path | Callable[[], bytes]
+
+    def __call__(self) -> Raster:
+        return open_encoded(self.source if isinstance(self.source, Path) else self.source())
+
+    def read(self) -> bytes:
+        return self.source.read_bytes() if isinstance(self.source, Path) else self.source()
 
 
 def is_image_name(name: str) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from moce.config import expand
-from moce.data.readers.sample import Label, Sample, error_line
+from moce.data.readers.sample import Encoded, Label, Sample, error_line
 from moce.errors import MoceError
 
 TORCHVISION_PREFIX = "torchvision:"
@@ -77,7 +77,7 @@ def _dataset(kind: str, folder: Path, **options: Any) -> Any:
 
 def _sample(folder: Path, path: str | Path, label: Label, split: str) -> Sample:
     path = Path(path)
-    return Sample(path.relative_to(folder).as_posix(), partial(Image.open, path), label, split)
+    return Sample(path.relative_to(folder).as_posix(), Encoded(path), label, split)
 
 
 def _with_splits(kind: str, splits: dict[str, str], folder: Path) -> Iterator[Sample]:
