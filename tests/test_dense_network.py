@@ -31,7 +31,7 @@ CONFIG = {
     "masks": True,
     "window": 0,
 }
-HEAD = {"dim": 16, "scales": [2, 1, 0.5], "anchor_scale": 4, "depth": 0}
+HEAD = {"dim": 16, "scales": [2, 1, 0.5], "anchor_scale": 4, "depth": 0, "proposals": 64}
 DETECTOR = {**CONFIG, "task": "detect", "head": HEAD}
 
 

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moce.commands.setup import hint_few_steps, pixel_file, resolve, start_run
 from moce.config import FinetuneSettings
+from moce.config.dense import Task as TaskName
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError, NotFinite
 from moce.evaluation.finetune import (
@@ -57,9 +58,9 @@ class FinetuneResult:
 
 
 def run(settings: FinetuneSettings) -> FinetuneResult:
-    task = settings.task or run_on_rank0(partial(_task_of, settings))
-    settings = settings.model_copy(update={"task": task})
-    if task != "classify":
+    kind = settings.task or run_on_rank0(partial(_task_of, settings))
+    settings = settings.model_copy(update={"task": kind})
+    if kind != "classify":
         return _finetune_dense(settings)
     settings, device = resolve(settings)
     backbone = load_backbone(settings.backbone)
@@ -99,13 +100,12 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     return FinetuneResult(settings.out, metric, value, len(rows))
 
 
-def _task_of(settings: FinetuneSettings) -> str:
+def _task_of(settings: FinetuneSettings) -> TaskName | None:
     """What the labels say, or what a resumed run was started for."""
     from moce.dense.readers import task_of
 
     if resumes(settings):
-        recorded = recorded_settings(settings).task
-        return str(recorded)
+        return recorded_settings(settings).task
     return task_of(settings.data, settings.annotations)
 
 

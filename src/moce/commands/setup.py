@@ -48,7 +48,6 @@ class Described(Protocol):
     def skipped(self) -> list[tuple[str, str]]: ...
 
 
-
 FEW_STEPS = 500  # below which the published recipes for labeled tasks stop half trained
 
 

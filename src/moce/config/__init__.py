@@ -15,7 +15,7 @@ from moce.config.base import (
     TrainingSettings,
     expand,
 )
-from moce.config.dense import DetectorHead, SegmenterHead
+from moce.config.dense import DetectorHead, PredictSettings, SegmenterHead
 from moce.config.evaluation import EmbedSettings, EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.pipeline import (
     AdaptationSettings,
@@ -59,6 +59,7 @@ __all__ = [
     "HeadroomSettings",
     "Metric",
     "PackSettings",
+    "PredictSettings",
     "PretrainSettings",
     "ProbeSettings",
     "PushSettings",

@@ -134,6 +134,14 @@ def _unscaled(found: dict[str, Tensor], seen: list[int], size: tuple[int, int]) 
     }
 
 
+def chosen(prediction: dict[str, Any], kept: np.ndarray) -> dict[str, Any]:
+    """The detections for which `kept` [m] is True."""
+    masks = prediction["masks"]
+    if masks is not None:
+        masks = [mask for mask, keep in zip(masks, kept, strict=True) if keep]
+    return {**{n: prediction[n][kept] for n in ("boxes", "scores", "labels")}, "masks": masks}
+
+
 def load_predictor(folder: str, device: torch.device, precision: str) -> Predictor:
     """The model of a `moce finetune` run for a dense task. Raises MoceError if it is corrupt."""
     path = expand(Path(folder))
