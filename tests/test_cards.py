@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from torch.testing import assert_close
 
 import moce
-from moce.customization.model_card import clusters_of, experts_fact, similarity_fact, write_choice
+from moce.customization.model_card import clusters_of, experts_fact, similarity_fact, write_backbone
 from moce.customization.selection import route_name
 from moce.models.encoder import encode_tokens, pool_tokens
 from moce.weights.export import Model
@@ -64,8 +64,8 @@ def test_only_the_card_of_a_route_names_one(runs, tmp_path: Path) -> None:
         choice = bank.select(str(runs.task), strategy)
         folder = tmp_path / strategy
         folder.mkdir()
-        write_choice(
-            folder, "timm", Model(bank.encoder_spec, bank.backbone(choice)), choice, runs.moce
+        write_backbone(
+            folder, "timm", Model(bank.encoder_spec, bank.backbone(choice)), runs.moce, choice
         )
         card = (folder / "README.md").read_text()
         assert ("- route: " in card) == (strategy == "route")

@@ -63,8 +63,10 @@ def load_elsewhere(folder: Path, runs: Runs) -> None:
 
 
 def compare_backbones(folder: Path, runs: Runs) -> None:
-    """`runs/mae`, `runs/moce` and two tasks."""
+    """`runs/mae`, `runs/clusters`, `runs/moce`, their images and two tasks."""
     load_elsewhere(folder, runs)
+    shutil.copytree(runs.data, folder / "photos")
+    shutil.copytree(runs.clusters, folder / "runs" / "clusters")
     (folder / "task").rename(folder / "birds")
     shutil.copytree(runs.task, folder / "signs")
 

@@ -198,10 +198,10 @@ def test_corrupt_pixels_are_found_by_verify(store, tmp_path, capsys) -> None:
 def test_mistakes_are_refused_in_one_line(folder, store, tmp_path) -> None:
     for settings, reason in [
         ({"size": 16}, "--out"),
-        ({"out": tmp_path / "a"}, "--size"),
+        ({"out": tmp_path / "a.moce"}, "--size"),
         ({"size": 16, "out": store}, "--overwrite"),
         ({"size": 16, "out": tmp_path}, "is a folder"),
-        ({"verify": True}, "not a packed file"),
+        ({"verify": True}, "not a packed folder or file"),
         ({"size": "16x", "out": tmp_path / "a"}, "size"),
         ({"size": 0, "out": tmp_path / "a"}, "size"),
         ({"size": "99999", "out": tmp_path / "a"}, "free"),

@@ -87,7 +87,7 @@ SETTINGS: dict[str, Case] = {
     "unknown strategy": (lambda w: w.customize("--strategy", "best"), "strategy"),
     "unknown format": (lambda w: w.export("--format", "keras"), "'timm', 'transformers'"),
     "size of a pack": (lambda w: w.pack("--size", "16x"), "size"),
-    "no size of a pack": (lambda w: ["pack", w.runs.data, "--out", w.file("a")], "--size"),
+    "no size of a pack": (lambda w: ["pack", w.runs.data, "--out", w.file("a.moce")], "--size"),
     "one label": (lambda w: w.probe("--num-labels", 1), "num_labels 1"),
     "allow all weights to be missing": (
         lambda w: w.cluster("--allow-missing", "*", mae=_weights(w)), "would let every weight start fresh"),

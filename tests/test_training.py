@@ -331,12 +331,6 @@ def test_metrics_are_json_that_any_reader_takes(runs, tmp_path: Path) -> None:
         json.loads(line, parse_constant=refuse)
 
 
-def test_tensorboard_events_are_written_on_request(runs, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    run_command("moce", runs, tmp_path / "run", tensorboard=True, epochs=0.4)
-    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
-
-
 # --- repeatability --------------------------------------------------------------------------------
 
 

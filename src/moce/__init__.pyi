@@ -39,6 +39,7 @@ def cluster(
     cache_on_gpu: bool = True,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -73,6 +74,8 @@ def cluster(
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
         allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
         model (str | None, default None): timm architecture of a weights file (default: inferred
             from tensor shapes)
         model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
@@ -104,7 +107,18 @@ def cluster(
     """
 
 def convert(
-    weights: str | Path, *, out: str | Path, trust_pickle: bool = False, overwrite: bool = False
+    weights: str | Path,
+    *,
+    out: str | Path,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
+    model: str | None = None,
+    model_args: dict[str, Any] = {},
+    img_size: int | None = None,
+    decoder_heads: int | None = None,
+    trust_pickle: bool = False,
+    overwrite: bool = False,
 ) -> ConvertResult:
     """Convert weights of any library that moce reads to one safetensors file.
 
@@ -112,6 +126,19 @@ def convert(
         weights (str | Path): file or folder of weights, or a run of moce
         out (str | Path): file to write, FILE.safetensors, with the names of timm and
             facebookresearch/mae
+        allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
+            e.g. norm.*; they are initialized
+        allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
+        model (str | None, default None): timm architecture of a weights file (default: inferred
+            from tensor shapes)
+        model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
+            {"num_heads": 2}
+        img_size (int | None, default None): image side in pixels for a weights file (default: its
+            own)
+        decoder_heads (int | None, default None): attention heads of the decoder in a weights file
+            (default: 16)
         trust_pickle (bool, default False): read a .pth file by pickle, which can run any code in
             the file
         overwrite (bool, default False): replace the output file
@@ -124,6 +151,7 @@ def customize(
     out: str | Path,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -157,6 +185,8 @@ def customize(
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
         allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
         model (str | None, default None): timm architecture of a weights file (default: inferred
             from tensor shapes)
         model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
@@ -261,8 +291,8 @@ def embed(
     """Write one feature per image to a parquet file: columns id, label, split, embedding.
 
     Args:
-        backbone (str | Path): backbone: a customized folder, an MAE run folder or a timm name (not
-            fine-tuned)
+        backbone (str | Path): backbone: a customized folder, a run of moce pretrain or finetune,
+            weights of another library (a file or a folder) or a timm name
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
             saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
             separate several by commas, or list them in @FILE, one per line
@@ -296,6 +326,12 @@ def evaluate(
     root: str | Path = ".",
     draws: int | None = None,
     finetune_draws: int = 1,
+    adapt_steps: Literal["auto"] | int = "auto",
+    adapt_data: Data | None = None,
+    adapt_clusters: str | Path | None = None,
+    adapt_pool_share: float = 0.5,
+    adapt_batch_size: int = 128,
+    adapt_lr: float | None = None,
     resume: bool = False,
 ) -> EvaluateResult:
     """Compare backbones, and MoCE runs customized for each task, on a suite of labeled tasks.
@@ -305,7 +341,9 @@ def evaluate(
         out (str | Path): folder to write the run to
         backbones (Sequence[str]): what to compare, NAME=REFERENCE each; for a MoCE run also
             NAME=RUN@SELECTION, one of auto, route, merge, generalist, probe (by labels), random
-            (route), best_route (on the other half of the test images)
+            (route), best_route (on the other half of the test images); NAME=REFERENCE@adapt adapts
+            a masked autoencoder to each task, NAME=RUN@auto+adapt the experts that a strategy
+            chooses
         seed (int, default 0): seed of all random numbers
         device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
         precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
@@ -321,6 +359,16 @@ def evaluate(
         root (str | Path, default '.'): folder that relative paths of the suite start from
         draws (int | None, default None): random draws of the labels (default: the suite's)
         finetune_draws (int, default 1): how many of these draws to fine-tune on
+        adapt_steps (Literal['auto'] | int, default 'auto'): optimizer steps of adaptation (@adapt)
+            on the training images of a task; auto: as moce customize
+        adapt_data (Data | None, default None): pool to adapt on as well: images of the task's
+            clusters are drawn from it
+        adapt_clusters (str | Path | None, default None): run folder of moce cluster, to find
+            related images of the pool (default: a MoCE run's own)
+        adapt_pool_share (float, default 0.5): share of the pool's images in a batch of adaptation
+        adapt_batch_size (int, default 128): images per optimizer step of adaptation
+        adapt_lr (float | None, default None): base learning rate of adaptation per 256 images
+            (default: half of the run's; 7.5e-5 for other weights)
         resume (bool, default False): resume an interrupted evaluation
     """
 
@@ -330,6 +378,7 @@ def export(
     out: str | Path,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -347,6 +396,8 @@ def export(
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
         allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
         model (str | None, default None): timm architecture of a weights file (default: inferred
             from tensor shapes)
         model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
@@ -401,6 +452,7 @@ def finetune(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     num_labels: int | None = None,
     draw: int = 0,
@@ -418,8 +470,8 @@ def finetune(
     """Train a backbone end to end on a labeled task: to classify, to detect or to segment.
 
     Args:
-        backbone (str | Path): backbone: a customized folder, an MAE run folder or a timm name (not
-            fine-tuned)
+        backbone (str | Path): backbone: a customized folder, a run of moce pretrain or finetune,
+            weights of another library (a file or a folder) or a timm name
         data (Data): labeled images: class folders (train/ and test/ if split), or another source
             with labels
         out (str | Path): folder to write the run to
@@ -470,7 +522,10 @@ def finetune(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         num_labels (int | None, default None): labeled images to train on (default: all)
         draw (int, default 0): which random draw of the labels, as numbered by moce probe
         metric (Literal['accuracy', 'mean_per_class', 'map11'] | None, default None): accuracy,
@@ -501,6 +556,7 @@ def headroom(
     clusters: str | Path,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -529,6 +585,7 @@ def headroom(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     num_groups: int = 4,
 ) -> HeadroomResult:
@@ -545,6 +602,8 @@ def headroom(
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
         allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
         model (str | None, default None): timm architecture of a weights file (default: inferred
             from tensor shapes)
         model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
@@ -585,33 +644,45 @@ def headroom(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         num_groups (int, default 4): groups of clusters, each trained on alone
     """
 
 def pack(
     data: Data,
     *,
+    out: str | Path | None = None,
+    shorter_side: int | None = None,
+    quality: int = 90,
+    shard_size: int = 500,
     size: str | int | Sequence[int] | None = None,
     channels: int = 3,
-    out: str | Path | None = None,
     overwrite: bool = False,
     verify: bool = False,
     workers: int | None = None,
 ) -> PackResult:
-    """Decode and resize images once, into one file that every command takes as DATA.
+    """Write images, as encoded or as pixels, to few large files that every command takes as DATA.
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
             saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
             separate several by commas, or list them in @FILE, one per line
-        size (str | int | Sequence[int] | None, default None): size in pixels, one number or
-            HEIGHTxWIDTH: the model's input size, or about 1.15 times it for random crops
-        channels (int, default 3): channels of the images, as the encoder takes them: 1 (gray), 3
+        out (str | Path | None, default None): folder to write; with --size, a file such as
+            icons.moce
+        shorter_side (int | None, default None): encode larger images again, as JPEGs of this
+            shorter side in pixels (default: keep all images as they are encoded)
+        quality (int, default 90): quality of these JPEGs
+        shard_size (int, default 500): size of a file in the folder, in MB (10^6 bytes)
+        size (str | int | Sequence[int] | None, default None): write pixels to one file instead,
+            resized and cropped to this size, one number or HEIGHTxWIDTH: for small images of one
+            size
+        channels (int, default 3): channels of the pixels, as the encoder takes them: 1 (gray), 3
             (color) or more
-        out (str | Path | None, default None): file to write, such as photos.moce
-        overwrite (bool, default False): replace the file, and what an interrupted run left
-        verify (bool, default False): read all pixels back and compare checksums (without --out:
+        overwrite (bool, default False): replace the output, and what an interrupted run left
+        verify (bool, default False): read everything back and compare checksums (without --out:
             those of DATA)
         workers (int | None, default None): images decoded at the same time (default: all usable
             cores)
@@ -623,6 +694,7 @@ def pretrain(
     out: str | Path,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
     cache_on_gpu: bool = True,
     seed: int = 0,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -647,6 +719,7 @@ def pretrain(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     model: str = "vit_base_patch16_224",
     model_args: dict[str, Any] = {},
@@ -670,6 +743,8 @@ def pretrain(
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
         allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
         cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
             the GPU if they take at most a quarter of its free memory
         seed (int, default 0): seed of all random numbers
@@ -701,7 +776,10 @@ def pretrain(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         model (str, default 'vit_base_patch16_224'): encoder: any plain timm ViT
         model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
             "depth": 6}
@@ -748,8 +826,8 @@ def probe(
     """Score frozen features on a labeled task with a linear or nearest-neighbor classifier.
 
     Args:
-        backbone (str | Path): backbone: a customized folder, an MAE run folder or a timm name (not
-            fine-tuned)
+        backbone (str | Path): backbone: a customized folder, a run of moce pretrain or finetune,
+            weights of another library (a file or a folder) or a timm name
         data (Data): labeled images: class folders (train/ and test/ if split), or another source
             with labels
         seed (int, default 0): seed of all random numbers
@@ -814,6 +892,7 @@ def train(
     out: str | Path,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    weights_key: str | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -842,6 +921,7 @@ def train(
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
     save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
     clusters: str | Path | None = None,
     method: Literal["moce", "mae", "token_moe", "sdr", "subset"] = "moce",
@@ -874,6 +954,8 @@ def train(
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
         allow_unexpected (Sequence[str], default ()): glob patterns of unexpected weights to ignore
+        weights_key (str | None, default None): which network of a file that holds several, such as
+            state_dict_ema or teacher
         model (str | None, default None): timm architecture of a weights file (default: inferred
             from tensor shapes)
         model_args (dict[str, Any], default {}): timm model arguments for a weights file, e.g.
@@ -913,7 +995,10 @@ def train(
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
         save_every (int, default 500): steps between checkpoints
-        tensorboard (bool, default False): also write TensorBoard events
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
         clusters (str | Path | None, default None): run folder of moce cluster (not for methods mae
             and token_moe)
         method (Literal['moce', 'mae', 'token_moe', 'sdr', 'subset'], default 'moce'): moce:

@@ -152,7 +152,7 @@ class _Job:
         if start is not None:
             self.iterations = start.step
             log(f"resuming {settings.out} after iteration {start.step}")
-        metric_log = MetricLog(settings.out, tensorboard=False, resumed_step=self.iterations)
+        metric_log = MetricLog(settings.out, (), self.iterations)
         stages = 2 if count > SAMPLE * settings.num_clusters else 1
         with meter("cluster", stages * settings.max_iterations, self.iterations) as progress:
 

@@ -6,25 +6,34 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moce.commands import finetune
+from moce.commands.adapted import AdaptedBackbones, check_adaptation
 from moce.commands.setup import open_output, pixel_file, prepare, resolve
 from moce.config import EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.load import parse
+from moce.customization.adaptation import ADAPTATION
 from moce.customization.bank import Bank
-from moce.customization.model_card import write_choice
+from moce.customization.model_card import write_backbone
 from moce.data.readers.factory import paths_of
 from moce.errors import Interrupted, MoceError, raise_if_corrupt, signal_of
-from moce.evaluation.backbones import Candidate, open_candidate, read_candidates
+from moce.evaluation.backbones import (
+    PROBE_ONLY,
+    Candidate,
+    MaskedAutoencoder,
+    Opened,
+    open_candidate,
+    read_candidates,
+    task_shape,
+)
 from moce.evaluation.evaluator import Evaluator, Outcome
 from moce.evaluation.metrics import choose_metric
 from moce.evaluation.results import KEY, ROWS, make_row, read_rows, write_rows
 from moce.evaluation.suite import Suite, SuiteTask, pick_tasks, read_suite
 from moce.evaluation.task import Task, load_task
-from moce.models.encoder import input_shape
 from moce.reporting.results_table import results_table
 from moce.runs.files import write_json, write_text
 from moce.runs.folder import check_apart
@@ -32,10 +41,9 @@ from moce.runs.model import CONFIG, provenance, write_config
 from moce.runs.resume import describe_weights, refuse_changes
 from moce.runtime.progress import log
 from moce.weights.export import Model
-from moce.weights.from_runs import Backbone
+from moce.weights.from_runs import Backbone, load_backbone
 
 TABLE, ABOUT = "results.md", "evaluation.json"
-PROBE_ONLY = frozenset({"random", "best_route", "probe"})  # selections without a single backbone
 
 
 @dataclass
@@ -50,6 +58,7 @@ class EvaluateResult:
 
 
 def run(settings: EvaluateSettings) -> EvaluateResult:
+    asked = settings
     settings, _ = resolve(settings)
     suite = read_suite(settings.suite, settings.root)
     tasks = pick_tasks(suite, settings.tasks, settings.role)
@@ -57,6 +66,7 @@ def run(settings: EvaluateSettings) -> EvaluateResult:
     models = {candidate: open_candidate(candidate) for candidate in candidates}
     weights = describe_weights({c.reference: c.reference for c in candidates})
     _check(settings, tasks, candidates)
+    check_adaptation(settings, asked, models)
     before = _check_unchanged(settings, suite, weights)
     open_output(settings)
     write_config(settings.out, settings)
@@ -114,10 +124,11 @@ class _Evaluation:
     """The rows of an evaluation so far; adds those that are missing."""
 
     def __init__(
-        self, settings: EvaluateSettings, suite: Suite, models: dict[Candidate, Backbone | Bank]
+        self, settings: EvaluateSettings, suite: Suite, models: dict[Candidate, Opened]
     ) -> None:
         self.settings, self.suite, self.models = settings, suite, models
         self.device, self.precision = prepare(settings)
+        self.adapted = AdaptedBackbones(settings, self.device, self.precision)
         self.draws = settings.draws or suite.draws
         self.rows = read_rows(settings.out)
         for bank in models.values():
@@ -129,7 +140,7 @@ class _Evaluation:
         task: Task | None = None
         evaluators: dict[str, Evaluator] = {}
         for candidate, protocol in self._missing(plan):
-            shape = _task_shape(self.models[candidate])
+            shape = task_shape(self.models[candidate])
             if task is None or shape != task.train.shape[1:]:
                 task, evaluators = self._load(plan, shape), {}
             start = time.perf_counter()
@@ -138,9 +149,7 @@ class _Evaluation:
             else:
                 if protocol not in evaluators:
                     evaluators[protocol] = self._evaluator(plan, task, protocol)
-                outcome = evaluators[protocol].probe(
-                    self.models[candidate], candidate.selection, candidate.reference
-                )
+                outcome = self._probe(plan, task, candidate, evaluators[protocol])
             row = make_row(
                 task=plan.name,
                 data=plan.data,
@@ -198,8 +207,31 @@ class _Evaluation:
         metric = choose_metric(plan.metric, task)
         return Evaluator(task, metric, settings, self.device, self.precision)
 
+    def _probe(
+        self, plan: SuiteTask, task: Task, candidate: Candidate, evaluator: Evaluator
+    ) -> Outcome:
+        model = self.models[candidate]
+        if candidate.adapts or isinstance(model, MaskedAutoencoder):
+            folder, details = self._adapted(plan, task, candidate)
+            return replace(evaluator.probe(load_backbone(str(folder))), **details)
+        return evaluator.probe(model, candidate.selection, candidate.reference)
+
+    def _adapted(
+        self, plan: SuiteTask, task: Task, candidate: Candidate
+    ) -> tuple[Path, dict[str, Any]]:
+        """The folder of an adapted backbone; what it was chosen and adapted by, for its row."""
+        model = self.models[candidate]
+        assert not isinstance(model, Backbone)
+        folder = self.adapted.folder(plan, task, candidate, model)
+        files = {"choice": folder / "selection.json", "adaptation": folder / ADAPTATION}
+        return folder, {
+            name: json.loads(path.read_text(encoding="utf-8"))
+            for name, path in files.items()
+            if path.is_file()
+        }
+
     def _finetune(self, plan: SuiteTask, task: Task, candidate: Candidate) -> Outcome:
-        reference, choice = self._dense_reference(plan, task, candidate)
+        reference, details = self._dense_reference(plan, task, candidate)
         values = []
         for draw in range(min(self.draws, self.settings.finetune_draws)):
             out = self.settings.out / "finetune" / candidate.name / plan.name / str(draw)
@@ -218,23 +250,21 @@ class _Evaluation:
                 "resume": resume,
             }
             values.append(finetune.run(parse(FinetuneSettings, given)).value)
-        return Outcome(values, choice=choice)
+        return Outcome(values, **details)
 
     def _dense_reference(
         self, plan: SuiteTask, task: Task, candidate: Candidate
-    ) -> tuple[str, dict[str, Any] | None]:
-        """What to fine-tune: the reference, or a folder with the backbone that a MoCE run chose."""
+    ) -> tuple[str, dict[str, Any]]:
+        """What to fine-tune: the reference, or a folder with the task's own backbone."""
+        if candidate.adapts:
+            folder, details = self._adapted(plan, task, candidate)
+            return str(folder), details
         bank = self.models[candidate]
         if not isinstance(bank, Bank):
-            return candidate.reference, None
+            return candidate.reference, {}
         choice = bank.select(task.train, candidate.selection or "auto")
         folder = self.settings.out / "backbones" / candidate.name / plan.name
         folder.mkdir(parents=True, exist_ok=True)
         model = Model(bank.encoder_spec, bank.backbone(choice))
-        write_choice(folder, "timm", model, choice, Path(candidate.reference))
-        return str(folder), choice.to_json()
-
-
-def _task_shape(model: Backbone | Bank) -> tuple[int, int, int]:
-    """Channels, height and width of a task's images."""
-    return model.task_shape if isinstance(model, Bank) else input_shape(model.vit)
+        write_backbone(folder, "timm", model, Path(candidate.reference), choice)
+        return str(folder), {"choice": choice.to_json()}

@@ -1,73 +1,131 @@
-"""moce pack: decode and resize images once, into one file that is mapped into memory."""
+"""moce pack: images as encoded in parquet files, or their pixels in one file."""
 
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from moce.commands.setup import check_file
-from moce.config import PackSettings
+from moce.config import PackSettings, expand
+from moce.config.usage import check_used
+from moce.data.encode import Encoding
 from moce.data.pack import Packer
+from moce.data.pack_shards import ShardPacker, check_pack_folder, clean_pack_folder
 from moce.data.readers.factory import open_source, paths_of
-from moce.data.readers.packed import Packed, find_packed
+from moce.data.readers.manifest import MANIFEST, is_pack, read_manifest, verify
+from moce.data.readers.packed import SUFFIX, find_packed, open_packed
 from moce.errors import Interrupted, MoceError
+from moce.runs.files import make_folder
+from moce.runs.lock import lock_folder
 from moce.runtime.progress import log, meter
 from moce.runtime.signals import stop_request
 
-SHOWN = 5  # skipped images to print; the file lists all
+SHOWN = 5  # skipped images to print; the files list all
+MEGABYTE = 10**6
 
 
 @dataclass
 class PackResult:
-    """images: in the file. size: (height, width). skipped: (id, reason). verified: pixels checked."""
+    """file: the file or folder. images, bytes: in it. shards: its files. made: how it keeps images.
+
+    skipped: (id, reason). verified: everything was read back.
+    """
 
     file: Path
     images: int
-    size: tuple[int, int]
+    made: str
+    shards: int
     bytes: int
     skipped: list[tuple[str, str]]
     verified: bool
 
     def summary(self) -> str:
-        height, width = self.size
-        verified = ", all pixels verified" if self.verified else ""
+        verified = ", all of it verified" if self.verified else ""
         skipped = f", {len(self.skipped)} unreadable ones skipped" if self.skipped else ""
-        return (
-            f"{self.images} images of {height}x{width}, {self.bytes / 1e6:.1f} MB{skipped}"
-            f"{verified}: {self.file}"
-        )
+        files = f" in {self.shards} files" if self.file.is_dir() else ""
+        size = f"{self.bytes / MEGABYTE:.1f} MB{files}"
+        return f"{self.images} images, {self.made}, {size}{skipped}{verified}: {self.file}"
 
 
 def run(settings: PackSettings) -> PackResult:
-    packed = _input(settings) if settings.out is None else _pack(settings, settings.out)
-    if settings.verify:
+    check_used(settings, settings)
+    if settings.out is None:
+        path = _to_verify(settings)
+    elif settings.size is not None:
+        path = _pack_pixels(settings, settings.out)
+    else:
+        path = _pack_encoded(settings, settings.out)
+    return _folder(path, settings.verify) if is_pack(path) else _file(path, settings.verify)
+
+
+def _to_verify(settings: PackSettings) -> Path:
+    """The packed file or folder to verify."""
+    if not settings.verify:
+        raise MoceError("no output: add --out FOLDER (or --verify to check what is packed)")
+    path = expand(Path(settings.data))
+    if not is_pack(path) and find_packed(settings.data) is None:
+        raise MoceError(f"{settings.data} is not a packed folder or file; to pack it, add --out")
+    return path
+
+
+def _folder(path: Path, verified: bool) -> PackResult:
+    manifest = read_manifest(path)
+    if verified:
+        with meter("verify", manifest.images) as progress:
+            verify(path, lambda count: progress.advance(count=count))
+    made, count = manifest.made, len(manifest.shards)
+    numbers = (manifest.images, made, count, manifest.bytes, manifest.skipped, verified)
+    return PackResult(path, *numbers)
+
+
+def _file(path: Path, verified: bool) -> PackResult:
+    packed = open_packed(path)
+    if verified:
         with meter("verify", len(packed.ids)) as progress:
             packed.verify(lambda count: progress.advance(count=count))
-    return PackResult(
-        file=packed.path,
-        images=len(packed.ids),
-        size=packed.shape[2:],
-        bytes=packed.path.stat().st_size,
-        skipped=packed.skipped,
-        verified=settings.verify,
-    )
+    height, width = packed.shape[2:]
+    made, size = f"pixels of {height}x{width}", packed.path.stat().st_size
+    return PackResult(path, len(packed.ids), made, 1, size, packed.skipped, verified)
 
 
-def _input(settings: PackSettings) -> Packed:
-    """The packed file to verify."""
-    if not settings.verify:
-        raise MoceError("no output: add --out FILE (or --verify to check a packed file)")
-    packed = find_packed(settings.data)
-    if packed is None:
-        raise MoceError(f"{settings.data} is not a packed file; to make one, add --out FILE")
-    return packed
+# --- images as encoded ----------------------------------------------------------------------------
 
 
-def _pack(settings: PackSettings, out: Path) -> Packed:
-    if settings.size is None:
-        raise MoceError("the size is missing: add --size S, in pixels")
+def _pack_encoded(settings: PackSettings, out: Path) -> Path:
+    if out.suffix == SUFFIX:
+        raise MoceError(
+            f"{out} would be a file of pixels: add --size S; to keep images as encoded, give a folder"
+        )
+    inputs = paths_of(settings.data)
+    check_pack_folder(out, inputs, overwrite=settings.overwrite)
+    samples = open_source(settings.data)
+    make_folder(out)
+    lock_folder(out)
+    clean_pack_folder(out, everything=settings.overwrite)
+    encoding = Encoding(settings.shorter_side, settings.quality)
+    packer = ShardPacker(out, samples, encoding, settings.shard_size * MEGABYTE)
+    done = packer.resume()
+    if done:
+        log(f"resuming after {done} of {len(samples)} images")
+    advice = f"{out}", lambda: packer.done
+    with _progress(len(samples), done, *advice) as advance:
+        for _ in packer.shards(advance, settings.workers):
+            pass
+    _log_skipped(packer.finish().skipped, out / MANIFEST)
+    return out
+
+
+# --- pixels ---------------------------------------------------------------------------------------
+
+
+def _pack_pixels(settings: PackSettings, out: Path) -> Path:
+    if settings.shorter_side is not None:
+        raise MoceError(
+            "--size writes pixels, --shorter-side images as encoded: leave out one of them"
+        )
     inputs = paths_of(settings.data)
     check_file(out, inputs, "images.moce", overwrite=settings.overwrite, any_suffix=True)
     samples = open_source(settings.data)
@@ -77,35 +135,46 @@ def _pack(settings: PackSettings, out: Path) -> Packed:
     done = packer.resume()
     if done:
         log(f"resuming after {done} of {len(samples)} images")
-    _decode(packer, settings.workers)
-    packed = packer.finish()
-    _log_skipped(packed)
-    return packed
-
-
-def _decode(packer: Packer, workers: int | None) -> None:
-    """Pack all chunks. Raises Interrupted when asked to stop; the next call resumes."""
-    start, first, skipped = time.monotonic(), packer.done, 0
+    advice = f"{packer.out}.partial", lambda: packer.done
     with (
-        meter("pack", len(packer.samples), first) as progress,
-        stop_request() as stop,
-        closing(packer.chunks(workers)) as chunks,
+        _progress(len(samples), done, *advice) as advance,
+        closing(packer.chunks(settings.workers)) as chunks,
     ):
         for row in chunks:
-            skipped += len(row["skipped"])
-            rate = (packer.done - first) / (time.monotonic() - start)
-            progress.advance(f"{rate:.0f} images/s, {skipped} skipped", row["entries"])
-            if stop.received is not None and packer.done < len(packer.samples):
-                raise Interrupted(
-                    stop.received,
-                    f"{packer.out}.partial",
-                    f"{packer.done} of {len(packer.samples)} images",
-                    "run the same command to resume",
-                )
+            advance(row["entries"], len(row["skipped"]))
+    _log_skipped(packer.finish().skipped, out)
+    return out
 
 
-def _log_skipped(packed: Packed) -> None:
-    for name, reason in packed.skipped[:SHOWN]:
+# --- both -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(
+    total: int, first: int, place: str, done: Callable[[], int]
+) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with images read and unreadable since the last call.
+
+    It raises Interrupted when asked to stop before the end: the next call of moce pack resumes from
+    the `done` images that are kept in `place`.
+    """
+    start, read, unreadable = time.monotonic(), first, 0
+    with meter("pack", total, first) as bar, stop_request() as stop:
+
+        def advance(count: int, skipped: int) -> None:
+            nonlocal read, unreadable
+            read, unreadable = read + count, unreadable + skipped
+            rate = (read - first) / (time.monotonic() - start)
+            bar.advance(f"{rate:.0f} images/s, {unreadable} skipped", count)
+            if stop.received is not None and read < total:
+                kept = f"{done()} of {total} images"
+                raise Interrupted(stop.received, place, kept, "run the same command to resume")
+
+        yield advance
+
+
+def _log_skipped(skipped: list[tuple[str, str]], file: Path) -> None:
+    for name, reason in skipped[:SHOWN]:
         log(f"skipped {name}: {reason}")
-    if len(packed.skipped) > SHOWN:
-        log(f"and {len(packed.skipped) - SHOWN} more; all are in {packed.path}")
+    if len(skipped) > SHOWN:
+        log(f"and {len(skipped) - SHOWN} more; all are in {file}")

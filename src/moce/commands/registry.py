@@ -102,7 +102,7 @@ def command(*given: Any, **more: Any) -> Callable[[Callable[[Any], Any]], Callab
 # The imports are in the functions, so that `moce --help` does not import torch.
 
 
-@command(config.PackSettings, ("data",), "moce pack photos/ --size 256 --out photos.moce")
+@command(config.PackSettings, ("data",), "moce pack photos/ --shorter-side 512 --out packed/")
 def pack(settings: config.PackSettings) -> PackResult:
     from moce.commands.pack import run
 

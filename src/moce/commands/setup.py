@@ -18,6 +18,7 @@ from moce.config.usage import check_used, explicitly_set, flag
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images, temporary_file
 from moce.data.readers.factory import paths_of
+from moce.data.readers.sample import Sample
 from moce.errors import MoceError
 from moce.models.encoder import input_channels, input_size
 from moce.runs.folder import check_folder, open_folder
@@ -33,6 +34,7 @@ from moce.runs.resume import (
 )
 from moce.runtime import device
 from moce.runtime.progress import log
+from moce.training.loggers import check_loggers
 
 R = TypeVar("R", bound=RunSettings)
 
@@ -70,6 +72,7 @@ def resolve(settings: R) -> tuple[R, torch.device]:
     if resumes(settings):
         settings, resumed = recorded_settings(settings), True
     check_used(settings, asked)
+    check_loggers(getattr(settings, "loggers", ()))
     where, precision = prepare(settings)
     settings = settings.model_copy(update={"device": where.type, "precision": precision})
     if resumed:
@@ -159,8 +162,10 @@ def check_file(
 # --- images ---------------------------------------------------------------------------------------
 
 
-def read_images(settings: DataSettings, data: str, vit: VisionTransformer) -> ImageDataset:
-    """The images of a DATA argument in the size and channels of an encoder."""
+def read_images(
+    settings: DataSettings, data: str | Sequence[Sample], vit: VisionTransformer
+) -> ImageDataset:
+    """The images of a DATA argument, or these, in the size and channels of an encoder."""
     return load_images(
         data,
         input_size(vit),

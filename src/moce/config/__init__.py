@@ -6,6 +6,7 @@ validates values against them. Nothing heavy is imported, so that `moce --help` 
 
 from moce.config.base import (
     ClusterPooling,
+    LoggerName,
     Metric,
     Role,
     RunSettings,
@@ -57,6 +58,7 @@ __all__ = [
     "FileSettings",
     "FinetuneSettings",
     "HeadroomSettings",
+    "LoggerName",
     "Metric",
     "PackSettings",
     "PredictSettings",

@@ -57,6 +57,7 @@ Positive = Annotated[float, Field(gt=0, le=MOST)]
 NonNegative = Annotated[float, Field(ge=0, le=MOST)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Index = Annotated[int, Field(ge=0, le=2**62)]
+Steps = Literal["auto"] | Count
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Numbers = Accepts("float | Sequence[float]")
 Channels = Annotated[
@@ -73,7 +74,10 @@ IMAGES = (
     "commas, or list them in @FILE, one per line"
 )
 LABELED = "labeled images: class folders (train/ and test/ if split), or another source with labels"
-BACKBONE = "backbone: a customized folder, an MAE run folder or a timm name (not fine-tuned)"
+BACKBONE = (
+    "backbone: a customized folder, a run of moce pretrain or finetune, weights of another library (a "
+    "file or a folder) or a timm name"
+)
 
 EXPORTED = frozenset(  # what a folder for another library may hold
     {"config.json", "README.md", "architecture.json", "model.onnx"}
@@ -87,6 +91,7 @@ GateScale = Literal["straight_through", "prob"]
 GateInit = Literal["centroids", "random"]
 BalanceScope = Literal["dataset", "batch"]
 Processes = Literal["auto", "ddp", "fsdp"]
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 Pooling = Literal["mean", "cls"]
 ClusterPooling = Literal["mean", "cls", "pixels"]
 CentroidUpdate = Literal["hard", "soft"]
@@ -190,4 +195,16 @@ class TrainingSettings(RunSettings, CacheSettings):
         20, "steps between lines of metrics.jsonl and timings.jsonl", may_change=True
     )
     save_every: Count = setting(500, "steps between checkpoints", may_change=True)
-    tensorboard: bool = setting(False, "also write TensorBoard events")
+    logger: tuple[LoggerName, ...] = setting(
+        (),
+        "also log to tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow "
+        "(MLFLOW_TRACKING_URI, or mlflow.db beside the run); several with commas",
+        may_change=True,
+    )
+    tensorboard: bool = setting(False, "the same as --logger tensorboard", may_change=True)
+
+    @property
+    def loggers(self) -> tuple[LoggerName, ...]:
+        """Every logger that was asked for, once."""
+        old: tuple[LoggerName, ...] = ("tensorboard",) if self.tensorboard else ()
+        return tuple(dict.fromkeys((*self.logger, *old)))

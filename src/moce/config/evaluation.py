@@ -27,6 +27,7 @@ from moce.config.base import (
     Reference,
     Role,
     RunSettings,
+    Steps,
     TrainingSettings,
 )
 from moce.config.dense import CLASSIFY, DenseTaskSettings
@@ -205,7 +206,8 @@ class EvaluateSettings(RunSettings):
     backbones: Annotated[tuple[str, ...], Field(min_length=1)] = setting(
         description="what to compare, NAME=REFERENCE each; for a MoCE run also NAME=RUN@SELECTION, "
         "one of auto, route, merge, generalist, probe (by labels), random (route), best_route "
-        "(on the other half of the test images)",
+        "(on the other half of the test images); NAME=REFERENCE@adapt adapts a masked autoencoder "
+        "to each task, NAME=RUN@auto+adapt the experts that a strategy chooses",
         may_change=True,
     )
     protocols: tuple[Protocol, ...] = setting(
@@ -220,4 +222,33 @@ class EvaluateSettings(RunSettings):
     )
     draws: Count | None = setting(None, "random draws of the labels (default: the suite's)")
     finetune_draws: Count = setting(1, "how many of these draws to fine-tune on")
+    adapt_steps: Steps = setting(
+        "auto",
+        "optimizer steps of adaptation (@adapt) on the training images of a task; auto: as moce "
+        "customize",
+        before="auto",
+    )
+    adapt_data: Data | None = setting(
+        None,
+        "pool to adapt on as well: images of the task's clusters are drawn from it",
+        input="images",
+    )
+    adapt_clusters: Folder | None = setting(
+        None,
+        "run folder of moce cluster, to find related images of the pool (default: a MoCE run's own)",
+        input="weights",
+        used_with={"adapt_data": (GIVEN,)},
+    )
+    adapt_pool_share: OpenFraction = setting(
+        0.5,
+        "share of the pool's images in a batch of adaptation",
+        before=0.5,
+        used_with={"adapt_data": (GIVEN,)},
+    )
+    adapt_batch_size: Count = setting(128, "images per optimizer step of adaptation", before=128)
+    adapt_lr: Positive | None = setting(
+        None,
+        "base learning rate of adaptation per 256 images (default: half of the run's; 7.5e-5 for "
+        "other weights)",
+    )
     resume: bool = setting(False, "resume an interrupted evaluation", may_change=True)

@@ -51,6 +51,11 @@ class WeightsSettings(Settings):
         comes_with="run",
         was="allow_surplus",
     )
+    weights_key: str | None = setting(
+        None,
+        "which network of a file that holds several, such as state_dict_ema or teacher",
+        comes_with="run",
+    )
 
 
 class FileSettings(WeightsSettings):

@@ -19,7 +19,7 @@ from moce.config.base import (
     RuntimeSettings,
     Settings,
 )
-from moce.config.facts import setting
+from moce.config.facts import GIVEN, setting
 from moce.config.pipeline import FileSettings
 
 
@@ -39,21 +39,32 @@ Size = Annotated[
 
 
 class PackSettings(Settings):
-    """Decode and resize images once, into one file that every command takes as DATA."""
+    """Write images, as encoded or as pixels, to few large files that every command takes as DATA."""
 
     data: Data = setting(description=IMAGES, input="images")
+    out: Folder | None = setting(None, "folder to write; with --size, a file such as icons.moce")
+    shorter_side: Count | None = setting(
+        None,
+        "encode larger images again, as JPEGs of this shorter side in pixels (default: keep all "
+        "images as they are encoded)",
+    )
+    quality: Annotated[int, Field(ge=1, le=100)] = setting(
+        90, "quality of these JPEGs", used_with={"shorter_side": (GIVEN,)}
+    )
+    shard_size: Count = setting(500, "size of a file in the folder, in MB (10^6 bytes)")
     size: Size | None = setting(
         None,
-        "size in pixels, one number or HEIGHTxWIDTH: the model's input size, or about 1.15 times "
-        "it for random crops",
+        "write pixels to one file instead, resized and cropped to this size, one number or "
+        "HEIGHTxWIDTH: for small images of one size",
     )
     channels: Count = setting(
-        3, "channels of the images, as the encoder takes them: 1 (gray), 3 (color) or more"
+        3,
+        "channels of the pixels, as the encoder takes them: 1 (gray), 3 (color) or more",
+        used_with={"size": (GIVEN,)},
     )
-    out: Folder | None = setting(None, "file to write, such as photos.moce")
-    overwrite: bool = setting(False, "replace the file, and what an interrupted run left")
+    overwrite: bool = setting(False, "replace the output, and what an interrupted run left")
     verify: bool = setting(
-        False, "read all pixels back and compare checksums (without --out: those of DATA)"
+        False, "read everything back and compare checksums (without --out: those of DATA)"
     )
     workers: Count | None = setting(
         None, "images decoded at the same time (default: all usable cores)"
@@ -105,7 +116,7 @@ class PushSettings(Settings):
     license: str | None = setting(None, "license of the weights, for the card, e.g. cc-by-nc-4.0")
 
 
-class ConvertSettings(Settings):
+class ConvertSettings(FileSettings):
     """Convert weights of any library that moce reads to one safetensors file."""
 
     weights: Folder = setting(

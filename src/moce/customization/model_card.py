@@ -1,17 +1,19 @@
-"""README.md and selection.json of an export."""
+"""README.md, selection.json and adaptation.json of an export."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from moce.config.base import Format
-from moce.customization.adaptation import Adaptation
+from moce.customization.adaptation import ADAPTATION, Adaptation
 from moce.customization.selection import FOREIGN, Choice, route_name
 from moce.errors import counted
 from moce.runs.files import write_json, write_text
+from moce.runs.model import STATE
 from moce.weights.export import Model, write_model_folder
 
 MAX_CLUSTERS = 12  # on a card
@@ -24,28 +26,43 @@ LIBRARY: dict[Format, str] = {  # that loads a format, by its name on the Huggin
 TAGS = ["moce", "masked-autoencoder", "vision-transformer"]
 
 
-def write_choice(
+def write_backbone(
     folder: Path,
     kind: Format,
     model: Model,
-    choice: Choice,
     source: Path,
-    further_facts: Sequence[str] = (),
+    choice: Choice | None = None,
+    adaptation: Adaptation | None = None,
 ) -> str:
-    """Write a model for a task, its card and selection.json; returns the Python that loads it."""
-    title = f"Backbone customized by moce from {source.name}"
-    facts = [
-        f"source: {source.name}",
+    """Write a model for a task, its card, selection.json and adaptation.json.
+
+    source: the run that it comes from. Returns the Python that loads it. adaptation.json is written
+    last: with it, an adaptation is finished, and its checkpoints are removed.
+    """
+    facts = [f"source: {source.name}"]
+    facts += [] if choice is None else choice_facts(choice)
+    facts += [] if adaptation is None else adaptation_facts(adaptation)
+    done = "adapted" if choice is None else "customized"
+    snippet = write_with_card(
+        folder, kind, model, f"Backbone {done} by moce from {source.name}", facts
+    )
+    if choice is not None:
+        write_json(folder / "selection.json", choice.to_json())
+    if adaptation is not None:
+        write_json(folder / ADAPTATION, asdict(adaptation))
+        shutil.rmtree(folder / STATE, ignore_errors=True)  # three times the weights
+    return snippet
+
+
+def choice_facts(choice: Choice) -> list[str]:
+    """What a card says of a choice of experts."""
+    return [
         f"strategy: {choice.strategy}",
         experts_fact(choice),
         f"clusters: {clusters_of(choice)}",
         similarity_fact(choice),
         *scores_facts(choice),
-        *further_facts,
     ]
-    snippet = write_with_card(folder, kind, model, title, facts)
-    write_json(folder / "selection.json", choice.to_json())
-    return snippet
 
 
 def experts_fact(choice: Choice) -> str:

@@ -4,37 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from moce.data.dataset import ImageDataset
+from moce.data.readers.factory import open_source
 from moce.data.readers.sample import Sample
 from moce.data.rng import Stream, keyed_generator
 from moce.errors import MoceError
-from moce.inference.assign import assign
+from moce.inference.assign import assign, clustered_images
 from moce.models.cluster_model import ClusterModel
+from moce.runs.assignments import ASSIGNMENTS
+from moce.runs.model import read_config
 from moce.runtime.progress import log
+from moce.weights.from_runs import load_clusters
+
+# Loads images at the input size and channels of an encoder.
+Load = Callable[[list[Sample], VisionTransformer], ImageDataset]
 
 
 @dataclass
 class RelatedImages:
-    """Finds images of a pool that are related to a task.
+    """Finds images of a pool that are related to a task; the same pool can serve many tasks.
 
-    clusters: what assigns images to clusters. known: cluster of pool images by id, as far as a
-    clustering on disk has it. load: loads images at the input size of the clusters' encoder.
-    skipped: (id, reason) of pool images that could not be read.
+    pool: a DATA argument. clusters: what assigns images to clusters. cluster_of: cluster of pool
+    images by id, as far as a clustering on disk has them; the others are added when they are first
+    needed. skipped: (id, reason) of pool images that could not be read.
     """
 
+    pool: str
     clusters: ClusterModel
-    known: Mapping[str, int]
-    load: Callable[[list[Sample]], ImageDataset]
+    cluster_of: dict[str, int]
+    load: Load
     device: torch.device
     precision: str
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
-    def find(
-        self, task: list[Sample], pool: Sequence[Sample], name: str, count: int, seed: int
-    ) -> list[Sample]:
+    def find(self, task: list[Sample], count: int, seed: int) -> list[Sample]:
         """At most `count` pool images; their ids start with the pool's name.
 
         Raises MoceError if the pool has no image of the task's clusters.
@@ -43,23 +51,51 @@ class RelatedImages:
         histogram = torch.tensor(list(of_task.values())).bincount(
             minlength=self.clusters.num_clusters
         )
-        cluster_of = dict(self.known)
-        unseen = [sample for sample in pool if sample.id not in cluster_of]
+        drawn = draw_related(self._readable(), self.cluster_of, histogram.tolist(), count, seed)
+        if not drawn:
+            raise MoceError(f"{self.pool} has no images of the task's clusters: leave it out")
+        return [replace(sample, id=f"{self.pool}/{sample.id}") for sample in drawn]
+
+    def _readable(self) -> list[Sample]:
+        """The images of the pool whose cluster is known; those that are new to it are assigned."""
+        pool = open_source(self.pool)
+        tried = {*self.cluster_of, *(name for name, _ in self.skipped)}
+        unseen = [sample for sample in pool if sample.id not in tried]
         if unseen:
             log(f"{len(unseen)} images of the pool are new to the clustering; assigning them")
-            found, self.skipped = self._assign(unseen)
-            cluster_of |= found
-        readable = [sample for sample in pool if sample.id in cluster_of]
-        drawn = draw_related(readable, cluster_of, histogram.tolist(), count, seed)
-        if not drawn:
-            raise MoceError(f"{name} has no images of the task's clusters; leave out --data")
-        return [replace(sample, id=f"{name}/{sample.id}") for sample in drawn]
+            found, skipped = self._assign(unseen)
+            self.cluster_of |= found
+            self.skipped += skipped
+        return [sample for sample in pool if sample.id in self.cluster_of]
 
     def _assign(self, samples: list[Sample]) -> tuple[dict[str, int], list[tuple[str, str]]]:
         """The cluster of every image that can be read, by id; (id, reason) of the others."""
-        images = self.load(samples)
+        images = self.load(samples, self.clusters.encoder)
         clusters = assign(images, self.clusters, self.device, self.precision)
         return dict(zip(images.ids, clusters.tolist(), strict=True)), images.skipped
+
+
+def known_clusters(
+    pool: str, clusters: ClusterModel, given: Path | None, mixture: Path | None
+) -> dict[str, int]:
+    """The clusters of the pool's images by id, as far as a clustering on disk has them.
+
+    given: a run of `moce cluster`; mixture: the MoCE run that `clusters` are part of, which names
+    its clustering. That may have moved, or another may have taken its place: then none is known.
+    Raises MoceError if `given` is not the clustering of the mixture.
+    """
+    run = given
+    if run is None:
+        origin = read_config(mixture).get("clusters") if mixture is not None else None
+        run = Path(origin) if origin else None
+        if run is None or not (run / ASSIGNMENTS).is_file():
+            return {}
+    if not torch.equal(load_clusters(run).centroids, clusters.centroids):
+        if given is not None:
+            raise MoceError(f"{run} is not the clustering that {mixture} was trained with")
+        log(f"{run} is no longer the clustering of {mixture}: it is not used")
+        return {}
+    return clustered_images(run, clusters.num_clusters, pool)
 
 
 def draw_related(

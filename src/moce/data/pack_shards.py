@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict
@@ -22,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 
 from moce.data.encode import Encoding, Row, encode
-from moce.data.readers.manifest import MANIFEST, Manifest, Shard, as_shard, sha256
+from moce.data.readers.manifest import JOURNAL, MANIFEST, Manifest, Shard, as_shard, sha256
 from moce.data.readers.parquet_rows import LENGTH, OFFSETS, Group, encode_offsets
 from moce.data.readers.sample import Sample
 from moce.data.run_ahead import run_ahead
@@ -30,9 +31,11 @@ from moce.errors import MoceError
 from moce.runs.files import append_line, atomic, read_lines, write_json, write_text
 from moce.runtime.system import worker_threads
 
-JOURNAL = "_progress.jsonl"
 GROUP_ROWS, GROUP_BYTES = 100, 2**25  # of a row group: 100 rows, as `datasets` writes images
 AHEAD_PER_THREAD = 4  # encoded images that wait
+WRITTEN = re.compile(
+    rf"\.?({re.escape(MANIFEST)}|{re.escape(JOURNAL)}|images-\d+\.parquet)(?P<temporary>\.[a-z0-9_]{{8}})?"
+)
 Advance = Callable[[int, int], None]  # images read since the last call, and unreadable ones of them
 
 
@@ -127,6 +130,38 @@ def _schema(several_labels: bool) -> pyarrow.Schema:
     return pyarrow.schema(fields, {"huggingface": json.dumps({"info": {"features": features}})})
 
 
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def check_pack_folder(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Raise MoceError unless images can be packed to the folder `out`; nothing is changed."""
+    if out.exists() and not out.is_dir():
+        raise MoceError(
+            f"{out} is a file; give a folder to write to, or --size for a file of pixels"
+        )
+    for path in inputs:
+        inner, outer = out.resolve(), path.resolve()
+        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+            raise MoceError(f"{out} and the images {path} lie in each other; give another folder")
+    names = [child.name for child in out.iterdir()] if out.is_dir() else []
+    ours = MANIFEST in names or JOURNAL in names
+    foreign = [name for name in names if not ours or not WRITTEN.fullmatch(name)]
+    if foreign:
+        raise MoceError(
+            f"{out} contains {foreign[0]}, which moce pack did not write; give another folder"
+        )
+    if MANIFEST in names and not overwrite:
+        raise MoceError(f"{out} is packed already; add --overwrite to replace it")
+
+
+def clean_pack_folder(out: Path, *, everything: bool) -> None:
+    """Remove what killed processes left, or all that moce pack wrote: the list of shards first."""
+    for name in sorted((child.name for child in out.iterdir()), key=lambda name: name != MANIFEST):
+        found = WRITTEN.fullmatch(name)
+        if found and (everything or found["temporary"]):
+            (out / name).unlink()
+
+
 class ShardPacker:
     """Writes a folder of parquet files: iterate over `shards`, then call `finish`."""
 
@@ -214,6 +249,8 @@ class ShardPacker:
             for shard in self._shards:
                 (self.out / shard.file).unlink()
             (self.out / JOURNAL).unlink()
+            with suppress(OSError):  # it had other files
+                self.out.rmdir()
             raise MoceError(f"no readable image; the first one: {manifest.skipped[0][1]}")
         write_json(self.out / MANIFEST, manifest.to_json())
         (self.out / JOURNAL).unlink()

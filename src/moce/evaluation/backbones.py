@@ -1,7 +1,8 @@
 """NAME=PATH@SELECTION: the backbones that an evaluation compares.
 
 A MoCE run is customized for every task: by a strategy of `moce customize`, by a random route, by the
-best route (cross-fitted) or by the labels (probe).
+best route (cross-fitted) or by the labels (probe). `@adapt` and `@STRATEGY+adapt` continue masked
+autoencoding on the task's training images, from any masked autoencoder.
 """
 
 from __future__ import annotations
@@ -11,23 +12,54 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from moce.config import Strategy, expand
+from moce.config import FileSettings, Strategy, expand
 from moce.customization.bank import Bank, load
 from moce.errors import MoceError
 from moce.evaluation.results import SELECTIONS_BEFORE
+from moce.models.encoder import input_shape
+from moce.models.mae import MAE, MAESpec
 from moce.weights.from_runs import Backbone, holds_moce, load_backbone
+from moce.weights.resolve import moce_run, start_from
 
-SELECTIONS: tuple[str, ...] = (*get_args(Strategy), "random", "best_route")
+PROBE_ONLY = frozenset({"random", "best_route", "probe"})  # selections without a single backbone
+ADAPT = "adapt"
+SELECTIONS: tuple[str, ...] = (
+    *get_args(Strategy),
+    *("random", "best_route", ADAPT),
+    *(f"{strategy}+{ADAPT}" for strategy in get_args(Strategy) if strategy not in PROBE_ONLY),
+)
 NAME = re.compile(r"\w[\w.+-]*")  # names become folders and columns
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """name: as in tables; reference: a path or timm name; selection: how a MoCE run is customized."""
+    """name: as in tables; reference: a path or timm name; selection: what it becomes for a task."""
 
     name: str
     reference: str
     selection: str | None = None
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the backbone is adapted to each task."""
+        return self.selection is not None and self.selection.split("+")[-1] == ADAPT
+
+    @property
+    def strategy(self) -> str | None:
+        """How a MoCE run is customized, before any adaptation; None: as by default."""
+        strategy, _, _ = (self.selection or "").removesuffix(ADAPT).partition("+")
+        return strategy or None
+
+
+@dataclass
+class MaskedAutoencoder:
+    """A masked autoencoder that is to be adapted to tasks."""
+
+    spec: MAESpec
+    mae: MAE
+
+
+Opened = Backbone | Bank | MaskedAutoencoder
 
 
 def read_candidates(texts: tuple[str, ...]) -> list[Candidate]:
@@ -52,14 +84,25 @@ def _read_candidate(text: str) -> Candidate:
     return Candidate(name, reference, selection)
 
 
-def open_candidate(candidate: Candidate) -> Backbone | Bank:
-    """Load the backbone, or the bank of a MoCE run.
+def open_candidate(candidate: Candidate) -> Opened:
+    """Load the backbone, the bank of a MoCE run, or what is to be adapted without experts.
 
-    Raises MoceError if the path holds neither, or a dense backbone has a selection.
+    Raises MoceError if the path holds neither, or a dense backbone has a strategy.
     """
     path = expand(Path(candidate.reference))
-    if holds_moce(path):
+    is_run = moce_run(path) is not None
+    if (is_run or not candidate.adapts) and holds_moce(path):
         return load(path)
-    if candidate.selection is not None:
-        raise MoceError(f"{candidate.reference} has no experts to select: leave out @SELECTION")
+    if candidate.strategy is not None:
+        instead = f"give @{ADAPT}" if candidate.adapts else "leave out @SELECTION"
+        raise MoceError(f"{candidate.reference} has no experts to select: {instead}")
+    if candidate.adapts:
+        return MaskedAutoencoder(*start_from(candidate.reference, FileSettings()))
     return load_backbone(candidate.reference)
+
+
+def task_shape(model: Opened) -> tuple[int, int, int]:
+    """Channels, height and width of a task's images."""
+    if isinstance(model, Bank):
+        return model.task_shape
+    return input_shape(model.mae.encoder if isinstance(model, MaskedAutoencoder) else model.vit)

@@ -31,11 +31,15 @@ class TooFewLabels(MoceError):
 
 @dataclass
 class Outcome:
-    """values: the metric, 0..1, per draw; confusion: summed over the draws; choice: of a MoCE run."""
+    """values: the metric, 0..1, per draw; confusion: summed over the draws; choice: of a MoCE run.
+
+    adaptation: what was done to adapt the backbone, as adaptation.json has it.
+    """
 
     values: list[float]
     confusion: list[list[int]] | None = None
     choice: dict[str, Any] | None = None
+    adaptation: dict[str, Any] | None = None
 
 
 class Evaluator:

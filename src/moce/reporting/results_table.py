@@ -40,7 +40,7 @@ class Results:
         return _mean_of_all([self.mean(task, protocol, backbone) for task in tasks])
 
     def choice(self, task: str, **wanted: str) -> dict[str, Any] | None:
-        """What the first MoCE run with a strategy selected for a task."""
+        """What the first MoCE run with a strategy selected for a task, before any adaptation."""
         row = self._chosen(task=task, **wanted)
         return row["choice"] if row else None
 
@@ -55,7 +55,7 @@ class Results:
         return None
 
     def _chosen(self, **wanted: str) -> dict[str, Any] | None:
-        rows = self.where(**wanted)
+        rows = [row for row in self.where(**wanted) if not row.get("adaptation")]
         return next((row for row in rows if "votes" in (row.get("choice") or {})), None)
 
 

@@ -21,7 +21,17 @@ from pathlib import Path
 from moce.config import expand, settings_classes
 from moce.errors import MoceError
 from moce.runs.lock import lock_folder
-from moce.runs.model import CONFIG, INFO, METRICS, SKIPPED, STATE, TIMINGS, WEIGHTS
+from moce.runs.model import (
+    CONFIG,
+    INFO,
+    METRICS,
+    SKIPPED,
+    STATE,
+    TENSORBOARD,
+    TIMINGS,
+    WANDB,
+    WEIGHTS,
+)
 from moce.runtime.distributed import barrier
 from moce.runtime.launch import is_rank0
 
@@ -32,7 +42,7 @@ TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 # The names that any command writes to output folders; proofs: those that nobody else would write.
 PROOFS = {INFO, CONFIG, TIMINGS}.union(*(kind.proofs for kind in settings_classes()))
 FILES = PROOFS.union({WEIGHTS, METRICS, SKIPPED}, *(kind.files for kind in settings_classes()))
-FOLDERS = {STATE, "tensorboard"}.union(*(kind.folders for kind in settings_classes()))
+FOLDERS = {STATE, TENSORBOARD, WANDB}.union(*(kind.folders for kind in settings_classes()))
 
 
 def check_folder(

@@ -21,6 +21,8 @@ from moce.runtime.distributed import run_on_rank0
 
 WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml", "metrics.jsonl"
 SKIPPED, STATE, TIMINGS = "skipped.jsonl", "state", "timings.jsonl"
+LOGGERS = "loggers.json"  # in state: the runs of W&B and MLflow
+TENSORBOARD, WANDB = "tensorboard", "wandb"  # folders of loggers
 
 
 def write_config(folder: Path, settings: Settings) -> None:

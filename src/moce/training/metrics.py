@@ -1,10 +1,10 @@
-"""Running means of the losses; metrics.jsonl, timings.jsonl and TensorBoard events."""
+"""Running means of the losses; metrics.jsonl and timings.jsonl."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moce.errors import MoceError, NotFinite
+from moce.config import LoggerName
+from moce.errors import NotFinite
 from moce.runs.files import append_line, read_lines, write_text
 from moce.runs.model import METRICS, TIMINGS
 from moce.runtime.distributed import all_reduce
 from moce.runtime.launch import is_rank0
+from moce.training.loggers import close_loggers, open_loggers
 from moce.training.thread_parallel import Losses
 
 STEPS = "steps"  # key of the step count in a window's state
@@ -28,43 +30,39 @@ class MetricLog:
     """Appends rows to metrics.jsonl and timings.jsonl of a run, on rank 0 only.
 
     metrics.jsonl is reproducible, timings.jsonl depends on the clock. Rows after `resumed_step` are
-    dropped from both.
+    dropped from both. loggers: also told; config: the settings they record.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, resumed_step: int) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        loggers: Sequence[LoggerName],
+        resumed_step: int,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self._folder, self._finished = folder, False
         for name in (METRICS, TIMINGS):
             rows = read_lines(folder / name, "step")
             lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= resumed_step]
             write_text(folder / name, "".join(lines))
-        self._board = open_board(folder, resumed_step) if tensorboard and is_rank0() else None
+        self._loggers = (
+            open_loggers(loggers, folder, resumed_step, config or {}) if is_rank0() else []
+        )
 
     def write(self, row: Row, times: Row) -> None:
         if not is_rank0():
             return
         append_line(self._folder / METRICS, row)
         append_line(self._folder / TIMINGS, times)
-        if self._board is not None:
-            for name, value in flatten(row | times).items():
-                self._board.add_scalar(name, value, row["step"])
+        for logger in self._loggers:
+            logger.log_metrics(flatten(row | times), row["step"])
+
+    def finish(self) -> None:
+        """Training came to its end; `close` without it reports a run that was stopped."""
+        self._finished = True
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
-
-
-def open_board(folder: Path, resumed_step: int) -> Any:
-    """A TensorBoard writer; events after `resumed_step` are hidden.
-
-    Raises MoceError if TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MoceError(
-            "TensorBoard is not installed: pip install 'moce[tensorboard]', or leave --tensorboard out"
-        ) from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+        close_loggers(self._loggers, finished=self._finished)
 
 
 def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:

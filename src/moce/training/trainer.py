@@ -181,6 +181,7 @@ class _Trainer:
                 progress.advance(note)
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
+            metric_log.finish()
         self._finish()
 
     def _batches(self, rows: Iterable[tuple[Tensor, Tensor]]) -> Generator[Any]:
@@ -188,7 +189,8 @@ class _Trainer:
         return self.objective.batches(rows, self.fabric.device, cache_on_gpu=cache)
 
     def _open_log(self) -> MetricLog:
-        return MetricLog(self.folder, tensorboard=self.settings.tensorboard, resumed_step=self.done)
+        settings = self.settings
+        return MetricLog(self.folder, settings.loggers, self.done, settings.model_dump(mode="json"))
 
     def _log(self, metric_log: MetricLog, step: int, rate: float) -> str:
         """Write the row of a step. Returns a summary for the progress bar."""

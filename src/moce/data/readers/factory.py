@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from moce.config import expand
 from moce.data.readers.folder import read_folder
 from moce.data.readers.huggingface import HUB_PREFIX, is_saved, read_hub, read_saved
-from moce.data.readers.manifest import MANIFEST, packed_shards
+from moce.data.readers.manifest import is_pack, packed_shards
 from moce.data.readers.numpy_arrays import read_arrays
 from moce.data.readers.packed import find_packed
 from moce.data.readers.parquet import DEMO_PREFIX, demo_samples, read_parquet_files
@@ -97,7 +97,7 @@ def _read(source: Source) -> Sequence[Sample]:
         return read_parquet_files([local_file(file) for file in find_shards(str(path))])
     if not _exists(path):
         raise MoceError(f"no such images: {data[:500]} (give {ACCEPTED})")
-    if path.name == MANIFEST or (path / MANIFEST).is_file():
+    if is_pack(path):
         return read_parquet_files(packed_shards(path))
     if path.is_dir():
         return read_saved(path) if is_saved(path) else read_folder(path)

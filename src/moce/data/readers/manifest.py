@@ -13,6 +13,7 @@ from moce.data.readers.storage import LocalFile, local_file
 from moce.errors import MoceError, raise_if_corrupt
 
 MANIFEST = "_manifest.json"  # pandas and datasets pass over it
+JOURNAL = "_progress.jsonl"  # in its place, while the folder is written
 FORMAT = "moce images"
 
 
@@ -52,6 +53,12 @@ class Manifest:
         return {"format": FORMAT, "version": 1, **asdict(self), "images": self.images}
 
 
+def is_pack(path: Path) -> bool:
+    """Whether moce pack wrote a folder, completely or not, or PATH is its manifest."""
+    names = (MANIFEST, JOURNAL)
+    return path.name == MANIFEST or any((path / name).is_file() for name in names)
+
+
 def as_shard(row: dict[str, Any]) -> Shard:
     """A shard from its line of JSON."""
     return Shard(**{**row, "skipped": [(name, reason) for name, reason in row["skipped"]]})
@@ -60,6 +67,8 @@ def as_shard(row: dict[str, Any]) -> Shard:
 def read_manifest(path: Path) -> Manifest:
     """The manifest in a folder, or itself. Raises MoceError if it is missing or corrupt."""
     path = path / MANIFEST if path.is_dir() else path
+    if not path.is_file() and path.with_name(JOURNAL).is_file():
+        raise MoceError(f"{path.parent} is not packed completely; run its moce pack again")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

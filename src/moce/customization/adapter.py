@@ -1,0 +1,81 @@
+"""Adapting to a task from where its images are: default settings, related images, resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from moce.config import AdaptationSettings
+from moce.customization.adaptation import ADAPTATION, CHECKS, Adaptation, adapt, default_steps
+from moce.customization.related_images import Load, RelatedImages
+from moce.data.dataset import ImageDataset
+from moce.data.readers.sample import Sample
+from moce.errors import MoceError
+from moce.models.mae import MAE, MAESpec
+from moce.runs.model import read_config
+from moce.runs.resume import check_unchanged, resumes
+from moce.weights.resolve import moce_run
+
+LOWER_LR = 0.5  # of the rate that a run was trained with
+BASE_LR = 7.5e-5  # for weights of other libraries: half of MAE's own rate
+
+
+@dataclass
+class Adapter:
+    """Adapts masked autoencoders to tasks.
+
+    related: of the pool; None to train on the task's images alone. load: images by encoder.
+    start: opens the output folder, once everything is checked.
+    """
+
+    related: RelatedImages | None
+    load: Load
+    start: Callable[[AdaptationSettings, ImageDataset], None]
+    device: torch.device
+
+    def run(
+        self, task: list[Sample], spec: MAESpec, mae: MAE, settings: AdaptationSettings
+    ) -> Adaptation:
+        """Adapt `mae` in place to a task's images, which must not be test images.
+
+        Raises MoceError if there are none, or the output folder is finished already.
+        """
+        if not task:
+            raise MoceError(f"{settings.images} has test images only; adaptation needs others")
+        related: list[Sample] = []
+        unreadable: list[tuple[str, str]] = []
+        if self.related is not None and settings.steps is not None:
+            count = round(settings.steps * settings.batch_size * settings.pool_share)
+            related = self.related.find(task, count, settings.seed)
+            unreadable = self.related.skipped
+        images = self.load([*task, *related], mae.encoder)
+        images = replace(images, skipped=images.skipped + unreadable)
+        if resumes(settings):
+            check_unchanged(settings)
+            if (settings.out / ADAPTATION).is_file():
+                raise MoceError(f"{settings.out} is finished; use --overwrite to adapt again")
+        self.start(settings, images)
+        of_pool = {sample.id for sample in related}
+        num_task = sum(name not in of_pool for name in images.ids)
+        return adapt(spec, mae, images, num_task, settings, self.device)
+
+
+def with_steps(
+    settings: AdaptationSettings, steps: int | Literal["auto"], num_images: int
+) -> AdaptationSettings:
+    """The settings for a task of `num_images`, and how often to log, check and save."""
+    if steps == "auto":
+        steps = default_steps(num_images, settings.batch_size, settings.pool_share)
+    every = max(1, steps // CHECKS)
+    return settings.model_copy(update={"steps": steps, "log_every": every, "save_every": every})
+
+
+def default_lr(run: Path) -> float:
+    """Half of the rate that a run was trained with, since training continues from its end."""
+    folder = moce_run(run)
+    known = read_config(folder).get("base_lr") if folder is not None else None
+    return LOWER_LR * float(known) if known else BASE_LR
