@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -60,7 +60,7 @@ def run(settings: PredictSettings, device: torch.device, precision: str) -> tupl
     return len(samples) - len(skipped), len(skipped)
 
 
-def _read(samples: list[Sample], channels: int) -> Generator[Read]:
+def _read(samples: Sequence[Sample], channels: int) -> Generator[Read]:
     """Every image as upright pixels, read by threads ahead of their use."""
 
     def read(sample: Sample) -> Read:
@@ -121,7 +121,7 @@ class _Output:
         write_text(out / "predictions.json", json.dumps(content) + "\n")
 
     def _coco(self, image: int, found: dict[str, Any]) -> list[dict[str, Any]]:
-        annotations = []
+        annotations: list[dict[str, Any]] = []
         for row in np.flatnonzero(found["scores"] >= self._settings.min_score).tolist():
             box = xywh(found["boxes"][row])
             entry = {

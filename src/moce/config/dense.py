@@ -33,6 +33,7 @@ class DenseTaskSettings(Settings):
         "what to train for: classify, detect (boxes, and masks if there are any) or segment (a class "
         "for every pixel) (default: what the labels say)",
         before="classify",
+        set_by_evaluate=True,
     )
     annotations: Folder | None = setting(
         None,
