@@ -31,6 +31,7 @@ from moce.training.trainer import fit, total_steps
 from moce.weights.from_runs import load_backbone
 
 METRICS: dict[DenseTask, str] = {"detect": "box_ap", "segment": "miou"}
+HEADLINES = ("box_ap", "box_ap50", "mask_ap", "mask_ap50", "miou", "pixel_accuracy")
 NETWORK = "network.py"  # a copy of the code that builds the network
 TEST_BATCH = 8  # images
 RECIPES = {"detect": "recipes/detect_small.yaml", "segment": "recipes/segment_small.yaml"}
@@ -128,7 +129,7 @@ def _write(
     info = {
         "network": predictor.config,
         "classes": predictor.classes,
-        "metrics": row["figures"],
+        "metrics": {name: row["figures"][name] for name in HEADLINES if name in row["figures"]},
         "labels": row["labels"],
     }
     kind = next(kind for kind, task in KINDS.items() if task == predictor.task)
