@@ -22,8 +22,8 @@ PROTOCOLS = {
     "segment_linear": "Segmentation, linear",
 }
 CAPTION = (
-    "In %: mean ± standard deviation over draws of labels. Regret: best route minus MoCE, in points. Vote: "
-    "share of the task's images that vote for the winning route."
+    "In %: mean ± standard deviation over draws of labels. Regret: best strategy, or else best route, "
+    "minus MoCE, in points. Vote: share of the task's images that vote for the winning route."
 )
 
 
