@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 __version__ = version("moce")
 FUNCTIONS = (
     *("cluster", "convert", "customize", "demo", "doctor", "embed", "evaluate", "export"),
-<<<<<<< HEAD
-    *("finetune", "headroom", "pack", "predict", "pretrain", "probe", "push", "report", "train"),
-=======
-    *("finetune", "headroom", "pack", "pretrain", "probe", "push", "report", "run", "train"),
->>>>>>> main
+    *("finetune", "headroom", "pack", "predict", "pretrain", "probe", "push", "report", "run"),
+    "train",
 )
 __all__ = ["MoceError", "load", *FUNCTIONS]
 

@@ -64,11 +64,8 @@ __all__ = [
     "LoggerName",
     "Metric",
     "PackSettings",
-<<<<<<< HEAD
-    "PredictSettings",
-=======
     "PipelineSettings",
->>>>>>> main
+    "PredictSettings",
     "PretrainSettings",
     "ProbeSettings",
     "PushSettings",
