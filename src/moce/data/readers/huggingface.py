@@ -9,6 +9,7 @@ from typing import Any
 
 from moce.data.readers.sample import SPLITS, Encoded, Label, Sample, error_line
 from moce.errors import MoceError
+from moce.runtime.hub import NOT_HERE, cache_if_unreachable
 
 HUB_PREFIX = "hf:"
 LABELS = ("label", "labels", "fine_label", "class")
@@ -31,7 +32,13 @@ def read_hub(name: str) -> list[Sample]:
     datasets = _library()
     name, _, split = name.partition(":")
     load = partial(datasets.load_dataset, name, split=split or None)
-    return _load(load, f"{HUB_PREFIX}{name}")
+    with cache_if_unreachable() as online:
+        try:
+            return _load(load, f"{HUB_PREFIX}{name}")
+        except MoceError as error:
+            if online or Path(name).exists():
+                raise
+            raise MoceError(f"cannot read {HUB_PREFIX}{name}: {NOT_HERE}") from error
 
 
 def _library() -> Any:
