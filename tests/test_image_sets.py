@@ -202,7 +202,8 @@ def test_a_packed_task_of_the_encoders_size_is_not_decoded(
         assert task.train.shape == (24, 3, size, size) and not (tmp_path / "pixels").exists()
         if size == 16:
             assert task.train.reader is not None and task.test.reader is task.train.reader
-            assert torch.equal(task.test.take(slice(None)), usual.test.pixels)
+            expected = load_images(str(runs.task / "test"), SIZE).pixels
+            assert torch.equal(task.test.take(slice(None)), expected)
         assert (task.train.ids, task.test.ids) == (usual.train.ids, usual.test.ids)
         assert np.array_equal(task.test_labels, usual.test_labels)
 

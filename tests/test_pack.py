@@ -74,7 +74,7 @@ def test_splits_and_labels_of_any_kind_are_kept(tmp_path: Path, monkeypatch) -> 
     moce.pack(task, size=16, out=tmp_path / "task.moce")
     usual, packed = (load_task(str(tmp_path / name), (3, *SIZE)) for name in ("task", "task.moce"))
     assert packed.classes == usual.classes
-    assert same(packed.test, usual.test) and packed.train.ids == usual.train.ids
+    assert (packed.train.ids, packed.test.ids) == (usual.train.ids, usual.test.ids)
     assert torch.equal(
         packed.train.take(slice(None)), load_images(str(task / "train"), SIZE).pixels
     )

@@ -37,7 +37,7 @@ from moce.errors import MoceError, counted
 from moce.evaluation.evaluator import choose_by_probe
 from moce.evaluation.task import load_task
 from moce.models.cluster_model import ClusterModel
-from moce.models.encoder import EncoderSpec
+from moce.models.encoder import EncoderSpec, fit_of, input_channels
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import write_skipped
 from moce.runtime.progress import log
@@ -140,12 +140,12 @@ def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple
         task = load_task(settings.images, bank.task_shape, store, settings.max_skipped)
         chosen = choose_by_probe(bank, task.train, task.train_labels, len(task.classes))
         return chosen, task.skipped
-    channels, height, width = bank.input_shape
+    encoder = bank.clusters.encoder
     images = load_images(
         settings.images,
-        (height, width),
+        fit_of(encoder),
         store,
-        channels=channels,
+        channels=input_channels(encoder),
         max_skipped=settings.max_skipped,
         choose=voting_rows,
     )

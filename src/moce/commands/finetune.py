@@ -29,7 +29,7 @@ from moce.evaluation.metrics import choose_metric, confusion_counts, score
 from moce.evaluation.rand_augment import read_policy
 from moce.evaluation.results import make_row, write_rows
 from moce.evaluation.task import Task, draw_labels, load_task
-from moce.models.encoder import input_shape
+from moce.models.encoder import fit_of, input_shape
 from moce.runs.files import write_json
 from moce.runs.model import STATE, write_model
 from moce.runs.resume import recorded_settings, resumes
@@ -69,7 +69,9 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     settings = _without_policy_if_unusable(settings, shape[0])
     # Called here to refuse a wrong policy before anything is written.
     read_policy(settings.rand_augment, backbone.spec, shape[1:])
-    task = load_task(settings.data, shape, pixel_file(settings), settings.max_skipped)
+    task = load_task(
+        settings.data, shape, pixel_file(settings), settings.max_skipped, fit_of(backbone.vit)
+    )
     metric = choose_metric(settings.metric, task)
     rows = draw_labels(task.train_labels, settings.num_labels, settings.seed, settings.draw)
     start_run(settings, task.train, task.test)

@@ -14,7 +14,7 @@ from moce.config import PredictSettings, expand
 from moce.data.load import load_images
 from moce.errors import MoceError
 from moce.evaluation.classify import load_classifier
-from moce.models.encoder import input_shape
+from moce.models.encoder import fit_of, input_channels
 from moce.runs.files import write_text
 from moce.runs.folder import check_folder
 from moce.runs.model import read_info, write_config, write_skipped
@@ -60,12 +60,11 @@ def _classify(
     """Write predictions.csv: id, the most probable class and its probability."""
     refuse_unused(settings, DRAWN, "classifiers do not use them")
     classifier = load_classifier(model)
-    channels, *size = input_shape(classifier.vit)
     images = load_images(
         settings.data,
-        (size[0], size[1]),
+        fit_of(classifier.vit),
         pixel_file(settings),
-        channels=channels,
+        channels=input_channels(classifier.vit),
         max_skipped=settings.max_skipped,
     )
     open_output(settings)

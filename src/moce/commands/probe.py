@@ -16,7 +16,7 @@ from moce.evaluation.probe import choose_pooling, is_sgd
 from moce.evaluation.results import make_row, write_rows
 from moce.evaluation.sgd_probe import steps_of
 from moce.evaluation.task import load_task
-from moce.models.encoder import input_shape
+from moce.models.encoder import fit_of, input_shape
 from moce.runs.model import write_config, write_skipped
 from moce.runtime.progress import log
 from moce.weights.from_runs import load_backbone
@@ -60,7 +60,9 @@ def run(settings: ProbeSettings) -> ProbeResult:
     device, precision = prepare(settings)
     backbone = load_backbone(settings.backbone)
     shape = input_shape(backbone.vit)
-    task = load_task(settings.data, shape, pixel_file(settings), settings.max_skipped)
+    task = load_task(
+        settings.data, shape, pixel_file(settings), settings.max_skipped, fit_of(backbone.vit)
+    )
     metric = choose_metric(settings.metric, task)
     evaluator = Evaluator(task, metric, settings, device, precision)
     labels = len(evaluator.draws[0])

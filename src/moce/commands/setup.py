@@ -22,7 +22,7 @@ from moce.data.load import Choose, load_images, open_images, temporary_file
 from moce.data.readers.factory import paths_of
 from moce.data.readers.sample import Sample
 from moce.errors import MoceError
-from moce.models.encoder import input_channels, input_size
+from moce.models.encoder import fit_of, input_channels
 from moce.runs.folder import check_folder, open_folder
 from moce.runs.model import write_config, write_skipped
 from moce.runs.resume import (
@@ -203,7 +203,7 @@ def read_images(
     """
     return load_images(
         data,
-        input_size(vit),
+        fit_of(vit),
         pixel_file(settings),
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
@@ -227,7 +227,7 @@ def training_images(settings: DataSettings, data: str, vit: VisionTransformer) -
     """The images of a DATA argument to train on: not decoded yet, unless they are tiny."""
     return open_images(
         data,
-        input_size(vit),
+        fit_of(vit),
         pixel_file(settings),
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
@@ -245,7 +245,7 @@ def decoded(
         return everything.subset([row_of[name] for name in images.ids])
     samples = [images.original(row) for row in range(len(images))]
     store, channels = pixel_file(settings), input_channels(vit)
-    return load_images(samples, input_size(vit), store, channels=channels, max_skipped=math.inf)
+    return load_images(samples, fit_of(vit), store, channels=channels, max_skipped=math.inf)
 
 
 def pixel_file(settings: Any) -> Path:

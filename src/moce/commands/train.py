@@ -28,7 +28,7 @@ from moce.data.load import chosen_samples, load_images
 from moce.errors import MoceError
 from moce.inference.assign import assign, assign_images
 from moce.models.cluster_model import ClusterModel
-from moce.models.encoder import input_channels, input_size
+from moce.models.encoder import fit_of, input_channels
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.runs.model import last_metrics, write_model
@@ -129,7 +129,7 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     samples = chosen_samples(job.settings.task, voting_rows)
     encoder = clusters.encoder
     store = pixel_file(job.settings)
-    task = load_images(samples, input_size(encoder), store, channels=input_channels(encoder))
+    task = load_images(samples, fit_of(encoder), store, channels=input_channels(encoder))
     histogram = assign(task, clusters, job.device, job.settings.precision).bincount(
         minlength=clusters.num_clusters
     )

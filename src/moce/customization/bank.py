@@ -14,7 +14,7 @@ from moce.data.from_python import as_image_dataset
 from moce.data.load import Choose
 from moce.inference.features import extract_features
 from moce.models.cluster_model import ClusterModel
-from moce.models.encoder import EncoderSpec, input_shape
+from moce.models.encoder import EncoderSpec, fit_of, input_channels, input_shape
 from moce.models.mae import MAE
 from moce.models.moce import MoCE, MoCESpec
 from moce.weights.formats.timm import pooled
@@ -76,11 +76,11 @@ class Bank:
         images, rule: see `select`. choose: which images of DATA (default: all). Raises MoceError
         if there are no images.
         """
-        channels, height, width = self.input_shape
+        encoder = self.clusters.encoder
         features = extract_features(
-            self.clusters.encoder,
+            encoder,
             self.clusters.spec,
-            as_image_dataset(images, (height, width), channels, choose),
+            as_image_dataset(images, fit_of(encoder), input_channels(encoder), choose),
             device=self.device,
             precision=self.precision,
             pooling=self.clusters.pooling,

@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from moce.data.decode import to_pixels
+from moce.models.fit import Fit
 from moce.runtime.device import to_device
 
 TRIES = 10  # as in torchvision's RandomResizedCrop
@@ -128,19 +131,29 @@ def resized_by_products(pixels: Tensor, boxes: Tensor, size: tuple[int, int]) ->
     return images.permute(0, 2, 1, 3).clamp(0, 255)
 
 
-def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Center-crop every image to the aspect ratio of `size` and resize it to `size`; uint8.
+def fitted(pixels: Tensor, fit: tuple[int, int] | Fit) -> Tensor:
+    """Images that are kept at a size of their own made to fit an encoder, on their device; uint8.
 
-    pixels: [b, c, h, w] uint8; returned unchanged if they have that size.
+    pixels: [b, c, h, w] uint8; returned unchanged if they have the size of `fit`.
     """
+    fit = fit if isinstance(fit, Fit) else Fit(fit)
     height, width = pixels.shape[2:]
+    size = fit.size
     if (height, width) == tuple(size):
         return pixels
-    scale = min(height / size[0], width / size[1])
+    if fit.crop_mode != "center" or fit.interpolation != "bicubic":
+        return _fitted_by_timm(pixels, fit)
+    scale = min(height / size[0], width / size[1]) * fit.crop_pct
     box_height, box_width = round(size[0] * scale), round(size[1] * scale)
     box = [(height - box_height) // 2, (width - box_width) // 2, box_height, box_width]
     boxes = to_device(torch.tensor([box]), pixels.device).expand(len(pixels), -1)
     return resized_crop(pixels, boxes, size).round().to(torch.uint8)
+
+
+def _fitted_by_timm(pixels: Tensor, fit: Fit) -> Tensor:
+    """One by one, on the CPU."""
+    images = (to_pixels(image.permute(1, 2, 0).numpy(), fit, len(image)) for image in pixels.cpu())
+    return torch.from_numpy(np.stack(list(images))).to(pixels.device)
 
 
 def augment(

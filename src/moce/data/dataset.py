@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moce.data.readers.packed import PixelReader
 from moce.data.readers.sample import Label, Sample
+from moce.models.fit import Fit
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ImageDataset:
     int64, the stored row of each image (default: its own row). skipped: (id, reason) of images that
     could not be decoded. reader: of the file that `stored` is mapped from; used instead of the
     mapping, which cannot report errors. originals: the m images of the source; None if `stored` is
-    all there is to them.
+    all there is to them. fit: how `stored` was made from them; None if it is the images themselves.
     """
 
     stored: Tensor | None
@@ -44,6 +45,7 @@ class ImageDataset:
     reader: PixelReader | None = None
     index: Tensor | None = None
     originals: Originals | None = None
+    fit: Fit | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -11,6 +11,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from moce.data.formats import formats
+from moce.models.fit import Fit
 
 Raster = Image.Image | np.ndarray  # an array: [h, w] or [h, w, c]
 Box = tuple[int, int]
@@ -99,16 +101,22 @@ def _read_tiff(source: Path | bytes) -> np.ndarray:
     return np.moveaxis(pixels, 0, -1) if planes and pixels.ndim == 3 else pixels
 
 
-def to_pixels(image: Raster, size: Box, channels: int = 3) -> np.ndarray:
-    """[channels, h, w] uint8 of an image, resized by the shorter side and center-cropped to `size`.
+def to_pixels(image: Raster, fit: Box | Fit, channels: int = 3) -> np.ndarray:
+    """[channels, h, w] uint8 of an image, upright, transparency on white, resized and cropped by timm.
 
-    Upright, transparency on white.
+    fit: how; a size (h, w) means by the shorter side and center-cropped, without a margin. Large
+    JPEGs are decoded at a reduced size, see `resized_box`.
 
     Converts between gray and color. Any other number of channels must be the image's own; 4 are
     those of an image with alpha. Raises ValueError if the channels do not match.
     """
+    fit = fit if isinstance(fit, Fit) else Fit(fit)
+    if isinstance(image, Image.Image):
+        height, width = upright_size(image)
+        ratio = min(height / fit.size[0], width / fit.size[1]) * fit.crop_pct
+        _reduce(image, ratio / MARGIN, exactly=True)
     planes = _planes(_decoded(image), channels)
-    return np.concatenate([as_channels_first(_filled(plane, size)) for plane in planes])
+    return np.concatenate([_fitted(plane, fit) for plane in planes])
 
 
 def to_picture(image: Raster) -> Image.Image:
@@ -125,12 +133,26 @@ def to_picture(image: Raster) -> Image.Image:
     return planes[0] if len(planes) == 1 else Image.merge("RGB", planes)
 
 
-def _filled(image: Image.Image, size: Box) -> Image.Image:
-    """Resized by the shorter side and center-cropped."""
-    height, width = size
-    if image.size == (width, height):
-        return image
-    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+def _fitted(image: Image.Image, fit: Fit) -> np.ndarray:
+    """[c, h, w]"""
+    if fit.is_plain and image.size == fit.size[::-1]:
+        return as_channels_first(image)
+    return np.asarray(_transform(fit)(image))
+
+
+@lru_cache
+def _transform(fit: Fit) -> Callable[[Image.Image], Any]:
+    """timm's own, from an image to a tensor [c, h, w] uint8."""
+    from timm.data.transforms_factory import transforms_imagenet_eval
+
+    return transforms_imagenet_eval(
+        fit.size,
+        crop_pct=fit.crop_pct,
+        crop_mode=fit.crop_mode,
+        interpolation=fit.interpolation,
+        mean=fit.mean,
+        normalize=False,
+    )
 
 
 def as_channels_first(image: Image.Image) -> np.ndarray:
@@ -172,13 +194,16 @@ def resized_box(image: Raster, box: Sequence[int], size: Box, channels: int = 3)
     return np.concatenate([as_channels_first(plane) for plane in resized])
 
 
-def _reduce(image: Image.Image, most: float) -> int:
-    """Let a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, at least 1/`most` of it; 1: whole."""
+def _reduce(image: Image.Image, most: float, *, exactly: bool = False) -> int:
+    """Let a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, at least 1/`most` of it; 1: whole.
+
+    exactly: only if the scale divides its sides.
+    """
     scale = next((scale for scale in (8, 4, 2) if scale <= most), 1)
     if scale == 1 or image.format not in ("JPEG", "MPO"):
         return 1
     width, height = image.size
-    if _orientation(image) != 1 and (width % scale or height % scale):
+    if (exactly or _orientation(image) != 1) and (width % scale or height % scale):
         return 1  # the last pixels, which are not whole, would come first
     image.draft(None, (width // scale, height // scale))
     return round(width / image.width)

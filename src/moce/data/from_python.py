@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeGuard
@@ -18,52 +19,55 @@ from moce.data.readers.factory import Source, open_sources
 from moce.data.readers.left_out import LeftOut
 from moce.data.readers.sample import Encoded, Sample, is_image_name
 from moce.errors import MoceError
+from moce.models.fit import Fit
 
 BLOCK = 1024  # images of a stream decoded at a time
 
 
 def as_image_dataset(
-    images: object, size: tuple[int, int], channels: int = 3, choose: Choose | None = None
+    images: object, fit: tuple[int, int] | Fit, channels: int = 3, choose: Choose | None = None
 ) -> ImageDataset:
     """Images in any form as an ImageDataset.
 
     images: DATA as on the command line; an ImageDataset; a list of paths, sources, PIL images or
     arrays [h, w] or [h, w, c]; another iterable of paths, PIL images or arrays; a uint8 tensor or
-    array [n, channels, h, w] of the right size. choose: which rows of DATA, and of a list of sources,
-    to load (see `load_images`). Raises MoceError for anything else.
+    array [n, channels, h, w] of the right size. fit: see `load_images`. choose: which rows of DATA,
+    and of a list of sources, to load (see `load_images`). Raises MoceError for anything else.
     """
     if isinstance(images, ImageDataset):
         return images
+    fit = fit if isinstance(fit, Fit) else Fit(fit)
     if isinstance(images, str | Path):
-        return load_images(str(images), size, temporary_file(), channels=channels, choose=choose)
+        return load_images(str(images), fit, temporary_file(), channels=channels, choose=choose)
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
         images = torch.from_numpy(np.ascontiguousarray(images))  # torch takes no flipped views
     if isinstance(images, Tensor):
-        return _from_tensor(images, size, channels)
+        return _from_tensor(images, fit.size, channels)
     if isinstance(images, Sequence) and len(images) > 0:
         samples = _as_samples(images)
-        return load_images(samples, size, temporary_file(), channels=channels, choose=choose)
+        return load_images(samples, fit, temporary_file(), channels=channels, choose=choose)
     if isinstance(images, Iterable) and not isinstance(images, Sized):
-        return _from_stream(images, size, channels)
+        return _from_stream(images, fit, channels)
     raise MoceError("images must be a folder, a parquet file, a list of images, or a uint8 tensor")
 
 
-def _from_stream(stream: Iterable[object], size: tuple[int, int], channels: int) -> ImageDataset:
+def _from_stream(stream: Iterable[object], fit: Fit, channels: int) -> ImageDataset:
     """Images of an iterable of unknown length, decoded block by block."""
     blocks: list[np.ndarray] = []
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []
     numbered = enumerate(stream)
     while block := [_as_sample(number, item) for number, item in islice(numbered, BLOCK)]:
-        pixels = np.empty((len(block), channels, *size), np.uint8)
-        reasons, _ = decode_all(block, pixels)
+        pixels = np.empty((len(block), channels, *fit.size), np.uint8)
+        reasons, _ = decode_all(block, pixels, fit)
         good = [row for row in range(len(block)) if row not in reasons]
         blocks.append(pixels[good])
         ids += [block[row].id for row in good]
         skipped += [(block[row].id, reason) for row, reason in reasons.items()]
     if not ids:
         raise MoceError(f"no readable image among the {len(skipped)} of the stream")
-    return _unlabeled(torch.from_numpy(np.concatenate(blocks)), ids, skipped)
+    images = _unlabeled(torch.from_numpy(np.concatenate(blocks)), ids, skipped)
+    return replace(images, fit=fit)
 
 
 def _as_samples(items: Sequence[object]) -> Sequence[Sample]:

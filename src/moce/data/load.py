@@ -26,6 +26,7 @@ from moce.data.readers.packed import Packed, PixelReader, find_packed
 from moce.data.readers.sample import Label, Sample, error_line
 from moce.data.run_ahead import run_ahead
 from moce.errors import MoceError
+from moce.models.fit import Fit
 from moce.runtime.distributed import barrier, run_on_local_rank0, world_size
 from moce.runtime.launch import launch
 from moce.runtime.progress import meter
@@ -44,7 +45,7 @@ Reasons = dict[int, str]  # by row, why an image could not be decoded
 
 def load_images(
     data: str | Sequence[Sample],
-    size: tuple[int, int],
+    fit: tuple[int, int] | Fit,
     pixel_file: Path | None = None,
     *,
     channels: int = 3,
@@ -52,47 +53,51 @@ def load_images(
     keep_tiny: bool = False,
     choose: Choose | None = None,
 ) -> ImageDataset:
-    """Decode all images of DATA, resized by the shorter side and center-cropped to `size` (h, w).
+    """Decode all images of DATA, resized and cropped as `fit` says; a size (h, w): see `to_pixels`.
 
     Broken images, and those with a wrong number of channels, are skipped and listed. Pixels that do
     not fit into memory go to `pixel_file`, a temporary file. Packed files are not decoded: their
-    images keep their size, which must be at least `size`. keep_tiny: images for training, too: if
+    images keep their size, which must be at least that of `fit`. keep_tiny: images for training, too: if
     all are tiny and of one size, they keep it. choose: which rows to load, by labels, splits and the
     name of the source. Raises MoceError if no image is readable, more than the share `max_skipped`
     is not (inf: never), or neither memory nor disk has room.
     """
+    fit = fit if isinstance(fit, Fit) else Fit(fit)
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
-        return _from_packed(packed, size, channels, choose)
+        return _from_packed(packed, fit.size, channels, choose)
     name, samples = _opened(data, choose)
     originals = Originals(samples, channels, max_skipped)
     own = _tiny_size(originals, None) if keep_tiny else None
-    return _decoded(originals, own or size, pixel_file, name)
+    if own == fit.size and not fit.is_plain:
+        own = None
+    return _decoded(originals, Fit(own) if own else fit, pixel_file, name)
 
 
 def open_images(
     data: str | Sequence[Sample],
-    size: tuple[int, int],
+    fit: tuple[int, int] | Fit,
     pixel_file: Path | None = None,
     *,
     channels: int = 3,
     max_skipped: float = 1.0,
     choose: Choose | None = None,
 ) -> ImageDataset:
-    """Images of DATA to train on, in views of `size` (h, w): only listed, and decoded as they are used.
+    """Images of DATA to train on: only listed, and decoded as they are used.
 
     Images that are all tiny and of one size are decoded at once, as by `load_images`, which raises
     MoceError for the same reasons. Of others only a few are looked at: raises MoceError if there are
     none, or all of these are unreadable.
     """
+    fit = fit if isinstance(fit, Fit) else Fit(fit)
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
-        return _from_packed(packed, size, channels, choose)
+        return _from_packed(packed, fit.size, channels, choose)
     name, samples = _opened(data, choose)
     originals = Originals(samples, channels, max_skipped)
     own = _tiny_size(originals, name)
     if own is not None:
-        images = _decoded(originals, own, pixel_file, name)
+        images = _decoded(originals, Fit(own), pixel_file, name)
         if images.originals is None:
             return images
     return _dataset(originals, None)
@@ -165,15 +170,13 @@ def chosen_samples(data: str, choose: Choose) -> list[Sample]:
 # --- decoding -----------------------------------------------------------------------------------------
 
 
-def _decoded(
-    originals: Originals, size: tuple[int, int], pixel_file: Path | None, name: str
-) -> ImageDataset:
-    """The images decoded to one size; without their originals if all have that size anyway."""
+def _decoded(originals: Originals, fit: Fit, pixel_file: Path | None, name: str) -> ImageDataset:
+    """The images decoded to one size; without their originals if these are the same."""
     samples = originals.samples
-    shape = (len(samples), originals.channels, *size)
+    shape = (len(samples), originals.channels, *fit.size)
 
     def decode(pixels: np.ndarray) -> tuple[Reasons, bool]:
-        reasons, resized = decode_all(samples, pixels)
+        reasons, resized = decode_all(samples, pixels, fit)
         _check_skipped(samples, reasons, originals.max_skipped, name)
         return reasons, resized
 
@@ -184,20 +187,22 @@ def _decoded(
         reasons, resized = decode(pixels)
     images = _dataset(originals, torch.from_numpy(pixels))
     images.skipped = [(samples[row].id, reason) for row, reason in reasons.items()]
-    if not resized:
+    if not resized and fit.is_plain:
         images.originals = None
+    else:
+        images.fit = fit
     return images.subset([row for row in range(len(samples)) if row not in reasons])
 
 
-def decode_all(samples: Sequence[Sample], pixels: np.ndarray) -> tuple[Reasons, bool]:
-    """Decode each image into its row of `pixels`, [n, c, h, w] uint8, in threads.
+def decode_all(samples: Sequence[Sample], pixels: np.ndarray, fit: Fit) -> tuple[Reasons, bool]:
+    """Decode each image into its row of `pixels`, [n, c, *fit.size] uint8, in threads.
 
     Returns the reasons of unreadable images, and whether any image had another size.
     """
     reasons: Reasons = {}
     resized = False
     threads = worker_threads()
-    jobs = (partial(_decode_one, pixels, row, sample) for row, sample in enumerate(samples))
+    jobs = (partial(_decode_one, pixels, row, sample, fit) for row, sample in enumerate(samples))
     with (
         meter("read images", len(samples), wait=BAR_AFTER) as progress,
         closing(run_ahead(jobs, threads, AHEAD_PER_THREAD * threads)) as results,
@@ -213,15 +218,31 @@ def decode_all(samples: Sequence[Sample], pixels: np.ndarray) -> tuple[Reasons, 
     return reasons, resized
 
 
+def decode_rows(images: ImageDataset, rows: Sequence[int], fit: Fit) -> Tensor:
+    """Images decoded from their originals once more, [n, c, *fit.size] uint8, in threads.
+
+    Raises MoceError if one cannot be read.
+    """
+    samples = [images.original(row) for row in rows]
+    channels = images.originals.channels if images.originals else 3
+    pixels = np.empty((len(samples), channels, *fit.size), np.uint8)
+    threads = worker_threads()
+    jobs = (partial(_decode_one, pixels, row, sample, fit) for row, sample in enumerate(samples))
+    for sample, (reason, _) in zip(samples, run_ahead(jobs, threads, len(samples)), strict=True):
+        if reason is not None:
+            raise MoceError(f"cannot read {sample.id}: {reason}")
+    return torch.from_numpy(pixels)
+
+
 def _decode_one(
-    pixels: np.ndarray, row: int, sample: Sample
+    pixels: np.ndarray, row: int, sample: Sample, fit: Fit
 ) -> tuple[str | None, tuple[int, int] | None]:
     """Decode one image into its row: the reason if that is not possible, and its own size (h, w)."""
     try:
         image = sample.open()
         with closing(image) if isinstance(image, Image.Image) else nullcontext():
             size = upright_size(image)
-            pixels[row] = to_pixels(image, (pixels.shape[2], pixels.shape[3]), pixels.shape[1])
+            pixels[row] = to_pixels(image, fit, pixels.shape[1])
     except Exception as error:  # decoders raise errors of any type
         return error_line(error), None
     return None, size
@@ -229,7 +250,7 @@ def _decode_one(
 
 def decode_into(pixels: np.ndarray, row: int, sample: Sample) -> str | None:
     """Decode one image into its row; returns the reason if that is not possible."""
-    return _decode_one(pixels, row, sample)[0]
+    return _decode_one(pixels, row, sample, Fit((pixels.shape[2], pixels.shape[3])))[0]
 
 
 def _check_skipped(samples: Sequence[Sample], reasons: Reasons, most: float, name: str) -> None:

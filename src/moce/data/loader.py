@@ -14,10 +14,12 @@ from torch import Tensor
 
 from moce.data.augment import fitted
 from moce.data.dataset import ImageDataset
+from moce.data.load import decode_rows
 from moce.data.rng import Stream, keyed_generator
 from moce.data.run_ahead import run_ahead
 from moce.data.views import Views
 from moce.data.workers import PREFETCHED, views_ahead
+from moce.models.fit import Fit
 from moce.runtime.device import fits_on, to_device
 from moce.runtime.distributed import shard_range, world_size
 
@@ -184,23 +186,29 @@ def in_order(
     images: ImageDataset,
     batch_size: int,
     device: torch.device,
-    size: tuple[int, int],
+    fit: tuple[int, int] | Fit,
     rows: slice | None = None,
 ) -> Generator[Tensor]:
-    """All images, or a slice, once and in order: batches [b, c, *size] uint8 on `device`.
+    """All images, or a slice, once and in order: batches [b, c, h, w] uint8 on `device`.
 
     A thread reads them while the previous ones are used.
     """
     first, end = (rows.start, rows.stop) if rows else (0, len(images))
     slices = (slice(start, min(start + batch_size, end)) for start in range(first, end, batch_size))
-    jobs = (partial(_read, images, where, device) for where in slices)
+    fit = fit if isinstance(fit, Fit) else Fit(fit)
+    jobs = (partial(_read, images, where, fit, device) for where in slices)
     with closing(run_ahead(jobs, 1, PREFETCHED)) as batches:
         for pixels in batches:
-            yield fitted(pixels, size)
+            # What is cropped once is not cropped twice.
+            yield fitted(pixels, fit if images.fit is None else Fit(fit.size))
 
 
-def _read(images: ImageDataset, rows: slice, device: torch.device) -> Tensor:
-    return to_device(images.take(rows), device)
+def _read(images: ImageDataset, rows: slice, fit: Fit, device: torch.device) -> Tensor:
+    """Stored pixels, or what fits from the originals if what is stored does not."""
+    fits = images.stored is not None and images.fit in (None, fit)
+    if fits or images.originals is None:
+        return to_device(images.take(rows), device)
+    return to_device(decode_rows(images, range(len(images))[rows], fit), device)
 
 
 def to_cpu(results: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from moce.data.loader import Batch, in_order
 from moce.data.rng import Stream, keyed_generator
 from moce.data.views import Views
 from moce.evaluation.rand_augment import RandAugment, erase, image_keys, read_policy
-from moce.models.encoder import EncoderSpec
+from moce.models.encoder import EncoderSpec, fit_of
 from moce.runtime.device import autocast
 from moce.runtime.distributed import all_reduce, shard_range
 from moce.training.objectives import views_of
@@ -183,7 +183,7 @@ def predict_scores(
     scores = torch.zeros(len(images), vit.num_classes)
     start = own.start
     with autocast(device, precision):
-        for pixels in in_order(images, batch_size, device, vit.patch_embed.img_size, own):
+        for pixels in in_order(images, batch_size, device, fit_of(vit), own):
             end = start + len(pixels)
             scores[start:end] = vit(normalize(pixels, spec.mean, spec.std)).float().cpu()
             start = end

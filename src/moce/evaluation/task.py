@@ -16,6 +16,7 @@ from moce.data.readers.labels import in_order
 from moce.data.readers.packed import find_packed
 from moce.data.readers.sample import Label
 from moce.errors import MoceError
+from moce.models.fit import Fit
 from moce.runtime.progress import log
 
 
@@ -46,6 +47,7 @@ def load_task(
     shape: tuple[int, int, int],
     store: Path | None = None,
     max_skipped: float = 1.0,
+    fit: Fit | None = None,
 ) -> Task:
     """Load the labeled images of a DATA argument. shape: (channels, h, w).
 
@@ -66,11 +68,11 @@ def load_task(
         chosen = [everything[row] for row in rows]
         return load_images(
             chosen,
-            shape[1:],
+            fit or shape[1:],
             store,
             channels=shape[0],
             max_skipped=max_skipped,
-            keep_tiny=wanted == "train",
+            keep_tiny=True,
         )
 
     train, test = read("train"), read("test")

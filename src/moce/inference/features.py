@@ -17,8 +17,8 @@ from moce.models.encoder import (
     EncoderSpec,
     choose_attention,
     encode_tokens,
+    fit_of,
     input_channels,
-    input_size,
     pool_tokens,
 )
 from moce.runtime.device import autocast
@@ -82,7 +82,7 @@ def feature_batches(
 
     with (
         meter("features", -(-count // batch_size)) as progress,
-        closing(in_order(images, batch_size, device, input_size(vit), rows)) as batches,
+        closing(in_order(images, batch_size, device, fit_of(vit), rows)) as batches,
     ):
         for batch in to_cpu(map(features, batches)):
             yield batch

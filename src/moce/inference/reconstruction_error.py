@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moce.data.augment import fitted, normalize
+from moce.data.augment import normalize
 from moce.data.dataset import ImageDataset
+from moce.data.loader import in_order
 from moce.data.rng import Stream, keyed_uniform
-from moce.models.encoder import EncoderSpec, choose_attention
+from moce.models.encoder import EncoderSpec, choose_attention, fit_of
 from moce.models.mae import MAE
 from moce.models.moce import MoCE
 from moce.runtime.device import autocast
@@ -38,10 +39,11 @@ def reconstruction_error(
     choose_attention(model, device, precision)
     mae = model.mae if isinstance(model, MoCE) else model
     total = 0.0
-    for start in range(0, len(images), batch_size):
-        rows = torch.arange(start, min(start + batch_size, len(images)), device=device)
-        stored = images.take(slice(start, start + batch_size)).to(device)
-        pixels = normalize(fitted(stored, mae.encoder.patch_embed.img_size), spec.mean, spec.std)
+    start = 0
+    for fitting in in_order(images, batch_size, device, fit_of(mae.encoder)):
+        rows = torch.arange(start, start + len(fitting), device=device)
+        start += len(fitting)
+        pixels = normalize(fitting, spec.mean, spec.std)
         patches = mae.encoder.patch_embed.num_patches
         noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(rows), rows, patches)
         own = None if clusters is None else clusters[rows.to(clusters.device)].to(device)

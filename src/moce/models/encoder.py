@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moce.errors import MoceError
 from moce.models.activation_checkpoint import run_block
+from moce.models.fit import KEYS, Fit, resolved_fit, stated_fit
 
 RGB, OTHERWISE = 3, 0.5  # default mean and std of images that are not RGB
 
@@ -25,13 +26,15 @@ class EncoderSpec:
     """How to build an encoder and normalize its images; stored in every run.
 
     name: timm's; model_args: overrides of timm's arguments; mean, std: one value per channel, of
-    pixels in 0..1.
+    pixels in 0..1. fit: how images are resized and cropped for inference: crop_pct, interpolation and
+    crop_mode of a pretrained_cfg; what is missing is as in timm's own of that name.
     """
 
     name: str
     model_args: dict[str, Any] = field(default_factory=dict)
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    fit: dict[str, Any] = field(default_factory=dict)
 
     def build(self, *, pretrained: bool = False, **overrides: Any) -> VisionTransformer:
         """A timm ViT that returns all tokens after its final norm: [b, prefix + patches, width].
@@ -51,7 +54,11 @@ class EncoderSpec:
         except Exception as error:  # timm checks few arguments: anything may come back
             reason = str(error) or type(error).__name__
             raise MoceError(f"timm cannot build {self.name} with {arguments}: {reason}") from None
-        return check_plain(vit, self.name)
+        vit = check_plain(vit, self.name)
+        cfg: Any = vit.pretrained_cfg
+        fit = resolved_fit(self.fit, cfg, vit.patch_embed.img_size)
+        vit.pretrained_cfg = {**cfg, **fit, "mean": self.mean}  # type: ignore[assignment]
+        return vit
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,7 +66,11 @@ class EncoderSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EncoderSpec:
         return cls(
-            values["name"], values["model_args"], tuple(values["mean"]), tuple(values["std"])
+            values["name"],
+            values["model_args"],
+            tuple(values["mean"]),
+            tuple(values["std"]),
+            stated_fit(values.get("fit", {})),
         )
 
 
@@ -283,6 +294,13 @@ def pool_tokens(vit: VisionTransformer, tokens: Tensor, pooling: str) -> Tensor:
 def input_size(vit: VisionTransformer) -> tuple[int, int]:
     """Height and width in pixels of the images an encoder takes."""
     return tuple(vit.patch_embed.img_size)
+
+
+def fit_of(vit: VisionTransformer) -> Fit:
+    """How images are made to fit an encoder for inference: as its pretrained_cfg says."""
+    cfg: Any = getattr(vit, "pretrained_cfg", None) or {}
+    fit = {name: cfg[name] for name in KEYS if cfg.get(name) is not None}
+    return Fit(input_size(vit), **fit, mean=tuple(cfg.get("mean") or ()))
 
 
 def input_channels(vit: VisionTransformer) -> int:

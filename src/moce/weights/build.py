@@ -195,7 +195,7 @@ def _encoder_spec(
             f"{weights.path} does not say how images were normalized: mean {_numbers(mean)}, std "
             f"{_numbers(std)} are assumed"
         )
-    return EncoderSpec(name, arguments, mean, std)
+    return EncoderSpec(name, arguments, mean, std, weights.fit)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -13,6 +13,7 @@ from moce.config import ClusterPooling, expand
 from moce.errors import MoceError, raise_if_corrupt
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec
+from moce.models.fit import stated_fit
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.models.token_moe import TokenExpertFFN, TokenMoESpec, copy_experts
@@ -177,4 +178,6 @@ def _token_moe_backbone(path: Path) -> Backbone:
 def _timm_backbone(name: str) -> Backbone:
     vit = timm_format.pretrained(name, {})
     cfg: Any = vit.pretrained_cfg
-    return Backbone(EncoderSpec(name, {}, tuple(cfg["mean"]), tuple(cfg["std"])), vit)
+    return Backbone(
+        EncoderSpec(name, {}, tuple(cfg["mean"]), tuple(cfg["std"]), stated_fit(cfg)), vit
+    )

@@ -13,6 +13,7 @@ from moce.config import FileSettings, PretrainSettings, expand
 from moce.config.facts import facts_of
 from moce.config.usage import explicitly_set
 from moce.errors import MoceError
+from moce.models.fit import stated_fit
 from moce.models.mae import MAE, MAESpec
 from moce.runtime.progress import log
 from moce.weights.build import ModelOverrides, build_mae, read_weights
@@ -64,6 +65,7 @@ def from_timm(name: str, settings: FileSettings | PretrainSettings) -> tuple[MAE
     cfg: Any = vit.pretrained_cfg
     weights = MAEWeights(name, dict(vit.state_dict()), name=name, model_args=overrides.model_args)
     weights.mean, weights.std = tuple(cfg["mean"]), tuple(cfg["std"])
+    weights.fit = stated_fit(cfg)
     return _build(weights, overrides)
 
 

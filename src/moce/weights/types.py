@@ -41,7 +41,7 @@ class MAEWeights:
 
     encoder: names of a timm VisionTransformer, and any name that the format does not know;
     decoder: names of `moce.models.decoder.Decoder`, empty if the file has none; name, model_args: a
-    timm architecture; notes: messages for the user.
+    timm architecture; fit: see `EncoderSpec`; notes: messages for the user.
     """
 
     path: str
@@ -51,6 +51,7 @@ class MAEWeights:
     model_args: dict[str, Any] = field(default_factory=dict)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    fit: dict[str, Any] = field(default_factory=dict)
     decoder_heads: int | None = None
     mask_ratio: float | None = None
     norm_pix: bool | None = None

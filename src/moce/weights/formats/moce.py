@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec
+from moce.models.fit import stated_fit
 from moce.models.mae import MAE
 from moce.runs.files import write_tensors
 from moce.weights.formats import mae as facebook
@@ -30,6 +31,7 @@ def read(raw: RawWeights) -> MAEWeights:
     try:
         header: dict[str, Any] = json.loads(raw.header[HEADER])
         fields = {name: header[name] for name in FIELDS}
+        fields["fit"] = stated_fit(header.get("fit", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise MoceError(f"the header of {raw.path} is corrupt: {error!r}") from None
     for name in ("mean", "std"):
@@ -39,7 +41,7 @@ def read(raw: RawWeights) -> MAEWeights:
 
 def describe(weights: MAEWeights) -> dict[str, Any]:
     """What is known about the model beyond its tensors, as JSON."""
-    return {name: getattr(weights, name) for name in FIELDS}
+    return {name: getattr(weights, name) for name in (*FIELDS, "fit")}
 
 
 def write(path: Path, weights: MAEWeights) -> None:
@@ -52,6 +54,7 @@ def weights_of(spec: EncoderSpec, vit: VisionTransformer, mae: MAE | None = None
     """The weights of an encoder, or of the `mae` that it belongs to, with all header fields."""
     weights = MAEWeights(spec.name, dict(vit.state_dict()), {}, spec.name, spec.model_args)
     weights.mean, weights.std = tuple(spec.mean), tuple(spec.std)
+    weights.fit = stated_fit(cast(Any, vit.pretrained_cfg))
     if mae is not None:
         block: Any = mae.decoder.blocks[0]
         weights.decoder = dict(mae.decoder.state_dict())

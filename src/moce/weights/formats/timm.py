@@ -12,6 +12,7 @@ from timm.models import VisionTransformer, save_for_hf
 
 from moce.errors import MoceError, raise_if_corrupt
 from moce.models.encoder import EncoderSpec, input_shape
+from moce.models.fit import KEYS, stated_fit
 from moce.runtime.hub import NOT_HERE, cache_if_unreachable
 from moce.weights.types import HEAD_PREFIXES, MODEL_CONFIG, MAEWeights, RawWeights, Tensors, drop
 
@@ -52,7 +53,7 @@ def read(raw: RawWeights) -> MAEWeights:
 
 
 def stated_by_config(raw: RawWeights) -> dict[str, Any]:
-    """name, model_args, mean and std by timm's config.json; None and {} without one."""
+    """name, model_args, mean, std and fit by timm's config.json; None and {} without one."""
     with raise_if_corrupt(Path(raw.path) / MODEL_CONFIG):
         cfg = dict(raw.config.get("pretrained_cfg") or {})
         arguments = dict(raw.config.get("model_args") or {})
@@ -62,6 +63,7 @@ def stated_by_config(raw: RawWeights) -> dict[str, Any]:
             "model_args": {k: v for k, v in arguments.items() if k not in NOT_OF_WEIGHTS},
             "mean": tuple(cfg["mean"]) if "mean" in cfg else None,
             "std": tuple(cfg["std"]) if "std" in cfg else None,
+            "fit": stated_fit(cfg),
         }
 
 
@@ -142,8 +144,7 @@ def pooled(vit: VisionTransformer, spec: EncoderSpec, **head: Any) -> VisionTran
         "pool_size": None,
         "mean": spec.mean,
         "std": spec.std,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
+        **{name: base[name] for name in KEYS},
     }
     model.pretrained_cfg = cfg  # type: ignore[assignment]
     return model
