@@ -29,7 +29,7 @@ from torch.testing import assert_close
 import moce
 from moce.customization.bank import Bank
 from moce.customization.selection import choose, count_votes
-from moce.data.augment import normalize
+from moce.data.augment import fitted, normalize
 from moce.data.load import load_images
 from moce.data.readers.sample import Sample
 from moce.evaluation.task import load_task
@@ -308,7 +308,8 @@ def test_a_fine_tuned_folder_predicts_as_reported(runs, tmp_path: Path) -> None:
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
     task, spec = load_task(str(runs.task), (3, 16, 16)), tiny_encoder()
     with torch.no_grad():
-        predicted = model(normalize(task.test.pixels, spec.mean, spec.std)).argmax(dim=1)
+        images = fitted(task.test.pixels, (16, 16))
+        predicted = model(normalize(images, spec.mean, spec.std)).argmax(dim=1)
     right = (predicted.numpy() == task.test_labels).mean()
     assert model.num_classes == len(task.classes)
     assert right == pytest.approx(result.value)

@@ -25,6 +25,7 @@ from moce.data.readers.factory import open_source
 from moce.data.readers.packed import PixelReader, open_packed
 from moce.errors import MoceError
 from moce.evaluation.task import load_task
+from moce.models.fit import Fit
 from moce.runs.files import read_lines
 from moce.runtime.progress import meter
 
@@ -121,13 +122,15 @@ def test_no_more_images_are_queued_than_the_threads_need(folder: Path, monkeypat
 
     hold, started = threading.Event(), threading.Event()
 
-    def decode(pixels, row, sample):
+    def decode(pixels, row, sample, fit):
         started.set()
         assert hold.wait(20)
         return None, None
 
     monkeypatch.setattr("moce.data.load._decode_one", decode)
-    thread = threading.Thread(target=decode_all, args=(Counted(samples), np.zeros((1, 1, 1, 1))))
+    thread = threading.Thread(
+        target=decode_all, args=(Counted(samples), np.zeros((1, 1, 1, 1)), Fit(SIZE))
+    )
     thread.start()
     assert started.wait(20)
     thread.join(0.2)
@@ -195,6 +198,7 @@ def test_a_packed_task_of_the_encoders_size_is_not_decoded(
 ) -> None:
     """Larger ones are, into a file where the memory has no room."""
     usual, share = load_task(str(runs.task), (3, *SIZE)), "moce.data.load.MEMORY_SHARE"
+    expected = load_images(str(runs.task / "test"), SIZE).pixels
     monkeypatch.setattr(share, 0.0)
     for size in (16, 20):
         file = moce.pack(runs.task, size=size, out=tmp_path / f"{size}.moce").file
@@ -202,7 +206,6 @@ def test_a_packed_task_of_the_encoders_size_is_not_decoded(
         assert task.train.shape == (24, 3, size, size) and not (tmp_path / "pixels").exists()
         if size == 16:
             assert task.train.reader is not None and task.test.reader is task.train.reader
-            expected = load_images(str(runs.task / "test"), SIZE).pixels
             assert torch.equal(task.test.take(slice(None)), expected)
         assert (task.train.ids, task.test.ids) == (usual.train.ids, usual.test.ids)
         assert np.array_equal(task.test_labels, usual.test_labels)
