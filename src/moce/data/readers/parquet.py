@@ -113,7 +113,7 @@ def _splits_by_name(shards: Sequence[_Shard]) -> pyarrow.ChunkedArray | None:
 def _open(file: Storage) -> _Shard:
     """Read the footer and all columns but the images."""
     try:
-        with file.open() as content:
+        with file.open(sparse=True) as content:
             parquet = pyarrow.parquet.ParquetFile(content)
             names = [name for name in COLUMNS if name in parquet.schema_arrow.names]
             table = parquet.read(columns=names)

@@ -55,14 +55,18 @@ def error_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def from_path(name: str, open_image: Callable[[], Raster], label: str | None = None) -> Sample:
-    """A sample identified by its path: a first folder train, test or val is its split, the last its label."""
+def split_and_label(name: str) -> tuple[str | None, str | None]:
+    """Of a path: a first folder train, test or val is its split, the last its label."""
     folders = list(PurePosixPath(name).parts[:-1])
     split = SPLITS.get(folders[0]) if folders else None
     if split:
         folders = folders[1:]
-    if label is None and folders:
-        label = folders[-1]
+    return split, folders[-1] if folders else None
+
+
+def from_path(name: str, open_image: Callable[[], Raster]) -> Sample:
+    """A sample identified by its path, which also has its split and label."""
+    split, label = split_and_label(name)
     return Sample(name, open_image, label, split)
 
 

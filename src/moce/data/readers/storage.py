@@ -24,8 +24,11 @@ class Storage(Protocol):
     def read(self, start: int, size: int) -> bytes:
         """`size` bytes from `start`. Raises ValueError if it has changed, EOFError if it ends before."""
 
-    def open(self) -> BinaryIO:
-        """The whole file, to read from and seek in. Raises ValueError if it has changed."""
+    def open(self, *, sparse: bool = False) -> BinaryIO:
+        """The whole file, to read from and seek in. Raises ValueError if it has changed.
+
+        sparse: a little of it will be read, here and there.
+        """
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class LocalFile:
             file.seek(start)
             return read_exactly(file, size)
 
-    def open(self) -> BinaryIO:
+    def open(self, *, sparse: bool = False) -> BinaryIO:
         file = self.path.open("rb", buffering=0)
         status = os.fstat(file.fileno())
         if (status.st_size, status.st_mtime_ns) != (self.size, self.changed):

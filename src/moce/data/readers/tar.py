@@ -5,25 +5,25 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path, PurePosixPath
 
-from moce.data.decode import open_encoded
-from moce.data.readers.sample import (
-    Sample,
-    as_text,
-    error_line,
-    from_path,
-    is_image_name,
-    refused,
-)
+import numpy as np
+import pyarrow
+
+from moce.data.readers.sample import as_text, error_line, is_image_name, split_and_label
+from moce.data.readers.storage import Storage
+from moce.data.readers.table import SampleTable
 from moce.errors import MoceError
 
 RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 MOST_LABEL_BYTES = 1024
 MOST_SHARDS = 10**6
+INDEXED_AT_ONCE = 8
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -73,59 +73,130 @@ def find_shards(pattern: str) -> list[Path]:
     return paths
 
 
-def read_shards(pattern: str) -> list[Sample]:
-    """The images of tar files, named SHARD/MEMBER. Raises MoceError if a file is missing.
+@dataclass(frozen=True)
+class _Place:
+    """Where the image of a row lies, or why it is not read."""
+
+    offset: int = 0
+    size: int = 0
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads members. first_rows: [s + 1] int64, of each file. offsets, sizes: [n] int64.
+
+    refused: why, of rows that are not read.
+    """
+
+    files: Sequence[Storage]
+    first_rows: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    refused: dict[int, str]
+
+    def __call__(self, row: int) -> bytes:
+        if row in self.refused:
+            raise ValueError(self.refused[row])
+        file = self.files[int(np.searchsorted(self.first_rows, row, "right")) - 1]
+        start, size = int(self.offsets[row]), int(self.sizes[row])
+        if start + size > file.size:
+            raise EOFError("the archive ends within the image")
+        return file.read(start, size)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The images of one archive. columns: ids, labels, splits."""
+
+    columns: tuple[pyarrow.Array, ...]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    refused: dict[int, str]
+
+
+def read_tar_files(files: Sequence[Storage]) -> SampleTable:
+    """The images of tar files, named SHARD/MEMBER. Raises MoceError if a file cannot be read.
 
     The label is the content of the member KEY.cls, or the member's folder.
     """
-    paths = find_shards(pattern)
+    paths = [PurePosixPath(file.name) for file in files]
     stems = [path.stem for path in paths]
-    names = stems if len(set(stems)) == len(stems) else [path.as_posix() for path in paths]
-    return [
-        sample
-        for path, name in zip(paths, names, strict=True)
-        for sample in _read_shard(path, name)
-    ]
+    names = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+    with ThreadPoolExecutor(INDEXED_AT_ONCE) as pool:
+        shards = list(pool.map(_read_shard, files, names))
+    first_rows = np.cumsum([0, *(len(shard.offsets) for shard in shards)])
+    refused = {
+        int(first) + row: reason
+        for first, shard in zip(first_rows, shards, strict=False)
+        for row, reason in shard.refused.items()
+    }
+    offsets, sizes = (
+        np.concatenate([getattr(shard, name) for shard in shards]) for name in ("offsets", "sizes")
+    )
+    ids, labels, splits = (
+        pyarrow.concat_arrays(parts) for parts in zip(*(s.columns for s in shards), strict=True)
+    )
+    reader = _Reader(files, first_rows, offsets, sizes, refused)
+    return SampleTable(ids, reader, labels, splits)
 
 
-def _read_shard(path: Path, name: str) -> Iterator[Sample]:
-    members, broken = _index(path)
+def _read_shard(file: Storage, name: str) -> _Shard:
+    found = list(_members(file, name))
+    ids, splits, labels, places = zip(*found, strict=True) if found else ((), (), (), ())
+    return _Shard(
+        (
+            pyarrow.array(ids, pyarrow.large_string()),
+            pyarrow.array(labels, pyarrow.string()),
+            pyarrow.array(splits, pyarrow.string()),
+        ),
+        np.array([place.offset for place in places], np.int64),
+        np.array([place.size for place in places], np.int64),
+        {row: place.refused for row, place in enumerate(places) if place.refused},
+    )
+
+
+def _members(file: Storage, name: str) -> Iterator[tuple[str, str | None, str | None, _Place]]:
+    """Id, split, label and place of every image of an archive, and of what is refused."""
+    members, broken = _index(file)
     labels = {
-        _key(member.name): _read_member(path, member).decode("utf-8", "replace").strip()
+        _key(member.name): _text_of(file, member)
         for member in members
         if member.name.endswith(".cls") and member.isreg() and member.size <= MOST_LABEL_BYTES
     }
     for member in members:
         if is_image_name(member.name) and not member.isdir():
-            yield _sample(path, name, member, labels.get(_key(member.name)))
+            yield _image(name, member, labels.get(_key(member.name)))
     if broken:
-        yield refused(f"{name}/", f"the archive is broken from here on: {broken}")
+        reason = f"the archive is broken from here on: {broken}"
+        yield f"{name}/", None, None, _Place(refused=reason)
 
 
-def _index(path: Path) -> tuple[list[tarfile.TarInfo], str]:
+def _text_of(file: Storage, member: tarfile.TarInfo) -> str:
+    return file.read(member.offset_data, member.size).decode("utf-8", "replace").strip()
+
+
+def _index(file: Storage) -> tuple[list[tarfile.TarInfo], str]:
     """All members up to the first error, and the error, or an empty string."""
-    if not path.is_file():  # a pipe would block
-        raise MoceError(f"{path} is not a file")
     members: list[tarfile.TarInfo] = []
     try:
-        with tarfile.open(path, "r:") as archive:
+        with file.open() as content, tarfile.open(fileobj=content, mode="r:") as archive:
             members.extend(archive)  # keeps what comes before an error
-            if not _ends(path, archive.offset):  # tarfile stops silently at a corrupt header
+            if not _ends(file, archive.offset):  # tarfile stops silently at a corrupt header
                 return members, "neither an image nor the archive's end"
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        if path.open("rb").read(2) == b"\x1f\x8b":
+        if file.size >= 2 and file.read(0, 2) == b"\x1f\x8b":
             raise MoceError(
-                f"{path} is compressed, so images cannot be read in place: gunzip it"
+                f"{file.name} is compressed, so images cannot be read in place: gunzip it"
             ) from None
         return members, error_line(error)
     return members, ""
 
 
-def _ends(path: Path, offset: int) -> bool:
+def _ends(file: Storage, offset: int) -> bool:
     """True if the end of an archive, a block of zeros, is at `offset`."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    size = tarfile.BLOCKSIZE
+    return offset + size <= file.size and file.read(offset, size) == bytes(size)
 
 
 def _key(name: str) -> str:
@@ -134,20 +205,17 @@ def _key(name: str) -> str:
     return str(path.with_name(path.name.split(".")[0] or path.name))
 
 
-def _sample(path: Path, shard: str, member: tarfile.TarInfo, label: str | None) -> Sample:
+def _image(
+    shard: str, member: tarfile.TarInfo, label: str | None
+) -> tuple[str, str | None, str | None, _Place]:
     inside = PurePosixPath(as_text(member.name))
     identity = f"{shard}/{as_text(member.name)}"
     if inside.is_absolute() or ".." in inside.parts:
-        return refused(identity, "the name leads out of the archive")
-    if not member.isreg() or member.issparse():
-        return refused(identity, "a link or sparse file, not an image")
-    found = from_path(inside.as_posix(), lambda: open_encoded(_read_member(path, member)), label)
-    return Sample(f"{shard}/{inside.as_posix()}", found.open, found.label, found.split)
-
-
-def _read_member(path: Path, member: tarfile.TarInfo) -> bytes:
-    if path.stat().st_size < member.offset_data + member.size:
-        raise EOFError("the archive ends within the image")
-    with path.open("rb") as file:
-        file.seek(member.offset_data)
-        return file.read(member.size)
+        reason = "the name leads out of the archive"
+    elif not member.isreg() or member.issparse():
+        reason = "a link or sparse file, not an image"
+    else:
+        split, folder = split_and_label(inside.as_posix())
+        place = _Place(member.offset_data, member.size)
+        return f"{shard}/{inside.as_posix()}", split, folder if label is None else label, place
+    return identity, None, None, _Place(refused=reason)
