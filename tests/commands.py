@@ -83,6 +83,10 @@ class World:
     def convert(self, *flags: object, weights: object = None) -> Words:
         return ["convert", weights or self.runs.mae, "--out", self.file("a.safetensors"), *flags]
 
+    def embed(self, *flags: object, backbone: object = None, data: object = None) -> Words:
+        words = ["embed", backbone or self.runs.backbone, data or self.runs.task]
+        return [*words, "--out", self.file("a.parquet"), *QUIET, *flags]
+
     def probe(self, *flags: object, backbone: object = None, data: object = None) -> Words:
         words = ["probe", backbone or self.runs.backbone, data or self.runs.task]
         return [*words, "--out", self.out, *QUIET, *flags]

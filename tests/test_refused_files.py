@@ -45,9 +45,20 @@ def truncated(w: World, run: str) -> Path:
     return w.edited(run, WEIGHTS, whole[: len(whole) // 2])
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+
+
 def swapped(w: World, run: str, other: str) -> Path:
     """A run with the weights of another."""
     return w.edited(run, WEIGHTS, (getattr(w.runs, other) / WEIGHTS).read_bytes())
+
+
+def pipe_in_run(w: World) -> Path:
+    """A run with a named pipe, which nobody writes to, in the place of its weights."""
+    run = w.edited("mae", WEIGHTS, b"x")
+    (run / WEIGHTS).unlink()
+    os.mkfifo(run / WEIGHTS)
+    return run
 
 
 def pickled(w: World) -> Path:
@@ -124,8 +135,26 @@ DAMAGED: dict[str, Case] = {
         lambda w: w.train(clusters=swapped(w, "clusters", "mae")), "edited_clusters"),
     "a mixture with weights of an MAE": (
         lambda w: w.customize(run=swapped(w, "moce", "mae")), "do not fit"),
-    "a backbone with weights of an MAE": (
-        lambda w: w.probe(backbone=swapped(w, "backbone", "mae")), "do not fit"),
+    "a backbone with weights of a mixture": (
+        lambda w: w.probe(backbone=swapped(w, "backbone", "moce")), "several networks"),
+    "a pointer of git-lfs": (
+        lambda w: w.cluster(mae=w.file("a.pth", LFS)), "git lfs pull"),
+    "a pointer of git-lfs in a run": (
+        lambda w: w.probe(backbone=w.edited("mae", WEIGHTS, LFS)), "git lfs pull"),
+    "a pointer of git-lfs to convert": (
+        lambda w: w.convert("--trust-pickle", weights=w.file("b.pth", LFS)), "git lfs pull"),
+    "a web page": (
+        lambda w: w.pretrain(None, "--init", w.file("a.bin", "<!DOCTYPE html>\n<html>")), "web page"),
+    "a web page as safetensors": (
+        lambda w: w.export(run=w.file("b.safetensors", " <html><body>")), "web page"),
+    "a text": (lambda w: w.embed(backbone=w.file("a.pt", "Not found ä")), "it is text"),
+    "an empty file of weights": (lambda w: w.embed(backbone=w.file("a.pt", "")), "is empty"),
+    "a pipe of weights": (lambda w: w.cluster(mae=pipe(w, "a.pth")), "no weights at"),
+    "a pipe as backbone": (lambda w: w.embed(backbone=pipe(w, "a.safetensors")), "no weights at"),
+    "a pipe in a run": (
+        lambda w: w.embed(backbone=pipe_in_run(w)), "it is no file"),
+    "a pipe to convert": (lambda w: w.convert(weights=pipe(w, "c.pth")), "no weights at"),
+    "a pipe to export": (lambda w: w.export(run=pipe(w, "d.pth")), "no weights at"),
     "a mixture's truncated weights": (lambda w: w.customize(run=truncated(w, "moce")), WEIGHTS),
     "a file of junk": (lambda w: w.cluster(mae=w.file("a.pth", "junk")), "cannot read weights"),
     "a file of pickle": (lambda w: w.cluster(mae=pickled(w)), "--trust-pickle"),

@@ -127,9 +127,10 @@ def test_a_file_that_needs_pickle_is_refused_and_convert_reads_it(tmp_path: Path
     path = save_pth(tmp_path / "checkpoint.pth", content)
     with pytest.raises(MoceError, match=r"argparse\.Namespace.*--trust-pickle"):
         read_weights(path)
+    given = {"out": tmp_path / "out.safetensors", "model_args": {"num_heads": 2}}
     with pytest.raises(MoceError, match="pickle"):
-        moce.convert(path, out=tmp_path / "out.safetensors")
-    result = moce.convert(path, out=tmp_path / "out.safetensors", trust_pickle=True)
+        moce.convert(path, **given)
+    result = moce.convert(path, trust_pickle=True, **given)
     assert "args" in capsys.readouterr().err
     assert result.tensors == len(content["model"])
     assert load_file(result.file).keys() == content["model"].keys()

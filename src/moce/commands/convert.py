@@ -9,14 +9,13 @@ from moce.commands.setup import check_file, refuse_unused
 from moce.config import ConvertSettings
 from moce.runs.files import make_folder
 from moce.runtime.progress import log
-from moce.weights.build import read_weights, to_mae_weights
+from moce.weights.build import build_encoder, build_mae, to_mae_weights
 from moce.weights.formats import moce as own
-from moce.weights.from_runs import load_mae
-from moce.weights.resolve import moce_run
+from moce.weights.from_runs import load_mae, moce_run
+from moce.weights.read import SAFETENSORS, file_of, read_raw
+from moce.weights.resolve import check_arguments, overrides_of, refuse_given
 from moce.weights.types import MAEWeights
 from moce.weights.unsafe_pickle import read_trusted
-
-SUFFIX = ".safetensors"
 
 
 @dataclass
@@ -34,9 +33,9 @@ class ConvertResult:
 
 def run(settings: ConvertSettings) -> ConvertResult:
     out, inputs = settings.out, [settings.weights]
-    check_file(out, inputs, f"weights{SUFFIX}", overwrite=settings.overwrite)
-    weights = _read(settings)
-    for note in weights.notes:
+    check_file(out, inputs, f"weights{SAFETENSORS}", overwrite=settings.overwrite)
+    weights, notes = _checked(settings)
+    for note in notes:
         log(note)
     make_folder(out.parent)
     own.write(out, weights)
@@ -44,17 +43,31 @@ def run(settings: ConvertSettings) -> ConvertResult:
     return ConvertResult(out, count, bool(weights.decoder))
 
 
-def _read(settings: ConvertSettings) -> MAEWeights:
-    run = moce_run(settings.weights)
-    pickled = run is None and settings.weights.is_file() and settings.weights.suffix != SUFFIX
-    if settings.weights.exists() and not pickled:
-        reason = (
-            f"{settings.weights} is read without pickle, which only files such as .pth may need"
-        )
+def _checked(settings: ConvertSettings) -> tuple[MAEWeights, list[str]]:
+    """The weights as a model takes them, by all checks of --init, and notes on them."""
+    path, run = settings.weights, moce_run(settings.weights)
+    pickled = run is None and path.exists() and file_of(path).suffix != SAFETENSORS
+    if path.exists() and not pickled:
+        reason = f"{path} is read without pickle, which only files such as .pth may need"
         refuse_unused(settings, {"trust_pickle"}, reason)
     if run is not None:
-        spec, mae = load_mae(run)
-        return own.weights_of(spec.encoder, mae.encoder, mae)
-    if settings.trust_pickle and pickled:
-        return to_mae_weights(read_trusted(settings.weights))
-    return read_weights(settings.weights)
+        refuse_given(settings, f"run {run}")
+        run_spec, mae = load_mae(run)
+        return own.weights_of(run_spec.encoder, mae.encoder, mae), []
+    check_arguments(settings.model_args)
+    read = read_trusted if settings.trust_pickle else read_raw
+    weights = to_mae_weights(read(path, settings.weights_key))
+    if weights.decoder:
+        refuse_given(settings, f"decoder in {path}", {"decoder"})
+        spec, mae, notes = build_mae(weights, overrides_of(settings))
+        return _stated(own.weights_of(spec.encoder, mae.encoder, mae), weights), notes
+    encoder, vit, notes = build_encoder(weights, overrides_of(settings))
+    return _stated(own.weights_of(encoder, vit), weights), notes
+
+
+def _stated(made: MAEWeights, weights: MAEWeights) -> MAEWeights:
+    """The weights as built, without values that their file does not state."""
+    for name in ("mean", "std", "decoder_heads", "mask_ratio", "norm_pix"):
+        if getattr(weights, name) is None:
+            setattr(made, name, None)
+    return made

@@ -14,8 +14,8 @@ from moce.errors import MoceError
 from moce.runs.files import write_json
 from moce.runs.model import provenance, read_info
 from moce.weights.export import Model, check_format
-from moce.weights.from_runs import load_mae
-from moce.weights.resolve import check_arguments, from_file, moce_run, refuse_given
+from moce.weights.from_runs import load_mae, moce_run
+from moce.weights.resolve import check_arguments, from_file, refuse_given
 
 
 @dataclass

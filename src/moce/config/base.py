@@ -74,7 +74,10 @@ IMAGES = (
     "by commas, or list them in @FILE, one per line"
 )
 LABELED = "labeled images: class folders (train/ and test/ if split), or another source with labels"
-BACKBONE = "backbone: a customized folder, an MAE run folder or a timm name (not fine-tuned)"
+BACKBONE = (
+    "backbone: a customized folder, a run of moce pretrain or finetune, weights of another library (a "
+    "file or a folder) or a timm name"
+)
 
 EXPORTED = frozenset(  # what a folder for another library may hold
     {"config.json", "README.md", "architecture.json", "model.onnx"}
@@ -203,3 +206,21 @@ class TrainingSettings(RunSettings, CacheSettings):
         """Every logger that was asked for, once."""
         old: tuple[LoggerName, ...] = ("tensorboard",) if self.tensorboard else ()
         return tuple(dict.fromkeys((*self.logger, *old)))
+
+
+class ChosenSettings(TrainingSettings):
+    """Training whose length, batch and rate fit the images and the device unless they are given."""
+
+    epochs: Positive | None = setting(  # type: ignore[assignment]
+        None, "passes over the images, fractions allowed (default: from the number of images)"
+    )
+    batch_size: Count | None = setting(  # type: ignore[assignment]
+        None,
+        "images per optimizer step, over all processes and micro-batches (default: 256, fewer for "
+        "few images)",
+    )
+    base_lr: Positive | None = setting(  # type: ignore[assignment]
+        None,
+        "learning rate per 256 images; the rate is base_lr * batch_size / 256 (default: from the "
+        "size of the model and the weights it starts from)",
+    )

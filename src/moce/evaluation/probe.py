@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+from torch import nn
 
 from moce.config import ProbeSettings
 from moce.evaluation.sgd_probe import FrozenEncoder, sgd_scores
@@ -22,10 +23,15 @@ def is_sgd(settings: ProbeSettings) -> bool:
 
 
 def choose_pooling(settings: ProbeSettings, backbone: Backbone) -> str:
-    """The given pooling or the default: the published recipe uses the class token."""
+    """The given pooling or the default: the published recipe uses the class token.
+
+    That of a model fine-tuned on the mean of its patch tokens says nothing.
+    """
     if settings.pooling is not None:
         return settings.pooling
-    published = is_sgd(settings) and backbone.vit.cls_token is not None
+    vit = backbone.vit
+    published = is_sgd(settings) and vit.cls_token is not None
+    published = published and isinstance(vit.fc_norm, nn.Identity)
     return "cls" if published else "mean"
 
 

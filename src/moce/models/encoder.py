@@ -265,14 +265,19 @@ def positions_of(vit: VisionTransformer) -> Tensor:
 def pool_tokens(vit: VisionTransformer, tokens: Tensor, pooling: str) -> Tensor:
     """One feature per image, [b, width]: the mean of the patch tokens, or the class token.
 
-    tokens: [b, prefix + patches, width] of `vit`; pooling: mean or cls. Raises MoceError for cls
-    if the encoder has no class token.
+    tokens: [b, prefix + patches, width] of `vit`; pooling: mean or cls. Of a fine-tuned encoder,
+    the mean is normed after pooling. Raises MoceError for cls if the encoder has no class token, or
+    one that its training did not use.
     """
     if pooling == "cls":
         if vit.cls_token is None:
             raise MoceError("this encoder has no class token; use pooling 'mean'")
+        if not isinstance(vit.fc_norm, nn.Identity):
+            raise MoceError(
+                "this encoder was fine-tuned on the mean of patches; use pooling 'mean'"
+            )
         return tokens[:, 0]
-    return tokens[:, vit.num_prefix_tokens :].mean(dim=1)
+    return vit.fc_norm(tokens[:, vit.num_prefix_tokens :].mean(dim=1))
 
 
 def input_size(vit: VisionTransformer) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from moce.errors import MoceError
 from moce.runtime.launch import is_rank0
 
 CHECKSUM = "sha256"
+TEXT_START = 400  # bytes that show what a text is
 
 
 def clone_shared_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -105,8 +106,42 @@ def write_tensors(
             raise MoceError(f"cannot write {path}: {error}") from None
 
 
+def raise_if_text(path: Path) -> None:
+    """Raise MoceError, saying what it is, if a file that should hold weights holds text or nothing."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(TEXT_START)
+    except OSError as error:
+        raise MoceError(f"cannot read weights {path}: {error.strerror}") from None
+    found = _kind_of_text(start)
+    if found:
+        raise MoceError(f"cannot read weights {path}: {found}")
+
+
+def _kind_of_text(start: bytes) -> str | None:
+    """What the first bytes of a text show; None of anything else."""
+    text = start.decode("utf-8", "ignore").lstrip("\ufeff \r\n\t")
+    if not start:
+        return "the file is empty"
+    if b"\0" in start or len(text) < 0.9 * len(start.lstrip()) or not _is_printable(text):
+        return None
+    if text.startswith("version https://git-lfs"):
+        return "it is a pointer of git-lfs; run 'git lfs pull' in its folder to get the weights"
+    if text[:100].lower().startswith(("<!doctype html", "<html")):
+        return "it is a web page; download the file itself, perhaps with a login"
+    return f"it is text, which starts with {text[:30]!r}"
+
+
+def _is_printable(text: str) -> bool:
+    return all(character.isprintable() or character in "\r\n\t" for character in text)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by name. Raises MoceError if the file is missing or corrupt."""
+    """Tensors by name. Raises MoceError if the file is missing, corrupt or text."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise MoceError(f"cannot read weights {path}: it is no file")
+    if path.is_file():
+        raise_if_text(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

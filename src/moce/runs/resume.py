@@ -89,7 +89,7 @@ def describe_weights(references: dict[str, Any]) -> dict[str, str]:
 def _files_of(path: Path) -> list[Path]:
     """The files of weights (or of the clusters of images) at a path; none for the name of a model."""
     if path.is_dir():
-        return sorted(child for child in path.iterdir() if child.suffix in SUFFIXES)
+        return sorted(c for c in path.iterdir() if c.suffix in SUFFIXES and c.is_file())
     return [path] if path.is_file() else []
 
 

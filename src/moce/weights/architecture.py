@@ -20,13 +20,13 @@ HEAD_WIDTH, HEADS = 64, {1280: 16}  # shapes do not show heads; ViT-H has 16 of 
 
 
 def infer_architecture(
-    encoder: Tensors, path: str, given: dict[str, Any]
+    encoder: Tensors, path: str, given: dict[str, Any], notes: list[str]
 ) -> tuple[str, dict[str, Any]]:
     """A timm name and model arguments that build an encoder with exactly these tensors.
 
     encoder: tensors by timm's names; path: their origin, for messages; given: the user's model
-    arguments, for what shapes do not show. Raises MoceError, with the argument to give, if neither
-    shows it.
+    arguments, for what shapes do not show; notes: gets a line on what is guessed. Raises MoceError,
+    with the argument to give, if neither shows it.
     """
     try:
         patch = encoder["patch_embed.proj.weight"]
@@ -46,7 +46,7 @@ def infer_architecture(
         "patch_size": height if height == breadth else [height, breadth],
         "embed_dim": width,
         "depth": depth,
-        "num_heads": given.get("num_heads") or _guess_heads(width, path),
+        "num_heads": given.get("num_heads") or _guess_heads(width, path, notes),
         "mlp_ratio": _mlp_ratio(hidden, width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in encoder,
         "proj_bias": "blocks.0.attn.proj.bias" in encoder,
@@ -64,16 +64,19 @@ def count_blocks(tensors: Tensors) -> int:
     return 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
 
 
-def _guess_heads(width: int, path: str) -> int:
+def _guess_heads(width: int, path: str, notes: list[str]) -> int:
     """The usual number of heads for a width. Raises MoceError if there is none."""
-    if width in HEADS:
-        return HEADS[width]
-    if width % HEAD_WIDTH:
+    if width not in HEADS and width % HEAD_WIDTH:
         raise MoceError(
-            f"{path}: weights of width {width} do not show the number of attention heads; "
-            "give it by --model-args '{\"num_heads\": N}'"
+            f"{path}: weights of width {width} do not show the number of attention heads; give it by "
+            "--model-args '{\"num_heads\": N}', here or to moce convert"
         )
-    return width // HEAD_WIDTH
+    heads = HEADS.get(width) or width // HEAD_WIDTH
+    notes.append(
+        f"{heads} attention heads, as usual for width {width}: a guess, since weights do not show it "
+        "(--model-args '{\"num_heads\": N}', here or to moce convert)"
+    )
+    return heads
 
 
 def _mlp_ratio(hidden: int, width: int) -> float:
@@ -103,7 +106,7 @@ def _image_size(
             return {"img_size": [side * patch[0], side * patch[1]], "no_embed_class": bare}
     raise MoceError(
         f"{path} was trained on images that are not square; give their size by "
-        "--model-args '{\"img_size\": [HEIGHT, WIDTH]}'"
+        "--model-args '{\"img_size\": [HEIGHT, WIDTH]}', here or to moce convert"
     )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from moce.errors import MoceError, raise_if_corrupt
 from moce.models.encoder import RGB, EncoderSpec, per_channel
@@ -24,6 +26,7 @@ from moce.weights.types import MAEWeights, RawWeights, Tensors
 
 FORMATS = (own, transformers, facebook, dinov2, timm_format)  # the first that matches reads
 LISTED = 8  # names in a message
+ENCODER, DECODER = "encoder.", "decoder."
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,12 @@ class ModelOverrides:
     allow_unexpected: tuple[str, ...] = ()
 
 
-def read_weights(path: Path) -> MAEWeights:
-    """The weights of a file or folder. Raises MoceError if no format matches its names."""
-    return to_mae_weights(read_raw(path))
+def read_weights(path: Path, key: str | None = None) -> MAEWeights:
+    """The weights of a file or folder; key: which of several networks in it.
+
+    Raises MoceError if no format matches its names.
+    """
+    return to_mae_weights(read_raw(path, key))
 
 
 def to_mae_weights(raw: RawWeights) -> MAEWeights:
@@ -71,26 +77,74 @@ def build_mae(weights: MAEWeights, overrides: ModelOverrides) -> tuple[MAESpec, 
     If `weights` have no decoder, a fresh one is added. Raises MoceError if shapes differ, or if
     weights are missing or unexpected that `overrides` does not allow.
     """
+    _check_overrides(weights, overrides)
+    notes = list(weights.notes)
+    with raise_if_corrupt(Path(weights.path)):
+        name, arguments = _architecture(weights, overrides, notes)
+        encoder = _encoder_spec(
+            weights, overrides, name, {**arguments, **overrides.model_args}, notes
+        )
+        spec = _mae_spec(encoder, weights, overrides)
+        mae = spec.build()
+    tensors = {f"{ENCODER}{key}": value for key, value in weights.encoder.items()}
+    tensors |= {f"{DECODER}{key}": value for key, value in weights.decoder.items()}
+    old_patch = _resample_patches(tensors, mae.encoder, notes)
+    _resample_positions(tensors, mae.encoder, _grid(weights, arguments), notes)
+    fresh = _fresh_prefixes(weights, overrides, old_patch, notes)
+    _fill(mae, tensors, weights.path, overrides, notes, fresh)
+    return spec, mae, notes
+
+
+def build_encoder(
+    weights: MAEWeights, overrides: ModelOverrides
+) -> tuple[EncoderSpec, VisionTransformer, list[str]]:
+    """The encoder of these weights, and notes for the user; a decoder is left out.
+
+    That of a fine-tuned model has its norm after pooling (`fc_norm`), if it was trained so. Raises
+    MoceError as `build_mae`.
+    """
+    _check_overrides(weights, overrides)
+    notes = list(weights.notes)
+    with raise_if_corrupt(Path(weights.path)):
+        name, arguments = _architecture(weights, overrides, notes)
+        whole = {**arguments, **overrides.model_args}
+        if is_fine_tuned(weights):
+            whole["fc_norm"] = True
+        spec = _encoder_spec(weights, overrides, name, whole, notes)
+        vit = spec.build()
+    tensors = {f"{ENCODER}{key}": value for key, value in weights.encoder.items()}
+    _resample_patches(tensors, vit, notes)
+    _resample_positions(tensors, vit, _grid(weights, arguments), notes)
+    _fill(nn.ModuleDict({"encoder": vit}), tensors, weights.path, overrides, notes)
+    return spec, vit, notes
+
+
+def is_fine_tuned(weights: MAEWeights) -> bool:
+    """Whether the encoder's norm comes after pooling, as in classifiers."""
+    return "fc_norm.weight" in weights.encoder and "norm.weight" not in weights.encoder
+
+
+def _check_overrides(weights: MAEWeights, overrides: ModelOverrides) -> None:
     if any(pattern and not pattern.strip("*") for pattern in overrides.allow_missing):
         raise MoceError(
             "--allow-missing '*' would let every weight start fresh; name those that may be missing, "
             "such as 'norm.*'"
         )
-    with raise_if_corrupt(Path(weights.path)):
-        name, arguments = _architecture(weights, overrides)
-        spec = _spec(weights, overrides, name, {**arguments, **overrides.model_args})
-        mae = spec.build()
-    notes = list(weights.notes)
-    tensors = {f"encoder.{key}": value for key, value in weights.encoder.items()}
-    tensors |= {f"decoder.{key}": value for key, value in weights.decoder.items()}
-    old_patch = _resample_patches(tensors, mae, notes)
-    _resample_positions(tensors, mae, _grid(weights, arguments), notes)
-    fresh = _fresh_prefixes(weights, overrides, old_patch, notes)
+
+
+def _fill(
+    module: nn.Module,
+    tensors: Tensors,
+    path: str,
+    overrides: ModelOverrides,
+    notes: list[str],
+    fresh: tuple[str, ...] = (),
+) -> None:
+    """Load the tensors, but those of the prefixes `fresh`, after all checks; adds notes."""
     tensors = {name: value for name, value in tensors.items() if not name.startswith(fresh)}
-    expected = {name for name in mae.state_dict() if not name.startswith(fresh)}
-    _check_names(tensors.keys(), expected, weights.path, overrides, notes)
-    _load(mae, {name: v for name, v in tensors.items() if name in expected}, weights.path)
-    return spec, mae, notes
+    expected = {name for name in module.state_dict() if not name.startswith(fresh)}
+    _check_names(tensors.keys(), expected, path, overrides, notes)
+    _load(module, {name: v for name, v in tensors.items() if name in expected}, path)
 
 
 def _fresh_prefixes(
@@ -113,26 +167,45 @@ def _fresh_prefixes(
     return ("decoder.head.",)
 
 
-def _architecture(weights: MAEWeights, overrides: ModelOverrides) -> tuple[str, dict[str, Any]]:
+def _architecture(
+    weights: MAEWeights, overrides: ModelOverrides, notes: list[str]
+) -> tuple[str, dict[str, Any]]:
     """The timm name and arguments that the weights were made with."""
     name = overrides.model or weights.name
     if name is not None:
         return name, weights.model_args if name == weights.name else {}
     given = {**overrides.model_args, **weights.model_args}
-    name, arguments = infer_architecture(weights.encoder, weights.path, given)
+    name, arguments = infer_architecture(weights.encoder, weights.path, given, notes)
     return name, {**arguments, **weights.model_args}
 
 
-def _spec(
-    weights: MAEWeights, overrides: ModelOverrides, name: str, arguments: dict[str, Any]
-) -> MAESpec:
+def _encoder_spec(
+    weights: MAEWeights,
+    overrides: ModelOverrides,
+    name: str,
+    arguments: dict[str, Any],
+    notes: list[str],
+) -> EncoderSpec:
     encoder = EncoderSpec(name, arguments)
     channels = int(arguments.get("in_chans", RGB))
     mean = per_channel("mean", overrides.mean, weights.mean or encoder.mean, channels)
     std = per_channel("std", overrides.std, weights.std or encoder.std, channels)
+    if overrides.mean is None and weights.mean is None:
+        notes.append(
+            f"{weights.path} does not say how images were normalized: mean {_numbers(mean)}, std "
+            f"{_numbers(std)} are assumed"
+        )
+    return EncoderSpec(name, arguments, mean, std)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" for value in dict.fromkeys(values))
+
+
+def _mae_spec(encoder: EncoderSpec, weights: MAEWeights, overrides: ModelOverrides) -> MAESpec:
     norm_pix = weights.norm_pix if overrides.norm_pix is None else overrides.norm_pix
     return MAESpec(
-        EncoderSpec(name, arguments, mean, std),
+        encoder,
         *_decoder_form(weights, overrides),
         mask_ratio=overrides.mask_ratio or weights.mask_ratio or 0.75,
         norm_pix=True if norm_pix is None else norm_pix,
@@ -154,10 +227,10 @@ def _decoder_form(weights: MAEWeights, overrides: ModelOverrides) -> tuple[int, 
 # grid from the model's defaults, not from the file, and reports nothing.
 
 
-def _resample_patches(tensors: Tensors, mae: MAE, notes: list[str]) -> str | None:
+def _resample_patches(tensors: Tensors, vit: VisionTransformer, notes: list[str]) -> str | None:
     """Resample the patch embedding to the model's patch, in place; the old size if it differed."""
     name = "encoder.patch_embed.proj.weight"
-    weight, new = tensors.get(name), tuple(mae.encoder.patch_embed.patch_size)
+    weight, new = tensors.get(name), tuple(vit.patch_embed.patch_size)
     if weight is None or weight.dim() != 4 or tuple(weight.shape[2:]) == new:
         return None
     old = "x".join(map(str, weight.shape[2:]))
@@ -176,10 +249,9 @@ def _grid(weights: MAEWeights, arguments: dict[str, Any]) -> tuple[int, int] | N
 
 
 def _resample_positions(
-    tensors: Tensors, mae: MAE, grid: tuple[int, int] | None, notes: list[str]
+    tensors: Tensors, vit: VisionTransformer, grid: tuple[int, int] | None, notes: list[str]
 ) -> None:
     """Resample position embeddings from `grid` (None: a square) to the model's, in place."""
-    vit = mae.encoder
     prefixes = {
         "encoder.pos_embed": 0 if vit.no_embed_class else vit.num_prefix_tokens,
         "decoder.pos_embed": vit.num_prefix_tokens,
@@ -216,6 +288,16 @@ def _check_names(
             refused.append(f"{kind}: {_listed(names - allowed)} (--allow-{kind} PATTERN)")
         if allowed:
             notes.append(f"{kind}, so {consequence}: {_listed(allowed)}")
+    if (
+        refused
+        and {"encoder.norm.weight"} <= expected - found
+        and "encoder.fc_norm.weight" in found
+    ):
+        raise MoceError(
+            f"{path} is fine-tuned: its last norm comes after pooling, so no masked autoencoder can "
+            "start from it; give the backbone that it was made from, or let a new norm start: "
+            "--allow-missing 'norm.*' --allow-unexpected 'fc_norm.*'"
+        )
     if refused:
         raise MoceError(f"the weights of {path} do not fit; {'; '.join(refused)}")
 
@@ -232,9 +314,9 @@ def _listed(names: set[str]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def _load(mae: MAE, tensors: Tensors, path: str) -> None:
+def _load(module: nn.Module, tensors: Tensors, path: str) -> None:
     """Load the tensors given. Raises MoceError, with the shapes that differ, before it loads any."""
-    own_tensors = mae.state_dict()
+    own_tensors = module.state_dict()
     wrong = [
         f"{name.removeprefix('encoder.')} {list(value.shape)}, not {list(own_tensors[name].shape)}"
         for name, value in tensors.items()
@@ -245,4 +327,4 @@ def _load(mae: MAE, tensors: Tensors, path: str) -> None:
             f"the weights of {path} do not fit the model: {'; '.join(wrong[:3])}; "
             "see --model, --model-args"
         )
-    mae.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
+    module.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)

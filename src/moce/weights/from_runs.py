@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,10 +16,11 @@ from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.models.token_moe import TokenExpertFFN, TokenMoESpec, copy_experts
-from moce.runs.files import read_tensors
-from moce.runs.model import INFO, WEIGHTS, read_info, read_model
+from moce.runs.model import CONFIG, INFO, WEIGHTS, read_info, read_model
+from moce.runtime.progress import log
+from moce.weights.build import ModelOverrides, build_encoder, read_weights
 from moce.weights.formats import timm as timm_format
-from moce.weights.read import MODEL_CONFIG
+from moce.weights.types import MODEL_CONFIG
 
 
 def load_mae(run: Path) -> tuple[MAESpec, MAE]:
@@ -109,29 +109,59 @@ class Backbone:
 
 
 def load_backbone(reference: str) -> Backbone:
-    """An exported folder, an MAE or TokenMoE run, or a timm model with its own weights.
+    """A run of an MAE, of TokenMoE or of fine-tuning, weights of any format, or a timm model by name.
 
-    Raises MoceError if it is none of these or the weights cannot be downloaded.
+    A fine-tuned one comes without its head, with its norm after pooling (`fc_norm`). Raises
+    MoceError if it is none of these or the weights cannot be downloaded.
     """
     path = expand(Path(reference))
-    if (path / MODEL_CONFIG).is_file():
-        return _exported_backbone(path)
-    if path.is_dir():
-        if holds_moce(path):
-            raise MoceError(f"{path} holds experts: build one backbone with 'moce customize' first")
-        if read_info(path)["kind"] == "token_moe":
-            return _token_moe_backbone(path)
-        spec, mae = load_mae(path)
-        return Backbone(spec.encoder, mae.encoder)
-    if path.exists() or len(path.parts) > 1:
-        raise MoceError(f"no backbone at {reference} (give a folder of moce or a timm model name)")
+    run = moce_run(path)
+    if run is not None and not (run / MODEL_CONFIG).is_file():
+        return _backbone_of_run(run)
+    if path.exists():
+        return _backbone_from(path)
+    if len(path.parts) > 1:
+        raise MoceError(f"no backbone at {reference} (give a folder, a file or a timm model name)")
     return _timm_backbone(reference)
+
+
+def moce_run(path: Path) -> Path | None:
+    """The run folder of moce for a path to it or to its weights; None if it is not a run.
+
+    An adapted backbone is none: it has settings, but a folder of timm holds its weights.
+    """
+    folder = path.parent if path.name == WEIGHTS else path
+    unfinished = (folder / CONFIG).is_file() and not (folder / MODEL_CONFIG).is_file()
+    return folder if unfinished or (folder / INFO).is_file() else None
 
 
 def holds_moce(path: Path) -> bool:
     """Whether a path is a finished run of cluster-conditional experts."""
-    exported = (path / MODEL_CONFIG).is_file()
-    return path.is_dir() and not exported and read_info(path)["kind"] == "moce"
+    run = path.is_dir() and any((path / name).is_file() for name in (INFO, CONFIG))
+    return run and not (path / MODEL_CONFIG).is_file() and read_info(path)["kind"] == "moce"
+
+
+def _backbone_of_run(run: Path) -> Backbone:
+    kind = read_info(run)["kind"]
+    if kind == "moce":
+        raise MoceError(f"{run} holds experts: build one backbone with 'moce customize' first")
+    if kind == "classifier":  # a dense one has a config.json
+        raise MoceError(
+            f"{run} is fine-tuned with token-routed experts; give its original backbone"
+        )
+    if kind == "token_moe":
+        return _token_moe_backbone(run)
+    spec, mae = load_mae(run)
+    return Backbone(spec.encoder, mae.encoder)
+
+
+def _backbone_from(path: Path) -> Backbone:
+    spec, vit, notes = build_encoder(read_weights(path), ModelOverrides())
+    with raise_if_corrupt(path):
+        _check_encoder(spec, vit)
+    for note in notes:
+        log(note)
+    return Backbone(spec, vit)
 
 
 def _token_moe_backbone(path: Path) -> Backbone:
@@ -142,25 +172,6 @@ def _token_moe_backbone(path: Path) -> Backbone:
         spec = EncoderSpec.from_dict(info["spec"]["mae"]["encoder"])
     load_weights(model, tensors, path)
     return Backbone(spec, model.mae.encoder.eval())
-
-
-def _exported_backbone(path: Path) -> Backbone:
-    try:
-        config = json.loads((path / MODEL_CONFIG).read_text(encoding="utf-8"))
-        cfg = config["pretrained_cfg"]
-        arguments = dict(config["model_args"])
-        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-        spec = EncoderSpec(str(config["architecture"]), arguments, mean, std)
-    except (ValueError, KeyError, TypeError) as error:
-        raise MoceError(f"{path / MODEL_CONFIG} is not a timm model config: {error!r}") from None
-    if arguments.get("fc_norm"):
-        raise MoceError(f"{path} is fine-tuned, with a norm of its own; give its original backbone")
-    with raise_if_corrupt(path / MODEL_CONFIG):
-        vit = spec.build(num_classes=0, global_pool="", fc_norm=False)
-        _check_encoder(spec, vit)
-    tensors = read_tensors(path / WEIGHTS)
-    load_weights(vit, {k: v for k, v in tensors.items() if not k.startswith("head.")}, path)
-    return Backbone(spec, vit)
 
 
 def _timm_backbone(name: str) -> Backbone:

@@ -5,39 +5,53 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from timm.models import clean_state_dict
-from torch import Tensor
 
 from moce.errors import MoceError
-from moce.runs.files import read_tensor_metadata, read_tensors
-from moce.weights.types import RawWeights, Tensors
+from moce.runs.files import raise_if_text, read_tensor_metadata, read_tensors
+from moce.weights.types import MODEL_CONFIG, RawWeights, Tensors
+from moce.weights.unwrap import find_weights
 
-MODEL_CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+PROCESSOR = "preprocessor_config.json"
 INDEX_SUFFIX = ".index.json"  # of a model in several files
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher")
+SAFETENSORS = ".safetensors"
 
 
-def read_raw(path: Path) -> RawWeights:
+def read_raw(
+    path: Path, key: str | None = None, load: Callable[[Path], Any] | None = None
+) -> RawWeights:
     """The tensors of a file (.safetensors, or .pth, .pt, .bin of plain tensors) or a folder.
 
-    Raises MoceError if there is none, it is corrupt, or only pickle can read it.
+    key: which of several networks in a file; load: reads files that are no safetensors (default:
+    without pickle). Raises MoceError if there are none, they are corrupt, or only pickle can read
+    them.
     """
-    file = _in_folder(path) if path.is_dir() else path
-    if not file.is_file():
-        raise MoceError(f"no weights at {path}")
+    file = file_of(path)
     config, processor = (
         _read_json(file.parent / name) if (file.parent / name).is_file() else {}
         for name in (MODEL_CONFIG, PROCESSOR)
     )
-    read = _read_shards if file.name.endswith(INDEX_SUFFIX) else _read_file
-    raw = read(file)
-    raw.path, raw.config, raw.processor = str(path), config, processor
+    load = load or (lambda one: _load_plain(one, path))
+    if file.name.endswith(INDEX_SUFFIX):
+        content, header = _read_shards(file, load), {}
+    else:
+        content, header = _read_file(file, load), _header(file)
+    raw = find_weights(content, path, key)
+    raw.config, raw.processor, raw.header = config, processor, header
     return raw
+
+
+def file_of(path: Path) -> Path:
+    """The file of weights at a path. Raises MoceError if there is none."""
+    file = _in_folder(path) if path.is_dir() else path
+    if not file.is_file():  # a pipe is none: reading it would wait for ever
+        raise MoceError(f"no weights at {path}")
+    return file
 
 
 def _in_folder(folder: Path) -> Path:
@@ -56,13 +70,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_file(file: Path) -> RawWeights:
-    if file.suffix == ".safetensors":
-        return RawWeights(str(file), read_tensors(file), header=read_tensor_metadata(file))
-    return unwrap(_load_plain(file), file)
+def _read_file(file: Path, load: Callable[[Path], Any]) -> Any:
+    if file.suffix == SAFETENSORS:
+        return read_tensors(file)
+    raise_if_text(file)
+    return load(file)
 
 
-def _read_shards(index: Path) -> RawWeights:
+def _header(file: Path) -> dict[str, str]:
+    return read_tensor_metadata(file) if file.suffix == SAFETENSORS else {}
+
+
+def _read_shards(index: Path, load: Callable[[Path], Any]) -> Tensors:
     """The tensors of all files in an index. Raises MoceError if one is missing or incomplete."""
     files: Any = _read_json(index).get("weight_map")
     names = list(files.values()) if isinstance(files, dict) else []
@@ -71,51 +90,37 @@ def _read_shards(index: Path) -> RawWeights:
         raise MoceError(
             f"{index} is not an index of weights: it has no weight_map of names to files"
         )
-    whole = RawWeights(str(index), {})
+    whole: Tensors = {}
     for name in sorted(set(files.values())):
-        shard = _read_file(index.parent / name)
-        whole.tensors |= shard.tensors
-        whole.notes += shard.notes
-    missing = sorted(files.keys() - whole.tensors.keys())
+        shard = _read_file(file_of(index.parent / name), load)
+        if not isinstance(shard, dict):
+            raise MoceError(f"{index.parent / name} holds no weights by name")
+        whole |= shard
+    missing = sorted(files.keys() - whole.keys())
     if missing:
         raise MoceError(f"{index} lists weights that are in none of its files: {missing[0]}")
     return whole
 
 
-def _load_plain(path: Path) -> Any:
+def _load_plain(path: Path, asked: Path) -> Any:
+    """The content of a file of plain tensors. asked: what the user named, a file or its folder."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global|type) ([\w.]+)", str(error))
-        content = found[1] if found else "more than tensors"
-        raise MoceError(
-            f"{path} holds {content}, which only pickle can read, and pickle can run any code in a "
-            f"file. If you trust its source: moce convert {path} "
-            f"--out {path.with_suffix('.safetensors')} --trust-pickle"
-        ) from None
+        _ask_for_trust(path, asked, found[1] if found else "more than tensors")
     except Exception as error:  # torch raises errors of many types on files that are no weights
+        if "TorchScript" in str(error):
+            _ask_for_trust(path, asked, "a program (TorchScript)")
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if path.suffix == ".npz":
+            reason = "it is a NumPy archive, as JAX writes; timm's create_model reads it (checkpoint_path)"
         raise MoceError(f"cannot read weights {path}: {reason}") from None
 
 
-def unwrap(content: Any, path: Path) -> RawWeights:
-    """The tensors by name in the content of a .pth file; notes list what was left out.
-
-    Raises MoceError if it holds no tensors by name.
-    """
-    notes: list[str] = []
-    while isinstance(content, dict):
-        inner = next((name for name in WRAPPERS if isinstance(content.get(name), dict)), None)
-        if inner is None:
-            break
-        rest = sorted(str(name) for name in content if name != inner)
-        if rest:
-            notes.append(f"left out everything but the weights ({', '.join(rest)})")
-        content = content[inner]
-    if not isinstance(content, dict) or not content:
-        raise MoceError(f"{path} holds no weights by name but a {type(content).__name__}")
-    other = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    if other:
-        raise MoceError(f"{path} holds more than tensors: {', '.join(other[:5])}")
-    tensors: Tensors = {str(name): value.detach() for name, value in content.items()}
-    return RawWeights(str(path), clean_state_dict(tensors), notes=notes)
+def _ask_for_trust(path: Path, asked: Path, content: str) -> NoReturn:
+    raise MoceError(
+        f"{path} holds {content}, which only pickle can read, and pickle can run any code in a "
+        f"file. If you trust its source: moce convert {asked} "
+        f"--out {asked.with_suffix(SAFETENSORS)} --trust-pickle"
+    ) from None

@@ -14,11 +14,10 @@ from moce.config.facts import facts_of
 from moce.config.usage import explicitly_set
 from moce.errors import MoceError
 from moce.models.mae import MAE, MAESpec
-from moce.runs.model import CONFIG, INFO, WEIGHTS
 from moce.runtime.progress import log
 from moce.weights.build import ModelOverrides, build_mae, read_weights
 from moce.weights.formats.timm import pretrained
-from moce.weights.from_runs import load_mae
+from moce.weights.from_runs import load_mae, moce_run
 from moce.weights.types import MAEWeights
 
 SIZES = frozenset({"img_size", "patch_size"})
@@ -42,6 +41,8 @@ def start_from(
     if path.exists():
         return from_file(path, settings)[:2]
     if timm.is_model(str(reference)):
+        if settings.weights_key is not None:
+            raise MoceError(f"timm model {reference} is one network: leave out --weights-key")
         return from_timm(str(reference), settings)
     raise MoceError(
         f"{reference} is not a moce run, a file or folder of weights, or the name of a timm model"
@@ -50,7 +51,7 @@ def start_from(
 
 def from_file(path: Path, settings: FileSettings | PretrainSettings) -> tuple[MAESpec, MAE, bool]:
     """The model of a file or folder of other libraries, and whether it has a decoder of its own."""
-    weights = read_weights(path)
+    weights = read_weights(path, settings.weights_key)
     if weights.decoder:
         refuse_given(settings, f"decoder in {path}", {"decoder"})
     return *_build(weights, overrides_of(settings)), bool(weights.decoder)
@@ -71,12 +72,6 @@ def _build(weights: MAEWeights, overrides: ModelOverrides) -> tuple[MAESpec, MAE
     for note in notes:
         log(note)
     return spec, mae
-
-
-def moce_run(path: Path) -> Path | None:
-    """The run folder of moce for a path to it or to its weights; None if it is not a run."""
-    folder = path.parent if path.name == WEIGHTS else path
-    return folder if any((folder / name).is_file() for name in (INFO, CONFIG)) else None
 
 
 def overrides_of(settings: FileSettings | PretrainSettings) -> ModelOverrides:

@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
+MODEL_CONFIG = "config.json"  # of folders of timm and Transformers
 HEAD_PREFIXES = {
     "head.": "a classification head",
+    "head_dist.": "a distillation head",
     "pre_logits.": "a layer before the classification head",
     "attn_pool.": "an attention pooling",
 }

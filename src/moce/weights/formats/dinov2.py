@@ -1,7 +1,7 @@
 """facebookresearch/dinov2: timm's names except for registers, the giant's FFN and a mask token.
 
-Released files hold the backbone alone. Training leaves a teacher with its heads, and blocks in
-chunks: `blocks.CHUNK.NUMBER.`, the number counted over all chunks.
+Released files hold the backbone alone. Training leaves a teacher beside a student (see
+`weights.unwrap`), and blocks in chunks: `blocks.CHUNK.NUMBER.`, the number counted over all chunks.
 """
 
 from __future__ import annotations
@@ -10,26 +10,22 @@ import re
 
 from moce.weights.types import HEAD_PREFIXES, MAEWeights, RawWeights, Tensors, drop
 
-BACKBONE = "backbone."
 LEFT_OUT = HEAD_PREFIXES | {
     "mask_token": "DINOv2's mask token, which only its own training uses",
-    "dino_head.": "DINO's projection head",
-    "ibot_head.": "iBOT's projection head",
 }
 CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 
 def matches(raw: RawWeights) -> bool:
-    names = {name.removeprefix(BACKBONE) for name in raw.tensors}
+    names = raw.tensors.keys()
     is_vit = {"cls_token", "patch_embed.proj.weight"} <= names
     marked = bool({"mask_token", "register_tokens"} & names)
-    return is_vit and (marked or names != raw.tensors.keys() or any(map(CHUNKED.match, names)))
+    return is_vit and (marked or any(map(CHUNKED.match, names)))
 
 
 def read(raw: RawWeights) -> MAEWeights:
     notes = list(raw.notes)
-    tensors = {k.removeprefix(BACKBONE): v for k, v in raw.tensors.items()}
-    tensors = drop(tensors, LEFT_OUT, notes)
+    tensors = drop(dict(raw.tensors), LEFT_OUT, notes)
     return MAEWeights(raw.path, to_timm(tensors), notes=notes)
 
 

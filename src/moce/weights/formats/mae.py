@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moce.weights.formats.timm import stated_by_config
 from moce.weights.types import HEAD_PREFIXES, MAEWeights, RawWeights, Tensors, drop
 
 DECODER_HEADS = 16  # of all released models; tensor shapes do not show it
@@ -26,8 +27,8 @@ def matches(raw: RawWeights) -> bool:
 def read(raw: RawWeights) -> MAEWeights:
     """An encoder, and a decoder if the file has one."""
     encoder, decoder = split(raw.tensors)
-    notes = list(raw.notes)
-    return MAEWeights(raw.path, drop(encoder, HEAD_PREFIXES, notes), decoder, notes=notes)
+    notes, stated = list(raw.notes), stated_by_config(raw)
+    return MAEWeights(raw.path, drop(encoder, HEAD_PREFIXES, notes), decoder, notes=notes, **stated)
 
 
 def split(tensors: Tensors) -> tuple[Tensors, Tensors]:

@@ -5,15 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import VisionTransformer, save_for_hf
 
-from moce.errors import MoceError
+from moce.errors import MoceError, raise_if_corrupt
 from moce.models.encoder import EncoderSpec, input_shape
-from moce.weights.types import HEAD_PREFIXES, MAEWeights, RawWeights, drop
+from moce.weights.types import HEAD_PREFIXES, MODEL_CONFIG, MAEWeights, RawWeights, Tensors, drop
 
 HEAD_ARGS = frozenset({"num_classes", "global_pool", "fc_norm"})
+# Of a head, or of how images of another size or dropout are treated: the weights do not depend on it.
+NOT_OF_WEIGHTS = HEAD_ARGS | {
+    *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "weight_init"),
+    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
+    "drop_path_rate",
+}
 # Facts about the architecture. The rest of a pretrained_cfg (tag, url, license, class names) belongs
 # to timm's own weights of that architecture.
 ARCHITECTURE_CFG = ("architecture", "first_conv", "classifier", "fixed_input_size", "crop_mode")
@@ -26,17 +33,62 @@ def matches(raw: RawWeights) -> bool:
 
 def read(raw: RawWeights) -> MAEWeights:
     notes = list(raw.notes)
-    cfg = raw.config.get("pretrained_cfg") or {}
-    arguments = dict(raw.config.get("model_args") or {})
-    return MAEWeights(
-        raw.path,
-        drop(dict(raw.tensors), HEAD_PREFIXES, notes),
-        name=raw.config.get("architecture"),
-        model_args={k: v for k, v in arguments.items() if k not in HEAD_ARGS},
-        mean=tuple(cfg["mean"]) if "mean" in cfg else None,
-        std=tuple(cfg["std"]) if "std" in cfg else None,
-        notes=notes,
+    stated = stated_by_config(raw)
+    tensors = drop(dict(raw.tensors), HEAD_PREFIXES, notes)
+    tensors, name, arguments = (
+        keep_distillation(tensors, notes),
+        stated["name"],
+        stated["model_args"],
     )
+    built = _built(name, arguments)
+    if built is not None and not _fits(built, tensors):
+        # Older versions of timm do not store how a model differs from its name, and DeiT with
+        # distillation is a class of its own.
+        stated["name"] = None
+        if built.embed_dim == tensors["patch_embed.proj.weight"].shape[0]:
+            arguments.setdefault("num_heads", built.blocks[0].attn.num_heads)
+    return MAEWeights(raw.path, tensors, notes=notes, **stated)
+
+
+def stated_by_config(raw: RawWeights) -> dict[str, Any]:
+    """name, model_args, mean and std by timm's config.json; None and {} without one."""
+    with raise_if_corrupt(Path(raw.path) / MODEL_CONFIG):
+        cfg = dict(raw.config.get("pretrained_cfg") or {})
+        arguments = dict(raw.config.get("model_args") or {})
+        name = raw.config.get("architecture")
+        return {
+            "name": None if name is None else str(name),
+            "model_args": {k: v for k, v in arguments.items() if k not in NOT_OF_WEIGHTS},
+            "mean": tuple(cfg["mean"]) if "mean" in cfg else None,
+            "std": tuple(cfg["std"]) if "std" in cfg else None,
+        }
+
+
+def keep_distillation(tensors: Tensors, notes: list[str]) -> Tensors:
+    """DeiT's distillation token as a register, which it equals: a token beside the class token."""
+    if "dist_token" in tensors:
+        notes.append("DeiT's distillation token is kept as a register: features are DeiT's own")
+        tensors["reg_token"] = tensors.pop("dist_token")
+    return tensors
+
+
+def _built(name: str | None, arguments: dict[str, Any]) -> Any:
+    """timm's model of that name without memory; None if the builder will say what is wrong."""
+    if name is None or not timm.is_model(name):
+        return None
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, **{"num_classes": 0, **arguments})
+    except Exception:  # timm checks few arguments
+        return None
+    return model if isinstance(model, VisionTransformer) else None
+
+
+def _fits(model: VisionTransformer, tensors: Tensors) -> bool:
+    """Whether a model has these shapes, as far as it has their names, and the registers."""
+    own = model.state_dict()
+    registers = "reg_token" in own or "reg_token" not in tensors
+    return registers and all(own[k].shape == v.shape for k, v in tensors.items() if k in own)
 
 
 def pretrained(name: str, model_args: dict[str, Any]) -> VisionTransformer:

@@ -1,4 +1,4 @@
-"""Transformers' ViT, ViTMAE and DINOv2 (with or without registers): folders in.
+"""Transformers' ViT, ViTMAE, DeiT and DINOv2 (with or without registers): folders in.
 
 Three ways of naming are read: what 4.x writes, what 5.x writes, and what 5.x has in memory. The
 names become those of facebookresearch/mae and facebookresearch/dinov2.
@@ -12,15 +12,31 @@ from typing import Any
 import torch
 
 from moce.errors import MoceError
+from moce.models.encoder import RGB
 from moce.weights.architecture import pair
 from moce.weights.formats import dinov2
 from moce.weights.formats import mae as facebook
+from moce.weights.formats.timm import keep_distillation
 from moce.weights.types import MAEWeights, RawWeights, Tensors, drop, rename
 
-TYPES = ("vit", "vit_mae", "dinov2", "dinov2_with_registers")
+TYPES = ("vit", "vit_mae", "deit", "dinov2", "dinov2_with_registers")
 EPS = 1e-6  # of timm's norms and the original MAE; Transformers' default of 1e-12 is not MAE's
-MODEL_PREFIX = re.compile(r"^(?:vit|dinov2|dinov2_with_registers)\.")
+# What a config.json may leave out, because it is Transformers' default.
+DEFAULTS: dict[str, Any] = {"num_attention_heads": 12, "image_size": 224}
+DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "vit": {"layer_norm_eps": 1e-12},
+    "deit": {"layer_norm_eps": 1e-12},
+    "vit_mae": {
+        "layer_norm_eps": 1e-12,
+        "decoder_num_attention_heads": 16,
+        "mask_ratio": 0.75,
+        "norm_pix_loss": False,
+    },
+}
+MODEL_PREFIX = re.compile(r"^(?:vit|deit|dinov2|dinov2_with_registers)\.")
 LEFT_OUT = {
+    "cls_classifier.": "a classification head",
+    "distillation_classifier.": "a distillation head",
     "classifier.": "a classification head",
     "pooler.": "a pooler",
     "embeddings.mask_token": "a mask token that the encoder does not use",
@@ -33,6 +49,7 @@ RENAMES = (
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.(?=cls_token|register_tokens)", ""),
+    (r"^embeddings\.distillation_token$", "dist_token"),
     (r"^layernorm\.", "norm."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
@@ -63,12 +80,14 @@ def read(raw: RawWeights) -> MAEWeights:
     """Raises MoceError for other model types, and for activations other than GELU."""
     config, notes = raw.config, list(raw.notes)
     _check_config(config, raw.path)
+    if "model_type" in config:
+        config = {**DEFAULTS, **DEFAULTS_OF.get(config["model_type"], {}), **config}
     if config.get("layer_norm_eps", EPS) != EPS:
         notes.append(f"norms use eps {EPS}, the config says {config['layer_norm_eps']}")
     tensors = {MODEL_PREFIX.sub("", name): value for name, value in raw.tensors.items()}
     tensors = drop(tensors, LEFT_OUT, notes)
     tensors = _concatenate({rename(name, RENAMES): value for name, value in tensors.items()})
-    encoder, decoder = facebook.split(tensors)
+    encoder, decoder = facebook.split(keep_distillation(tensors, notes))
     return MAEWeights(
         raw.path,
         dinov2.to_timm(encoder),
@@ -102,10 +121,11 @@ def _model_args(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preprocessing(raw: RawWeights) -> dict[str, Any]:
-    """mean and std of the image processor in the same folder, if it normalizes."""
+    """mean and std of the image processor in the same folder; 0 and 1 if it does not normalize."""
     processor = raw.processor
     if not processor.get("do_normalize", True):
-        return {}
+        channels = int(raw.config.get("num_channels", RGB))
+        return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
     values = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
     return {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
 

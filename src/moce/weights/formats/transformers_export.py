@@ -17,8 +17,8 @@ from moce.runs.files import write_json, write_tensors
 from moce.runs.model import WEIGHTS
 from moce.weights.formats import mae as facebook
 from moce.weights.formats.transformers import EPS
-from moce.weights.read import MODEL_CONFIG, PROCESSOR
-from moce.weights.types import Tensors, rename
+from moce.weights.read import PROCESSOR
+from moce.weights.types import MODEL_CONFIG, Tensors, rename
 
 # Applied in this order.
 RENAMES = (
