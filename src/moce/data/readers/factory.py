@@ -23,7 +23,7 @@ from moce.data.readers.parquet import DEMO_PREFIX, demo_samples, read_parquet_fi
 from moce.data.readers.remote import find_remote, is_url
 from moce.data.readers.sample import Encoded, Sample, as_text, is_image_name
 from moce.data.readers.storage import Storage, local_file
-from moce.data.readers.table import SampleTable
+from moce.data.readers.table import SampleTable, joined
 from moce.data.readers.tar import expand_braces, find_shards, matching, read_tar_files
 from moce.data.readers.torchvision import TORCHVISION_PREFIX, read_torchvision
 from moce.errors import MoceError
@@ -79,10 +79,15 @@ def open_sources(sources: Sequence[Source]) -> Sequence[Sample]:
         raise MoceError(f"{twice[0]} is named {counts[twice[0]]} times")
     if len(sources) == 1:
         return _unique(_open(sources[0]))
+    names, found = _names(sources), [_open(source) for source in sources]
+    tables = [samples for samples in found if isinstance(samples, SampleTable)]
+    if len(tables) == len(found):
+        return _unique(joined(tables, [str(name) for name in names]))
     samples: list[Sample] = []
-    for source, name in zip(sources, _names(sources), strict=True):
-        for sample in _open(source):
-            samples.append(replace(sample, id=f"{name}/{sample.id}") if name else sample)
+    for name, part in zip(names, found, strict=True):
+        samples += [
+            replace(sample, id=f"{name}/{sample.id}") if name else sample for sample in part
+        ]
     return _unique(samples)
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from moce.data.readers.parquet_rows import ImageColumn, RowReader, decode_offsets
 from moce.data.readers.sample import SPLITS
-from moce.data.readers.storage import Storage, local_file
+from moce.data.readers.storage import Storage, are_far, local_file
 from moce.data.readers.table import SampleTable
 from moce.errors import MoceError
 
@@ -74,7 +74,8 @@ def read_parquet_files(shards: Sequence[Storage]) -> SampleTable:
     ids = pyarrow.compute.coalesce(columns["id"], rows) if "id" in columns else rows
     splits = columns.get("split") or _splits_by_name(opened)
     reader = RowReader([shard.images for shard in opened])
-    return SampleTable(ids.combine_chunks(), reader, columns.get("label"), splits)
+    first_rows = reader.first_rows if are_far(shards) else None
+    return SampleTable(ids.combine_chunks(), reader, columns.get("label"), splits, first_rows)
 
 
 def _described(shard: _Shard) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -55,6 +56,11 @@ class LocalFile:
             file.close()
             raise ValueError(f"{self.path} has changed since it was opened")
         return file
+
+
+def are_far(files: Sequence[Storage]) -> bool:
+    """Whether files are best read one after the other, not at random."""
+    return not all(isinstance(file, LocalFile) for file in files)
 
 
 def local_file(path: Path) -> LocalFile:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 
 from moce.data.readers.sample import as_text, error_line, is_image_name, split_and_label
-from moce.data.readers.storage import Storage
+from moce.data.readers.storage import Storage, are_far
 from moce.data.readers.table import SampleTable
 from moce.errors import MoceError
 
@@ -138,7 +138,7 @@ def read_tar_files(files: Sequence[Storage]) -> SampleTable:
         pyarrow.concat_arrays(parts) for parts in zip(*(s.columns for s in shards), strict=True)
     )
     reader = _Reader(files, first_rows, offsets, sizes, refused)
-    return SampleTable(ids, reader, labels, splits)
+    return SampleTable(ids, reader, labels, splits, first_rows if are_far(files) else None)
 
 
 def _read_shard(file: Storage, name: str) -> _Shard:
