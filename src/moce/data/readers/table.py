@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import overload
 
@@ -13,7 +12,6 @@ import pyarrow.compute
 
 from moce.data.readers.sample import Encoded, Label, Sample
 
-TEXT = pyarrow.large_string()
 BLOCK = 2**14  # rows turned into Python values at a time
 
 
@@ -80,50 +78,12 @@ class SampleTable(Sequence[Sample]):
         return Sample(identity, Encoded(partial(self.read, row)), known, split)
 
 
-@dataclass(frozen=True)
-class _Readers:
-    """Reads rows of several sources. first_rows: [s + 1] int64."""
-
-    readers: Sequence[Callable[[int], bytes]]
-    first_rows: np.ndarray
-
-    def __call__(self, row: int) -> bytes:
-        source = int(np.searchsorted(self.first_rows, row, "right")) - 1
-        return self.readers[source](row - int(self.first_rows[source]))
-
-
-def joined(tables: Sequence[SampleTable], names: Sequence[str]) -> SampleTable:
-    """The images of several tables, in order, with ids NAME/ID."""
-    starts = np.cumsum([0, *map(len, tables)])
-    slash = pyarrow.scalar("/", TEXT)
-    ids = [
-        pyarrow.compute.binary_join_element_wise(
-            pyarrow.scalar(name, TEXT), table.ids.cast(TEXT), slash
-        )
-        for table, name in zip(tables, names, strict=True)
-    ]
-    several = any(pyarrow.types.is_list(table.labels.type) for table in tables)
-    labels = [_as_lists(table.labels) if several else table.labels.cast(TEXT) for table in tables]
-    splits = [table.splits.cast(TEXT) for table in tables]
-    parts = [table.first_rows for table in tables]
-    first_rows = [
-        start + part[:-1] for start, part in zip(starts, parts, strict=False) if part is not None
-    ]
-    return SampleTable(
-        pyarrow.concat_arrays(ids),
-        _Readers([table.read for table in tables], starts),
-        pyarrow.concat_arrays(labels),
-        pyarrow.concat_arrays(splits),
-        np.concatenate([*first_rows, starts[-1:]]) if len(first_rows) == len(tables) else None,
-    )
-
-
-def _as_lists(labels: pyarrow.Array) -> pyarrow.Array:
-    kind = pyarrow.list_(TEXT)
-    if pyarrow.types.is_list(labels.type):
-        return labels.cast(kind)
-    single = [None if label is None else [label] for label in labels.to_pylist()]
-    return pyarrow.array(single, kind)
+def label_column(labels: Sequence[Label | None]) -> pyarrow.Array:
+    """Labels as strings, or as lists of them if any image has a list."""
+    if not any(isinstance(label, tuple) for label in labels):
+        return pyarrow.array(labels, pyarrow.string())
+    lists = [[label] if isinstance(label, str) else label for label in labels]
+    return pyarrow.array(lists, pyarrow.list_(pyarrow.string()))
 
 
 def _compact(values: pyarrow.Array) -> pyarrow.Array:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path, PurePosixPath
@@ -14,16 +13,20 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow
 
-from moce.data.readers.sample import as_text, error_line, is_image_name, split_and_label
+from moce.data.formats import HINTS
+from moce.data.readers.labels import from_text
+from moce.data.readers.left_out import LeftOut
+from moce.data.readers.sample import Label, as_text, error_line, is_image_name
+from moce.data.readers.splits import inner_split, last_word, places, source_splits
 from moce.data.readers.storage import Storage, are_far
-from moce.data.readers.table import SampleTable
+from moce.data.readers.table import SampleTable, label_column
+from moce.data.readers.tar_keys import LABEL_SUFFIXES, label_names, other_parts
 from moce.errors import MoceError
 
 RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
-MOST_LABEL_BYTES = 1024
+MOST_LABEL_BYTES = 2**16
 MOST_SHARDS = 10**6
-INDEXED_AT_ONCE = 8
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -73,10 +76,13 @@ def find_shards(pattern: str) -> list[Path]:
     return paths
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the image of a row lies, or why it is not read."""
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One image of an archive, and its path there. refused: why it is not read."""
 
+    id: str
+    path: str = ""
+    label: Label | None = None
     offset: int = 0
     size: int = 0
     refused: str = ""
@@ -84,96 +90,87 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads members. first_rows: [s + 1] int64, of each file. offsets, sizes: [n] int64.
+    """Reads the images of rows. places: [n, 3] int64, the number of the file, offset and size.
 
     refused: why, of rows that are not read.
     """
 
     files: Sequence[Storage]
-    first_rows: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
+    places: np.ndarray
     refused: dict[int, str]
 
     def __call__(self, row: int) -> bytes:
         if row in self.refused:
             raise ValueError(self.refused[row])
-        file = self.files[int(np.searchsorted(self.first_rows, row, "right")) - 1]
-        start, size = int(self.offsets[row]), int(self.sizes[row])
-        if start + size > file.size:
+        number, start, size = self.places[row].tolist()
+        if start + size > self.files[number].size:
             raise EOFError("the archive ends within the image")
-        return file.read(start, size)
+        return self.files[number].read(start, size)
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """The images of one archive. columns: ids, labels, splits."""
+def read_tar_files(files: Sequence[Storage], pattern: str) -> SampleTable:
+    """The images of the tar files that `pattern` names, with ids SHARD/MEMBER.
 
-    columns: tuple[pyarrow.Array, ...]
-    offsets: np.ndarray
-    sizes: np.ndarray
-    refused: dict[int, str]
-
-
-def read_tar_files(files: Sequence[Storage]) -> SampleTable:
-    """The images of tar files, named SHARD/MEMBER. Raises MoceError if a file cannot be read.
-
-    The label is the content of the member KEY.cls, or the member's folder.
+    The label is that of the member KEY.cls or KEY.json, or the member's folder. Raises MoceError if
+    a file cannot be read.
     """
     paths = [PurePosixPath(file.name) for file in files]
     stems = [path.stem for path in paths]
     names = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
-    with ThreadPoolExecutor(INDEXED_AT_ONCE) as pool:
-        shards = list(pool.map(_read_shard, files, names))
-    first_rows = np.cumsum([0, *(len(shard.offsets) for shard in shards)])
-    refused = {
-        int(first) + row: reason
-        for first, shard in zip(first_rows, shards, strict=False)
-        for row, reason in shard.refused.items()
-    }
-    offsets, sizes = (
-        np.concatenate([getattr(shard, name) for shard in shards]) for name in ("offsets", "sizes")
-    )
-    ids, labels, splits = (
-        pyarrow.concat_arrays(parts) for parts in zip(*(s.columns for s in shards), strict=True)
-    )
-    reader = _Reader(files, first_rows, offsets, sizes, refused)
-    return SampleTable(ids, reader, labels, splits, first_rows if are_far(files) else None)
-
-
-def _read_shard(file: Storage, name: str) -> _Shard:
-    found = list(_members(file, name))
-    ids, splits, labels, places = zip(*found, strict=True) if found else ((), (), (), ())
-    return _Shard(
-        (
-            pyarrow.array(ids, pyarrow.large_string()),
-            pyarrow.array(labels, pyarrow.string()),
-            pyarrow.array(splits, pyarrow.string()),
-        ),
-        np.array([place.offset for place in places], np.int64),
-        np.array([place.size for place in places], np.int64),
-        {row: place.refused for row, place in enumerate(places) if place.refused},
+    left_out = LeftOut(pattern, HINTS)
+    shards = [_read_shard(*each, left_out) for each in zip(files, names, strict=True)]
+    left_out.report()
+    found = [(number, image) for number, shard in enumerate(shards) for image in shard]
+    outer = source_splits([str(path) for path in paths])
+    placed = places([image.path for _, image in found], pattern, last_word(pattern))
+    labels = [
+        p.label if f.label is None else f.label for p, (_, f) in zip(placed, found, strict=True)
+    ]
+    splits = [
+        inner_split(place.split, outer[number], f"{pattern}: {image.path}")
+        for place, (number, image) in zip(placed, found, strict=True)
+    ]
+    where = [(number, image.offset, image.size) for number, image in found]
+    refused = {row: image.refused for row, (_, image) in enumerate(found) if image.refused}
+    first_rows = np.cumsum([0, *map(len, shards)])
+    return SampleTable(
+        pyarrow.array([image.id for _, image in found], pyarrow.large_string()),
+        _Reader(files, np.array(where, np.int64).reshape(-1, 3), refused),
+        label_column(labels),
+        pyarrow.array(splits, pyarrow.string()),
+        first_rows if are_far(files) else None,
     )
 
 
-def _members(file: Storage, name: str) -> Iterator[tuple[str, str | None, str | None, _Place]]:
-    """Id, split, label and place of every image of an archive, and of what is refused."""
+def _read_shard(file: Storage, name: str, left_out: LeftOut) -> list[_Found]:
     members, broken = _index(file)
-    labels = {
-        _key(member.name): _text_of(file, member)
-        for member in members
-        if member.name.endswith(".cls") and member.isreg() and member.size <= MOST_LABEL_BYTES
+    shown = [member for member in members if not left_out.is_hidden(member.name)]
+    parts = other_parts(member.name for member in shown)
+    for kind in parts.values():
+        left_out.add(kind)
+    left_out.add_others(member.name for member in shown if not is_image_name(member.name))
+    texts = {
+        member.name: member
+        for member in shown
+        if member.name.endswith(LABEL_SUFFIXES)
+        and member.isreg()
+        and member.size <= MOST_LABEL_BYTES
     }
-    for member in members:
-        if is_image_name(member.name) and not member.isdir():
-            yield _image(name, member, labels.get(_key(member.name)))
+    found = []
+    for member in shown:
+        if is_image_name(member.name) and not member.isdir() and member.name not in parts:
+            text = next((texts[name] for name in label_names(member.name) if name in texts), None)
+            label = None if text is None else _read_label(file, text)
+            found.append(_image(name, member, label))
     if broken:
         reason = f"the archive is broken from here on: {broken}"
-        yield f"{name}/", None, None, _Place(refused=reason)
+        found.append(_Found(f"{name}/", refused=reason))
+    return found
 
 
-def _text_of(file: Storage, member: tarfile.TarInfo) -> str:
-    return file.read(member.offset_data, member.size).decode("utf-8", "replace").strip()
+def _read_label(file: Storage, member: tarfile.TarInfo) -> Label | None:
+    text = file.read(member.offset_data, member.size).decode("utf-8", "replace")
+    return from_text(text, PurePosixPath(member.name).suffix)
 
 
 def _index(file: Storage) -> tuple[list[tarfile.TarInfo], str]:
@@ -199,23 +196,12 @@ def _ends(file: Storage, offset: int) -> bool:
     return offset + size <= file.size and file.read(offset, size) == bytes(size)
 
 
-def _key(name: str) -> str:
-    """WebDataset's key: the path up to the first dot of the file name."""
-    path = PurePosixPath(name)
-    return str(path.with_name(path.name.split(".")[0] or path.name))
-
-
-def _image(
-    shard: str, member: tarfile.TarInfo, label: str | None
-) -> tuple[str, str | None, str | None, _Place]:
+def _image(shard: str, member: tarfile.TarInfo, label: Label | None) -> _Found:
     inside = PurePosixPath(as_text(member.name))
     identity = f"{shard}/{as_text(member.name)}"
     if inside.is_absolute() or ".." in inside.parts:
-        reason = "the name leads out of the archive"
-    elif not member.isreg() or member.issparse():
-        reason = "a link or sparse file, not an image"
-    else:
-        split, folder = split_and_label(inside.as_posix())
-        place = _Place(member.offset_data, member.size)
-        return f"{shard}/{inside.as_posix()}", split, folder if label is None else label, place
-    return identity, None, None, _Place(refused=reason)
+        return _Found(identity, refused="the name leads out of the archive")
+    if not member.isreg() or member.issparse():
+        return _Found(identity, refused="a link or sparse file, not an image")
+    name = inside.as_posix()
+    return _Found(f"{shard}/{name}", name, label, member.offset_data, member.size)
