@@ -33,7 +33,11 @@ def write_shapes(root: Path, train: int = 64, test: int = 16) -> tuple[Path, Pat
                 side = int(rng.integers(10, 15))
                 left, top = (int(v) for v in rng.integers(0, SIZE - side, 2))
                 rows, columns = np.mgrid[:SIZE, :SIZE]
-                inside = (abs(rows - top - side / 2) < side / 2) & (abs(columns - left - side / 2) < side / 2)  # fmt: skip
+                near = [
+                    abs(at - start - side / 2) < side / 2
+                    for at, start in ((rows, top), (columns, left))
+                ]
+                inside = near[0] & near[1]
                 if (mask[inside] > 0).any():
                     continue
                 mask[inside], pixels[inside] = kind, COLORS[kind]
