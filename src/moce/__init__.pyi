@@ -239,6 +239,7 @@ def demo(
     out: str | Path = "runs/demo",
     overwrite: bool = False,
     reuse: bool = False,
+    dense: bool = False,
     tasks: Sequence[str] = (),
     pretrain_epochs: float = 18,
     train_epochs: float = 8,
@@ -260,6 +261,8 @@ def demo(
         overwrite (bool, default False): replace the contents of the output folder
         reuse (bool, default False): show the existing results if settings and version are the same,
             else run again
+        dense (bool, default False): show segmentation instead, in two minutes: an MAE, then a
+            segmenter of digits and clothes pasted on photographs
         tasks (Sequence[str], default ()): tasks to run (default: all embedded ones)
         pretrain_epochs (float, default 18): epochs of the MAE
         train_epochs (float, default 8): epochs of MoCE and of MAE+
