@@ -24,6 +24,7 @@ from moce.data.readers.factory import open_source
 from moce.data.readers.packed import Packed, PixelReader, find_packed
 from moce.data.readers.sample import Label, Sample, error_line
 from moce.data.run_ahead import run_ahead
+from moce.data.value_range import check_values
 from moce.errors import MoceError
 from moce.runtime.distributed import barrier, run_on_local_rank0, world_size
 from moce.runtime.launch import launch
@@ -67,6 +68,7 @@ def load_images(
     if choose is not None:
         rows = choose([s.label for s in samples], [s.split for s in samples], name)
         samples = [samples[row] for row in rows]
+    check_values(samples, name)
     shape = (len(samples), channels, *size)
 
     def decode(pixels: np.ndarray) -> Reasons:
@@ -226,22 +228,28 @@ def _decode_once_per_node(
     return pixels, reasons
 
 
-def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageDataset:
-    """The images of a packed file, in memory if they fit, else mapped.
-
-    Several processes map it: the system caches it once for all of them.
-    """
-    found, height, width = packed.shape[1:]
-    if found != channels:
-        raise MoceError(
-            f"{packed.path} contains images of {found} channels for an encoder of {channels}; pack "
-            f"them again with --channels {channels}"
-        )
+def check_large_enough(packed: Packed, size: tuple[int, int]) -> None:
+    """Raise MoceError if the images of a packed file are smaller than `size`, [h, w]."""
+    height, width = packed.shape[2:]
     if height < size[0] or width < size[1]:
         raise MoceError(
             f"{packed.path} contains images of {height}x{width}, smaller than the "
             f"{size[0]}x{size[1]} needed; pack them again with --size {size[0]}x{size[1]} or more"
         )
+
+
+def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageDataset:
+    """The images of a packed file, in memory if they fit, else mapped.
+
+    Several processes map it: the system caches it once for all of them.
+    """
+    found = packed.shape[1]
+    if found != channels:
+        raise MoceError(
+            f"{packed.path} contains images of {found} channels for an encoder of {channels}; pack "
+            f"them again with --channels {channels}"
+        )
+    check_large_enough(packed, size)
     in_memory = world_size() == 1 and _fits_in_memory(packed.num_bytes)
     return ImageDataset(
         packed.tensor(in_memory=in_memory),

@@ -161,7 +161,7 @@ def _sample(
     if inside.is_absolute() or ".." in inside.parts:
         return "", refused(identity, "the name leads out of the archive")
     if not member.isreg() or member.issparse():
-        return "", refused(identity, "a link or sparse file, not an image")
+        return "", refused(f"{shard}/{inside.as_posix()}", "a link or sparse file, not an image")
     name = inside.as_posix()
     return name, Sample(f"{shard}/{name}", Encoded(partial(_read_member, path, member)), label)
 
