@@ -15,6 +15,7 @@ from moce.commands.export import ExportResult
 from moce.commands.finetune import FinetuneResult
 from moce.commands.headroom import HeadroomResult
 from moce.commands.pack import PackResult
+from moce.commands.predict import PredictResult
 from moce.commands.pretrain import PretrainResult
 from moce.commands.probe import ProbeResult
 from moce.commands.push import PushResult
@@ -65,8 +66,8 @@ def cluster(
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         mae (str | Path): run of moce pretrain, or weights of another library: a file, a folder, a
             timm name
         out (str | Path): folder to write the run to
@@ -295,8 +296,8 @@ def embed(
         backbone (str | Path): backbone: a customized folder, a run of moce pretrain or finetune,
             weights of another library (a file or a folder) or a timm name
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         out (str | Path): file to write, FILE.parquet
         seed (int, default 0): seed of all random numbers
         device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
@@ -423,6 +424,7 @@ def finetune(
     out: str | Path,
     task: Literal["classify", "detect", "segment"] | None = None,
     annotations: str | Path | None = None,
+    ignore_index: int | None = None,
     image_size: int | None = None,
     jitter: Sequence[float] = (),
     window: int = 0,
@@ -452,6 +454,7 @@ def finetune(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -481,6 +484,8 @@ def finetune(
             pixel) (default: what the labels say)
         annotations (str | Path | None, default None): where the boxes or masks are, if not beside
             the images: a COCO JSON file or a folder
+        ignore_index (int | None, default None): value of masks that neither trains nor counts,
+            beside 255
         image_size (int | None, default None): side in pixels of the square that the network sees;
             position embeddings are resampled (default: 1024 to detect, 512 to segment)
         jitter (Sequence[float], default ()): least and greatest factor by which images are resized
@@ -491,7 +496,8 @@ def finetune(
         masks (bool, default True): learn masks, too, where the labels have them
         head_args (dict[str, Any], default {}): of the head; detect: dim (256), scales of the
             pyramid ([4, 2, 1, 0.5]), anchor_scale (8, side of an anchor over the stride of its
-            level), depth (4, convolutions); segment: kind (upernet or linear), dim (512)
+            level), depth (4, convolutions), proposals (512, per image to train on); segment: kind
+            (upernet or linear), dim (512)
         cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
             the GPU if they take at most a quarter of its free memory
         seed (int, default 0): seed of all random numbers
@@ -522,6 +528,9 @@ def finetune(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
@@ -585,6 +594,7 @@ def headroom(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -594,8 +604,8 @@ def headroom(
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         mae (str | Path): run of moce pretrain, or weights of another library: a file, a folder, a
             timm name
         out (str | Path): folder to write the run to
@@ -644,6 +654,9 @@ def headroom(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
@@ -669,8 +682,8 @@ def pack(
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         out (str | Path | None, default None): folder to write; with --size, a file such as
             icons.moce
         shorter_side (int | None, default None): encode larger images again, as JPEGs of this
@@ -687,6 +700,43 @@ def pack(
             those of DATA)
         workers (int | None, default None): images decoded at the same time (default: all usable
             cores)
+    """
+
+def predict(
+    model: str | Path,
+    data: Data,
+    *,
+    out: str | Path,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    min_score: float = 0.05,
+    pictures: int = 16,
+    picture_score: float = 0.5,
+    batch_size: int = 8,
+    overwrite: bool = False,
+) -> PredictResult:
+    """Apply a fine-tuned model to images: COCO JSON, mask PNGs or a table of classes, and pictures.
+
+    Args:
+        model (str | Path): folder that moce finetune wrote
+        data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
+        out (str | Path): folder to write the predictions to
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        min_score (float, default 0.05): detections with a lower score are not written
+        pictures (int, default 16): images to draw the predictions into, the first ones
+        picture_score (float, default 0.5): detections with a lower score are not drawn
+        batch_size (int, default 8): images per forward pass
+        overwrite (bool, default False): replace the contents of the output folder
     """
 
 def pretrain(
@@ -719,6 +769,7 @@ def pretrain(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -738,8 +789,8 @@ def pretrain(
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         out (str | Path): folder to write the run to
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
@@ -777,6 +828,9 @@ def pretrain(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
@@ -823,6 +877,7 @@ def probe(
     warmup: float = 0.1111,
     crop_scale: float = 0.08,
     hflip: bool = True,
+    workers: int | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
 ) -> ProbeResult:
@@ -861,6 +916,9 @@ def probe(
         crop_scale (float, default 0.08): smallest random crop, as a share of the image's area
             (solver sgd)
         hflip (bool, default True): flip half of the images horizontally (solver sgd)
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process) (solver sgd)
         out (str | Path | None, default None): folder to write results.json to
         overwrite (bool, default False): replace the contents of the output folder
     """
@@ -914,8 +972,8 @@ def run(
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         out (str | Path): folder to write the run to
         seed (int, default 0): seed of all random numbers
         device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
@@ -976,6 +1034,7 @@ def train(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -1002,8 +1061,8 @@ def train(
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         mae (str | Path): run of moce pretrain, or weights of another library: a file, a folder, a
             timm name
         out (str | Path): folder to write the run to
@@ -1051,6 +1110,9 @@ def train(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or

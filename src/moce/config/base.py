@@ -59,6 +59,7 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Index = Annotated[int, Field(ge=0, le=2**62)]
 Steps = Literal["auto"] | Count
 Threads = Annotated[int, Field(ge=1, le=1024)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
 Numbers = Accepts("float | Sequence[float]")
 Channels = Annotated[
     tuple[Fraction, ...], Numbers, BeforeValidator(_number_to_tuple), Field(min_length=1)
@@ -70,8 +71,8 @@ Data = Annotated[str, Accepts("Data"), BeforeValidator(_join_sources)]
 Reference = Annotated[str, Accepts("str | Path"), BeforeValidator(_path_to_text)]
 IMAGES = (
     "images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a saved Hugging "
-    "Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain; separate several by "
-    "commas, or list them in @FILE, one per line"
+    "Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or demo:pretrain; separate several "
+    "by commas, or list them in @FILE, one per line"
 )
 LABELED = "labeled images: class folders (train/ and test/ if split), or another source with labels"
 BACKBONE = (
@@ -100,6 +101,14 @@ Protocol = Literal["linear", "knn", "finetune"]
 Role = Literal["development", "held_out"]
 
 
+WORKERS: Any = setting(
+    None,
+    "processes that read and crop images ahead of their use (default: one per core, divided among "
+    "the training processes of a machine; 0: none beside the training process)",
+    may_change=True,
+)
+
+
 class Settings(BaseModel):
     """Base of all settings: immutable, no unknown names, finite numbers."""
 
@@ -107,9 +116,11 @@ class Settings(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
     # What a command writes to its output folder, beside the files of every run (runs/folder.py), so
-    # that --overwrite deletes nothing else. proofs: names that nobody but moce writes.
+    # that --overwrite deletes nothing else. proofs: names that nobody but moce writes; folders: with
+    # whatever is in them.
     proofs: ClassVar[frozenset[str]] = frozenset()
     files: ClassVar[frozenset[str]] = frozenset()
+    folders: ClassVar[frozenset[str]] = frozenset()
 
 
 class RuntimeSettings(Settings):
@@ -192,6 +203,7 @@ class TrainingSettings(RunSettings, CacheSettings):
     log_every: Count = setting(
         20, "steps between lines of metrics.jsonl and timings.jsonl", may_change=True
     )
+    workers: Workers | None = WORKERS
     save_every: Count = setting(500, "steps between checkpoints", may_change=True)
     logger: tuple[LoggerName, ...] = setting(
         (),

@@ -59,7 +59,7 @@ def _from_stream(stream: Iterable[object], size: tuple[int, int], channels: int)
         if not blocks:
             check_values(block, "the stream")
         pixels = np.empty((len(block), channels, *size), np.uint8)
-        reasons = decode_all(block, pixels)
+        reasons, _ = decode_all(block, pixels)
         good = [row for row in range(len(block)) if row not in reasons]
         blocks.append(pixels[good])
         ids += [block[row].id for row in good]
