@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
@@ -245,7 +244,7 @@ def decoded(
         return everything.subset([row_of[name] for name in images.ids])
     samples = [images.original(row) for row in range(len(images))]
     store, channels = pixel_file(settings), input_channels(vit)
-    return load_images(samples, fit_of(vit), store, channels=channels, max_skipped=math.inf)
+    return load_images(samples, fit_of(vit), store, channels=channels, required=False)
 
 
 def pixel_file(settings: Any) -> Path:

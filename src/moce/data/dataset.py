@@ -17,12 +17,14 @@ from moce.models.fit import Fit
 class Originals:
     """Images as their source has them, each of its own size: what training crops from.
 
-    channels: that images are converted to. max_skipped: the share that may be unreadable.
+    channels: that images are converted to. max_skipped: the share that may be unreadable; required:
+    whether that is an error.
     """
 
     samples: Sequence[Sample]
     channels: int
     max_skipped: float = 1.0
+    required: bool = True
 
 
 @dataclass

@@ -18,6 +18,7 @@ from moce.data.load import Choose, decode_all, load_images, temporary_file
 from moce.data.readers.factory import Source, open_sources
 from moce.data.readers.left_out import LeftOut
 from moce.data.readers.sample import Encoded, Sample, is_image_name
+from moce.data.value_range import check_values
 from moce.errors import MoceError
 from moce.models.fit import Fit
 
@@ -58,6 +59,8 @@ def _from_stream(stream: Iterable[object], fit: Fit, channels: int) -> ImageData
     skipped: list[tuple[str, str]] = []
     numbered = enumerate(stream)
     while block := [_as_sample(number, item) for number, item in islice(numbered, BLOCK)]:
+        if not blocks:
+            check_values(block, "the stream")
         pixels = np.empty((len(block), channels, *fit.size), np.uint8)
         reasons, _ = decode_all(block, pixels, fit)
         good = [row for row in range(len(block)) if row not in reasons]

@@ -25,6 +25,7 @@ from moce.data.readers.factory import open_source
 from moce.data.readers.packed import Packed, PixelReader, find_packed
 from moce.data.readers.sample import Label, Sample, error_line
 from moce.data.run_ahead import run_ahead
+from moce.data.value_range import check_values
 from moce.errors import MoceError
 from moce.models.fit import Fit
 from moce.runtime.distributed import barrier, run_on_local_rank0, world_size
@@ -51,6 +52,7 @@ def load_images(
     channels: int = 3,
     max_skipped: float = 1.0,
     keep_tiny: bool = False,
+    required: bool = True,
     choose: Choose | None = None,
 ) -> ImageDataset:
     """Decode all images of DATA, resized and cropped as `fit` says; a size (h, w): see `to_pixels`.
@@ -59,15 +61,15 @@ def load_images(
     not fit into memory go to `pixel_file`, a temporary file. Packed files are not decoded: their
     images keep their size, which must be at least that of `fit`. keep_tiny: images for training, too: if
     all are tiny and of one size, they keep it. choose: which rows to load, by labels, splits and the
-    name of the source. Raises MoceError if no image is readable, more than the share `max_skipped`
-    is not (inf: never), or neither memory nor disk has room.
+    name of the source. Raises MoceError if, unless `required` is False, no image is readable or more
+    than the share `max_skipped` is not, or if neither memory nor disk has room.
     """
     fit = fit if isinstance(fit, Fit) else Fit(fit)
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
         return _from_packed(packed, fit.size, channels, choose)
     name, samples = _opened(data, choose)
-    originals = Originals(samples, channels, max_skipped)
+    originals = Originals(samples, channels, max_skipped, required)
     own = _tiny_size(originals, None) if keep_tiny else None
     if own == fit.size and not fit.is_plain:
         own = None
@@ -112,6 +114,7 @@ def _opened(data: str | Sequence[Sample], choose: Choose | None) -> tuple[str, S
     if choose is not None:
         rows = choose([s.label for s in samples], [s.split for s in samples], name)
         samples = [samples[row] for row in rows]
+    check_values(samples, name)
     return name, samples
 
 
@@ -177,7 +180,8 @@ def _decoded(originals: Originals, fit: Fit, pixel_file: Path | None, name: str)
 
     def decode(pixels: np.ndarray) -> tuple[Reasons, bool]:
         reasons, resized = decode_all(samples, pixels, fit)
-        _check_skipped(samples, reasons, originals.max_skipped, name)
+        if originals.required:
+            _check_skipped(samples, reasons, originals.max_skipped, name)
         return reasons, resized
 
     if world_size() > 1 and pixel_file is not None:
@@ -256,8 +260,6 @@ def decode_into(pixels: np.ndarray, row: int, sample: Sample) -> str | None:
 def _check_skipped(samples: Sequence[Sample], reasons: Reasons, most: float, name: str) -> None:
     """Raise MoceError, with the most frequent reason, if too many images are skipped, or all."""
     skipped, count = len(reasons), len(samples)
-    if most == math.inf:
-        return
     if not skipped or (skipped < count and skipped <= most * count):
         return
     reason, times = Counter(reasons.values()).most_common(1)[0]
@@ -353,6 +355,16 @@ def _decode_once_per_node(
     return pixels, result
 
 
+def check_large_enough(packed: Packed, size: tuple[int, int]) -> None:
+    """Raise MoceError if the images of a packed file are smaller than `size`, [h, w]."""
+    height, width = packed.shape[2:]
+    if height < size[0] or width < size[1]:
+        raise MoceError(
+            f"{packed.path} contains images of {height}x{width}, smaller than the "
+            f"{size[0]}x{size[1]} needed; pack them again with --size {size[0]}x{size[1]} or more"
+        )
+
+
 def _from_packed(
     packed: Packed, size: tuple[int, int], channels: int, choose: Choose | None
 ) -> ImageDataset:
@@ -360,17 +372,13 @@ def _from_packed(
 
     Several processes map it: the system caches it once for all of them.
     """
-    found, height, width = packed.shape[1:]
+    found = packed.shape[1]
     if found != channels:
         raise MoceError(
             f"{packed.path} contains images of {found} channels for an encoder of {channels}; pack "
             f"them again with --channels {channels}"
         )
-    if height < size[0] or width < size[1]:
-        raise MoceError(
-            f"{packed.path} contains images of {height}x{width}, smaller than the "
-            f"{size[0]}x{size[1]} needed; pack them again with --size {size[0]}x{size[1]} or more"
-        )
+    check_large_enough(packed, size)
     in_memory = world_size() == 1 and _fits_in_memory(packed.num_bytes)
     images = ImageDataset(
         packed.tensor(in_memory=in_memory),
