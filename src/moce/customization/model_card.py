@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -16,7 +17,7 @@ from moce.runs.files import write_json, write_text
 from moce.runs.model import STATE
 from moce.weights.export import Model, write_model_folder
 
-MAX_CLUSTERS = 12  # on a card
+MAX_CLUSTERS, MAX_CLASSES = 12, 20  # on a card
 LIBRARY: dict[Format, str] = {  # that loads a format, by its name on the Hugging Face hub
     "timm": "timm",
     "transformers": "transformers",
@@ -112,25 +113,55 @@ def adaptation_facts(adaptation: Adaptation) -> list[str]:
     return facts
 
 
+def fine_tuning_facts(model: Model, row: dict[str, Any] | None = None) -> list[str]:
+    """What a card says of a fine-tuned model: its classes and, from a row of results, its score."""
+    classes = list(model.classes or ())
+    more = f" and {len(classes) - MAX_CLASSES} more" if len(classes) > MAX_CLASSES else ""
+    shown = f"{counted(len(classes), 'class', 'classes')}: {', '.join(classes[:MAX_CLASSES])}{more}"
+    several = "; an image can have several" if model.multi_label else ""
+    return ([] if row is None else [_score_fact(row)]) + [shown + several]
+
+
+def _score_fact(row: dict[str, Any]) -> str:
+    return (
+        f"fine-tuned on {row['task']}, {counted(row['labels'], 'labeled image')}: "
+        f"{row['metric']} {100 * row['values'][0]:.1f} % on its test images"
+    )
+
+
 def write_with_card(folder: Path, kind: Format, model: Model, title: str, facts: list[str]) -> str:
     """Write a model and a card with these facts; returns the Python that loads it."""
     snippet = write_model_folder(folder, kind, model)
     height, width = model.vit.patch_embed.img_size
     preprocessing = (
-        f"images: {model.vit.in_chans} channels of {height}x{width} pixels from 0 to 1, "
-        f"less {list(model.spec.mean)}, over {list(model.spec.std)}"
+        f"images: {model.vit.in_chans} channels of {height}x{width} pixels from 0 to 1 (the middle, "
+        f"resized by the shorter side), less {list(model.spec.mean)}, over {list(model.spec.std)}"
     )
-    items = "\n".join(f"- {fact}" for fact in (*facts, f"format: {kind}", preprocessing))
+    items = "\n".join(
+        f"- {fact}"
+        for fact in (*facts, f"format: {kind}", preprocessing, _output_fact(kind, model))
+    )
     text = f"# {title}\n\n{items}\n\n```python\n{snippet}\n```\n"
-    write_text(folder / "README.md", f"{_card(kind, text)}")
+    write_text(folder / "README.md", f"{_card(kind, text, model)}")
     return snippet.replace("THIS_FOLDER", str(folder))
 
 
-def _card(kind: Format, text: str) -> ModelCard:
+def _output_fact(kind: Format, model: Model) -> str:
+    """Which output is the feature, or what the logits are."""
+    if model.classes is not None:
+        several = "sigmoid" if model.multi_label else "softmax"
+        return f"output: logits of the classes; their {several} gives probabilities"
+    where = {
+        "transformers": ", last_hidden_state[:, 1:].mean(dim=1), not pooler_output or the class token",
+        "onnx": ", the first output",
+    }.get(kind, "")
+    return f"feature: the mean of the patch tokens after the last norm{where}"
+
+
+def _card(kind: Format, text: str, model: Model) -> ModelCard:
     """A model card with metadata for the Hugging Face hub, and no license: moce knows of none."""
-    data = ModelCardData(
-        library_name=LIBRARY[kind], pipeline_tag="image-feature-extraction", tags=TAGS
-    )
+    task = "image-feature-extraction" if model.classes is None else "image-classification"
+    data = ModelCardData(library_name=LIBRARY[kind], pipeline_tag=task, tags=TAGS)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 

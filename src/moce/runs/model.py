@@ -44,7 +44,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def write_model(folder: Path, kind: str, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
     """Write the weights, then model.json, which marks the run as finished."""
-    write_tensors(folder / WEIGHTS, tensors)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})  # Transformers asks for it
     write_json(folder / INFO, {"kind": kind, **info, **provenance()})
 
 
