@@ -15,8 +15,8 @@ from moce.reporting.style import drawing, expert_color, faded, look_of
 
 PROTOCOLS = {"linear": "Linear probe", "knn": "Nearest neighbors", "finetune": "Fine-tuned"}
 CAPTION = (
-    "In %: mean ± standard deviation over draws of labels. Regret: best route minus MoCE, in points. Vote: "
-    "share of the task's images that vote for the winning route."
+    "In %: mean ± standard deviation over draws of labels. Regret: best strategy, or else best route, "
+    "minus MoCE, in points. Vote: share of the task's images that vote for the winning route."
 )
 
 
