@@ -17,7 +17,7 @@ from moce.commands.setup import hint_few_steps, pixel_file, resolve, start_run
 from moce.config import FinetuneSettings
 from moce.customization.model_card import fine_tuning_facts, write_with_card
 from moce.data.dataset import ImageDataset
-from moce.errors import MoceError, NotFinite
+from moce.errors import MoceError, NotFinite, counted
 from moce.evaluation.finetune import (
     FinetuneObjective,
     build_classifier,
@@ -50,7 +50,7 @@ class FinetuneResult:
     labels: int
 
     def summary(self) -> str:
-        return f"{self.metric} {100 * self.value:.1f} % from {self.labels} labels: {self.run}"
+        return f"{self.metric} {100 * self.value:.1f} % from {counted(self.labels, 'label')}: {self.run}"
 
 
 def run(settings: FinetuneSettings) -> FinetuneResult:
@@ -71,7 +71,9 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     tried = tuner.search(settings, rows) if settings.lr_grid else []
     if tried:
         settings = settings.model_copy(update={"base_lr": _best_rate(tried)})
-        log(f"base_lr {settings.base_lr:g} is the best: training on all {len(rows)} labels with it")
+        log(
+            f"base_lr {settings.base_lr:g} is the best: training on all {counted(len(rows), 'label')} with it"
+        )
     vit = tuner.train(settings, rows)
     scores = tuner.scores(vit, task.test, settings)
     value = score(metric, scores, task.test_labels)

@@ -8,6 +8,7 @@ from pathlib import Path
 from moce.commands.setup import read_images, resolve, start_run
 from moce.config import PretrainSettings
 from moce.data.dataset import ImageDataset
+from moce.errors import counted
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import last_metrics, write_model
@@ -27,7 +28,7 @@ class PretrainResult:
     images: int
 
     def summary(self) -> str:
-        return f"pre-trained on {self.images} images, loss {self.loss:.4f}: {self.run}"
+        return f"pre-trained on {counted(self.images, 'image')}, loss {self.loss:.4f}: {self.run}"
 
 
 def run(settings: PretrainSettings) -> PretrainResult:

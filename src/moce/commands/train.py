@@ -16,7 +16,7 @@ from moce.config import TrainSettings
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
 from moce.data.readers.factory import open_source
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.inference.assign import assign, assign_images
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import input_channels, input_size
@@ -41,8 +41,10 @@ class TrainResult:
     routes: int
 
     def summary(self) -> str:
-        routes = f", {self.routes} routes" if self.routes else ""
-        return f"trained on {self.images} images, loss {self.loss:.4f}{routes}: {self.run}"
+        routes = f", {counted(self.routes, 'route')}" if self.routes else ""
+        return (
+            f"trained on {counted(self.images, 'image')}, loss {self.loss:.4f}{routes}: {self.run}"
+        )
 
 
 def run(settings: TrainSettings) -> TrainResult:
@@ -120,7 +122,9 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     rows = chosen[cluster_of].nonzero()[:, 0].tolist()
     if not rows:
         raise MoceError(f"none of the images is of a cluster of {job.settings.task}")
-    log(f"{len(rows)} of {len(job.images)} images are of the task's {int(chosen.sum())} clusters")
+    log(
+        f"{len(rows)} of {len(job.images)} images are of the task's {counted(int(chosen.sum()), 'cluster')}"
+    )
     # As many steps as MAE+ makes on all images, not as few as an epoch of these takes.
     steps = total_steps(job.settings, len(job.images))
     job.settings = job.settings.model_copy(update={"steps": steps})

@@ -19,6 +19,7 @@ from moce.config import AdaptationSettings
 from moce.data.dataset import ImageDataset
 from moce.data.loader import fetch
 from moce.data.rng import Stream, keyed_generator
+from moce.errors import counted
 from moce.inference.reconstruction_error import reconstruction_error
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
@@ -84,7 +85,7 @@ def adapt(
     seconds = (settings.steps or 0) * _seconds_per_step(objective, settings, device)
     log(
         f"adapting to {len(own)} task images and {num_pool} related ones, {len(held_out)} held out: "
-        f"{settings.steps} steps of {settings.batch_size}, about {math.ceil(seconds / 60)} min"
+        f"{counted(settings.steps or 0, 'step')} of {settings.batch_size}, about {math.ceil(seconds / 60)} min"
     )
     fit(objective, settings, device, settings.precision)
     after = watch.restore_best() if held_out else None
