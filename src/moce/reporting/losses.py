@@ -8,9 +8,9 @@ from markupsafe import Markup
 
 from moce.reporting.elements import Section, html
 from moce.reporting.load import Material, Run
-from moce.reporting.style import METHODS, drawing
+from moce.reporting.style import METHODS, another, drawing
 
-UNTRAINED = ("clusters", "headroom", "evaluation")
+UNTRAINED = ("clusters", "headroom", "evaluation", "probe")
 DASHES = ("-", "--", ":", "-.")  # for runs of the same method
 
 
@@ -61,9 +61,10 @@ def _figure(runs: list[Run], unit: str) -> Markup:
 
 def _lines(axes: Any, runs: list[Run]) -> None:
     for number, run in enumerate(runs):
-        before = [other for other in runs[:number] if other.kind == run.kind]
-        color = METHODS.get(run.kind, METHODS["unfinished"]).color
-        dashes = DASHES[len(before) % len(DASHES)]
-        axes.plot(*curve(run), dashes, color=color, marker=".", label=run.label)
+        before = sum(other.kind == run.kind for other in runs[:number])
+        look = METHODS.get(run.kind, METHODS["unfinished"])
+        color, marker = (look.color, ".") if before == 0 else another(before - 1)
+        dashes = DASHES[before % len(DASHES)]
+        axes.plot(*curve(run), dashes, color=color, marker=marker, label=run.label)
     axes.set_xlabel("epochs")
     axes.legend()
