@@ -109,3 +109,18 @@ def write_json(path: Path, content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return path
+
+
+def write_mask(path: Path, values: np.ndarray, palette: bool = False) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(values.astype(np.uint8))
+    if palette:
+        image.putpalette([7 * n % 256 for n in range(768)])
+    image.save(path)
+    return path
+
+
+def class_values(seed: int, values: Sequence[int]) -> np.ndarray:
+    """[h, w]: blocks of the given values."""
+    rng = np.random.default_rng(seed)
+    return np.kron(rng.choice(values, (HEIGHT // 5, WIDTH // 5)), np.ones((5, 5), int))

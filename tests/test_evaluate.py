@@ -20,10 +20,10 @@ from moce.customization.selection import route_name
 from moce.errors import Interrupted, MoceError
 from moce.evaluation.backbones import Candidate, read_candidates
 from moce.evaluation.evaluator import choose_by_probe
-from moce.evaluation.routes import best_route_values, random_routes
+from moce.evaluation.routes import best_values, random_routes
 from moce.evaluation.suite import pick_tasks, read_suite
 from moce.evaluation.task import draw_labels, load_task
-from moce.reporting.results_table import results_table
+from moce.reporting.results_table import Results, results_table
 
 FINETUNE = {"epochs": 1, "batch_size": 8, "rand_augment": "", "mixup": 0, "cutmix": 0}
 SUITES = Path(__file__).parents[1] / "recipes" / "suites"
@@ -155,16 +155,28 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
 def test_best_route_finds_a_route_that_is_better_everywhere() -> None:
     correct = np.random.default_rng(0).random((4, 3, 2000)) < 0.5
     correct[2] = np.random.default_rng(1).random((3, 2000)) < 0.7
-    values = best_route_values(as_scores(correct), accuracy, np.ones(2000, int), 0)
+    values = best_values(as_scores(correct), accuracy, np.ones(2000, int), 0)
     np.testing.assert_allclose(values, correct[2].mean(axis=1), atol=1e-9)
 
 
 def test_best_route_does_not_win_by_luck() -> None:
     """Routes that are all alike: the best on the images it is scored on would look better."""
     correct = np.random.default_rng(0).random((8, 50, 100)) < 0.5
-    fair = np.mean(best_route_values(as_scores(correct), accuracy, np.ones(100, int), 0))
+    fair = np.mean(best_values(as_scores(correct), accuracy, np.ones(100, int), 0))
     assert abs(fair - 0.5) < 0.02
     assert correct.mean(axis=2).max(axis=0).mean() > 0.55
+
+
+def test_regret_is_what_the_best_strategy_gains(runs: Runs, tmp_path: Path) -> None:
+    strategies = ("route", "merge", "generalist", "best_strategy")
+    names = [f"{name}={runs.moce}@{name}" for name in strategies]
+    rows = evaluate(runs, write_suite(tmp_path), tmp_path / "out", *names, tasks=("digits",)).rows
+    by_name = {row["backbone"]: row for row in rows}
+    means = {name: np.mean(by_name[name]["values"]) for name in strategies}
+    found = by_name["best_strategy"]["choice"]["strategies"]
+    assert found == pytest.approx({name: means[name] for name in strategies[:3]})
+    regret = Results(rows).regret("digits", "linear")
+    assert regret == pytest.approx(means["best_strategy"] - means["route"])
 
 
 def test_random_routes_are_drawn_anew_for_every_draw(runs: Runs) -> None:
@@ -399,7 +411,7 @@ def test_wrong_sections_are_found_at_once(tmp_path: Path, section, values, messa
 
 def test_best_route_needs_enough_images() -> None:
     with pytest.raises(MoceError, match="4 test images"):
-        best_route_values([[np.ones((3, 2))]], accuracy, np.ones(3, int), 0)
+        best_values([[np.ones((3, 2))]], accuracy, np.ones(3, int), 0)
 
 
 def test_draws_of_labels_are_distinct_between_seeds() -> None:

@@ -27,6 +27,7 @@ from experiments.mix32.build import (
 )
 from experiments.mix32.collect import merge, read_rows
 from experiments.mix32.domains import FAMILIES
+from experiments.mix32.draw import draw
 from experiments.mix32.foreign import patch
 from experiments.mix32.parts import FOREIGN, PICKED_BY, TASKS_OF
 from experiments.mix32.scripts import SCRIPTS, Script, character_image
@@ -37,6 +38,7 @@ from tools.image_sources import CIFAR10, Pool
 from moce.data.readers.parquet import demo_table
 from moce.evaluation.suite import read_suite
 
+ADAPTED = ("mae_plus_adapted", "moce_adapted")
 RECIPES = Path(run.__file__).parent
 SUITE = read_suite(run.SUITE, Path())
 # Which embedded task stands for a task of Mix-32 here.
@@ -163,7 +165,7 @@ def test_the_suite_has_a_task_for_every_plan_and_the_same_roles() -> None:
 # --- recipes and results --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "cpu_adapted"])
 def test_the_recipes_name_real_settings_and_every_group_once(name: str) -> None:
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     groups = [g for study in run.STUDIES for g in run.GROUPS[study](recipe)]
@@ -176,9 +178,9 @@ def test_the_recipes_name_real_settings_and_every_group_once(name: str) -> None:
     )  # type: ignore[method-assign]
     folders.pretrain(Path("mae"))
     folders.cluster(Path("clusters"), Path("mae"))
-    for settings in recipe["methods"].values():
+    for settings in [*recipe["methods"].values(), *recipe.get("baselines", {}).values()]:
         folders.train(Path("run"), Path("mae"), **settings)
-    for change in recipe["ablation"]["changes"]:
+    for change in recipe.get("ablation", {"changes": []})["changes"]:
         kept = {k: v for k, v in change.items() if k not in run.OF_CLUSTERS}
         folders.train(Path("run"), Path("mae"), **{**recipe["methods"]["moce"], **kept})
     from moce.commands.registry import COMMANDS
@@ -250,3 +252,36 @@ def test_a_group_leaves_rows_and_is_not_run_again(
     run.main()
     assert results.read_text() == before
     assert json.loads(before.splitlines()[0])["study"] == "map"
+
+
+@pytest.mark.slow
+def test_adapted_and_fine_tuned_groups_stand_on_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = yaml.safe_load((RECIPES / "cpu_adapted.yaml").read_text())
+    recipe |= {"pretrain": {"epochs": 0.5}, "train": {"steps": 2}, "clusters": {"num_clusters": 8}}
+    recipe["further"]["mae_further"]["steps"] = recipe["adapted"]["steps"] = 2
+    recipe["experts"]["num_experts"] = 2
+    file, results, suite = (tmp_path / f"small{end}" for end in (".yaml", ".jsonl", "_suite.yaml"))
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    small = yaml.safe_load(run.SUITE.read_text()) | {"draws": 1, "labels": 20}
+    small["tasks"] = [{"name": "digits", "data": "tasks/digits.parquet", "role": "held_out"}]
+    small["finetune"]["epochs"] = 1
+    suite.write_text(yaml.safe_dump(small))
+    monkeypatch.setattr(run, "SUITE", suite)
+    monkeypatch.setattr(run, "measure_run", lambda *_: [])  # needs all of Mix-32's tasks
+    write_data(tmp_path / "out" / "data")
+    rows = []
+    for study in ("main", "adapted", "finetuning"):
+        (group,) = [group for group in run.GROUPS[study](recipe) if group.seed == 0]
+        rows += run.run_group(recipe, tmp_path / "out", group)
+        merge(results, rows)
+    probed = {row["backbone"] for row in rows if row["study"] in ("main", "adapted")}
+    assert probed == {"mae", *recipe["methods"], "mae_further", *recipe["chosen"], *ADAPTED}
+    tuned = [row for row in rows if row["study"] == "finetuning"]
+    assert {row["backbone"] for row in tuned} == set(recipe["finetuning"])
+    assert {row["protocol"] for row in tuned} == {"finetune"}
+    page = tmp_path / "page.md"
+    draw(results, page)
+    assert "MoCE adapted − MAE+ adapted | linear probe" in page.read_text()
+    assert "best strategy, cross-fitted − MoCE (regret)" in page.read_text()

@@ -26,17 +26,27 @@ PROTOCOLS = {"linear": "linear probe", "knn": "nearest neighbors", "finetune": "
 LOOKS = {
     "mae": METHODS["mae"],
     "mae_plus": METHODS["mae_plus"],
+    "mae_further": Look("MAE+, further", "#7fb3d9", "s"),
+    "mae_plus_adapted": Look("MAE+ adapted", "#003f66", "s"),
     "token_moe": Look("token MoE", "#e69f00", "v"),
     "sdr": Look("SDR", "#56b4e9", "o"),
     "moce": METHODS["moce"],
+    "moce_adapted": Look("MoCE adapted", "#7a2f00", "D"),
     "moce_block": Look("MoCE, whole blocks", "#8c3b00", "D"),
     "moce_probe": Look("MoCE by labels", "#f0e442", "d"),
+    "moce_route": Look("MoCE, winning route", "#cc6677", "v"),
+    "moce_merge": Look("MoCE, merged by votes", "#44aa99", "<"),
     "moce_generalist": Look("MoCE, all experts averaged", "#a0522d", "X"),
     "moce_random": METHODS["random_route"],
     "moce_oracle": METHODS["best_route"],
     "moce_block_oracle": Look("best route, whole blocks", "#005f45", "^"),
+    "moce_best": Look("best strategy, cross-fitted", "#117733", "^"),
     "subset": Look("subset", INK, "P"),
 }
+
+
+# Studies with one variant and the same seeds, which compare methods.
+COMPARISON = ("main", "adapted", "finetuning", "baselines")
 
 
 @dataclass(frozen=True)
@@ -53,12 +63,18 @@ class Results:
 
     def main(self) -> list[Row]:
         """Accuracies of the comparison, with all subsets as one backbone."""
-        return as_one_subset([row for row in self.of("main") if row["variant"] == "default"])
+        rows = [row for study in COMPARISON for row in self.of(study)]
+        return as_one_subset([row for row in rows if row["variant"] == "default"])
 
     def measures(self, measure: str) -> list[Row]:
         """Rows of a measure of the comparison."""
-        main = [row for row in self.rows if row["study"] == "main" and row["variant"] == "default"]
-        return [row for row in main if row.get("measure") == measure]
+        return [
+            row
+            for row in self.rows
+            if row["study"] in COMPARISON
+            and row["variant"] == "default"
+            and row.get("measure") == measure
+        ]
 
     @contextmanager
     def figure(self, kind: str, height: float, alt: str) -> Iterator[Figure]:
@@ -79,12 +95,15 @@ class Results:
         """Where a table's numbers come from."""
         seeds = {row["seed"] for row in rows}
         draws = {len(row["values"]) for row in rows if "values" in row}
-        revisions = {str(row["revision"]) for row in self.of(study) if row["seed"] in seeds}
+        studies = COMPARISON if study == "main" else (study,)
+        found = [row for study in studies for row in self.of(study) if row["seed"] in seeds]
+        revisions = {str(row["revision"]) for row in found}
+        named = [study for study in studies if any(row["study"] == study for row in found)]
         parts = [f"Seeds {listed(seeds)}"]
         parts += [f"draws of labels: {listed(draws)}"] if draws else []
         command = f"experiments.mix32.run --recipe experiments/mix32/{self.name}.yaml"
         parts += [f"revision {listed(revisions) or 'unknown'}"]
-        return f"{'; '.join(parts)}; `python -m {command} --studies {study}`."
+        return f"{'; '.join(parts)}; `python -m {command} --studies {' '.join(named)}`."
 
 
 def tasks_of(part: str) -> tuple[str, ...]:

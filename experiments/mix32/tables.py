@@ -29,17 +29,26 @@ from experiments.mix32.stats import REGRET, Gain, Row, cells, compare, gain, spr
 
 CONTRASTS = (
     ("moce", "mae_plus"),
+    ("moce_adapted", "mae_plus"),
+    ("mae_plus_adapted", "mae_plus"),
+    ("moce_adapted", "mae_plus_adapted"),
+    ("mae_further", "mae_plus"),
+    ("mae_plus_adapted", "mae_further"),
+    ("moce_adapted", "mae_further"),
     ("moce_block", "mae_plus"),
     ("token_moe", "mae_plus"),
     ("sdr", "mae_plus"),
     ("subset", "mae_plus"),
     ("moce_probe", "mae_plus"),
+    ("moce_route", "mae_plus"),
+    ("moce_merge", "mae_plus"),
     ("moce_generalist", "mae_plus"),
     ("moce", "moce_random"),
     REGRET,
+    ("moce_best", "moce"),
     ("moce_block_oracle", "moce_block"),
 )
-IN_FIGURE = ("moce", "moce_block", "token_moe", "sdr", "subset")
+IN_FIGURE = ("moce", "moce_adapted", "mae_plus_adapted", "moce_block", "token_moe", "sdr", "subset")
 
 
 # Numbers and tables as text
@@ -156,7 +165,7 @@ def tasks_meant_for(backbone: str, rows: list[Row]) -> set[str]:
 
 def named(pair: tuple[str, str], protocol: str) -> list[str]:
     name = f"{title(pair[0])} − {title(pair[1])}" + (
-        " (regret)" if pair[0].endswith("_oracle") else ""
+        " (regret)" if pair[0].endswith(("_oracle", "_best")) else ""
     )
     return [name, PROTOCOLS[protocol]]
 

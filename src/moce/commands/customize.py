@@ -20,7 +20,7 @@ from moce.commands.setup import (
 from moce.config import AdaptationSettings, CustomizeSettings
 from moce.config.usage import check_used
 from moce.customization.adaptation import Adaptation
-from moce.customization.adapter import Adapter, default_lr, with_steps
+from moce.customization.adapter import Adapter, with_steps
 from moce.customization.bank import Bank, load
 from moce.customization.model_card import (
     adaptation_facts,
@@ -31,8 +31,8 @@ from moce.customization.model_card import (
 )
 from moce.customization.related_images import RelatedImages, known_clusters
 from moce.customization.selection import Choice, route_name
-from moce.data.load import load_images
-from moce.data.readers.factory import open_source
+from moce.data.divide import voting_rows
+from moce.data.load import chosen_samples, load_images
 from moce.errors import MoceError, counted
 from moce.evaluation.evaluator import choose_by_probe
 from moce.evaluation.task import load_task
@@ -41,6 +41,7 @@ from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import write_skipped
 from moce.runtime.progress import log
+from moce.training.defaults import default_lr
 from moce.weights.export import Model, check_format
 from moce.weights.from_runs import holds_moce, load_clusters, moce_run
 from moce.weights.resolve import refuse_given, start_from
@@ -146,6 +147,7 @@ def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple
         store,
         channels=channels,
         max_skipped=settings.max_skipped,
+        choose=voting_rows,
     )
     choice = bank.select(
         images, settings.strategy, settings.threshold, settings.assign, settings.batch_size
@@ -162,7 +164,7 @@ def _adapt(
     strategy: str | None = None,
 ) -> Adaptation:
     """Adapt an MAE to the task's images; `clusters` find related images of the pool."""
-    task = [sample for sample in open_source(settings.images) if sample.split != "test"]
+    task = chosen_samples(settings.images, voting_rows)
     training = _training_settings(settings, len(task), strategy)
     load = partial(read_images, settings)
     related = None

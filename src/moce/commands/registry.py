@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from moce.commands.finetune import FinetuneResult
     from moce.commands.headroom import HeadroomResult
     from moce.commands.pack import PackResult
+    from moce.commands.predict import PredictResult
     from moce.commands.pretrain import PretrainResult
     from moce.commands.probe import ProbeResult
     from moce.commands.push import PushResult
     from moce.commands.report import ReportResult
+    from moce.commands.run import RunResult
     from moce.commands.train import TrainResult
 
 
@@ -102,6 +104,17 @@ def command(*given: Any, **more: Any) -> Callable[[Callable[[Any], Any]], Callab
 
 
 # The imports are in the functions, so that `moce --help` does not import torch.
+
+
+@command(
+    config.PipelineSettings,
+    ("data",),
+    "moce run photos/ --tasks birds/,cars/ --out runs/x",
+)
+def run(settings: config.PipelineSettings) -> RunResult:
+    from moce.commands.run import run
+
+    return run(settings)
 
 
 @command(config.PackSettings, ("data",), "moce pack photos/ --shorter-side 512 --out packed/")
@@ -217,6 +230,17 @@ def embed(settings: config.EmbedSettings) -> EmbedResult:
 )
 def finetune(settings: config.FinetuneSettings) -> FinetuneResult:
     from moce.commands.finetune import run
+
+    return run(settings)
+
+
+@command(
+    config.PredictSettings,
+    ("model", "data"),
+    "moce predict runs/birds photos/ --out predictions",
+)
+def predict(settings: config.PredictSettings) -> PredictResult:
+    from moce.commands.predict import run
 
     return run(settings)
 

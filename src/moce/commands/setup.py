@@ -6,17 +6,18 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.config import RunSettings, RuntimeSettings, Settings
+from moce.config import ChosenSettings, RunSettings, RuntimeSettings, Settings
 from moce.config.base import DataSettings
 from moce.config.facts import facts_of
 from moce.config.usage import check_used, explicitly_set, flag
 from moce.data.dataset import ImageDataset
-from moce.data.load import load_images, temporary_file
+from moce.data.divide import learning_rows
+from moce.data.load import Choose, load_images, temporary_file
 from moce.data.readers.factory import paths_of
 from moce.data.readers.sample import Sample
 from moce.errors import MoceError, counted
@@ -34,9 +35,23 @@ from moce.runs.resume import (
 )
 from moce.runtime import device
 from moce.runtime.progress import log
+from moce.training.defaults import choose_training
 from moce.training.loggers import check_loggers
 
 R = TypeVar("R", bound=RunSettings)
+C = TypeVar("C", bound=ChosenSettings)
+
+
+class Described(Protocol):
+    """What is recorded of a set of images."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> Sequence[Any]: ...
+    @property
+    def skipped(self) -> list[tuple[str, str]]: ...
+
 
 FEW_STEPS = 500  # below which the published recipes for labeled tasks stop half trained
 
@@ -74,6 +89,28 @@ def refuse_unused(settings: Settings, names: Iterable[str], reason: str) -> None
     if unused:
         flags = " and ".join(flag(name, getattr(settings, name)) for name in unused)
         raise MoceError(f"{reason}: leave out {flags}")
+
+
+def choose(
+    settings: C,
+    count: int,
+    encoder: VisionTransformer,
+    device: torch.device,
+    rate_of_weights: float | None = None,
+) -> C:
+    """The settings with length, batch and rate for `count` images where they are not given.
+
+    rate_of_weights: base_lr for the weights that training starts from.
+    """
+    parameters = sum(weight.numel() for weight in encoder.parameters())
+    accelerated = device.type != "cpu"
+    chosen = choose_training(settings, count, parameters, accelerated, rate_of_weights)
+    return settings.model_copy(update=chosen)
+
+
+def changed(before: Settings, after: Settings) -> list[str]:
+    """The names of the settings whose values differ."""
+    return [name for name, value in after if value != getattr(before, name)]
 
 
 def hint_few_steps(settings: Settings, steps: int, advice: str) -> None:
@@ -114,7 +151,7 @@ def open_output(settings: Any) -> Path:
     return open_folder(settings.out, partial(check_output, settings), keep=keep)
 
 
-def start_run(settings: RunSettings, *sets: ImageDataset) -> None:
+def start_run(settings: RunSettings, *sets: Described) -> None:
     """Open the folder of a run that can be resumed, and record its settings and inputs.
 
     Raises MoceError, before anything is written, if a resumed run was started with other inputs.
@@ -153,15 +190,22 @@ def check_file(
 
 
 def read_images(
-    settings: DataSettings, data: str | Sequence[Sample], vit: VisionTransformer
+    settings: DataSettings,
+    data: str | Sequence[Sample],
+    vit: VisionTransformer,
+    choose: Choose | None = learning_rows,
 ) -> ImageDataset:
-    """The images of a DATA argument, or these, in the size and channels of an encoder."""
+    """The images of a DATA argument, or these, in the size and channels of an encoder.
+
+    choose: which of those of a DATA argument; by default those that a model may learn from.
+    """
     return load_images(
         data,
         input_size(vit),
         pixel_file(settings),
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
+        choose=choose if isinstance(data, str) else None,
     )
 
 

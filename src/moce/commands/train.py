@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from moce.commands.pretrain import save_mae
-from moce.commands.setup import pixel_file, read_images, resolve, start_run
+from moce.commands.setup import changed, choose, pixel_file, read_images, resolve, start_run
 from moce.config import TrainSettings
 from moce.data.dataset import ImageDataset
-from moce.data.load import load_images
-from moce.data.readers.factory import open_source
+from moce.data.divide import voting_rows
+from moce.data.load import chosen_samples, load_images
 from moce.errors import MoceError, counted
 from moce.inference.assign import assign, assign_images
 from moce.models.cluster_model import ClusterModel
@@ -24,6 +24,8 @@ from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.runs.model import last_metrics, write_model
 from moce.runtime.progress import log
+from moce.training.announce import announce
+from moce.training.defaults import default_lr
 from moce.training.objectives import MAEObjective, MoCEObjective, TokenMoEObjective
 from moce.training.trainer import Objective, fit, total_steps
 from moce.training.upcycling import check_experts, upcycle, upcycle_by_token
@@ -48,10 +50,12 @@ class TrainResult:
 
 
 def run(settings: TrainSettings) -> TrainResult:
-    settings, device = resolve(settings)
-    spec, mae = start_from(settings.mae, settings)
-    images = read_images(settings, settings.data, mae.encoder)
-    return METHODS[settings.method](_Job(settings, device, spec, mae, images))
+    asked, device = resolve(settings)
+    spec, mae = start_from(asked.mae, asked)
+    images = read_images(asked, asked.data, mae.encoder)
+    settings = choose(asked, len(images), mae.encoder, device, default_lr(asked.mae))
+    job = _Job(settings, device, spec, mae, images, changed(asked, settings))
+    return METHODS[settings.method](job)
 
 
 @dataclass
@@ -61,6 +65,7 @@ class _Job:
     spec: MAESpec
     mae: MAE
     images: ImageDataset
+    chosen: list[str]
 
     def clusters(self) -> ClusterModel:
         assert self.settings.clusters is not None
@@ -83,6 +88,8 @@ class _Job:
     def fit(self, objective: Objective) -> None:
         """Train the objective's model and move it back to the CPU."""
         start_run(self.settings, self.images)
+        name, encoder = self.spec.encoder.name, self.mae.encoder
+        announce(objective, self.settings, self.device, name, encoder, self.chosen)
         fit(objective, self.settings, self.device, self.settings.precision)
         objective.model.cpu()
 
@@ -110,7 +117,7 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     assert job.settings.task is not None
     clusters = job.clusters()
     cluster_of = job.clusters_of_images(clusters)
-    samples = [e for e in open_source(job.settings.task) if e.split != "test"]
+    samples = chosen_samples(job.settings.task, voting_rows)
     encoder = clusters.encoder
     store = pixel_file(job.settings)
     task = load_images(samples, input_size(encoder), store, channels=input_channels(encoder))

@@ -5,6 +5,7 @@ validates values against them. Nothing heavy is imported, so that `moce --help` 
 """
 
 from moce.config.base import (
+    ChosenSettings,
     ClusterPooling,
     LoggerName,
     Metric,
@@ -16,7 +17,7 @@ from moce.config.base import (
     TrainingSettings,
     expand,
 )
-from moce.config.dense import DetectorHead, SegmenterHead
+from moce.config.dense import DetectorHead, PredictSettings, SegmenterHead
 from moce.config.evaluation import EmbedSettings, EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.pipeline import (
     AdaptationSettings,
@@ -33,6 +34,7 @@ from moce.config.tools import (
     DoctorSettings,
     ExportSettings,
     PackSettings,
+    PipelineSettings,
     PushSettings,
     ReportSettings,
 )
@@ -45,6 +47,7 @@ def settings_classes() -> list[type[Settings]]:
 
 __all__ = [
     "AdaptationSettings",
+    "ChosenSettings",
     "ClusterPooling",
     "ClusterSettings",
     "ConvertSettings",
@@ -61,6 +64,8 @@ __all__ = [
     "LoggerName",
     "Metric",
     "PackSettings",
+    "PipelineSettings",
+    "PredictSettings",
     "PretrainSettings",
     "ProbeSettings",
     "PushSettings",

@@ -205,9 +205,9 @@ class EvaluateSettings(RunSettings):
     )
     backbones: Annotated[tuple[str, ...], Field(min_length=1)] = setting(
         description="what to compare, NAME=REFERENCE each; for a MoCE run also NAME=RUN@SELECTION, "
-        "one of auto, route, merge, generalist, probe (by labels), random (route), best_route "
-        "(on the other half of the test images); NAME=REFERENCE@adapt adapts a masked autoencoder "
-        "to each task, NAME=RUN@auto+adapt the experts that a strategy chooses",
+        "one of auto, route, merge, generalist, probe (by labels), random (route), best_route and "
+        "best_strategy (on the other half of the test images); NAME=REFERENCE@adapt adapts a masked "
+        "autoencoder to each task, NAME=RUN@auto+adapt the experts that a strategy chooses",
         may_change=True,
     )
     protocols: tuple[Protocol, ...] = setting(

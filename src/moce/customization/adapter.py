@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,12 +15,7 @@ from moce.data.dataset import ImageDataset
 from moce.data.readers.sample import Sample
 from moce.errors import MoceError
 from moce.models.mae import MAE, MAESpec
-from moce.runs.model import read_config
 from moce.runs.resume import check_unchanged, resumes
-from moce.weights.resolve import moce_run
-
-LOWER_LR = 0.5  # of the rate that a run was trained with
-BASE_LR = 7.5e-5  # for weights of other libraries: half of MAE's own rate
 
 
 @dataclass
@@ -72,10 +66,3 @@ def with_steps(
         steps = default_steps(num_images, settings.batch_size, settings.pool_share)
     every = max(1, steps // CHECKS)
     return settings.model_copy(update={"steps": steps, "log_every": every, "save_every": every})
-
-
-def default_lr(run: Path) -> float:
-    """Half of the rate that a run was trained with, since training continues from its end."""
-    folder = moce_run(run)
-    known = read_config(folder).get("base_lr") if folder is not None else None
-    return LOWER_LR * float(known) if known else BASE_LR

@@ -21,11 +21,12 @@ from moce.models.mae import MAE, MAESpec
 from moce.weights.from_runs import Backbone, holds_moce, load_backbone
 from moce.weights.resolve import moce_run, start_from
 
-PROBE_ONLY = frozenset({"random", "best_route", "probe"})  # selections without a single backbone
+# Selections without a single backbone.
+PROBE_ONLY = frozenset({"random", "best_route", "best_strategy", "probe"})
 ADAPT = "adapt"
 SELECTIONS: tuple[str, ...] = (
     *get_args(Strategy),
-    *("random", "best_route", ADAPT),
+    *("random", "best_route", "best_strategy", ADAPT),
     *(f"{strategy}+{ADAPT}" for strategy in get_args(Strategy) if strategy not in PROBE_ONLY),
 )
 NAME = re.compile(r"\w[\w.+-]*")  # names become folders and columns

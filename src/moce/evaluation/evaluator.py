@@ -17,12 +17,14 @@ from moce.data.dataset import ImageDataset
 from moce.errors import MoceError
 from moce.evaluation.metrics import confusion_counts, score
 from moce.evaluation.probe import build_probe, choose_pooling
-from moce.evaluation.routes import best_route_values, candidate_routes, random_routes
+from moce.evaluation.routes import best_values, candidate_routes, random_routes
 from moce.evaluation.sgd_probe import FrozenEncoder
 from moce.evaluation.sklearn_probe import cross_validated
 from moce.evaluation.task import Task, draw_labels
 from moce.inference.features import extract_features
 from moce.weights.from_runs import Backbone
+
+STRATEGIES = ("route", "merge", "generalist")  # that `auto` chooses from
 
 
 class TooFewLabels(MoceError):
@@ -67,8 +69,8 @@ class Evaluator:
     ) -> Outcome:
         """Probe a backbone, or the backbones that a MoCE run gives for this task.
 
-        selection: how to customize a bank: a strategy, random, best_route or probe. reference: names the
-        bank, so that each of its routes is probed only once.
+        selection: how to customize a bank: a strategy, random, best_route, best_strategy or probe.
+        reference: names the bank, so that each of its routes is probed only once.
         """
         if isinstance(model, Backbone):
             return self._outcome(self._scores(model))
@@ -76,14 +78,19 @@ class Evaluator:
             return self._random(model, reference)
         if selection == "best_route":
             return self._best_route(model, reference)
+        if selection == "best_strategy":
+            return self._best_strategy(model, reference)
         if selection == "probe":
             return self._by_labels(model)
         choice = model.select(self.task.train, selection or "auto")
-        if choice.strategy == "route" and model.model.gate_scale == "straight_through":
-            scores = self._route_scores(model, reference, choice.route)
-        else:  # a merge depends on the task, and so does the gate's scale under prob
-            scores = self._scores(as_backbone(model, choice))
-        return self._outcome(scores, choice.to_json())
+        return self._outcome(self._choice_scores(model, reference, choice), choice.to_json())
+
+    def _choice_scores(self, bank: Bank, reference: str, choice: Choice) -> list[np.ndarray]:
+        """Scores [m, C] for every draw, with the dense backbone of a choice."""
+        if choice.strategy == "route" and bank.model.gate_scale == "straight_through":
+            return self._route_scores(bank, reference, choice.route)
+        # A merge depends on the task, and so does the gate's scale under prob.
+        return self._scores(as_backbone(bank, choice))
 
     def _route_scores(self, bank: Bank, reference: str, route: Route) -> list[np.ndarray]:
         """Scores [m, C] for every draw, with the dense backbone of a route."""
@@ -113,14 +120,24 @@ class Evaluator:
     def _best_route(self, bank: Bank, reference: str) -> Outcome:
         """The best route; `choice` holds the mean value of each."""
         routes = candidate_routes(bank)
-        scores = [self._route_scores(bank, reference, route) for route in routes]
-        labels = self.task.test_labels
-        values = best_route_values(scores, partial(score, self.metric), labels, self.settings.seed)
-        by_route = {
-            route_name(route): float(np.mean([score(self.metric, s, labels) for s in of_route]))
-            for route, of_route in zip(routes, scores, strict=True)
+        scores = {route_name(r): self._route_scores(bank, reference, r) for r in routes}
+        return self._best_of("routes", scores)
+
+    def _best_strategy(self, bank: Bank, reference: str) -> Outcome:
+        """The best of route, merge and generalist: what `auto` could have chosen."""
+        choices = [bank.select(self.task.train, strategy) for strategy in STRATEGIES]
+        scores = {c.strategy: self._choice_scores(bank, reference, c) for c in choices}
+        return self._best_of("strategies", scores)
+
+    def _best_of(self, kind: str, scores: dict[str, list[np.ndarray]]) -> Outcome:
+        """The best of several backbones, cross-fitted; `choice` holds the mean value of each."""
+        labels, metric = self.task.test_labels, partial(score, self.metric)
+        values = best_values(list(scores.values()), metric, labels, self.settings.seed)
+        means = {
+            name: float(np.mean([metric(of_draw, labels) for of_draw in draws]))
+            for name, draws in scores.items()
         }
-        return Outcome(values, choice={"routes": by_route})
+        return Outcome(values, choice={kind: means})
 
     def _by_labels(self, bank: Bank) -> Outcome:
         """Choose by the labels of each draw, or by its images where the labels are too few."""

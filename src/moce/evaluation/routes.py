@@ -26,30 +26,30 @@ def random_routes(bank: Bank, draws: int, seed: int, task: str) -> list[Route]:
     return [routes[int(generator.integers(len(routes)))] for _ in range(draws)]
 
 
-def best_route_values(
+def best_values(
     scores: list[list[np.ndarray]],
     metric: Callable[[np.ndarray, np.ndarray], float],
     labels: np.ndarray,
     seed: int,
 ) -> list[float]:
-    """The metric of the best route, [draws], cross-fitted.
+    """The metric of the best of several backbones, [draws], cross-fitted.
 
     Chosen on one half of the test images and scored on the other; the mean of both ways round.
-    Choosing and scoring on the same images would let the luckiest route win. scores:
-    [routes][draws] of [m, C] each; metric: from scores and labels to a value; labels: of the m test
+    Choosing and scoring on the same images would let the luckiest one win. scores:
+    [backbones][draws] of [m, C] each; metric: from scores and labels to a value; labels: of the m test
     images. Raises MoceError if there are too few test images.
     """
     if len(labels) < FEWEST_TO_HALVE:
         raise MoceError(
-            f"best_route needs at least {FEWEST_TO_HALVE} test images, not {len(labels)}"
+            f"the best of several needs at least {FEWEST_TO_HALVE} test images, not {len(labels)}"
         )
     order = np.random.default_rng(seed).permutation(len(labels))
     if labels.ndim == 1:  # stratify the halves by class
         order = order[np.argsort(labels[order], kind="stable")]
     halves = order[::2], order[1::2]
     values = np.array(
-        [[[metric(of[half], labels[half]) for of in route] for route in scores] for half in halves]
-    )  # [2, routes, draws]
+        [[[metric(of[half], labels[half]) for of in draws] for draws in scores] for half in halves]
+    )  # [2, backbones, draws]
     best = values.argmax(axis=1)
     draws = np.arange(values.shape[2])
     return ((values[1, best[0], draws] + values[0, best[1], draws]) / 2).tolist()

@@ -45,13 +45,14 @@ class Results:
         return row["choice"] if row else None
 
     def regret(self, task: str, protocol: str) -> float | None:
-        """The best route's mean minus that of the selection of the same MoCE run."""
+        """The best strategy's (else route's) mean minus that of the selection of the same MoCE run."""
         chosen = self._chosen(task=task, protocol=protocol)
         if not chosen:
             return None
         alike = {"task": task, "protocol": protocol, "reference": chosen["reference"]}
-        for best in self.where(**alike, selection="best_route"):
-            return float(np.mean(best["values"])) - float(np.mean(chosen["values"]))
+        for selection in ("best_strategy", "best_route"):
+            for best in self.where(**alike, selection=selection):
+                return float(np.mean(best["values"])) - float(np.mean(chosen["values"]))
         return None
 
     def _chosen(self, **wanted: str) -> dict[str, Any] | None:

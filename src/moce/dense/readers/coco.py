@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moce.data.decode import open_encoded
-from moce.data.readers.sample import SPLITS, as_text
+from moce.data.readers.sample import as_text
 from moce.dense.readers.objects import Annotation, Picture, assemble
+from moce.dense.readers.pairs import split_of
 from moce.dense.types import DenseSource
 from moce.errors import MoceError
 from moce.runtime.progress import log
@@ -44,12 +44,6 @@ def coco_parts(root: Path, annotations: Path | None = None) -> list[Part]:
         files or sorted(root.glob(f"{INSTANCES}*.json")) or sorted(root.glob("annotations.json"))
     )
     return [_part(root, file) for file in files]
-
-
-def split_of(name: str) -> str | None:
-    """The split that a name starts with: train of train2017, val of validation-v1."""
-    word = re.match(r"[a-z]*", name.lower())
-    return SPLITS.get(word.group() if word else "")
 
 
 def _part(root: Path, file: Path) -> Part:

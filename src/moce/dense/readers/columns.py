@@ -1,0 +1,259 @@
+"""Parquet files and Hugging Face data sets with a column of objects or of masks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from moce.config import expand
+from moce.data.decode import Raster, open_encoded
+from moce.data.readers.factory import open_source
+from moce.data.readers.huggingface import HUB_PREFIX, is_saved
+from moce.data.readers.sample import Sample
+from moce.dense.readers.layouts import Layout, Pair, table_of
+from moce.dense.readers.masks import masked_source
+from moce.dense.readers.objects import ROUNDING, Annotation, Picture, assemble, size_or_fault
+from moce.dense.types import IGNORE, DenseSource, DenseTask
+from moce.errors import MoceError
+from moce.runtime.progress import log
+
+OBJECTS = ("objects", "annotations")
+CATEGORY = ("category", "categories", "category_id", "label", "labels")
+MASKS = ("annotation", "mask", "segmentation_mask", "semantic_mask", "label")
+Cell = Callable[[], Raster]
+
+
+@dataclass
+class Columns:
+    """objects: the column's name, if there is one, and its values by row; masks: one opener a row.
+
+    features: what the file says about its columns, as `datasets` writes it.
+    """
+
+    samples: Sequence[Sample]
+    features: dict[str, Any]
+    objects: tuple[str, list[Any]] | None
+    masks: list[Cell] | None
+
+    @property
+    def tasks(self) -> list[DenseTask]:
+        found: list[tuple[DenseTask, Any]] = [("detect", self.objects), ("segment", self.masks)]
+        return [task for task, column in found if column is not None]
+
+
+def find_columns(data: str) -> Columns | None:
+    """The columns of a parquet file or data set; None for other DATA, or without boxes and masks."""
+    path = expand(Path(data))
+    if data.startswith(HUB_PREFIX) or (path.is_dir() and is_saved(path)):
+        return _of_datasets(data, path)
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        return _of_parquet(data, path)
+    return None
+
+
+def read_columns(
+    data: str, columns: Columns, task: DenseTask, max_skipped: float, ignore_index: int | None
+) -> DenseSource:
+    """The images of a table with their objects or masks. Raises MoceError if they cannot be used."""
+    if task == "segment" and columns.masks is not None:
+        pairs = [
+            Pair(sample.id, sample, Sample(sample.id, mask), sample.split)
+            for sample, mask in zip(columns.samples, columns.masks, strict=True)
+        ]
+        layout = Layout(pairs, None, table_of({value: value for value in range(IGNORE)}))
+        return masked_source(data, layout, max_skipped, ignore_index)
+    assert columns.objects is not None
+    name, rows = columns.objects
+    classes = _names(columns.features.get(name)) or _classes_in(rows)
+    number = {value: index for index, value in enumerate(classes)}
+    pictures = [
+        Picture(s.id, s.open, list(_annotations(row, number)), s.split)
+        for s, row in zip(columns.samples, rows, strict=True)
+    ]
+    _settle_corners(data, pictures)
+    return assemble(data, classes, pictures, max_skipped)
+
+
+# --- tables -------------------------------------------------------------------------------------------
+
+
+def _of_parquet(data: str, path: Path) -> Columns | None:
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise MoceError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    objects = _object_column(schema)
+    mask = next((n for n in MASKS if n in schema.names and _is_image(schema.field(n).type)), None)
+    if objects is None and mask is None:
+        return None
+    wanted = [name for name in (objects, mask) if name is not None]
+    table = pyarrow.parquet.read_table(path, columns=wanted)
+    cells: list[Cell] | None = None
+    if mask is not None:
+        cells = [partial(_open_cell, table.column(mask), row) for row in range(table.num_rows)]
+    rows = (objects, table.column(objects).to_pylist()) if objects else None
+    return Columns(open_source(data), _stated_features(schema), rows, cells)
+
+
+def _stated_features(schema: pyarrow.Schema) -> dict[str, Any]:
+    """What `datasets` wrote about the columns; {} if it did not write the file."""
+    try:
+        return json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    except (TypeError, KeyError, ValueError):
+        return {}
+
+
+def _object_column(schema: pyarrow.Schema) -> str | None:
+    return next(
+        (n for n in OBJECTS if n in schema.names and _has_boxes(schema.field(n).type)), None
+    )
+
+
+def _has_boxes(kind: pyarrow.DataType) -> bool:
+    """True for a struct of lists, or a list of structs, with bbox."""
+    while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        kind = kind.value_type
+    return pyarrow.types.is_struct(kind) and kind.get_field_index("bbox") >= 0
+
+
+def _is_image(kind: pyarrow.DataType) -> bool:
+    if pyarrow.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+def _open_cell(column: pyarrow.ChunkedArray, row: int) -> Raster:
+    value = column[row].as_py()
+    content = value["bytes"] if isinstance(value, dict) else value
+    if not content:
+        raise ValueError("no mask")
+    return open_encoded(content)
+
+
+def _of_datasets(data: str, path: Path) -> Columns | None:
+    samples = open_source(data)  # refuses what cannot be read
+    import datasets
+
+    name, _, split = data.removeprefix(HUB_PREFIX).partition(":")
+    if data.startswith(HUB_PREFIX):
+        found = datasets.load_dataset(name, split=split or None)
+    else:
+        found = datasets.load_from_disk(str(path))
+    tables = [found] if hasattr(found, "features") else list(found.values())
+    features = tables[0].features
+    images = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
+    objects = _object_column(features.arrow_schema)
+    cells = rows = None
+    if len(images) == 2:  # the picture and its mask
+        cells = [cell for table in tables for cell in _mask_cells(table, images[1])]
+    if objects is not None:
+        rows = (objects, [row for table in tables for row in _values(table, objects)])
+    if objects is None and cells is None:
+        return None
+    return Columns(samples, features.to_dict(), rows, cells)
+
+
+def _values(table: Any, column: str) -> list[Any]:
+    return table.select_columns(column).with_format("arrow")[:][column].to_pylist()
+
+
+def _mask_cells(table: Any, column: str) -> Iterator[Cell]:
+    import datasets
+
+    encoded = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    yield from (partial(_open_row, encoded, row, column) for row in range(len(table)))
+
+
+def _open_row(table: Any, row: int, column: str) -> Raster:
+    value = table[row][column]
+    if value is None or not (value["bytes"] or value["path"]):
+        raise ValueError("no mask")
+    return open_encoded(value["bytes"] or Path(value["path"]))
+
+
+# --- objects ------------------------------------------------------------------------------------------
+
+
+def _names(feature: Any, within: bool = False) -> list[str]:
+    """The names of the classes that `datasets` wrote about a column of objects; [] if there are none."""
+    if isinstance(feature, dict):
+        if within and isinstance(feature.get("names"), list):
+            return [str(name) for name in feature["names"]]
+        parts = [_names(value, within or key in CATEGORY) for key, value in feature.items()]
+    elif isinstance(feature, list):
+        parts = [_names(value, within) for value in feature]
+    else:
+        return []
+    return next(filter(None, parts), [])
+
+
+def _entries(row: Any) -> list[dict[str, Any]]:
+    """One dict per object, of a list of structs or a struct of lists."""
+    if isinstance(row, dict):
+        lists = {key: value for key, value in row.items() if isinstance(value, list)}
+        count = len(lists.get("bbox", ()))
+        return [
+            {key: value[n] if n < len(value) else None for key, value in lists.items()}
+            for n in range(count)
+        ]
+    return list(row or ())
+
+
+def _category(entry: dict[str, Any]) -> Any:
+    return next((entry[key] for key in CATEGORY if entry.get(key) is not None), None)
+
+
+def _classes_in(rows: list[Any]) -> list[str]:
+    """The classes that occur, if nothing names them: names in order, or numbers from 0."""
+    found = {_category(entry) for row in rows for entry in _entries(row)} - {None}
+    if all(isinstance(value, int) for value in found):
+        return [str(value) for value in range(max(found, default=-1) + 1)]
+    return sorted(map(str, found))
+
+
+def _annotations(row: Any, number: dict[str, int]) -> Iterator[Annotation]:
+    for entry in _entries(row):
+        category = _category(entry)
+        label = category if isinstance(category, int) else number.get(str(category), str(category))
+        box, area = entry.get("bbox"), entry.get("area")
+        crowd = bool(entry.get("iscrowd") or entry.get("is_crowd"))
+        try:
+            corners = [float(value) for value in box]  # type: ignore[union-attr]
+            yield Annotation(label, corners, None, crowd, None if area is None else float(area))
+        except (TypeError, ValueError):
+            yield Annotation(fault=f"not a box: {box}")
+
+
+def _settle_corners(data: str, pictures: list[Picture]) -> None:
+    """From what the files hold to corners: x, y, width, height as COCO's, unless this cannot be.
+
+    Boxes are taken as corners already if otherwise some would leave their image, and all are corners
+    within it.
+    """
+    leaves, corners = False, True
+    for picture in pictures:
+        size = size_or_fault(picture)
+        boxes = [a.box for a in picture.annotations if a.box is not None and len(a.box) == 4]
+        if isinstance(size, str) or not boxes:
+            continue
+        found = np.array(boxes)
+        limit = np.array([size[1], size[0]]) + ROUNDING
+        leaves |= bool((found[:, :2] + found[:, 2:] > limit).any())
+        corners &= bool((found[:, 2:] > found[:, :2]).all() and (found[:, 2:] <= limit).all())
+    if leaves and corners:
+        log(
+            f"{data}: bbox is taken as x1, y1, x2, y2; as x, y, width, height it would leave the images"
+        )
+        return
+    for annotation in (a for picture in pictures for a in picture.annotations):
+        if annotation.box is not None and len(annotation.box) == 4:
+            x, y, width, height = annotation.box
+            annotation.box = (x, y, x + width, y + height)
