@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moce.commands.setup import check_file, refuse_unused
 from moce.config import ConvertSettings
+from moce.errors import counted
 from moce.runs.files import make_folder
 from moce.runtime.progress import log
 from moce.weights.build import build_encoder, build_mae, to_mae_weights
@@ -28,7 +29,7 @@ class ConvertResult:
 
     def summary(self) -> str:
         parts = "encoder and decoder" if self.decoder else "encoder"
-        return f"{parts}, {self.tensors} tensors: {self.file}"
+        return f"{parts}, {counted(self.tensors, 'tensor')}: {self.file}"
 
 
 def run(settings: ConvertSettings) -> ConvertResult:

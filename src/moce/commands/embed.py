@@ -14,6 +14,8 @@ from moce.commands.setup import check_file, prepare, read_images
 from moce.config import EmbedSettings
 from moce.data.dataset import ImageDataset
 from moce.data.readers.factory import paths_of
+from moce.data.readers.splits import scored_split
+from moce.errors import counted
 from moce.inference.features import feature_batches, feature_width
 from moce.runs.files import atomic, make_folder
 from moce.runtime.progress import log
@@ -30,8 +32,10 @@ class EmbedResult:
     skipped: list[tuple[str, str]]
 
     def summary(self) -> str:
-        skipped = f", {len(self.skipped)} unreadable ones skipped" if self.skipped else ""
-        return f"{self.images} images{skipped}, {self.width} numbers each: {self.file}"
+        skipped = (
+            f", {counted(len(self.skipped), 'unreadable one')} skipped" if self.skipped else ""
+        )
+        return f"{counted(self.images, 'image')}{skipped}, {self.width} numbers each: {self.file}"
 
 
 def run(settings: EmbedSettings) -> EmbedResult:
@@ -40,7 +44,11 @@ def run(settings: EmbedSettings) -> EmbedResult:
     device, precision = prepare(settings)
     backbone = load_backbone(settings.backbone)
     vit = backbone.vit
-    images = read_images(settings, settings.data, vit)
+    images = read_images(settings, settings.data, vit, choose=None)
+    scored = scored_split(images.splits)
+    if scored is not None:
+        count = images.splits.count(scored)
+        log(f"embedding all {len(images)} images, {count} of them {scored} images (column split)")
     for name, reason in images.skipped:
         log(f"skipped {name}: {reason}")
     batches = feature_batches(

@@ -13,7 +13,7 @@ from moce.customization.selection import Choice, route_name
 from moce.errors import MoceError
 from moce.evaluation.results import read_rows
 from moce.runs.files import write_json
-from moce.runs.model import provenance, read_info
+from moce.runs.model import describe_kind, provenance, read_info
 from moce.runtime.progress import log
 from moce.weights.classifier import read_classifier
 from moce.weights.export import Model, check_format
@@ -58,7 +58,7 @@ def _model(settings: ExportSettings) -> tuple[Model, list[str]]:
         spec, mae = load_mae(run)
         return Model(spec.encoder, mae.encoder.eval(), mae.eval()), [f"source: {run.name}, MAE"]
     if run and kind != "classifier":
-        raise MoceError(f"{run} is a run of kind '{kind}': no dense ViT is equivalent to export")
+        raise MoceError(f"{run} is {describe_kind(kind)}: no dense ViT is equivalent to export")
     if run is None:
         check_arguments(settings.model_args)
     elif not (run / MODEL_CONFIG).is_file():

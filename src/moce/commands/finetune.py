@@ -15,9 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moce.commands.setup import hint_few_steps, pixel_file, resolve, start_run
 from moce.config import FinetuneSettings
+from moce.config.dense import Task as TaskName
 from moce.customization.model_card import fine_tuning_facts, write_with_card
 from moce.data.dataset import ImageDataset
-from moce.errors import MoceError, NotFinite
+from moce.errors import MoceError, NotFinite, counted
 from moce.evaluation.finetune import (
     FinetuneObjective,
     build_classifier,
@@ -32,6 +33,7 @@ from moce.evaluation.task import Task, draw_labels, load_task
 from moce.models.encoder import input_shape
 from moce.runs.files import write_json
 from moce.runs.model import STATE, write_model
+from moce.runs.resume import recorded_settings, resumes
 from moce.runtime.distributed import run_on_rank0
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
@@ -42,7 +44,10 @@ from moce.weights.from_runs import Backbone, load_backbone
 
 @dataclass
 class FinetuneResult:
-    """run: the folder, which timm loads as local-dir:RUN; value: the metric on the test images, 0..1."""
+    """run: the folder; value: the metric on the test images, 0..1; labels: images trained on.
+
+    timm loads a classifier as local-dir:RUN; a detector or segmenter has a network.py beside it.
+    """
 
     run: Path
     metric: str
@@ -50,11 +55,14 @@ class FinetuneResult:
     labels: int
 
     def summary(self) -> str:
-        return f"{self.metric} {100 * self.value:.1f} % from {self.labels} labels: {self.run}"
+        return f"{self.metric} {100 * self.value:.1f} % from {counted(self.labels, 'label')}: {self.run}"
 
 
 def run(settings: FinetuneSettings) -> FinetuneResult:
-    settings = settings.model_copy(update={"task": settings.task or "classify"})
+    kind = settings.task or run_on_rank0(partial(_task_of, settings))
+    settings = settings.model_copy(update={"task": kind})
+    if kind != "classify":
+        return _finetune_dense(settings)
     settings, device = resolve(settings)
     backbone = load_backbone(settings.backbone)
     settings = by_size(settings, backbone.vit)
@@ -71,7 +79,9 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     tried = tuner.search(settings, rows) if settings.lr_grid else []
     if tried:
         settings = settings.model_copy(update={"base_lr": _best_rate(tried)})
-        log(f"base_lr {settings.base_lr:g} is the best: training on all {len(rows)} labels with it")
+        log(
+            f"base_lr {settings.base_lr:g} is the best: training on all {counted(len(rows), 'label')} with it"
+        )
     vit = tuner.train(settings, rows)
     scores = tuner.scores(vit, task.test, settings)
     value = score(metric, scores, task.test_labels)
@@ -91,6 +101,22 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     )
     _write(settings.out, vit.cpu(), backbone, row, task.multi_label)
     return FinetuneResult(settings.out, metric, value, len(rows))
+
+
+def _task_of(settings: FinetuneSettings) -> TaskName | None:
+    """What the labels say, or what a resumed run was started for."""
+    from moce.dense.readers import task_of
+
+    if resumes(settings):
+        return recorded_settings(settings).task
+    return task_of(settings.data, settings.annotations)
+
+
+def _finetune_dense(settings: FinetuneSettings) -> FinetuneResult:
+    from moce.commands import finetune_dense  # its libraries take seconds to import
+
+    row = finetune_dense.run(settings)
+    return FinetuneResult(settings.out, row["metric"], row["values"][0], row["labels"])
 
 
 def _best_rate(tried: list[dict[str, float]]) -> float:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moce.commands.finetune import FinetuneResult
     from moce.commands.headroom import HeadroomResult
     from moce.commands.pack import PackResult
+    from moce.commands.predict import PredictResult
     from moce.commands.pretrain import PretrainResult
     from moce.commands.probe import ProbeResult
     from moce.commands.push import PushResult
@@ -57,9 +58,12 @@ class Command:
         """Of `moce.NAME`: all settings with type and default."""
         return signature_of(self.settings, self.positional, self.work.__annotations__["return"])
 
-    def run(self, values: dict[str, Any]) -> Any:
-        """Validate the values, then do the work. Raises MoceError for any mistake in them."""
-        settings = parse(self.settings, values)
+    def run(self, values: dict[str, Any], shown: Callable[[str], str] | None = None) -> Any:
+        """Validate the values, then do the work. Raises MoceError for any mistake in them.
+
+        shown: how the caller writes a setting, for messages.
+        """
+        settings = parse(self.settings, values, shown)
         if launch().world_size > 1 and not self.distributed:
             raise MoceError(
                 f"moce {self.name} runs in one process, but {launch().by} started "
@@ -226,6 +230,17 @@ def embed(settings: config.EmbedSettings) -> EmbedResult:
 )
 def finetune(settings: config.FinetuneSettings) -> FinetuneResult:
     from moce.commands.finetune import run
+
+    return run(settings)
+
+
+@command(
+    config.PredictSettings,
+    ("model", "data"),
+    "moce predict runs/birds photos/ --out predictions",
+)
+def predict(settings: config.PredictSettings) -> PredictResult:
+    from moce.commands.predict import run
 
     return run(settings)
 

@@ -14,9 +14,9 @@ from moce.commands.pretrain import save_mae
 from moce.commands.setup import changed, choose, pixel_file, read_images, resolve, start_run
 from moce.config import TrainSettings
 from moce.data.dataset import ImageDataset
-from moce.data.load import load_images
-from moce.data.readers.factory import open_source
-from moce.errors import MoceError
+from moce.data.divide import voting_rows
+from moce.data.load import chosen_samples, load_images
+from moce.errors import MoceError, counted
 from moce.inference.assign import assign, assign_images
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import input_channels, input_size
@@ -43,8 +43,10 @@ class TrainResult:
     routes: int
 
     def summary(self) -> str:
-        routes = f", {self.routes} routes" if self.routes else ""
-        return f"trained on {self.images} images, loss {self.loss:.4f}{routes}: {self.run}"
+        routes = f", {counted(self.routes, 'route')}" if self.routes else ""
+        return (
+            f"trained on {counted(self.images, 'image')}, loss {self.loss:.4f}{routes}: {self.run}"
+        )
 
 
 def run(settings: TrainSettings) -> TrainResult:
@@ -115,7 +117,7 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     assert job.settings.task is not None
     clusters = job.clusters()
     cluster_of = job.clusters_of_images(clusters)
-    samples = [e for e in open_source(job.settings.task) if e.split != "test"]
+    samples = chosen_samples(job.settings.task, voting_rows)
     encoder = clusters.encoder
     store = pixel_file(job.settings)
     task = load_images(samples, input_size(encoder), store, channels=input_channels(encoder))
@@ -127,7 +129,9 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     rows = chosen[cluster_of].nonzero()[:, 0].tolist()
     if not rows:
         raise MoceError(f"none of the images is of a cluster of {job.settings.task}")
-    log(f"{len(rows)} of {len(job.images)} images are of the task's {int(chosen.sum())} clusters")
+    log(
+        f"{len(rows)} of {len(job.images)} images are of the task's {counted(int(chosen.sum()), 'cluster')}"
+    )
     # As many steps as MAE+ makes on all images, not as few as an epoch of these takes.
     steps = total_steps(job.settings, len(job.images))
     job.settings = job.settings.model_copy(update={"steps": steps})

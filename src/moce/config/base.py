@@ -107,9 +107,11 @@ class Settings(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
     # What a command writes to its output folder, beside the files of every run (runs/folder.py), so
-    # that --overwrite deletes nothing else. proofs: names that nobody but moce writes.
+    # that --overwrite deletes nothing else. proofs: names that nobody but moce writes; folders: with
+    # whatever is in them.
     proofs: ClassVar[frozenset[str]] = frozenset()
     files: ClassVar[frozenset[str]] = frozenset()
+    folders: ClassVar[frozenset[str]] = frozenset()
 
 
 class RuntimeSettings(Settings):
@@ -159,7 +161,7 @@ class TrainingSettings(RunSettings, CacheSettings):
         False, "resume from the last checkpoint in the output folder", may_change=True
     )
     epochs: Positive = setting(400, "passes over the images (fractions allowed)")
-    steps: Count | None = setting(None, "optimizer steps (default: from epochs)")
+    steps: Count | None = setting(None, "optimizer steps (default: from epochs)", replaces="epochs")
     batch_size: Count = setting(
         256, "images per optimizer step, over all processes and micro-batches"
     )

@@ -169,6 +169,8 @@ def clusters_of(choice: Choice) -> str:
     """The clusters with the most images, as 3 (120 images), 7 (80 images), ..."""
     counts = [(count, cluster) for cluster, count in enumerate(choice.cluster_histogram) if count]
     most = sorted(counts, key=lambda item: (-item[0], item[1]))
-    clusters = ", ".join(f"{cluster} ({count} images)" for count, cluster in most[:MAX_CLUSTERS])
+    clusters = ", ".join(
+        f"{cluster} ({counted(count, 'image')})" for count, cluster in most[:MAX_CLUSTERS]
+    )
     more = len(most) - MAX_CLUSTERS
     return clusters + (f" and {more} more" if more > 0 else "")

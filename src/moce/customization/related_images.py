@@ -10,10 +10,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.data.dataset import ImageDataset
-from moce.data.readers.factory import open_source
+from moce.data.divide import learning_rows
+from moce.data.load import chosen_samples
 from moce.data.readers.sample import Sample
 from moce.data.rng import Stream, keyed_generator
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.inference.assign import assign, clustered_images
 from moce.models.cluster_model import ClusterModel
 from moce.runs.assignments import ASSIGNMENTS
@@ -58,11 +59,11 @@ class RelatedImages:
 
     def _readable(self) -> list[Sample]:
         """The images of the pool whose cluster is known; those that are new to it are assigned."""
-        pool = open_source(self.pool)
+        pool = chosen_samples(self.pool, learning_rows)
         tried = {*self.cluster_of, *(name for name, _ in self.skipped)}
         unseen = [sample for sample in pool if sample.id not in tried]
         if unseen:
-            log(f"{len(unseen)} images of the pool are new to the clustering; assigning them")
+            log(f"{counted(len(unseen), 'image')} of the pool not in the clustering yet: assigning")
             found, skipped = self._assign(unseen)
             self.cluster_of |= found
             self.skipped += skipped

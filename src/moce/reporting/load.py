@@ -25,7 +25,10 @@ TITLES = {
     "moce": "MoCE",
     "adapted": "Adapted backbone",
     "classifier": "Fine-tuned",
+    "detector": "Detector",
+    "segmenter": "Segmenter",
     "evaluation": "Evaluation",
+    "probe": "Probe",
     "unfinished": "Unfinished",
 }
 
@@ -119,7 +122,8 @@ def _read_run(path: Path) -> Run:
                 info = {"kind": "adapted", **content}
             elif "groups" in content:
                 info = {"kind": "headroom", **content}
-        info = info or {"kind": "evaluation" if rows else "unfinished"}
+        of_rows = "evaluation" if "suite" in config or not config else "probe"
+        info = info or {"kind": of_rows if rows else "unfinished"}
         _check_info(info)
     kind = str(info["kind"])
     if kind == "mae" and config.get("method") == "mae":
@@ -135,7 +139,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError("it has no complete row")
         for row in rows:
             [str(row[name]) for name in ("metric", "labels")]
-            [float(value) for value in row["values"]]
+            [float(value) for value in (*row["values"], *(row.get("figures") or {}).values())]
             choice = row.get("choice") or {}
             if "votes" in choice:
                 sum(choice["votes"].values()) + sum(choice["cluster_histogram"])

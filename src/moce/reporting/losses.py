@@ -8,9 +8,10 @@ from markupsafe import Markup
 
 from moce.reporting.elements import Section, html
 from moce.reporting.load import Material, Run
-from moce.reporting.style import METHODS, drawing
+from moce.reporting.style import METHODS, another, drawing
 
-UNTRAINED = ("clusters", "headroom", "evaluation")
+LABELED = ("classifier", "detector", "segmenter")
+UNTRAINED = ("clusters", "headroom", "evaluation", "probe")
 DASHES = ("-", "--", ":", "-.")  # for runs of the same method
 
 
@@ -21,16 +22,19 @@ def losses_section(material: Material) -> Section | None:
         return None
     blocks = []
     logged = [run for run in trained if run.metrics]
-    unlabeled = [run for run in logged if run.kind != "classifier"]
+    unlabeled = [run for run in logged if run.kind not in LABELED]
     if unlabeled:
         caption = (
             "Reconstruction error of the removed patches. MoCE's is shown without the losses of its "
             "gates, to compare with MAE+."
         )
         blocks.append(html.chart(_figure(unlabeled, "loss"), caption))
-    labeled = [run for run in logged if run.kind == "classifier"]
+    labeled = [run for run in logged if run.kind in ("classifier", "segmenter")]
     if labeled:
         blocks.append(html.chart(_figure(labeled, "cross-entropy"), title="Fine-tuning"))
+    detectors = [run for run in logged if run.kind == "detector"]
+    if detectors:
+        blocks.append(html.chart(_figure(detectors, "sum of losses"), title="Detection"))
     silent = ", ".join(run.name for run in trained if not run.metrics)
     if silent:
         blocks.append(html.note(f"Nothing was logged by: {silent}."))
@@ -61,9 +65,10 @@ def _figure(runs: list[Run], unit: str) -> Markup:
 
 def _lines(axes: Any, runs: list[Run]) -> None:
     for number, run in enumerate(runs):
-        before = [other for other in runs[:number] if other.kind == run.kind]
-        color = METHODS.get(run.kind, METHODS["unfinished"]).color
-        dashes = DASHES[len(before) % len(DASHES)]
-        axes.plot(*curve(run), dashes, color=color, marker=".", label=run.label)
+        before = sum(other.kind == run.kind for other in runs[:number])
+        look = METHODS.get(run.kind, METHODS["unfinished"])
+        color, marker = (look.color, ".") if before == 0 else another(before - 1)
+        dashes = DASHES[before % len(DASHES)]
+        axes.plot(*curve(run), dashes, color=color, marker=marker, label=run.label)
     axes.set_xlabel("epochs")
     axes.legend()

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from moce.data.decode import open_encoded
-from moce.data.readers.sample import SPLITS, Sample, as_text
+from moce.data.readers.sample import Sample, as_text
+from moce.data.readers.splits import PLAIN_SPLITS
 from moce.dense.readers.objects import Annotation, Picture, assemble
 from moce.dense.readers.pairs import IMAGE_FOLDERS, image_samples, key_of, split_of
 from moce.dense.types import DenseSource
@@ -35,7 +36,7 @@ def listed_in_sets(root: Path, kind: str) -> dict[str, str]:
     """The split of every image that ImageSets/KIND/{train,val,test}.txt lists; {} without such files."""
     splits: dict[str, str] = {}
     for file in sorted((root / "ImageSets" / kind).glob("*.txt")):
-        if file.stem not in SPLITS:
+        if file.stem not in PLAIN_SPLITS:
             continue
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -43,7 +44,7 @@ def listed_in_sets(root: Path, kind: str) -> dict[str, str]:
             raise MoceError(f"cannot read {file}: {error}") from None
         for line in filter(None, map(str.strip, lines)):
             name = line.split()[0]
-            if splits.setdefault(name, SPLITS[file.stem]) != SPLITS[file.stem]:
+            if splits.setdefault(name, PLAIN_SPLITS[file.stem]) != PLAIN_SPLITS[file.stem]:
                 raise MoceError(f"{name} is in two lists of {file.parent}")
     return splits
 
@@ -74,7 +75,9 @@ def read_voc(root: Path, annotations: Path | None, max_skipped: float) -> DenseS
 
 def _pictures(root: Path, base: Path, files: list[Path]) -> Iterator[Picture]:
     samples = image_samples(root)
-    by_key = {key_of(sample.id, KINDS): sample for sample in samples}
+    by_key: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_key.setdefault(key_of(sample.id, KINDS), []).append(sample)
     by_name = {PurePosixPath(sample.id).name: sample for sample in samples}
     splits = listed_in_sets(root, "Main")
     unlisted = 0
@@ -85,7 +88,7 @@ def _pictures(root: Path, base: Path, files: list[Path]) -> Iterator[Picture]:
             unlisted += 1
             continue
         split = splits.pop(key, None) or next(filter(None, map(split_of, name.split("/"))), None)
-        yield _picture(path, name, split, by_key.get(key), by_name)
+        yield _picture(path, name, split, by_key.get(key, []), by_name)
     if unlisted:
         log(f"{root}: {unlisted} images are in none of the lists of ImageSets/Main")
     for key in splits:
@@ -94,14 +97,19 @@ def _pictures(root: Path, base: Path, files: list[Path]) -> Iterator[Picture]:
 
 
 def _picture(
-    path: Path, name: str, split: str | None, sample: Sample | None, by_name: dict[str, Sample]
+    path: Path,
+    name: str,
+    split: str | None,
+    beside: list[Sample],
+    by_name: dict[str, Sample],
 ) -> Picture:
     try:
         tree = ElementTree.parse(path).getroot()
     except (OSError, ElementTree.ParseError, ValueError) as error:
         return Picture(name, partial(open_encoded, path), fault=f"malformed XML: {error}")
     stated = PurePosixPath((tree.findtext("filename") or "").strip().replace("\\", "/")).name
-    sample = sample or by_name.get(stated)
+    named = [sample for sample in beside if PurePosixPath(sample.id).name == stated]
+    sample = next(iter([*named, *beside]), None) or by_name.get(stated)
     if sample is None:
         return Picture(
             name, partial(open_encoded, path), fault="missing file: no image of this XML"
