@@ -58,12 +58,12 @@ def _figure(runs: list[Run], unit: str) -> Markup:
     with drawing(3.5, f"Losses over epochs. {'; '.join(ends)}.") as canvas:
         grid = canvas.figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, shown in zip(grid, panels, strict=True):
-            _lines(axes, shown)
+            draw_losses(axes, shown)
         grid[0].set_ylabel(unit)
     return canvas.picture
 
 
-def _lines(axes: Any, runs: list[Run]) -> None:
+def draw_losses(axes: Any, runs: list[Run]) -> None:
     for number, run in enumerate(runs):
         before = sum(other.kind == run.kind for other in runs[:number])
         look = METHODS.get(run.kind, METHODS["unfinished"])

@@ -31,7 +31,7 @@ def _run_row(run: Run) -> list[str | Markup]:
     return [
         html.name(run.name, str(run.path)),
         TITLES.get(run.kind, run.kind),
-        str(run.config.get("data", run.config.get("suite", ""))),
+        str(next(filter(None, map(run.config.get, ("images", "data", "suite"))), "")),
         f"{run.info['images']:,}" if "images" in run.info else "",
         ", ".join(f"{NAMES.get(name, name)} {_number(value)}" for name, value in metrics.items()),
         run.info.get("git_revision") or "",
