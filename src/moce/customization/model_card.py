@@ -13,6 +13,7 @@ from moce.config.base import Format
 from moce.customization.adaptation import ADAPTATION, Adaptation
 from moce.customization.selection import FOREIGN, Choice, route_name
 from moce.errors import counted
+from moce.models.encoder import EncoderSpec, input_shape
 from moce.runs.files import write_json, write_text
 from moce.runs.model import STATE
 from moce.weights.export import Model, write_model_folder
@@ -132,17 +133,33 @@ def _score_fact(row: dict[str, Any]) -> str:
 def write_with_card(folder: Path, kind: Format, model: Model, title: str, facts: list[str]) -> str:
     """Write a model and a card with these facts; returns the Python that loads it."""
     snippet = write_model_folder(folder, kind, model)
-    height, width = model.vit.patch_embed.img_size
+    task = "image-feature-extraction" if model.classes is None else "image-classification"
+    facts = [*facts, _output_fact(kind, model)]
+    return write_card(folder, kind, snippet, input_shape(model.vit), model.spec, title, facts, task)
+
+
+def write_card(
+    folder: Path,
+    kind: Format,
+    snippet: str,
+    shape: tuple[int, int, int],
+    spec: EncoderSpec,
+    title: str,
+    facts: list[str],
+    task: str = "image-feature-extraction",
+) -> str:
+    """Write the card of a model, which `snippet` loads from THIS_FOLDER; returns that Python.
+
+    shape: (channels, height, width) of its images; task: by its name on the Hugging Face hub.
+    """
+    channels, height, width = shape
     preprocessing = (
-        f"images: {model.vit.in_chans} channels of {height}x{width} pixels from 0 to 1 (the middle, "
-        f"resized by the shorter side), less {list(model.spec.mean)}, over {list(model.spec.std)}"
+        f"images: {channels} channels of {height}x{width} pixels from 0 to 1 (the middle, resized by "
+        f"the shorter side), less {list(spec.mean)}, over {list(spec.std)}"
     )
-    items = "\n".join(
-        f"- {fact}"
-        for fact in (*facts, f"format: {kind}", preprocessing, _output_fact(kind, model))
-    )
+    items = "\n".join(f"- {fact}" for fact in (*facts, f"format: {kind}", preprocessing))
     text = f"# {title}\n\n{items}\n\n```python\n{snippet}\n```\n"
-    write_text(folder / "README.md", f"{_card(kind, text, model)}")
+    write_text(folder / "README.md", f"{_card(kind, text, task)}")
     return snippet.replace("THIS_FOLDER", str(folder))
 
 
@@ -158,9 +175,8 @@ def _output_fact(kind: Format, model: Model) -> str:
     return f"feature: the mean of the patch tokens after the last norm{where}"
 
 
-def _card(kind: Format, text: str, model: Model) -> ModelCard:
+def _card(kind: Format, text: str, task: str) -> ModelCard:
     """A model card with metadata for the Hugging Face hub, and no license: moce knows of none."""
-    task = "image-feature-extraction" if model.classes is None else "image-classification"
     data = ModelCardData(library_name=LIBRARY[kind], pipeline_tag=task, tags=TAGS)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
