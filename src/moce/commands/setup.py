@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -39,6 +39,18 @@ from moce.training.loggers import check_loggers
 
 R = TypeVar("R", bound=RunSettings)
 C = TypeVar("C", bound=ChosenSettings)
+
+
+class Described(Protocol):
+    """What is recorded of a set of images."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> Sequence[Any]: ...
+    @property
+    def skipped(self) -> list[tuple[str, str]]: ...
+
 
 FEW_STEPS = 500  # below which the published recipes for labeled tasks stop half trained
 
@@ -136,7 +148,7 @@ def open_output(settings: Any) -> Path:
     return open_folder(settings.out, partial(check_output, settings), keep=keep)
 
 
-def start_run(settings: RunSettings, *sets: ImageDataset) -> None:
+def start_run(settings: RunSettings, *sets: Described) -> None:
     """Open the folder of a run that can be resumed, and record its settings and inputs.
 
     Raises MoceError, before anything is written, if a resumed run was started with other inputs.
