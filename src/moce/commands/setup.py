@@ -16,7 +16,8 @@ from moce.config.base import DataSettings
 from moce.config.facts import facts_of
 from moce.config.usage import check_used, explicitly_set, flag
 from moce.data.dataset import ImageDataset
-from moce.data.load import load_images, temporary_file
+from moce.data.divide import learning_rows
+from moce.data.load import Choose, load_images, temporary_file
 from moce.data.readers.factory import paths_of
 from moce.data.readers.sample import Sample
 from moce.errors import MoceError
@@ -187,15 +188,22 @@ def check_file(
 
 
 def read_images(
-    settings: DataSettings, data: str | Sequence[Sample], vit: VisionTransformer
+    settings: DataSettings,
+    data: str | Sequence[Sample],
+    vit: VisionTransformer,
+    choose: Choose | None = learning_rows,
 ) -> ImageDataset:
-    """The images of a DATA argument, or these, in the size and channels of an encoder."""
+    """The images of a DATA argument, or these, in the size and channels of an encoder.
+
+    choose: which of those of a DATA argument; by default those that a model may learn from.
+    """
     return load_images(
         data,
         input_size(vit),
         pixel_file(settings),
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
+        choose=choose if isinstance(data, str) else None,
     )
 
 
