@@ -1,4 +1,4 @@
-"""moce demo: pretrain, cluster, train, evaluate and report on the embedded images."""
+"""moce demo: pretrain, cluster, train, evaluate and report on the embedded images; or segment some."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from moce.commands import cluster, evaluate, pretrain, report, train
+from moce.commands.demo_dense import SEGMENTER, dense_steps
 from moce.commands.setup import open_output, prepare
 from moce.config import (
     ClusterSettings,
@@ -65,17 +66,18 @@ FINETUNE: dict[str, Any] = {
 
 @dataclass
 class DemoResult:
-    """run: the folder; rows: as in evaluation/rows.jsonl; seconds: by step; report: the page."""
+    """run: the folder; rows: as in rows.jsonl; seconds: by step; report: the page; rows_file: its rows."""
 
     run: Path
     rows: list[dict[str, Any]]
     seconds: dict[str, float]
     report: Path
+    rows_file: Path
 
     def summary(self) -> str:
         return (
             f"{results_table(self.rows)}\n\n{sum(self.seconds.values()):.0f} s in total. "
-            f"Rows: {self.run / 'evaluation' / ROWS}; pictures: {self.report}"
+            f"Rows: {self.rows_file}; pictures: {self.report}"
         )
 
 
@@ -83,7 +85,7 @@ def run(settings: DemoSettings) -> DemoResult:
     tasks = _tasks(settings.tasks)
     if settings.reuse:
         if (seconds := _seconds_if_done(settings)) is not None:
-            return _result(settings.out, seconds)
+            return _result(settings, seconds)
         settings = settings.model_copy(update={"overwrite": True})
     device, precision = prepare(settings)
     open_output(settings)
@@ -93,7 +95,11 @@ def run(settings: DemoSettings) -> DemoResult:
         "seed": settings.seed,
         "threads": settings.threads,
     }
-    steps = _training(settings, runtime) | _evaluation(settings, tasks, runtime)
+    if settings.dense:
+        mae = _mae(settings, runtime)
+        steps = dense_steps(settings.out, mae, settings.finetune_epochs, runtime)
+    else:
+        steps = _training(settings, runtime) | _evaluation(settings, tasks, runtime)
     page = ReportSettings(runs=(settings.out,), out=settings.out / "report.html")
     steps["report"] = partial(report.run, page)
     seconds = {}
@@ -103,11 +109,13 @@ def run(settings: DemoSettings) -> DemoResult:
         step()
         seconds[name] = round(time.perf_counter() - start, 1)
     write_json(settings.out / DONE, {**_origin(settings), "seconds": seconds})
-    return _result(settings.out, seconds)
+    return _result(settings, seconds)
 
 
-def _result(out: Path, seconds: dict[str, float]) -> DemoResult:
-    return DemoResult(out, read_rows(out / "evaluation"), seconds, out / "report.html")
+def _result(settings: DemoSettings, seconds: dict[str, float]) -> DemoResult:
+    out = settings.out
+    folder = out / (SEGMENTER if settings.dense else "evaluation")
+    return DemoResult(out, read_rows(folder), seconds, out / "report.html", folder / ROWS)
 
 
 def _seconds_if_done(settings: DemoSettings) -> dict[str, float] | None:
@@ -134,12 +142,14 @@ def _tasks(wanted: tuple[str, ...]) -> list[str]:
     return list(wanted) or known
 
 
+def _mae(settings: DemoSettings, runtime: dict[str, Any]) -> PretrainSettings:
+    training = {"epochs": settings.pretrain_epochs, **MAE, **TRAINING, **runtime}
+    return PretrainSettings(data=IMAGES, out=settings.out / "mae", **training)
+
+
 def _training(settings: DemoSettings, runtime: dict[str, Any]) -> dict[str, Step]:
     """MAE, clusters, then MoCE and MAE+ with equal steps and data."""
-    out = settings.out
-    mae = PretrainSettings(
-        data=IMAGES, out=out / "mae", epochs=settings.pretrain_epochs, **MAE, **TRAINING, **runtime
-    )
+    out, mae = settings.out, _mae(settings, runtime)
     clusters = ClusterSettings(
         data=IMAGES,
         mae=out / "mae",

@@ -11,8 +11,8 @@ from typing import Any
 
 from moce.data.decode import open_encoded
 from moce.data.readers.sample import as_text
+from moce.data.readers.splits import split_of
 from moce.dense.readers.objects import Annotation, Picture, assemble
-from moce.dense.readers.pairs import split_of
 from moce.dense.types import DenseSource
 from moce.errors import MoceError
 from moce.runtime.progress import log

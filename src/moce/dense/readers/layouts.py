@@ -10,7 +10,8 @@ import numpy as np
 
 from moce.data.readers.folder import read_folder
 from moce.data.readers.sample import Sample
-from moce.dense.readers.pairs import image_samples, key_of, split_of
+from moce.data.readers.splits import split_of
+from moce.dense.readers.pairs import image_samples, key_of
 from moce.dense.readers.voc import listed_in_sets
 from moce.dense.readers.yolo import names_in, yolo_config
 from moce.dense.types import IGNORE
@@ -30,7 +31,6 @@ CITYSCAPES_CLASSES = [name.replace("_", " ") for name in CITYSCAPES_NAMES.split(
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 CITYSCAPES_MOST = 33
 ADE_INFO = "objectInfo150.txt"
-ADE_SPLITS = {"training": "train", "validation": "val"}
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,8 @@ def _ade20k(root: Path) -> Layout:
         raise MoceError(f"cannot read {root / ADE_INFO}: {error}") from None
     classes = _distinct(classes)
     table = table_of({0: IGNORE} | {value + 1: value for value in range(len(classes))})
-    pairs = [
-        Pair(p.id, p.image, p.mask, ADE_SPLITS.get(p.id.split("/")[1]) if p.id.count("/") else None)
-        for p in _matched(image_samples(root), _masks(root, "annotations"))
-    ]
-    return Layout(pairs, classes, table)
+    pairs = _matched(image_samples(root), _masks(root, "annotations"))
+    return Layout(list(pairs), classes, table)
 
 
 def _distinct(names: list[str]) -> list[str]:

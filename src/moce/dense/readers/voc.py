@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from moce.data.decode import open_encoded
 from moce.data.readers.sample import Sample, as_text
-from moce.data.readers.splits import PLAIN_SPLITS
+from moce.data.readers.splits import PLAIN_SPLITS, split_of
 from moce.dense.readers.objects import Annotation, Picture, assemble
-from moce.dense.readers.pairs import IMAGE_FOLDERS, image_samples, key_of, split_of
+from moce.dense.readers.pairs import IMAGE_FOLDERS, image_samples, key_of
 from moce.dense.types import DenseSource
 from moce.errors import MoceError
 from moce.runtime.progress import log
@@ -87,7 +87,9 @@ def _pictures(root: Path, base: Path, files: list[Path]) -> Iterator[Picture]:
         if splits and key not in splits:
             unlisted += 1
             continue
-        split = splits.pop(key, None) or next(filter(None, map(split_of, name.split("/"))), None)
+        split = splits.pop(key, None) or next(
+            filter(None, map(split_of, name.split("/")[:-1])), None
+        )
         yield _picture(path, name, split, by_key.get(key, []), by_name)
     if unlisted:
         log(f"{root}: {unlisted} images are in none of the lists of ImageSets/Main")

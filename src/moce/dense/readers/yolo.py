@@ -12,9 +12,9 @@ import yaml
 from moce.data.decode import open_encoded
 from moce.data.readers.folder import read_folder
 from moce.data.readers.sample import Sample, as_text
-from moce.data.readers.splits import PLAIN_SPLITS
+from moce.data.readers.splits import PLAIN_SPLITS, split_of
 from moce.dense.readers.objects import Annotation, Picture, assemble
-from moce.dense.readers.pairs import image_samples, key_of, split_of
+from moce.dense.readers.pairs import image_samples, key_of
 from moce.dense.types import DenseSource
 from moce.errors import MoceError
 from moce.runtime.progress import log
