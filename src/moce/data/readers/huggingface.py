@@ -11,6 +11,7 @@ from moce.data.readers.labels import IMAGES, LABELS, SPLITS, column_labels, pick
 from moce.data.readers.sample import Encoded, Label, Sample, error_line
 from moce.data.readers.splits import column_splits
 from moce.errors import MoceError
+from moce.runtime.hub import NOT_HERE, cache_if_unreachable
 
 HUB_PREFIX = "hf:"
 MARKERS = ("dataset_dict.json", "state.json")
@@ -32,7 +33,13 @@ def read_hub(name: str) -> list[Sample]:
     datasets = _library()
     name, _, split = name.partition(":")
     load = partial(datasets.load_dataset, name, split=split or None)
-    return _load(load, f"{HUB_PREFIX}{name}")
+    with cache_if_unreachable() as online:
+        try:
+            return _load(load, f"{HUB_PREFIX}{name}")
+        except MoceError as error:
+            if online or Path(name).exists():
+                raise
+            raise MoceError(f"cannot read {HUB_PREFIX}{name}: {NOT_HERE}") from error
 
 
 def _library() -> Any:
