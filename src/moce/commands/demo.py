@@ -14,7 +14,7 @@ import yaml
 
 from moce.commands import cluster, evaluate, pretrain, report, train
 from moce.commands.demo_dense import SEGMENTER, dense_steps
-from moce.commands.setup import open_output, prepare
+from moce.commands.setup import open_output, prepare, refuse_unused
 from moce.config import (
     ClusterSettings,
     DemoSettings,
@@ -33,6 +33,14 @@ from moce.runtime.progress import log
 
 Step = Callable[[], object]
 IMAGES = "demo:pretrain"
+OF_MOCE = (
+    "tasks",
+    "train_epochs",
+    "num_clusters",
+    "num_experts",
+    "num_labels",
+    "draws",
+)  # settings
 DONE = "demo.json"  # written last: settings, versions, and the seconds of every step
 # A ViT small enough to learn something in two minutes on two cores. Mean and deviation are the same for
 # all channels, so that gray images, half of the pool, stay gray.
@@ -82,6 +90,8 @@ class DemoResult:
 
 
 def run(settings: DemoSettings) -> DemoResult:
+    if settings.dense:
+        refuse_unused(settings, OF_MOCE, "--dense trains no MoCE")
     tasks = _tasks(settings.tasks)
     if settings.reuse:
         if (seconds := _seconds_if_done(settings)) is not None:

@@ -21,7 +21,7 @@ SEGMENT: dict[str, Any] = {
     "image_size": SIDE,
     "jitter": (0.8, 1.25),
     "batch_size": 16,
-    "base_lr": 3.2e-2,
+    "base_lr": 6.4e-2,
     "layer_decay": 0.9,
     "drop_path": 0.0,
     "warmup": 0.1,
