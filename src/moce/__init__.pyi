@@ -457,6 +457,7 @@ def finetune(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -530,6 +531,9 @@ def finetune(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
@@ -593,6 +597,7 @@ def headroom(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -652,6 +657,9 @@ def headroom(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
@@ -764,6 +772,7 @@ def pretrain(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -822,6 +831,9 @@ def pretrain(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
@@ -868,6 +880,7 @@ def probe(
     warmup: float = 0.1111,
     crop_scale: float = 0.08,
     hflip: bool = True,
+    workers: int | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
 ) -> ProbeResult:
@@ -906,6 +919,9 @@ def probe(
         crop_scale (float, default 0.08): smallest random crop, as a share of the image's area
             (solver sgd)
         hflip (bool, default True): flip half of the images horizontally (solver sgd)
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process) (solver sgd)
         out (str | Path | None, default None): folder to write results.json to
         overwrite (bool, default False): replace the contents of the output folder
     """
@@ -1021,6 +1037,7 @@ def train(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -1096,6 +1113,9 @@ def train(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
