@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,13 @@ def test_malformed_json_is_refused(folder: Path, message: str) -> None:
     content = REFUSED[message](json.loads(path.read_text()))
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(MoceError, match=message):
+        read_dense(str(folder), None)
+
+
+def test_without_the_library_nothing_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metric would be missed only after training."""
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(MoceError, match=r"pip install 'moce\[dense\]'"):
         read_dense(str(folder), None)
 
 

@@ -342,6 +342,23 @@ def test_a_hugging_face_set_with_objects(tmp_path: Path, form: str) -> None:
         assert [sample.split for sample in source.samples] == ["train", "val"]
 
 
+def test_a_folder_of_parquet_files_with_objects(tmp_path: Path) -> None:
+    """As a data set is downloaded: the files' names state the splits."""
+    rows = zip(images(tmp_path / "x"), object_columns("numbers"), ("train", "test"), strict=True)
+    for content, objects, split in rows:
+        cells = {"image": [{"bytes": content, "path": None}], "objects": [objects]}
+        table = datasets.Dataset.from_dict(cells, features=hf_features())
+        table.to_parquet(tmp_path / f"set/data/{split}-00000-of-00001.parquet")
+    source = read_dense(str(tmp_path / "set"), None)
+    order = [sample.split for sample in source.samples]
+    assert sorted(order) == ["test", "train"]
+    first = source.samples[order.index("train")].target()
+    np.testing.assert_allclose(first.boxes, [box for _, box in OBJECTS["a"]], atol=1e-4)
+    table.to_parquet(tmp_path / "set/data/more/val.parquet")  # deeper: not of these files
+    with pytest.raises(MoceError, match="holds 3 images, but 2 rows of objects"):
+        read_dense(str(tmp_path / "set"), None)
+
+
 def test_a_hugging_face_set_with_masks(tmp_path: Path) -> None:
     kind = datasets.Image()
     masks = [Image.fromarray(class_values(n, (0, 3)).astype(np.uint8)) for n in (1, 2)]
