@@ -66,8 +66,8 @@ def cluster(
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         mae (str | Path): run of moce pretrain, or weights of another library: a file, a folder, a
             timm name
         out (str | Path): folder to write the run to
@@ -299,8 +299,8 @@ def embed(
         backbone (str | Path): backbone: a customized folder, a run of moce pretrain or finetune,
             weights of another library (a file or a folder) or a timm name
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         out (str | Path): file to write, FILE.parquet
         seed (int, default 0): seed of all random numbers
         device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
@@ -607,8 +607,8 @@ def headroom(
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         mae (str | Path): run of moce pretrain, or weights of another library: a file, a folder, a
             timm name
         out (str | Path): folder to write the run to
@@ -685,8 +685,8 @@ def pack(
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         out (str | Path | None, default None): folder to write; with --size, a file such as
             icons.moce
         shorter_side (int | None, default None): encode larger images again, as JPEGs of this
@@ -726,8 +726,8 @@ def predict(
     Args:
         model (str | Path): folder that moce finetune wrote
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         out (str | Path): folder to write the predictions to
         seed (int, default 0): seed of all random numbers
         device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
@@ -792,8 +792,8 @@ def pretrain(
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         out (str | Path): folder to write the run to
         allow_missing (Sequence[str], default ()): glob patterns of weights that may be missing,
             e.g. norm.*; they are initialized
@@ -975,8 +975,8 @@ def run(
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         out (str | Path): folder to write the run to
         seed (int, default 0): seed of all random numbers
         device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
@@ -1064,8 +1064,8 @@ def train(
 
     Args:
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         mae (str | Path): run of moce pretrain, or weights of another library: a file, a folder, a
             timm name
         out (str | Path): folder to write the run to
