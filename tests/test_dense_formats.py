@@ -253,6 +253,25 @@ def test_bad_objects_of_voc(tmp_path: Path, entry: str, reason: str) -> None:
     assert where == "JPEGImages/b.jpg, object 2" and why.startswith(reason)
 
 
+@pytest.mark.parametrize("write", [write_yolo, write_voc])
+def test_hidden_files_of_other_systems_are_left_out(tmp_path: Path, write) -> None:
+    root = write(tmp_path)
+    for path in list(root.rglob("*.*")):
+        if path.is_file():
+            path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7")
+    (root / "__MACOSX").mkdir()
+    source = read_dense(str(root), None)
+    assert source.skipped == [] and len(source.samples) == 2
+
+
+def test_text_with_a_byte_order_mark(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path, None)
+    (root / "classes.txt").write_text("\ufeffcat\ndog\n")
+    label = root / "labels/train/a.txt"
+    label.write_text("\ufeff" + label.read_text().replace("\n", "\r\n"))
+    check(read_dense(str(root), None), ["images/train/a.jpg", "images/val/b.jpg"])
+
+
 # --- tables -------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from moce.data.decode import open_encoded
 from moce.data.readers.sample import as_text
 from moce.data.readers.splits import split_of
 from moce.dense.readers.objects import Annotation, Picture, assemble
+from moce.dense.readers.pairs import visible
 from moce.dense.types import DenseSource
 from moce.errors import MoceError
 from moce.runtime.progress import log
@@ -33,9 +34,10 @@ class Part:
 def coco_parts(root: Path, annotations: Path | None = None) -> list[Part]:
     """The annotation files of a folder, or those that `annotations`, a file or folder, names."""
     if annotations is not None:
-        files = sorted(annotations.glob("*.json")) if annotations.is_dir() else [annotations]
+        folder = annotations.is_dir()
+        files = visible(annotations.glob("*.json"), annotations) if folder else [annotations]
         return [_part(root, file) for file in files]
-    beside = sorted(root.glob(f"*/{BESIDE}")) + sorted(root.glob(BESIDE))
+    beside = visible([*root.glob(f"*/{BESIDE}"), *root.glob(BESIDE)], root)
     if beside:
         return [Part(file, file.parent, split_of(file.parent.name)) for file in beside]
     folder = root / "annotations"

@@ -21,6 +21,7 @@ from moce.data.readers.sample import Sample
 from moce.dense.readers.layouts import Layout, Pair, table_of
 from moce.dense.readers.masks import masked_source
 from moce.dense.readers.objects import ROUNDING, Annotation, Picture, assemble, size_or_fault
+from moce.dense.readers.pairs import visible
 from moce.dense.types import IGNORE, DenseSource, DenseTask
 from moce.errors import MoceError
 from moce.runtime.progress import log
@@ -87,7 +88,7 @@ def read_columns(
 def _parquet_files(path: Path) -> list[Path]:
     """A parquet file, or those of a folder (data/train-00000-of-00002.parquet), as `read_folder` sorts them."""
     if path.is_dir():
-        return sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")])
+        return visible([*path.glob("*.parquet"), *path.glob("*/*.parquet")], path)
     return [path] if path.suffix.lower() == ".parquet" and path.is_file() else []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -11,13 +12,14 @@ import numpy as np
 from moce.data.readers.folder import read_folder
 from moce.data.readers.sample import Sample
 from moce.data.readers.splits import split_of
-from moce.dense.readers.pairs import image_samples, key_of
+from moce.dense.readers.pairs import image_samples, key_of, visible
 from moce.dense.readers.voc import listed_in_sets
 from moce.dense.readers.yolo import names_in, yolo_config
 from moce.dense.types import IGNORE
 from moce.errors import MoceError
 
 UNKNOWN = -1  # in a table of values: no class has this value
+LOOKED_AT = 100  # files, to tell whether a folder holds masks
 VALUES = 256  # of a mask of 8 bits
 MASK_FOLDERS = ("masks", "annotations", "labels", "SegmentationClass", "gtFine")
 
@@ -76,7 +78,7 @@ def table_of(values: dict[int, int]) -> np.ndarray:
 def _ade20k(root: Path) -> Layout:
     """ADEChallengeData2016: value 0 is any other object, which does not count; 1 to 150 are classes."""
     try:
-        lines = (root / ADE_INFO).read_text(encoding="utf-8").splitlines()
+        lines = (root / ADE_INFO).read_text(encoding="utf-8-sig").splitlines()
         classes = [line.split("\t")[-1].strip() for line in lines[1:] if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise MoceError(f"cannot read {root / ADE_INFO}: {error}") from None
@@ -147,7 +149,7 @@ def _mask_folder(root: Path) -> str | None:
 
 
 def _has_png(folder: Path) -> bool:
-    return next(folder.rglob("*.[pP][nN][gG]"), None) is not None
+    return bool(visible(islice(folder.rglob("*.[pP][nN][gG]"), LOOKED_AT), folder))
 
 
 def class_names(root: Path) -> list[str] | None:

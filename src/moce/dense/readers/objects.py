@@ -24,7 +24,7 @@ from moce.runtime.progress import log, meter
 from moce.runtime.system import worker_threads
 
 Size = tuple[int, int]
-ROUNDING = 1.0  # pixels that a box may reach beyond the image without being counted as clipped
+ROUNDING = 1.0  # pixels that a box may reach beyond the image without being cut
 FEWEST_NUMBERS = 6  # of a polygon: three corners
 AHEAD = 64
 BAR_AFTER = 2.0  # seconds
@@ -216,7 +216,8 @@ def _pack(picture: Picture, size: Size, source: DenseSource, bad: list[tuple[str
         inside = box.clip(0, [size[1], size[0]] * 2)
         if np.abs(inside - box).max() > ROUNDING:
             source.clipped.append(name)
-        boxes.append(inside)
+            box = inside
+        boxes.append(box)
         classes.append(label)
         crowd.append(annotation.crowd)
         areas.append(area)

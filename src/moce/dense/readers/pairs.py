@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from moce.data.readers.folder import read_folder
+from moce.data.readers.left_out import hidden_part
 from moce.data.readers.sample import Sample
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "leftImg8bit")
@@ -35,3 +36,8 @@ def key_of(name: str, kinds: Iterable[str], ending: str = "") -> str:
     if place is not None:
         del folders[place]
     return "/".join([*folders, path.stem.removesuffix(ending)])
+
+
+def visible(paths: Iterable[Path], root: Path) -> list[Path]:
+    """Files below `root`, sorted, without hidden and system entries, as `read_folder` leaves them out."""
+    return sorted(p for p in paths if hidden_part(p.relative_to(root).as_posix()) is None)

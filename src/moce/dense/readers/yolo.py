@@ -14,7 +14,7 @@ from moce.data.readers.folder import read_folder
 from moce.data.readers.sample import Sample, as_text
 from moce.data.readers.splits import PLAIN_SPLITS, split_of
 from moce.dense.readers.objects import Annotation, Picture, assemble
-from moce.dense.readers.pairs import image_samples, key_of
+from moce.dense.readers.pairs import image_samples, key_of, visible
 from moce.dense.types import DenseSource
 from moce.errors import MoceError
 from moce.runtime.progress import log
@@ -39,11 +39,11 @@ def is_yolo(root: Path, annotations: Path | None = None) -> bool:
 
 
 def _label_files(root: Path, annotations: Path | None) -> Iterator[Path]:
-    if annotations is not None:
-        yield from annotations.rglob("*.txt")
-        return
-    for folder in [root / LABELS, *root.glob(f"*/{LABELS}")]:
-        yield from (path for path in folder.rglob("*.txt") if path.name != CLASSES)
+    folders = [root / LABELS, *root.glob(f"*/{LABELS}")] if annotations is None else [annotations]
+    for folder in folders:
+        for path in visible(folder.rglob("*.txt"), folder):
+            if path.name != CLASSES:
+                yield path
 
 
 def read_yolo(root: Path, annotations: Path | None, max_skipped: float) -> DenseSource:
@@ -85,7 +85,7 @@ def names_in(file: Path) -> list[str]:
 
 def _config(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         content = {"names": text.split("\n")} if file.name == CLASSES else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MoceError(f"cannot read {file}: {str(error).splitlines()[0]}") from None
@@ -138,7 +138,7 @@ def _placed(root: Path, base: Path, place: str, by_id: dict[str, Sample]) -> Ite
         yield from (s for name, s in by_id.items() if not start or name.startswith(f"{start}/"))
         return
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
         raise MoceError(f"no images of data.yaml: {path} is neither a folder nor a list") from None
     for line in filter(None, map(str.strip, lines)):
@@ -159,7 +159,7 @@ def _inside(path: Path, root: Path) -> str:
 
 def _objects(path: Path) -> list[Annotation]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         return [Annotation(fault=f"malformed labels: {type(error).__name__} in {path.name}")]
     return [_object(line) for line in lines if line.strip()]
