@@ -7,7 +7,6 @@ import pytest
 
 import moce
 from moce.commands.demo import ENCODER
-from moce.errors import MoceError
 from moce.evaluation.results import read_rows
 from moce.reporting.results_table import results_table
 from moce.runs.model import read_info
@@ -86,27 +85,3 @@ def test_a_second_run_shows_what_is_there(demo: Path) -> None:
     result = moce.demo(out=demo, reuse=True, **SETTINGS)
     assert result.rows == read_rows(demo / "evaluation")
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before
-
-
-@pytest.mark.slow
-def test_the_dense_one_segments_and_draws(tmp_path: Path) -> None:
-    demo = moce.demo(out=tmp_path / "run", dense=True, pretrain_epochs=0.1, finetune_epochs=0.1)
-    names = {path.name for path in demo.run.iterdir()}
-    folders = {"mae", "demo_scenes", "segmenter", "predictions"}
-    assert names == folders | {"report.html", "demo.json"}
-    assert list(demo.seconds) == ["mae", "images", "segmenter", "predictions", "report"]
-    (row,) = demo.rows
-    assert row["metric"] == "miou" and {"iou/digit", "iou/clothes"} <= row["figures"].keys()
-    assert len(list((demo.run / "predictions" / "predicted_masks").iterdir())) == 100
-    assert "segmenter/rows.jsonl" in demo.summary()
-    again = moce.demo(
-        out=demo.run, dense=True, pretrain_epochs=0.1, finetune_epochs=0.1, reuse=True
-    )
-    assert again.rows == demo.rows
-    moce.demo(out=demo.run, dense=True, pretrain_epochs=0.1, finetune_epochs=0.1, overwrite=True)
-
-
-def test_the_dense_one_refuses_settings_of_the_other(tmp_path: Path) -> None:
-    with pytest.raises(MoceError, match="--dense trains no MoCE: leave out --draws"):
-        moce.demo(out=tmp_path / "run", dense=True, draws=2)
-    assert not (tmp_path / "run").exists()

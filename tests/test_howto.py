@@ -38,7 +38,6 @@ from moce.weights.formats import mae as facebook
 
 PAGES = Path(__file__).parents[1] / "docs" / "howto"
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SLOW = ("load-elsewhere", "detection")
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 QUICK = {**RUNTIME, "batch_size": 64, "steps": 1}
 FEWER = {"--num-clusters": "8", "--size": "48"}
@@ -58,7 +57,8 @@ def official_weights(folder: Path, runs: Runs) -> None:
 
 def load_elsewhere(folder: Path, runs: Runs) -> None:
     """`runs/mae`, `runs/moce` and the images of a task, `task/`."""
-    both_runs(folder, runs)
+    shutil.copytree(runs.mae, folder / "runs" / "mae")
+    shutil.copytree(runs.moce, folder / "runs" / "moce")
     shutil.copytree(runs.task, folder / "task")
 
 
@@ -93,12 +93,6 @@ def photos(folder: Path, runs: Runs) -> None:
     shutil.copytree(runs.data, folder / "photos")
 
 
-def both_runs(folder: Path, runs: Runs) -> None:
-    """`runs/mae` and `runs/moce`."""
-    shutil.copytree(runs.mae, folder / "runs" / "mae")
-    shutil.copytree(runs.moce, folder / "runs" / "moce")
-
-
 PREPARE: dict[str, Callable[[Path, Runs], None]] = {
     "official-weights": official_weights,
     "load-elsewhere": load_elsewhere,
@@ -108,8 +102,6 @@ PREPARE: dict[str, Callable[[Path, Runs], None]] = {
     "fast-images": photos,
     "several-processes": photos,
     "long-jobs": long_jobs,
-    "detection": both_runs,
-    "segmentation": both_runs,
 }
 
 
@@ -135,16 +127,16 @@ def model_args(words: list[str]) -> dict[str, object]:
     return yaml.safe_load(given[-1]) if given else {}
 
 
-def slow_if_large(page: str) -> Any:
-    """Exports to ONNX, and detectors, take longer than all other pages."""
-    return pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
+def slow_if_it_exports(page: str) -> Any:
+    """Exports to ONNX take longer than all other pages."""
+    return pytest.param(page, marks=[pytest.mark.slow] if page == "load-elsewhere" else [])
 
 
 def test_every_page_is_run() -> None:
     assert {path.stem for path in PAGES.glob("*.md")} == PREPARE.keys()
 
 
-@pytest.mark.parametrize("page", [slow_if_large(page) for page in PREPARE])
+@pytest.mark.parametrize("page", [slow_if_it_exports(page) for page in PREPARE])
 def test_page(page: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     PREPARE[page](tmp_path, runs)
     monkeypatch.chdir(tmp_path)

@@ -238,7 +238,6 @@ def demo(
     out: str | Path = "runs/demo",
     overwrite: bool = False,
     reuse: bool = False,
-    dense: bool = False,
     tasks: Sequence[str] = (),
     pretrain_epochs: float = 18,
     train_epochs: float = 8,
@@ -260,8 +259,6 @@ def demo(
         overwrite (bool, default False): replace the contents of the output folder
         reuse (bool, default False): show the existing results if settings and version are the same,
             else run again
-        dense (bool, default False): segment instead: fine-tune the MAE to find digits and clothes
-            on photographs, and draw what it finds
         tasks (Sequence[str], default ()): tasks to run (default: all embedded ones)
         pretrain_epochs (float, default 18): epochs of the MAE
         train_epochs (float, default 8): epochs of MoCE and of MAE+

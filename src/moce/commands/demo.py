@@ -1,4 +1,4 @@
-"""moce demo: pretrain, cluster, train, evaluate and report on the embedded images; or segment some."""
+"""moce demo: pretrain, cluster, train, evaluate and report on the embedded images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import Any
 import yaml
 
 from moce.commands import cluster, evaluate, pretrain, report, train
-from moce.commands.demo_dense import SEGMENTER, dense_steps
-from moce.commands.setup import open_output, prepare, refuse_unused
+from moce.commands.setup import open_output, prepare
 from moce.config import (
     ClusterSettings,
     DemoSettings,
@@ -33,14 +32,6 @@ from moce.runtime.progress import log
 
 Step = Callable[[], object]
 IMAGES = "demo:pretrain"
-OF_MOCE = (
-    "tasks",
-    "train_epochs",
-    "num_clusters",
-    "num_experts",
-    "num_labels",
-    "draws",
-)  # settings
 DONE = "demo.json"  # written last: settings, versions, and the seconds of every step
 # A ViT small enough to learn something in two minutes on two cores. Mean and deviation are the same for
 # all channels, so that gray images, half of the pool, stay gray.
@@ -74,28 +65,25 @@ FINETUNE: dict[str, Any] = {
 
 @dataclass
 class DemoResult:
-    """run: the folder; rows: as in rows.jsonl; seconds: by step; report: the page; rows_file: its rows."""
+    """run: the folder; rows: as in evaluation/rows.jsonl; seconds: by step; report: the page."""
 
     run: Path
     rows: list[dict[str, Any]]
     seconds: dict[str, float]
     report: Path
-    rows_file: Path
 
     def summary(self) -> str:
         return (
             f"{results_table(self.rows)}\n\n{sum(self.seconds.values()):.0f} s in total. "
-            f"Rows: {self.rows_file}; pictures: {self.report}"
+            f"Rows: {self.run / 'evaluation' / ROWS}; pictures: {self.report}"
         )
 
 
 def run(settings: DemoSettings) -> DemoResult:
-    if settings.dense:
-        refuse_unused(settings, OF_MOCE, "--dense trains no MoCE")
     tasks = _tasks(settings.tasks)
     if settings.reuse:
         if (seconds := _seconds_if_done(settings)) is not None:
-            return _result(settings, seconds)
+            return _result(settings.out, seconds)
         settings = settings.model_copy(update={"overwrite": True})
     device, precision = prepare(settings)
     open_output(settings)
@@ -105,11 +93,7 @@ def run(settings: DemoSettings) -> DemoResult:
         "seed": settings.seed,
         "threads": settings.threads,
     }
-    if settings.dense:
-        mae = _mae(settings, runtime)
-        steps = dense_steps(settings.out, mae, settings.finetune_epochs, runtime)
-    else:
-        steps = _training(settings, runtime) | _evaluation(settings, tasks, runtime)
+    steps = _training(settings, runtime) | _evaluation(settings, tasks, runtime)
     page = ReportSettings(runs=(settings.out,), out=settings.out / "report.html")
     steps["report"] = partial(report.run, page)
     seconds = {}
@@ -119,13 +103,11 @@ def run(settings: DemoSettings) -> DemoResult:
         step()
         seconds[name] = round(time.perf_counter() - start, 1)
     write_json(settings.out / DONE, {**_origin(settings), "seconds": seconds})
-    return _result(settings, seconds)
+    return _result(settings.out, seconds)
 
 
-def _result(settings: DemoSettings, seconds: dict[str, float]) -> DemoResult:
-    out = settings.out
-    folder = out / (SEGMENTER if settings.dense else "evaluation")
-    return DemoResult(out, read_rows(folder), seconds, out / "report.html", folder / ROWS)
+def _result(out: Path, seconds: dict[str, float]) -> DemoResult:
+    return DemoResult(out, read_rows(out / "evaluation"), seconds, out / "report.html")
 
 
 def _seconds_if_done(settings: DemoSettings) -> dict[str, float] | None:
@@ -152,14 +134,12 @@ def _tasks(wanted: tuple[str, ...]) -> list[str]:
     return list(wanted) or known
 
 
-def _mae(settings: DemoSettings, runtime: dict[str, Any]) -> PretrainSettings:
-    training = {"epochs": settings.pretrain_epochs, **MAE, **TRAINING, **runtime}
-    return PretrainSettings(data=IMAGES, out=settings.out / "mae", **training)
-
-
 def _training(settings: DemoSettings, runtime: dict[str, Any]) -> dict[str, Step]:
     """MAE, clusters, then MoCE and MAE+ with equal steps and data."""
-    out, mae = settings.out, _mae(settings, runtime)
+    out = settings.out
+    mae = PretrainSettings(
+        data=IMAGES, out=out / "mae", epochs=settings.pretrain_epochs, **MAE, **TRAINING, **runtime
+    )
     clusters = ClusterSettings(
         data=IMAGES,
         mae=out / "mae",

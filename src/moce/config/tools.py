@@ -169,17 +169,11 @@ class DemoSettings(RuntimeSettings):
 
     proofs = frozenset({"demo.json", "mae", "clusters", "moce", "mae_plus", "evaluation"})
     files = frozenset({"report.html", "suite.yaml", "results.json"})
-    folders = frozenset({"demo_scenes"})
 
     out: Folder = setting(Path("runs/demo"), "folder to write the runs to")
     overwrite: bool = setting(False, "replace the contents of the output folder")
     reuse: bool = setting(
         False, "show the existing results if settings and version are the same, else run again"
-    )
-    dense: bool = setting(
-        False,
-        "segment instead: fine-tune the MAE to find digits and clothes on photographs, and draw what "
-        "it finds",
     )
     tasks: tuple[str, ...] = setting((), "tasks to run (default: all embedded ones)")
     pretrain_epochs: Positive = setting(18, "epochs of the MAE")
