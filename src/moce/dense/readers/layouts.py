@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from moce.data.readers.folder import read_folder
+from moce.data.readers.folder import list_images
 from moce.data.readers.sample import Sample
 from moce.data.readers.splits import split_of
 from moce.dense.readers.pairs import image_samples, key_of, visible
@@ -124,7 +124,7 @@ def _cityscapes(root: Path) -> Layout:
 def _plain(root: Path, annotations: Path | None) -> Layout | None:
     """images/ beside masks/, annotations/ or labels/, in every split's folder or with splits in them."""
     if annotations is not None:
-        masks = [m for m in read_folder(annotations) if m.id.lower().endswith(".png")]
+        masks = [m for m in list_images(annotations) if m.id.lower().endswith(".png")]
         images = image_samples(root)
     else:
         kind = _mask_folder(root)
@@ -159,7 +159,7 @@ def class_names(root: Path) -> list[str] | None:
 
 
 def _masks(root: Path, kind: str) -> list[Sample]:
-    return [s for s in _in(read_folder(root), kind) if s.id.lower().endswith(".png")]
+    return [s for s in _in(list_images(root), kind) if s.id.lower().endswith(".png")]
 
 
 def _in(samples: Sequence[Sample], kind: str) -> list[Sample]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from moce.data.readers.folder import read_folder
+from moce.data.readers.folder import list_images
 from moce.data.readers.left_out import hidden_part
 from moce.data.readers.sample import Sample
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "leftImg8bit")
 
 
-def image_samples(root: Path) -> Sequence[Sample]:
+def image_samples(root: Path, report: bool = False) -> list[Sample]:
     """The images of a folder: those in its JPEGImages, images or leftImg8bit folders if there are any.
 
-    Raises MoceError without images.
+    Without splits, which every format states in its own way. report: say what is left out.
     """
-    samples = read_folder(root)
+    samples = list_images(root, report)
     for kind in IMAGE_FOLDERS:
         chosen = [sample for sample in samples if kind in PurePosixPath(sample.id).parts[:-1]]
         if chosen:

@@ -75,7 +75,7 @@ def read_voc(root: Path, annotations: Path | None, max_skipped: float) -> DenseS
 
 
 def _pictures(root: Path, base: Path, files: list[Path]) -> Iterator[Picture]:
-    samples = image_samples(root)
+    samples = image_samples(root, report=True)
     by_key: dict[str, list[Sample]] = {}
     for sample in samples:
         by_key.setdefault(key_of(sample.id, KINDS), []).append(sample)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from moce.data.decode import open_encoded
-from moce.data.readers.folder import read_folder
+from moce.data.readers.folder import list_images
 from moce.data.readers.sample import Sample, as_text
 from moce.data.readers.splits import PLAIN_SPLITS, split_of
 from moce.dense.readers.objects import Annotation, Picture, assemble
@@ -115,13 +115,13 @@ def _samples(root: Path, config: dict[str, Any]) -> Iterator[tuple[Sample, str |
     """Images and their splits: of the folders and lists that data.yaml names, or by their folders."""
     stated = {key: config[key] for key in PLAIN_SPLITS if config.get(key)}
     if not stated:
-        for sample in image_samples(root):
+        for sample in image_samples(root, report=True):
             folders = PurePosixPath(sample.id).parts[:-1]
             yield sample, next((s for s in map(split_of, folders) if s), None)
         return
     base = root / str(config.get("path") or "")
     base = base if base.is_dir() else root  # written for another computer
-    by_id = {sample.id: sample for sample in read_folder(root)}
+    by_id = {sample.id: sample for sample in list_images(root, report=True)}
     for key, places in stated.items():
         for place in places if isinstance(places, list) else [places]:
             for sample in _placed(root, base, str(place), by_id):
