@@ -80,15 +80,15 @@ def test_an_average_of_one_step_is_the_last_weights(runs, tmp_path: Path) -> Non
     assert not torch.allclose(last, long, atol=1e-3)
 
 
-@pytest.mark.parametrize(("freeze", "trained"), [(1, {"blocks.1."}), ("backbone", set())])
-def test_frozen_parts_keep_their_weights(runs, tmp_path: Path, freeze, trained) -> None:
+@pytest.mark.parametrize("freeze", [1, "backbone"])
+def test_frozen_parts_keep_their_weights(runs, tmp_path: Path, freeze: object) -> None:
+    """Of the backbone's, only later blocks move; weight decay does not reach the others either."""
     finetune(runs, tmp_path / "run", freeze=freeze, epochs=1)
-    before = weights(runs.backbone)
-    after = weights(tmp_path / "run")
-    moved = {k for k in after if k in before and not torch.equal(after[k], before[k])}
-    assert (moved and all(k.startswith((*trained, "head.", "fc_norm.")) for k in moved)) or (
-        freeze == "backbone" and not moved
-    )
+    before, after = weights(runs.backbone), weights(tmp_path / "run")
+    shared = before.keys() & after.keys()
+    moved = {name for name in shared if not torch.equal(after[name], before[name])}
+    later = {n for n in shared if n.startswith("blocks.") and not n.startswith("blocks.0.")}
+    assert moved == (later if freeze == 1 else set())
 
 
 def test_more_frozen_blocks_than_there_are_is_refused(runs, tmp_path: Path) -> None:

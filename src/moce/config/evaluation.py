@@ -192,8 +192,7 @@ class FinetuneSettings(TrainingSettings, DenseTaskSettings):
     )
     freeze: Literal["backbone"] | Index = setting(
         0,
-        "train only what follows the first N blocks; backbone: only the new norm and head",
-        used_with=CLASSIFY,
+        "train only what follows the first N blocks; backbone: only the new head",
     )
     class_weights: Literal["none", "balanced"] = setting(
         "none",

@@ -20,11 +20,11 @@ from moce.data.dataset import ImageDataset
 from moce.data.loader import Batch, in_order
 from moce.data.rng import Stream, keyed_generator
 from moce.data.views import Views
-from moce.errors import MoceError, counted
 from moce.evaluation.rand_augment import RandAugment, erase, image_keys, read_policy
 from moce.models.encoder import EncoderSpec
 from moce.runtime.device import autocast
 from moce.runtime.distributed import all_reduce, shard_range
+from moce.training.freeze import freeze_first
 from moce.training.objectives import views_of
 from moce.training.thread_parallel import Losses
 from moce.training.trainer import Objective, Step
@@ -126,22 +126,6 @@ class FinetuneObjective(Objective):
         pixels, targets = pixels[step.num_leading :], targets[step.num_leading :]
         self._criterion.to(pixels.device)
         return {"loss": self._criterion(model(pixels).float(), targets)}
-
-
-def freeze_first(vit: VisionTransformer, freeze: str | int) -> None:
-    """Leave the embeddings and the first `freeze` blocks untrained; "backbone": all blocks.
-
-    Raises MoceError if the network has fewer blocks.
-    """
-    count = len(vit.blocks) if freeze == "backbone" else int(freeze)
-    if count > len(vit.blocks):
-        raise MoceError(f"--freeze {count}: the backbone has {counted(len(vit.blocks), 'block')}")
-    if not count:
-        return
-    trained = [*vit.blocks[count:].parameters(), *vit.fc_norm.parameters(), *vit.head.parameters()]
-    kept = {id(parameter) for parameter in trained}
-    for parameter in vit.parameters():
-        parameter.requires_grad_(id(parameter) in kept and parameter.requires_grad)
 
 
 def _criterion(labels: np.ndarray, num_classes: int, settings: FinetuneSettings) -> nn.Module:

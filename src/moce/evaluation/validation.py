@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moce.config import FinetuneSettings
@@ -39,7 +40,7 @@ class Validation:
 
     def __call__(self) -> dict[str, Any]:
         """Score the weights as they are, or their average; remember them if they are the best."""
-        vit = self.objective.evaluated
+        vit = cast(VisionTransformer, self.objective.evaluated)
         scores = local_scores(
             vit,
             self.spec,
