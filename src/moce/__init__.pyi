@@ -824,6 +824,8 @@ def predict(
     min_score: float = 0.05,
     pictures: int = 16,
     picture_score: float = 0.5,
+    format: Literal["csv", "jsonl", "parquet"] = "csv",
+    top_k: int = 1,
     batch_size: int = 8,
     overwrite: bool = False,
 ) -> PredictResult:
@@ -844,7 +846,9 @@ def predict(
         min_score (float, default 0.05): detections with a lower score are not written
         pictures (int, default 16): images to draw the predictions into, the first ones
         picture_score (float, default 0.5): detections with a lower score are not drawn
-        batch_size (int, default 8): images per forward pass
+        format (Literal['csv', 'jsonl', 'parquet'], default 'csv'): table of a classifier's classes
+        top_k (int, default 1): most probable classes of an image that a classifier writes
+        batch_size (int, default 8): images per forward pass (of a classifier 256 if not given)
         overwrite (bool, default False): replace the contents of the output folder
     """
 
