@@ -111,6 +111,20 @@ def test_a_frozen_backbone_stays_as_it_was(runs: Runs, classes: Path, tmp_path: 
     assert tuned["head.classify.weight"].shape == (3, 32, 1, 1)
 
 
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_threads_that_share_a_batch_change_nothing(
+    threads: int, runs: Runs, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moce.dense.training.CHUNK_NUMBERS", 64 * 32)  # an image per chunk
+    given = {**SEGMENT, "drop_path": 0.0}
+    for name, number in (("one", 1), ("three", 3)):
+        moce.finetune(runs.mae, classes, out=tmp_path / name, **{**given, "threads": number})
+    one, three = (read_tensors(tmp_path / n / "model.safetensors") for n in ("one", "three"))
+    for name, value in one.items():
+        if not name.endswith("qkv.bias"):
+            assert torch.allclose(value, three[name], atol=1e-4), name
+
+
 @pytest.mark.slow
 def test_two_processes_segment_as_one(runs: Runs, classes: Path, tmp_path: Path) -> None:
     given = {**SEGMENT, "backbone": runs.mae, "data": classes, "drop_path": 0.0}

@@ -22,7 +22,7 @@ from moce.dense.types import IGNORE
 from moce.runtime.device import to_device
 from moce.runtime.system import worker_threads
 from moce.training.optimizer import ParameterGroup, parameter_groups
-from moce.training.thread_parallel import Losses
+from moce.training.thread_parallel import CHUNK_NUMBERS, Losses
 from moce.training.trainer import Objective, Step
 
 
@@ -33,6 +33,9 @@ class DenseBatch:
     rows: Tensor
     images: Tensor
     targets: list[TargetView]
+
+    def take(self, places: slice) -> DenseBatch:
+        return DenseBatch(self.rows[places], self.images[places], self.targets[places])
 
 
 class DenseObjective(Objective):
@@ -47,8 +50,10 @@ class DenseObjective(Objective):
         images: DenseImages,
         settings: FinetuneSettings,
     ) -> None:
-        super().__init__(config["task"], network, images, _groups(network, settings))
         self._detects = config["task"] == "detect"
+        # A detector draws random numbers, whose order would depend on the threads.
+        chunk = None if self._detects else _chunk_size(network)
+        super().__init__(config["task"], network, images, _groups(network, settings), chunk)
         low, *high = settings.jitter
         self._views = Views(
             size=config["image_size"],
@@ -100,6 +105,12 @@ def _placed(batch: DenseBatch, device: torch.device) -> DenseBatch:
         for target in batch.targets
     ]
     return DenseBatch(batch.rows, to_device(batch.images, device), targets)
+
+
+def _chunk_size(network: nn.Module) -> int:
+    """Images per chunk of a batch for `ThreadParallel`, whose tokens fit into the cache."""
+    vit = vit_of(network)
+    return max(1, CHUNK_NUMBERS // (vit.patch_embed.num_patches * vit.embed_dim))
 
 
 def _groups(network: nn.Module, settings: FinetuneSettings) -> list[ParameterGroup]:
