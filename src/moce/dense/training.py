@@ -22,7 +22,7 @@ from moce.dense.types import IGNORE
 from moce.runtime.device import to_device
 from moce.runtime.system import worker_threads
 from moce.training.optimizer import ParameterGroup, parameter_groups
-from moce.training.thread_parallel import CHUNK_NUMBERS, Losses
+from moce.training.thread_parallel import Losses
 from moce.training.trainer import Objective, Step
 
 
@@ -34,8 +34,18 @@ class DenseBatch:
     images: Tensor
     targets: list[TargetView]
 
-    def take(self, places: slice) -> DenseBatch:
-        return DenseBatch(self.rows[places], self.images[places], self.targets[places])
+
+class _AsIs:
+    """Arguments of a network that Fabric must not cast: in bf16, boxes would be off by pixels."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+
+def _unpack(network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as the network takes them; a forward pre-hook."""
+    first = arguments[0]
+    return first.values if isinstance(first, _AsIs) else arguments
 
 
 class DenseObjective(Objective):
@@ -50,10 +60,9 @@ class DenseObjective(Objective):
         images: DenseImages,
         settings: FinetuneSettings,
     ) -> None:
+        super().__init__(config["task"], network, images, _groups(network, settings))
+        network.register_forward_pre_hook(_unpack)
         self._detects = config["task"] == "detect"
-        # A detector draws random numbers, whose order would depend on the threads.
-        chunk = None if self._detects else _chunk_size(network)
-        super().__init__(config["task"], network, images, _groups(network, settings), chunk)
         low, *high = settings.jitter
         self._views = Views(
             size=config["image_size"],
@@ -87,11 +96,11 @@ class DenseObjective(Objective):
         images = batch.images.float() / 255
         if self._detects:
             # torchvision samples proposals by torch's generator, which the trainer seeds per step.
-            losses = model(list(images), batch.targets)
+            losses = model(_AsIs(list(images), batch.targets))
             return {"loss": torch.stack(list(losses.values())).sum(), **losses}
         target = torch.stack(batch.targets)
         total = nn.functional.cross_entropy(
-            model(images), target, ignore_index=IGNORE, reduction="sum"
+            model(_AsIs(images)), target, ignore_index=IGNORE, reduction="sum"
         )
         # Ignored pixels count as right, so that a batch's loss is the mean over its images.
         return {"loss": total / target.numel()}
@@ -105,12 +114,6 @@ def _placed(batch: DenseBatch, device: torch.device) -> DenseBatch:
         for target in batch.targets
     ]
     return DenseBatch(batch.rows, to_device(batch.images, device), targets)
-
-
-def _chunk_size(network: nn.Module) -> int:
-    """Images per chunk of a batch for `ThreadParallel`, whose tokens fit into the cache."""
-    vit = vit_of(network)
-    return max(1, CHUNK_NUMBERS // (vit.patch_embed.num_patches * vit.embed_dim))
 
 
 def _groups(network: nn.Module, settings: FinetuneSettings) -> list[ParameterGroup]:
