@@ -71,6 +71,18 @@ def _as_in(entries: dict[str, Entry], sample: Sample) -> Sample:
     return replace(sample, label=entry.label, split=entry.split or sample.split)
 
 
+def list_images(root: Path, report: bool = False) -> list[Sample]:
+    """The images in a folder by their paths in it, without splits and labels; [] if there are none.
+
+    report: say what is left out.
+    """
+    left_out = LeftOut(str(root), HINTS)
+    paths = [path for path in _files(root, left_out) if is_image_name(path.name)]
+    if report:
+        left_out.report()
+    return [Sample(as_text(path.relative_to(root).as_posix()), Encoded(path)) for path in paths]
+
+
 def _files(root: Path, left_out: LeftOut) -> list[Path]:
     """Files at any depth, sorted, without hidden entries.
 
