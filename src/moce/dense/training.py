@@ -36,6 +36,19 @@ class DenseBatch:
     targets: list[TargetView]
 
 
+class _AsIs:
+    """Arguments of a network that Fabric must not cast: in bf16, boxes would be off by pixels."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+
+def _unpack(network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as the network takes them; a forward pre-hook."""
+    first = arguments[0]
+    return first.values if isinstance(first, _AsIs) else arguments
+
+
 class DenseObjective(Objective):
     """Trains a detector or a segmenter (dense/network.py). config: of the network."""
 
@@ -49,6 +62,7 @@ class DenseObjective(Objective):
         settings: FinetuneSettings,
     ) -> None:
         super().__init__(config["task"], network, images, _groups(network, settings))
+        network.register_forward_pre_hook(_unpack)
         self._detects = config["task"] == "detect"
         low, *high = settings.jitter
         self._views = Views(
@@ -83,11 +97,11 @@ class DenseObjective(Objective):
         images = batch.images.float() / 255
         if self._detects:
             # torchvision samples proposals by torch's generator, which the trainer seeds per step.
-            losses = model(list(images), batch.targets)
+            losses = model(_AsIs(list(images), batch.targets))
             return {"loss": torch.stack(list(losses.values())).sum(), **losses}
         target = torch.stack(batch.targets)
         total = nn.functional.cross_entropy(
-            model(images), target, ignore_index=IGNORE, reduction="sum"
+            model(_AsIs(images)), target, ignore_index=IGNORE, reduction="sum"
         )
         # Ignored pixels count as right, so that a batch's loss is the mean over its images.
         return {"loss": total / target.numel()}
