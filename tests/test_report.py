@@ -15,10 +15,11 @@ from builders import CLUSTERS, HEADROOM, QUICK_TUNING, RUNTIME, batch, copy_run,
 from conftest import Runs
 
 import moce
+from moce.data.domains import domain_of, find_domains
 from moce.evaluation.results import make_row, write_rows
 from moce.models.encoder import patchify, take
 from moce.models.mae import patch_target, random_mask
-from moce.reporting.images import domain_of, find_domains, montage
+from moce.reporting.images import montage
 from moce.reporting.load import gather
 from moce.reporting.losses import curve
 from moce.reporting.reconstructions import hide, paste

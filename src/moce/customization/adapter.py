@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import AdaptationSettings
 from moce.customization.adaptation import ADAPTATION, CHECKS, Adaptation, adapt, default_steps
 from moce.customization.related_images import Load, RelatedImages
 from moce.data.dataset import ImageDataset
+from moce.data.from_python import as_samples
+from moce.data.load import load_images, temporary_file
 from moce.data.readers.sample import Sample
 from moce.errors import MoceError
+from moce.models.encoder import input_channels, input_size
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import read_config
 from moce.runs.resume import check_unchanged, resumes
@@ -64,6 +69,32 @@ class Adapter:
         return adapt(spec, mae, images, num_task, settings, self.device)
 
 
+def adapt_in_memory(
+    images: ImageDataset,
+    spec: MAESpec,
+    mae: MAE,
+    related: RelatedImages | None,
+    settings: AdaptationSettings,
+    device: torch.device,
+) -> Adaptation:
+    """Like `Adapter.run`, for images that are loaded already; nothing is left on disk.
+
+    settings: `out` is replaced by a temporary folder; without `steps`, as many as by default.
+    """
+    with tempfile.TemporaryDirectory(prefix="moce-") as folder:
+        settings = settings.model_copy(update={"out": Path(folder)})
+        settings = with_steps(settings, settings.steps or "auto", len(images))
+        start = lambda *_: None  # noqa: E731 - there is no run to resume
+        adapter = Adapter(related, load_for, start, device)
+        return adapter.run(as_samples(images), spec, mae, settings)
+
+
+def load_for(samples: list[Sample], vit: VisionTransformer) -> ImageDataset:
+    """Load images at the input size and channels of an encoder."""
+    channels = input_channels(vit)
+    return load_images(samples, input_size(vit), temporary_file(), channels=channels)
+
+
 def with_steps(
     settings: AdaptationSettings, steps: int | Literal["auto"], num_images: int
 ) -> AdaptationSettings:
@@ -74,8 +105,8 @@ def with_steps(
     return settings.model_copy(update={"steps": steps, "log_every": every, "save_every": every})
 
 
-def default_lr(run: Path) -> float:
+def default_lr(run: Path | None) -> float:
     """Half of the rate that a run was trained with, since training continues from its end."""
-    folder = moce_run(run)
+    folder = None if run is None else moce_run(run)
     known = read_config(folder).get("base_lr") if folder is not None else None
     return LOWER_LR * float(known) if known else BASE_LR

@@ -18,7 +18,7 @@ from moce.models.mae import MAE, num_kept
 from moce.models.moce import MoCE
 from moce.models.token_moe import TokenMoE
 from moce.runtime.device import bincount, to_device
-from moce.training.gate_stats import ExpertStats, GateStats
+from moce.training.gate_stats import ExpertStats, GateStats, kinds_of
 from moce.training.optimizer import ParameterGroup, parameter_groups
 from moce.training.thread_parallel import CHUNK_NUMBERS, Losses
 from moce.training.trainer import Objective, Step
@@ -94,7 +94,8 @@ class MoCEObjective(Objective):
     ) -> None:
         groups = expert_groups(moce, settings, lambda name: name.startswith("gates."))
         size = chunk_size(moce.mae)
-        super().__init__(settings.method, moce, images, groups, size, GateStats(moce))
+        stats = GateStats(moce, kinds_of(images, cluster_of, len(moce.clusters)))
+        super().__init__(settings.method, moce, images, groups, size, stats)
         self._moce, self._spec, self._settings = moce, spec, settings
         self._cluster_of = cluster_of
         self._gate_inputs = _GateInputs(moce, cluster_of, settings)
