@@ -36,7 +36,7 @@ def moce_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if re.match(r"moce \w+: ", line)]
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end

@@ -86,7 +86,7 @@ def test_two_processes_find_what_one_finds(data: Path, runs, tmp_path: Path) -> 
     moce.cluster(**settings(data, runs, tmp_path / "one"))
     words = moce_words("cluster", settings(data, runs, tmp_path / "two"))[2:]
     process = torchrun(program(tmp_path, 0.0), *words)
-    printed, output = process.communicate(timeout=120)
+    printed, output = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert printed.count("8 clusters of ") == 1  # the first process alone talks
     assert_same(tmp_path / "one", tmp_path / "two")
@@ -101,13 +101,13 @@ def test_stopped_by_sigterm_and_resumed_by_two_and_by_one(data: Path, runs, tmp_
     )
     wait_until(lambda: len(read_metrics(out)) > 1)
     process.send_signal(signal.SIGTERM)
-    _, output = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=600)
     assert process.returncode != 0
     assert len(moce_lines(output)) == 1 and "--resume" in moce_lines(output)[0], output
     copied = copy_run(out, tmp_path / "copied")
     words = moce_words("cluster", {**settings(data, runs, out), "resume": True})[2:]
     process = torchrun(program(tmp_path, 0.0), *words)
-    _, output = process.communicate(timeout=120)
+    _, output = process.communicate(timeout=600)
     assert process.returncode == 0, output
     moce.cluster(**settings(data, runs, copied), resume=True)
     assert_same(tmp_path / "whole", out)
@@ -118,7 +118,7 @@ def test_stopped_by_sigterm_and_resumed_by_two_and_by_one(data: Path, runs, tmp_
 def test_too_many_clusters_are_refused_once(data: Path, runs, tmp_path: Path) -> None:
     wrong = {**settings(data, runs, tmp_path / "run"), "num_clusters": 500}
     process = torchrun(*moce_words("cluster", wrong))
-    _, output = process.communicate(timeout=120)
+    _, output = process.communicate(timeout=600)
     assert process.returncode != 0
     assert (
         len(moce_lines(output)) == 1

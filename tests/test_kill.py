@@ -47,14 +47,14 @@ def start(*words: object, code: str = "", **options) -> subprocess.Popen[str]:
 
 def last_line(process: subprocess.Popen[str], status: int) -> str:
     """The last line of a process that was refused or stopped, without a traceback."""
-    _, error = process.communicate(timeout=300)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == status, error
     assert "Traceback" not in error and "Exception ignored" not in error, error
     return error.strip().splitlines()[-1]
 
 
 def wait_for(process: subprocess.Popen[str], ready: Callable[[], object]) -> None:
-    end = time.monotonic() + 300
+    end = time.monotonic() + 600
     while process.poll() is None and not ready():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -116,13 +116,13 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
 
 def test_a_second_ctrl_c_stops_at_once(runs: Runs, tmp_path: Path) -> None:
-    """No micro-batch is begun after it: eight of five seconds make up a step, one is waited for."""
+    """No micro-batch is begun after it: eight of eight seconds make up a step, one is waited for."""
     code = (
         "import time, moce.training.objectives as objectives\n"
         "cropped, calls = objectives.cropped, []\n"
         "def slow(*given):\n"
         "    calls.append(1)\n"
-        "    time.sleep(5 if len(calls) > 8 * 8 else 0)\n"
+        "    time.sleep(8 if len(calls) > 8 * 8 else 0)\n"
         "    return cropped(*given)\n"
         "objectives.cropped = slow"
     )
@@ -136,7 +136,7 @@ def test_a_second_ctrl_c_stops_at_once(runs: Runs, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     second = time.monotonic()
     assert "interrupted; resume with --resume" in last_line(process, 130)
-    assert time.monotonic() - second < 20
+    assert time.monotonic() - second < 45
 
 
 SLOW_IMAGES = (

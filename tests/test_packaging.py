@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def shell(code: str, **more: object) -> subprocess.CompletedProcess[str]:
     words = ["bash", "--norc", "-c", code]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, **more)
+    return subprocess.run(words, capture_output=True, text=True, timeout=600, **more)
 
 
 # --- wheel ----------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ def test_a_run_stopped_by_sigterm_is_resumed(strategy: str, made: Made, tmp_path
     going = torchrun(*moce_words("train", {**settings, "out": out, "strategy": strategy}))
     wait_until(lambda: len(read_metrics(out)) > 3)
     going.send_signal(signal.SIGTERM)
-    _, output = going.communicate(timeout=60)
+    _, output = going.communicate(timeout=600)
     assert going.returncode != 0
     assert len(moce_lines(output)) == 1, output
     assert "saved in" in moce_lines(output)[0]
@@ -318,7 +318,7 @@ def test_a_mistake_is_told_once(
     settings = {**PRETRAIN, "data": str(runs.data)} if command == "pretrain" else {}
     settings = settings or {"backbone": str(runs.mae), "data": str(runs.task)}
     going = torchrun(*moce_words(command, {**settings, **update, "out": tmp_path / "run"}))
-    _, output = going.communicate(timeout=200)
+    _, output = going.communicate(timeout=600)
     assert going.returncode != 0
     assert len(moce_lines(output)) == 1, output
     assert line in moce_lines(output)[0]
@@ -350,7 +350,7 @@ def test_an_error_of_one_process_ends_all(error: str, runs, tmp_path: Path) -> N
     program.write_text(FAILING.format(error=error))
     settings = {**PRETRAIN, "steps": 6, "data": str(runs.data), "out": tmp_path / "run"}
     going = torchrun(program, *moce_words("pretrain", settings)[2:])
-    _, output = going.communicate(timeout=200)
+    _, output = going.communicate(timeout=600)
     assert going.returncode != 0
     lines = [line for line in output.splitlines() if "the disk of this node is gone" in line]
     # A MoceError is one line; what nobody expected comes with its traceback, in which it stands twice.

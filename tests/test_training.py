@@ -169,7 +169,7 @@ def test_sigterm_saves_and_says_how_to_go_on(runs, tmp_path: Path) -> None:
         while process.poll() is None and len(read_metrics(tmp_path / "run")) < 2:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM
     assert "--resume" in error and "Traceback" not in error
     done = read_metrics(tmp_path / "run")[-1]["step"]

@@ -174,8 +174,9 @@ def groups_per_seed(study: str, recipe: dict[str, Any]) -> Iterator[Group]:
 
 
 def run_adapted(work: Folders) -> list[dict[str, Any]]:
-    """Adapt runs of the main comparison to every task and probe them."""
-    return evaluation_rows(evaluate_adapted(work, work.recipe["adapted"]["backbones"], {}))
+    """Adapt runs of the main comparison to every held-out task and probe them."""
+    held_out = {"role": "held_out"}
+    return evaluation_rows(evaluate_adapted(work, work.recipe["adapted"]["backbones"], held_out))
 
 
 def evaluate_adapted(work: Folders, names: Collection[str], settings: dict[str, Any]) -> Path:

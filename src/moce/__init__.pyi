@@ -19,6 +19,7 @@ from moce.commands.pretrain import PretrainResult
 from moce.commands.probe import ProbeResult
 from moce.commands.push import PushResult
 from moce.commands.report import ReportResult
+from moce.commands.run import RunResult
 from moce.commands.train import TrainResult
 from moce.customization.bank import Bank
 from moce.errors import MoceError as MoceError
@@ -703,11 +704,11 @@ def pretrain(
     max_skipped: float = 0.5,
     overwrite: bool = False,
     resume: bool = False,
-    epochs: float = 400,
+    epochs: float | None = None,
     steps: int | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     micro_batch_size: int | None = None,
-    base_lr: float = 0.00015,
+    base_lr: float | None = None,
     weight_decay: float = 0.05,
     beta2: float = 0.95,
     clip_grad: float | None = None,
@@ -721,7 +722,7 @@ def pretrain(
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
-    model: str = "vit_base_patch16_224",
+    model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
     init: str | Path | None = None,
@@ -755,14 +756,15 @@ def pretrain(
         max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
         overwrite (bool, default False): replace the contents of the output folder
         resume (bool, default False): resume from the last checkpoint in the output folder
-        epochs (float, default 400): passes over the images (fractions allowed)
+        epochs (float | None, default None): passes over the images, fractions allowed (default:
+            from the number of images)
         steps (int | None, default None): optimizer steps (default: from epochs)
-        batch_size (int, default 256): images per optimizer step, over all processes and
-            micro-batches
+        batch_size (int | None, default None): images per optimizer step, over all processes and
+            micro-batches (default: 256, fewer for few images)
         micro_batch_size (int | None, default None): images per forward pass of each process;
             gradients are accumulated over a batch (default: all)
-        base_lr (float, default 0.00015): learning rate per 256 images; the rate is base_lr *
-            batch_size / 256
+        base_lr (float | None, default None): learning rate per 256 images; the rate is base_lr *
+            batch_size / 256 (default: from the size of the model and the weights it starts from)
         weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
         beta2 (float, default 0.95): AdamW second-moment decay
         clip_grad (float | None, default None): clip the gradient to this norm
@@ -780,7 +782,8 @@ def pretrain(
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
             mlflow.db beside the run); several with commas
         tensorboard (bool, default False): the same as --logger tensorboard
-        model (str, default 'vit_base_patch16_224'): encoder: any plain timm ViT
+        model (str | None, default None): encoder: any plain timm ViT (default: one that fits the
+            images and the device)
         model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
             "depth": 6}
         img_size (int | None, default None): image side in pixels (default: the model's)
@@ -885,6 +888,59 @@ def report(
         max_images (int, default 12): pictures per row of a montage
     """
 
+def run(
+    data: Data,
+    *,
+    out: str | Path,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    overwrite: bool = False,
+    tasks: Sequence[str] = (),
+    resume: bool = False,
+    mae: str | Path | None = None,
+    model: str | None = None,
+    init: str | Path | None = None,
+    epochs: float | None = None,
+    pretrain: dict[str, Any] = {},
+    cluster: dict[str, Any] = {},
+    train: dict[str, Any] = {},
+    customize: dict[str, Any] = {},
+    probe: dict[str, Any] = {},
+) -> RunResult:
+    """Pretrain, cluster, train experts, then customize and probe for each task: all in one.
+
+    Args:
+        data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
+            separate several by commas, or list them in @FILE, one per line
+        out (str | Path): folder to write the run to
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        overwrite (bool, default False): replace the contents of the output folder
+        tasks (Sequence[str], default ()): the tasks' images, each as a DATA argument, e.g.
+            birds/,cars/
+        resume (bool, default False): finish an interrupted run, or add tasks to a finished one
+        mae (str | Path | None, default None): start from this run of moce pretrain, or weights of
+            another library, without pretraining
+        model (str | None, default None): encoder to pretrain, as of moce pretrain
+        init (str | Path | None, default None): weights to start pretraining from, as of moce
+            pretrain
+        epochs (float | None, default None): epochs of pretraining, as of moce pretrain
+        pretrain (dict[str, Any], default {}): further settings of moce pretrain, as YAML
+        cluster (dict[str, Any], default {}): settings of moce cluster, e.g. {num_clusters: 64}
+        train (dict[str, Any], default {}): settings of moce train, e.g. {num_experts: 4, epochs:
+            50}
+        customize (dict[str, Any], default {}): settings of moce customize, e.g. {strategy: route}
+        probe (dict[str, Any], default {}): settings of moce probe, e.g. {num_labels: 200}
+    """
+
 def train(
     data: Data,
     *,
@@ -905,11 +961,11 @@ def train(
     max_skipped: float = 0.5,
     overwrite: bool = False,
     resume: bool = False,
-    epochs: float = 400,
+    epochs: float | None = None,
     steps: int | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     micro_batch_size: int | None = None,
-    base_lr: float = 0.00015,
+    base_lr: float | None = None,
     weight_decay: float = 0.05,
     beta2: float = 0.95,
     clip_grad: float | None = None,
@@ -974,14 +1030,15 @@ def train(
         max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
         overwrite (bool, default False): replace the contents of the output folder
         resume (bool, default False): resume from the last checkpoint in the output folder
-        epochs (float, default 400): passes over the images (fractions allowed)
+        epochs (float | None, default None): passes over the images, fractions allowed (default:
+            from the number of images)
         steps (int | None, default None): optimizer steps (default: from epochs)
-        batch_size (int, default 256): images per optimizer step, over all processes and
-            micro-batches
+        batch_size (int | None, default None): images per optimizer step, over all processes and
+            micro-batches (default: 256, fewer for few images)
         micro_batch_size (int | None, default None): images per forward pass of each process;
             gradients are accumulated over a batch (default: all)
-        base_lr (float, default 0.00015): learning rate per 256 images; the rate is base_lr *
-            batch_size / 256
+        base_lr (float | None, default None): learning rate per 256 images; the rate is base_lr *
+            batch_size / 256 (default: from the size of the model and the weights it starts from)
         weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
         beta2 (float, default 0.95): AdamW second-moment decay
         clip_grad (float | None, default None): clip the gradient to this norm

@@ -13,7 +13,7 @@ import torch
 from moce.commands.setup import read_images, refuse_unused, start_run
 from moce.config import AdaptationSettings, EvaluateSettings
 from moce.customization.adaptation import ADAPTATION
-from moce.customization.adapter import Adapter, default_lr, with_steps
+from moce.customization.adapter import Adapter, with_steps
 from moce.customization.bank import Bank
 from moce.customization.model_card import write_backbone
 from moce.customization.related_images import RelatedImages, known_clusters
@@ -26,6 +26,7 @@ from moce.evaluation.task import Task
 from moce.models.cluster_model import ClusterModel
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import CONFIG
+from moce.training.defaults import default_lr
 from moce.weights.export import Model
 from moce.weights.from_runs import load_clusters
 

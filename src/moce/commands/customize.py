@@ -20,7 +20,7 @@ from moce.commands.setup import (
 from moce.config import AdaptationSettings, CustomizeSettings
 from moce.config.usage import check_used
 from moce.customization.adaptation import Adaptation
-from moce.customization.adapter import Adapter, default_lr, with_steps
+from moce.customization.adapter import Adapter, with_steps
 from moce.customization.bank import Bank, load
 from moce.customization.model_card import (
     adaptation_facts,
@@ -43,6 +43,7 @@ from moce.runs.model import write_skipped
 from moce.runtime.distributed import run_on_rank0
 from moce.runtime.launch import launch
 from moce.runtime.progress import log
+from moce.training.defaults import default_lr
 from moce.weights.export import Model, check_format
 from moce.weights.from_runs import holds_moce, load_clusters, moce_run
 from moce.weights.resolve import refuse_given, start_from

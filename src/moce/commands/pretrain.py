@@ -5,17 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moce.commands.setup import read_images, resolve, start_run
+import torch
+
+from moce.commands.setup import changed, choose, read_images, resolve, start_run
 from moce.config import PretrainSettings
 from moce.data.dataset import ImageDataset
+from moce.data.sample_sizes import count_and_side
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import last_metrics, write_model
+from moce.runs.resume import resumes
+from moce.runtime.progress import log
+from moce.training.announce import announce
+from moce.training.defaults import (
+    BASE,
+    OFFICIAL,
+    choose_model,
+    default_lr,
+    official_weights_here,
+)
 from moce.training.objectives import MAEObjective
 from moce.training.trainer import fit
 from moce.weights.resolve import check_arguments, from_timm, overrides_of, start_from
 
 PRETRAINED = "pretrained"
+FEW_IMAGES, PHOTOGRAPH = 50_000, 160  # images; pixels of the shorter side
 
 
 @dataclass
@@ -31,11 +45,15 @@ class PretrainResult:
 
 
 def run(settings: PretrainSettings) -> PretrainResult:
-    settings, device = resolve(settings)
+    asked, device = resolve(settings)
+    settings = _with_model(asked, device)
     spec, mae = _build(settings)
     images = read_images(settings, settings.data, mae.encoder)
+    rate = None if settings.init is None else default_lr(settings.init)
+    settings = choose(settings, len(images), mae.encoder, device, rate)
     start_run(settings, images)
     objective = MAEObjective("pretrain", mae, spec.encoder, images, settings)
+    announce(objective, settings, device, spec.encoder.name, mae.encoder, changed(asked, settings))
     fit(objective, settings, device, settings.precision)
     return save_mae(settings.out, spec, mae, images)
 
@@ -48,16 +66,33 @@ def save_mae(folder: Path, spec: MAESpec, mae: MAE, images: ImageDataset) -> Pre
     return PretrainResult(folder, loss, len(images))
 
 
+def _with_model(settings: PretrainSettings, device: torch.device) -> PretrainSettings:
+    """With a model that fits the images and the device, unless one or weights are given."""
+    if settings.init not in (None, PRETRAINED) and settings.model == BASE and resumes(settings):
+        return settings.model_copy(update={"model": None})  # recorded, not given, until 0.2.0
+    if settings.model is not None or settings.init is not None:
+        return settings
+    count, side = count_and_side(settings.data)
+    chosen = choose_model(settings, count, side, accelerated=device.type != "cpu")
+    if count < FEW_IMAGES and side >= PHOTOGRAPH:
+        where = "on this machine" if official_weights_here() else "from the hub"
+        log(
+            f"for {count:,} photographs, official weights ({where}, CC BY-NC 4.0) are a better start: "
+            f"--init {OFFICIAL}"
+        )
+    return settings.model_copy(update=chosen)
+
+
 def _build(settings: PretrainSettings) -> tuple[MAESpec, MAE]:
     if settings.init is not None and settings.init != PRETRAINED:
         return start_from(settings.init, settings)
     check_arguments(settings.model_args)
     if settings.init == PRETRAINED:
-        return from_timm(settings.model, settings)
+        return from_timm(settings.model or BASE, settings)
     overrides = overrides_of(settings)
     channels = int(overrides.model_args.get("in_chans", RGB))
     mean = per_channel("mean", overrides.mean, settings.mean, channels)
     std = per_channel("std", overrides.std, settings.std, channels)
-    encoder = EncoderSpec(settings.model, overrides.model_args, mean, std)
+    encoder = EncoderSpec(settings.model or BASE, overrides.model_args, mean, std)
     spec = MAESpec(encoder, *overrides.decoder, settings.mask_ratio, settings.norm_pix)
     return spec, spec.build()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moce.commands.probe import ProbeResult
     from moce.commands.push import PushResult
     from moce.commands.report import ReportResult
+    from moce.commands.run import RunResult
     from moce.commands.train import TrainResult
 
 
@@ -99,6 +100,17 @@ def command(*given: Any, **more: Any) -> Callable[[Callable[[Any], Any]], Callab
 
 
 # The imports are in the functions, so that `moce --help` does not import torch.
+
+
+@command(
+    config.PipelineSettings,
+    ("data",),
+    "moce run photos/ --tasks birds/,cars/ --out runs/x",
+)
+def run(settings: config.PipelineSettings) -> RunResult:
+    from moce.commands.run import run
+
+    return run(settings)
 
 
 @command(config.PackSettings, ("data",), "moce pack photos/ --shorter-side 512 --out packed/")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.config import RunSettings, RuntimeSettings, Settings
+from moce.config import ChosenSettings, RunSettings, RuntimeSettings, Settings
 from moce.config.base import DataSettings
 from moce.config.facts import facts_of
 from moce.config.usage import check_used, explicitly_set, flag
@@ -34,9 +34,11 @@ from moce.runs.resume import (
 )
 from moce.runtime import device
 from moce.runtime.progress import log
+from moce.training.defaults import choose_training
 from moce.training.loggers import check_loggers
 
 R = TypeVar("R", bound=RunSettings)
+C = TypeVar("C", bound=ChosenSettings)
 
 FEW_STEPS = 500  # below which the published recipes for labeled tasks stop half trained
 
@@ -74,6 +76,28 @@ def refuse_unused(settings: Settings, names: Iterable[str], reason: str) -> None
     if unused:
         flags = " and ".join(flag(name, getattr(settings, name)) for name in unused)
         raise MoceError(f"{reason}: leave out {flags}")
+
+
+def choose(
+    settings: C,
+    count: int,
+    encoder: VisionTransformer,
+    device: torch.device,
+    rate_of_weights: float | None = None,
+) -> C:
+    """The settings with length, batch and rate for `count` images where they are not given.
+
+    rate_of_weights: base_lr for the weights that training starts from.
+    """
+    parameters = sum(weight.numel() for weight in encoder.parameters())
+    accelerated = device.type != "cpu"
+    chosen = choose_training(settings, count, parameters, accelerated, rate_of_weights)
+    return settings.model_copy(update=chosen)
+
+
+def changed(before: Settings, after: Settings) -> list[str]:
+    """The names of the settings whose values differ."""
+    return [name for name, value in after if value != getattr(before, name)]
 
 
 def hint_few_steps(settings: Settings, steps: int, advice: str) -> None:

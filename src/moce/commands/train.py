@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moce.commands.pretrain import save_mae
-from moce.commands.setup import pixel_file, read_images, resolve, start_run
+from moce.commands.setup import changed, choose, pixel_file, read_images, resolve, start_run
 from moce.config import TrainSettings
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
@@ -24,6 +24,8 @@ from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.runs.model import last_metrics, write_model
 from moce.runtime.progress import log
+from moce.training.announce import announce
+from moce.training.defaults import default_lr
 from moce.training.objectives import MAEObjective, MoCEObjective, TokenMoEObjective
 from moce.training.trainer import Objective, fit, total_steps
 from moce.training.upcycling import check_experts, upcycle, upcycle_by_token
@@ -46,10 +48,12 @@ class TrainResult:
 
 
 def run(settings: TrainSettings) -> TrainResult:
-    settings, device = resolve(settings)
-    spec, mae = start_from(settings.mae, settings)
-    images = read_images(settings, settings.data, mae.encoder)
-    return METHODS[settings.method](_Job(settings, device, spec, mae, images))
+    asked, device = resolve(settings)
+    spec, mae = start_from(asked.mae, asked)
+    images = read_images(asked, asked.data, mae.encoder)
+    settings = choose(asked, len(images), mae.encoder, device, default_lr(asked.mae))
+    job = _Job(settings, device, spec, mae, images, changed(asked, settings))
+    return METHODS[settings.method](job)
 
 
 @dataclass
@@ -59,6 +63,7 @@ class _Job:
     spec: MAESpec
     mae: MAE
     images: ImageDataset
+    chosen: list[str]
 
     def clusters(self) -> ClusterModel:
         assert self.settings.clusters is not None
@@ -81,6 +86,8 @@ class _Job:
     def fit(self, objective: Objective) -> None:
         """Train the objective's model and move it back to the CPU."""
         start_run(self.settings, self.images)
+        name, encoder = self.spec.encoder.name, self.mae.encoder
+        announce(objective, self.settings, self.device, name, encoder, self.chosen)
         fit(objective, self.settings, self.device, self.settings.precision)
         objective.model.cpu()
 

@@ -5,6 +5,7 @@ validates values against them. Nothing heavy is imported, so that `moce --help` 
 """
 
 from moce.config.base import (
+    ChosenSettings,
     ClusterPooling,
     LoggerName,
     Metric,
@@ -33,6 +34,7 @@ from moce.config.tools import (
     DoctorSettings,
     ExportSettings,
     PackSettings,
+    PipelineSettings,
     PushSettings,
     ReportSettings,
 )
@@ -45,6 +47,7 @@ def settings_classes() -> list[type[Settings]]:
 
 __all__ = [
     "AdaptationSettings",
+    "ChosenSettings",
     "ClusterPooling",
     "ClusterSettings",
     "ConvertSettings",
@@ -61,6 +64,7 @@ __all__ = [
     "LoggerName",
     "Metric",
     "PackSettings",
+    "PipelineSettings",
     "PretrainSettings",
     "ProbeSettings",
     "PushSettings",

@@ -206,3 +206,21 @@ class TrainingSettings(RunSettings, CacheSettings):
         """Every logger that was asked for, once."""
         old: tuple[LoggerName, ...] = ("tensorboard",) if self.tensorboard else ()
         return tuple(dict.fromkeys((*self.logger, *old)))
+
+
+class ChosenSettings(TrainingSettings):
+    """Training whose length, batch and rate fit the images and the device unless they are given."""
+
+    epochs: Positive | None = setting(  # type: ignore[assignment]
+        None, "passes over the images, fractions allowed (default: from the number of images)"
+    )
+    batch_size: Count | None = setting(  # type: ignore[assignment]
+        None,
+        "images per optimizer step, over all processes and micro-batches (default: 256, fewer for "
+        "few images)",
+    )
+    base_lr: Positive | None = setting(  # type: ignore[assignment]
+        None,
+        "learning rate per 256 images; the rate is base_lr * batch_size / 256 (default: from the "
+        "size of the model and the weights it starts from)",
+    )

@@ -13,6 +13,7 @@ from moce.config.base import (
     CacheSettings,
     CentroidUpdate,
     Channels,
+    ChosenSettings,
     ClusterPooling,
     Count,
     Data,
@@ -89,11 +90,15 @@ class MAESettings(FileSettings):
     )
 
 
-class PretrainSettings(TrainingSettings, WeightsSettings):
+class PretrainSettings(ChosenSettings, WeightsSettings):
     """Pre-train a masked autoencoder on unlabeled images (stage 0)."""
 
     data: Data = setting(description=IMAGES, input="images")
-    model: str = setting("vit_base_patch16_224", "encoder: any plain timm ViT", comes_with="run")
+    model: str | None = setting(
+        None,
+        "encoder: any plain timm ViT (default: one that fits the images and the device)",
+        comes_with="run",
+    )
     model_args: dict[str, Any] = setting(
         {}, 'timm model arguments, e.g. {"embed_dim": 128, "depth": 6}', comes_with="run"
     )
@@ -156,7 +161,7 @@ class ClusterSettings(RunSettings, MAESettings, CacheSettings):
     batch_size: Count = setting(256, "images per forward pass")
 
 
-class TrainSettings(TrainingSettings, MAESettings):
+class TrainSettings(ChosenSettings, MAESettings):
     """Train cluster-conditional experts from an MAE (stage 2), or a baseline for as long."""
 
     data: Data = setting(description=IMAGES, input="images")

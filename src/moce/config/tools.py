@@ -1,4 +1,4 @@
-"""Settings of pack, convert, export, push, report, demo and doctor."""
+"""Settings of pack, convert, export, push, run, report, demo and doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from moce.config.base import (
     Folder,
     Format,
     Positive,
+    Reference,
+    RunSettings,
     RuntimeSettings,
     Settings,
 )
@@ -130,6 +132,36 @@ class ConvertSettings(FileSettings):
         False, "read a .pth file by pickle, which can run any code in the file"
     )
     overwrite: bool = setting(False, "replace the output file")
+
+
+class PipelineSettings(RunSettings):
+    """Pretrain, cluster, train experts, then customize and probe for each task: all in one."""
+
+    proofs = frozenset({"mae", "clusters", "moce", "backbones", "probes"})
+    files = frozenset({"results.json"})
+
+    data: Data = setting(description=IMAGES, input="images")
+    tasks: tuple[str, ...] = setting(
+        (), "the tasks' images, each as a DATA argument, e.g. birds/,cars/", may_change=True
+    )
+    resume: bool = setting(
+        False, "finish an interrupted run, or add tasks to a finished one", may_change=True
+    )
+    mae: Folder | None = setting(
+        None,
+        "start from this run of moce pretrain, or weights of another library, without pretraining",
+        input="weights",
+    )
+    model: str | None = setting(None, "encoder to pretrain, as of moce pretrain")
+    init: Reference | None = setting(
+        None, "weights to start pretraining from, as of moce pretrain", input="weights"
+    )
+    epochs: Positive | None = setting(None, "epochs of pretraining, as of moce pretrain")
+    pretrain: dict[str, Any] = setting({}, "further settings of moce pretrain, as YAML")
+    cluster: dict[str, Any] = setting({}, "settings of moce cluster, e.g. {num_clusters: 64}")
+    train: dict[str, Any] = setting({}, "settings of moce train, e.g. {num_experts: 4, epochs: 50}")
+    customize: dict[str, Any] = setting({}, "settings of moce customize, e.g. {strategy: route}")
+    probe: dict[str, Any] = setting({}, "settings of moce probe, e.g. {num_labels: 200}")
 
 
 class DemoSettings(RuntimeSettings):

@@ -9,7 +9,6 @@ the reconstruction error, and the best state is kept.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +16,14 @@ from torch import Tensor
 
 from moce.config import AdaptationSettings
 from moce.data.dataset import ImageDataset
-from moce.data.loader import fetch
 from moce.data.rng import Stream, keyed_generator
 from moce.inference.reconstruction_error import reconstruction_error
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
-from moce.runtime.progress import log
+from moce.runtime.progress import duration, log
+from moce.training.announce import seconds_per_image
 from moce.training.objectives import MAEObjective
-from moce.training.trainer import Step, fit
+from moce.training.trainer import fit
 
 ADAPTATION = "adaptation.json"
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share of the task's images, and images
@@ -81,32 +80,17 @@ def adapt(
     if held_out:
         before = watch()["held_out"]  # the state to beat
         objective.diagnostics = watch
-    seconds = (settings.steps or 0) * _seconds_per_step(objective, settings, device)
+    size = settings.batch_size
+    count = min(size, settings.micro_batch_size or size)
+    seconds = (settings.steps or 0) * size * seconds_per_image(objective, settings, device, count)
     log(
         f"adapting to {len(own)} task images and {num_pool} related ones, {len(held_out)} held out: "
-        f"{settings.steps} steps of {settings.batch_size}, about {math.ceil(seconds / 60)} min"
+        f"{settings.steps} steps of {settings.batch_size}, about {duration(seconds)}"
     )
     fit(objective, settings, device, settings.precision)
     after = watch.restore_best() if held_out else None
     steps = settings.steps or 0
     return Adaptation(steps, len(own), num_pool, len(held_out), before, after)
-
-
-def _seconds_per_step(
-    objective: MAEObjective, settings: AdaptationSettings, device: torch.device
-) -> float:
-    """Time of a forward and backward pass over a batch, which leaves no trace in the model."""
-    objective.model.to(device)
-    count = min(settings.batch_size, settings.micro_batch_size or settings.batch_size)
-    rows = torch.arange(count) % len(objective.images)
-    batch = fetch(objective.images, rows, torch.zeros_like(rows), device)
-    seconds = 0.0
-    for _ in range(2):  # the first is slower
-        start = time.perf_counter()
-        objective.loss(objective.model, batch, Step(0, rows))["loss"].backward()
-        seconds = time.perf_counter() - start
-    objective.model.zero_grad(set_to_none=True)
-    return seconds * settings.batch_size / count
 
 
 def split_task(count: int, seed: int) -> tuple[list[int], list[int]]:

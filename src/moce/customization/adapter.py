@@ -21,12 +21,7 @@ from moce.data.readers.sample import Sample
 from moce.errors import MoceError
 from moce.models.encoder import input_channels, input_size
 from moce.models.mae import MAE, MAESpec
-from moce.runs.model import read_config
 from moce.runs.resume import check_unchanged, resumes
-from moce.weights.resolve import moce_run
-
-LOWER_LR = 0.5  # of the rate that a run was trained with
-BASE_LR = 7.5e-5  # for weights of other libraries: half of MAE's own rate
 
 
 @dataclass
@@ -103,10 +98,3 @@ def with_steps(
         steps = default_steps(num_images, settings.batch_size, settings.pool_share)
     every = max(1, steps // CHECKS)
     return settings.model_copy(update={"steps": steps, "log_every": every, "save_every": every})
-
-
-def default_lr(run: Path | None) -> float:
-    """Half of the rate that a run was trained with, since training continues from its end."""
-    folder = None if run is None else moce_run(run)
-    known = read_config(folder).get("base_lr") if folder is not None else None
-    return LOWER_LR * float(known) if known else BASE_LR

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import AdaptationSettings
 from moce.config.load import parse
-from moce.customization.adapter import adapt_in_memory, default_lr, load_for
+from moce.customization.adapter import adapt_in_memory, load_for
 from moce.customization.related_images import RelatedImages, known_clusters
 from moce.customization.selection import Choice, Route, choose, count_votes, on_route
 from moce.data.dataset import ImageDataset
@@ -22,6 +22,7 @@ from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec, input_shape
 from moce.models.mae import MAE
 from moce.models.moce import MoCE, MoCESpec
+from moce.training.defaults import BASE_LR, default_lr
 from moce.weights.formats.timm import pooled
 from moce.weights.from_runs import load_moce
 
@@ -179,7 +180,7 @@ class Bank:
             "pool_share": 0.0 if data is None else pool_share,
             "steps": None if adapt_steps == "auto" else adapt_steps,
             "batch_size": adapt_batch_size,
-            "base_lr": adapt_lr or default_lr(self.run),
+            "base_lr": adapt_lr or (BASE_LR if self.run is None else default_lr(self.run)),
             "seed": seed,
             "device": self.device.type,
             "precision": self.precision,

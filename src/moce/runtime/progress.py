@@ -7,18 +7,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 from moce.runtime.launch import is_rank0
 
 console = Console(stderr=True, highlight=False)
-LINE_EVERY = 15.0  # seconds between lines where there is no terminal
+LINE_EVERY = 15.0  # seconds between lines where there is no terminal, at first
+LINE_SHARE = 0.01  # of the time since the start: a run of days must not write thousands of lines
 
 
 def log(message: str) -> None:
     """Print a line to standard error, on rank 0 only."""
     if is_rank0():
         console.print(message, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 3 d 7 h, 3 h 20 min, 12 min, 40 s."""
+    if seconds < 60:
+        return f"{max(0, seconds):.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(minutes / 60)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+class _TimeLeft(ProgressColumn):
+    """The time that is left, as `duration` writes it."""
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        return Text("" if left is None else f"{duration(left)} left", style="progress.remaining")
 
 
 class Meter:
@@ -35,8 +66,8 @@ class Meter:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            _TimeLeft(),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
             console=console,
             disable=not console.is_terminal or not is_rank0(),
         )
@@ -49,11 +80,12 @@ class Meter:
         now = time.monotonic()
         if now - self._start >= self._wait:
             self._bar.start()
-        if not console.is_terminal and now - self._last_line >= LINE_EVERY:
+        every = max(LINE_EVERY, LINE_SHARE * (now - self._start))
+        if not console.is_terminal and now - self._last_line >= every:
             self._last_line = now
             rate = (self._done - self._first) / (now - self._start)
             left = (self._total - self._done) / rate
-            log(f"{self._title} {self._done}/{self._total}, {left:.0f} s left, {self._note}")
+            log(f"{self._title} {self._done}/{self._total}, {duration(left)} left, {self._note}")
 
 
 @contextmanager
