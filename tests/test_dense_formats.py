@@ -208,6 +208,12 @@ def test_xml_somewhere_else(tmp_path: Path) -> None:
     check(read_dense(str(tmp_path / "pictures"), None, tmp_path / "xml"), ["a.jpg", "b.jpg"])
 
 
+def test_xml_names_one_of_two_images_of_the_same_stem(tmp_path: Path) -> None:
+    write_voc(tmp_path, "", "")
+    write_image(tmp_path / "a.png")
+    check(read_dense(str(tmp_path), None), ["a.jpg", "b.jpg"])
+
+
 def test_difficult_objects_of_voc_do_not_count(tmp_path: Path) -> None:
     root = write_voc(tmp_path)
     objects = [voc_object("cat", (4, 3, 20, 15)), voc_object("dog", (0, 0, 9, 9), difficult=1)]

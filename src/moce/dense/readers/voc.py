@@ -74,7 +74,9 @@ def read_voc(root: Path, annotations: Path | None, max_skipped: float) -> DenseS
 
 def _pictures(root: Path, base: Path, files: list[Path]) -> Iterator[Picture]:
     samples = image_samples(root)
-    by_key = {key_of(sample.id, KINDS): sample for sample in samples}
+    by_key: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_key.setdefault(key_of(sample.id, KINDS), []).append(sample)
     by_name = {PurePosixPath(sample.id).name: sample for sample in samples}
     splits = listed_in_sets(root, "Main")
     unlisted = 0
@@ -85,7 +87,7 @@ def _pictures(root: Path, base: Path, files: list[Path]) -> Iterator[Picture]:
             unlisted += 1
             continue
         split = splits.pop(key, None) or next(filter(None, map(split_of, name.split("/"))), None)
-        yield _picture(path, name, split, by_key.get(key), by_name)
+        yield _picture(path, name, split, by_key.get(key, []), by_name)
     if unlisted:
         log(f"{root}: {unlisted} images are in none of the lists of ImageSets/Main")
     for key in splits:
@@ -94,14 +96,19 @@ def _pictures(root: Path, base: Path, files: list[Path]) -> Iterator[Picture]:
 
 
 def _picture(
-    path: Path, name: str, split: str | None, sample: Sample | None, by_name: dict[str, Sample]
+    path: Path,
+    name: str,
+    split: str | None,
+    beside: list[Sample],
+    by_name: dict[str, Sample],
 ) -> Picture:
     try:
         tree = ElementTree.parse(path).getroot()
     except (OSError, ElementTree.ParseError, ValueError) as error:
         return Picture(name, partial(open_encoded, path), fault=f"malformed XML: {error}")
     stated = PurePosixPath((tree.findtext("filename") or "").strip().replace("\\", "/")).name
-    sample = sample or by_name.get(stated)
+    named = [sample for sample in beside if PurePosixPath(sample.id).name == stated]
+    sample = next(iter([*named, *beside]), None) or by_name.get(stated)
     if sample is None:
         return Picture(
             name, partial(open_encoded, path), fault="missing file: no image of this XML"
