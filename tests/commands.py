@@ -28,9 +28,15 @@ def run_command(words: Words) -> int:
         return int(stop.code or 0)
 
 
+NOTES = (": left out: ", " take part", "images, scored on ")
+
+
 def one_line(text: str) -> str:
-    """The error in what a command wrote to stderr: one line, the last, without a traceback."""
-    lines = text.strip().splitlines()
+    """The error in what a command wrote to stderr: one line, the last, without a traceback.
+
+    Lines about the images of a source may come before it.
+    """
+    lines = [line for line in text.strip().splitlines() if not any(n in line for n in NOTES)]
     assert "Traceback" not in text, text
     errors = [line for line in lines if line.startswith("moce") and ": error: " in line]
     assert len(errors) == 1 and errors == lines[-1:], text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,14 +12,18 @@ import torch
 import yaml
 from builders import PRETRAIN, RUNTIME
 from commands import run_command
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import moce
+from moce.cli import build_parser, settings_of
+from moce.commands.registry import COMMANDS
 from moce.config import PretrainSettings, TrainSettings
+from moce.config.load import parse
 from moce.data.sample_sizes import count_and_side
 from moce.errors import MoceError
-from moce.runtime import progress
+from moce.runtime import hub, progress
 from moce.runtime.progress import duration, meter
 from moce.training import announce
 from moce.training.defaults import batch_for, choose_model, choose_training, default_lr
@@ -159,6 +164,41 @@ def test_measuring_the_time_leaves_no_trace(
     assert_close(trained("measured"), plain, rtol=0, atol=0)
     told = capsys.readouterr().err
     assert "takes about" in told and "for a first look: --steps" in told
+
+
+# --- recipes and hub ------------------------------------------------------------------------------
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_opens_with_a_command_that_takes_it(path: Path) -> None:
+    """Its first command names it, and the command's settings accept both."""
+    lines = [line.removeprefix("#").strip() for line in path.read_text().splitlines()]
+    words = next(line for line in lines if " --config " in line).split()
+    words = words[words.index("moce") + 1 :]
+    assert words[-1] == f"recipes/{path.name}" and words[-2] == "--config"
+    options = vars(build_parser().parse_args(words)) | {"config": path}
+    command = COMMANDS[options.pop("command")]
+    parse(command.settings, settings_of(command, options))
+
+
+def test_without_a_hub_its_weights_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for name in hub.PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with hub.cache_if_unreachable() as online:
+        assert not online and constants.is_offline_mode()
+    assert not constants.is_offline_mode()
+    with pytest.raises(MoceError, match="vit_tiny_patch16_224: the hub does not answer"):
+        moce.pretrain("demo:digits", out=tmp_path / "x", init="vit_tiny_patch16_224", **RUNTIME)
+    assert not (tmp_path / "x").exists()
 
 
 # --- time -----------------------------------------------------------------------------------------

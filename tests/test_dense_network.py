@@ -12,9 +12,8 @@ from builders import TINY_ARGS, TINY_NAME, tiny_mae, tiny_spec
 
 from moce.config import FinetuneSettings
 from moce.config.load import parse
-from moce.dense import network
+from moce.dense import network, rle
 from moce.dense.augment import Views
-from moce.dense.masks import decode_masks, encode_mask
 from moce.dense.network import SimplePyramid, VitFeatures, build_network, vit_of
 from moce.dense.recipe import by_task, network_config, new_network
 from moce.dense.types import IGNORE, DenseSource, Instances
@@ -32,7 +31,7 @@ CONFIG = {
     "masks": True,
     "window": 0,
 }
-HEAD = {"dim": 16, "scales": [2, 1, 0.5], "anchor_scale": 4, "depth": 0}
+HEAD = {"dim": 16, "scales": [2, 1, 0.5], "anchor_scale": 4, "depth": 0, "proposals": 64}
 DETECTOR = {**CONFIG, "task": "detect", "head": HEAD}
 
 
@@ -189,21 +188,15 @@ def scene() -> tuple[np.ndarray, Instances, np.ndarray]:
     """A bright object on black, [3, 50, 80], and a crowd over the whole image."""
     mask = np.zeros((50, 80), np.uint8)
     mask[10:30, 20:60] = 1
-    whole = encode_mask(np.ones_like(mask))
     boxes = np.array([[20, 10, 60, 30], [0, 0, 80, 50]], np.float32)
-    masks = (encode_mask(mask), whole)
-    instances = Instances(boxes, np.array([3, 1]), masks, np.array([False, True]))
+    masks = rle.encode(np.stack([mask, np.ones_like(mask)]))
+    instances = Instances(boxes, np.array([3, 1]), tuple(masks), np.array([False, True]))
     return np.repeat(mask[None] * 200, 3, axis=0), instances, np.where(mask, 4, 0).astype(np.int64)
 
 
 def views(**changes: object) -> Views:
     given = {"size": 64, "jitter": (0.1, 2.0), "hflip": True, "fill": (0.0,) * 3, "seed": 0}
     return Views(**{**given, "by_longer": True, "with_masks": True, **changes})
-
-
-def test_masks_survive_run_lengths() -> None:
-    mask = np.random.default_rng(0).integers(0, 2, (7, 5)).astype(np.uint8)
-    assert (decode_masks([encode_mask(mask)])[0].numpy() == mask).all()
 
 
 def test_boxes_and_masks_move_with_their_image() -> None:

@@ -295,7 +295,7 @@ def test_the_commands_take_a_packed_file(folder, store, tmp_path, monkeypatch) -
     backbone = tmp_path / "backbone"
     customize(mixture, task, out=backbone)
     choice = json.loads((backbone / "selection.json").read_text())
-    assert sum(choice["cluster_histogram"]) == 48
+    assert sum(choice["cluster_histogram"]) == 24  # the training images
     moce.probe(backbone, task, kind="knn", **RUNTIME)
 
 

@@ -108,12 +108,13 @@ def test_several_classes_of_an_image_are_named_too(tmp_path: Path) -> None:
 
 
 def test_files_named_by_split_have_that_split(tmp_path: Path) -> None:
-    for number, name in enumerate(
-        ["train-00000-of-00002", "train-00001-of-00002", "validation", "x"]
-    ):
+    for number, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "validation"]):
         write(tmp_path / f"{name}.parquet", number, 1)
     found = {sample.id: sample.split for sample in open_source(str(tmp_path))}
-    assert list(found.values()) == ["train", "train", "val", None]
+    assert list(found.values()) == ["train", "train", "val"]
+    write(tmp_path / "x.parquet", 3, 1)
+    with pytest.raises(MoceError, match="which split is it"):
+        open_source(str(tmp_path))
 
 
 def test_ids_are_those_of_the_column_and_repeated_ones_are_numbered(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_files_with_different_columns_are_refused(tmp_path: Path, other: dict, r
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no parquet")
     pq.write_table(pyarrow.table({"image": [1, 2]}), tmp_path / "b.parquet")
-    pq.write_table(pyarrow.table({"picture": [b"x"]}), tmp_path / "c.parquet")
+    pq.write_table(pyarrow.table({"content": [b"x"]}), tmp_path / "c.parquet")
     for name, reason in [("a", "cannot read"), ("b", "holds int64"), ("c", "no column 'image'")]:
         with pytest.raises(MoceError, match=rf"{name}\.parquet") as refusal:
             open_source(str(tmp_path / f"{name}.parquet"))

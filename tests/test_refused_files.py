@@ -328,7 +328,7 @@ IMAGES: dict[str, Case] = {
         lambda w: w.probe(data=w.images("train/cat/a.png", "train/cat/b.png", "test/cat/c.png")),
         "only one class"),
     "a task without test images": (
-        lambda w: w.probe(data=w.images("train/cat/a.png", "train/dog/b.png")), "no test images"),
+        lambda w: w.probe(data=w.images("train/cat/a.png", "train/dog/b.png")), "class 'cat' has one image"),
     "a class without training images": (
         lambda w: w.probe(data=w.images("train/cat/a.png", "train/dog/b.png", "test/cow/c.png")),
         "without training images: cow"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import posixpath
 import re
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,28 @@ from moce.commands.registry import COMMANDS, Command
 from moce.config.usage import flag
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Fill the sections of the menu that need no list: a new page must not be forgotten."""
+    listed = str(config.nav)
+    sections = {name: part for item in config.nav or [] for name, part in item.items()}
+    sections["How to"] += _entries(DOCS / "howto")
+    sections["Further"] += [
+        e for e in _entries(DOCS) if f"'{next(iter(e.values()))}'" not in listed
+    ]
+    config.nav = [item for item in config.nav or [] if next(iter(item.values()))]
+    return config
+
+
+def _entries(folder: Path) -> list[dict[str, str]]:
+    """Title and path of every page of a folder."""
+    pages = sorted(folder.glob("*.md"))
+    titles = [page.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for page in pages]
+    paths = [page.relative_to(DOCS).as_posix() for page in pages]
+    return [{title: path} for title, path in zip(titles, paths, strict=True)]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -50,7 +70,7 @@ def pages() -> dict[str, str]:
         "CONTRIBUTING.md": _of_the_root("CONTRIBUTING.md"),
         "CHANGELOG.md": _of_the_root("CHANGELOG.md"),
         "SOURCES.md": _of_the_root("src/moce/data/assets/SOURCES.md"),
-        "tutorial.md": notebook_page(ROOT / "docs" / "tutorial.ipynb"),
+        "tutorial.md": notebook_page(DOCS / "tutorial.ipynb"),
         "reference/commands.md": commands_page(),
     }
 
@@ -112,6 +132,3 @@ def _short(annotation: Any) -> str:
     text = str(annotation).replace("str | Path", "Path").replace(" | None", "")
     choice = re.fullmatch(r"Literal\[(.*)\]", text)
     return choice[1].replace("'", "").replace(", ", " / ") if choice else text
-
-
-__all__: typing.Final = ["on_files", "on_page_markdown", "pages"]

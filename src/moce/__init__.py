@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 __version__ = version("moce")
 FUNCTIONS = (
     *("cluster", "convert", "customize", "demo", "doctor", "embed", "evaluate", "export"),
-    *("finetune", "headroom", "pack", "pretrain", "probe", "push", "report", "run", "train"),
+    *("finetune", "headroom", "pack", "predict", "pretrain", "probe", "push", "report", "run"),
+    "train",
 )
 __all__ = ["MoceError", "load", *FUNCTIONS]
 

@@ -15,6 +15,7 @@ from moce.commands.export import ExportResult
 from moce.commands.finetune import FinetuneResult
 from moce.commands.headroom import HeadroomResult
 from moce.commands.pack import PackResult
+from moce.commands.predict import PredictResult
 from moce.commands.pretrain import PretrainResult
 from moce.commands.probe import ProbeResult
 from moce.commands.push import PushResult
@@ -423,6 +424,7 @@ def finetune(
     out: str | Path,
     task: Literal["classify", "detect", "segment"] | None = None,
     annotations: str | Path | None = None,
+    ignore_index: int | None = None,
     image_size: int | None = None,
     jitter: Sequence[float] = (),
     window: int = 0,
@@ -481,6 +483,8 @@ def finetune(
             pixel) (default: what the labels say)
         annotations (str | Path | None, default None): where the boxes or masks are, if not beside
             the images: a COCO JSON file or a folder
+        ignore_index (int | None, default None): value of masks that neither trains nor counts,
+            beside 255
         image_size (int | None, default None): side in pixels of the square that the network sees;
             position embeddings are resampled (default: 1024 to detect, 512 to segment)
         jitter (Sequence[float], default ()): least and greatest factor by which images are resized
@@ -491,7 +495,8 @@ def finetune(
         masks (bool, default True): learn masks, too, where the labels have them
         head_args (dict[str, Any], default {}): of the head; detect: dim (256), scales of the
             pyramid ([4, 2, 1, 0.5]), anchor_scale (8, side of an anchor over the stride of its
-            level), depth (4, convolutions); segment: kind (upernet or linear), dim (512)
+            level), depth (4, convolutions), proposals (512, per image to train on); segment: kind
+            (upernet or linear), dim (512)
         cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
             the GPU if they take at most a quarter of its free memory
         seed (int, default 0): seed of all random numbers
@@ -687,6 +692,43 @@ def pack(
             those of DATA)
         workers (int | None, default None): images decoded at the same time (default: all usable
             cores)
+    """
+
+def predict(
+    model: str | Path,
+    data: Data,
+    *,
+    out: str | Path,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    min_score: float = 0.05,
+    pictures: int = 16,
+    picture_score: float = 0.5,
+    batch_size: int = 8,
+    overwrite: bool = False,
+) -> PredictResult:
+    """Apply a fine-tuned model to images: COCO JSON, mask PNGs or a table of classes, and pictures.
+
+    Args:
+        model (str | Path): folder that moce finetune wrote
+        data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
+            separate several by commas, or list them in @FILE, one per line
+        out (str | Path): folder to write the predictions to
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        min_score (float, default 0.05): detections with a lower score are not written
+        pictures (int, default 16): images to draw the predictions into, the first ones
+        picture_score (float, default 0.5): detections with a lower score are not drawn
+        batch_size (int, default 8): images per forward pass
+        overwrite (bool, default False): replace the contents of the output folder
     """
 
 def pretrain(

@@ -31,8 +31,8 @@ from moce.customization.model_card import (
 )
 from moce.customization.related_images import RelatedImages, known_clusters
 from moce.customization.selection import Choice, route_name
-from moce.data.load import load_images
-from moce.data.readers.factory import open_source
+from moce.data.divide import voting_rows
+from moce.data.load import chosen_samples, load_images
 from moce.errors import MoceError, counted
 from moce.evaluation.evaluator import choose_by_probe
 from moce.evaluation.task import load_task
@@ -156,6 +156,7 @@ def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple
         store,
         channels=channels,
         max_skipped=settings.max_skipped,
+        choose=voting_rows,
     )
     by = (settings.strategy, settings.threshold, settings.assign, settings.batch_size)
     choice = run_on_rank0(lambda: bank.select(images, *by))  # the same for all processes
@@ -171,7 +172,7 @@ def _adapt(
     strategy: str | None = None,
 ) -> Adaptation:
     """Adapt an MAE to the task's images; `clusters` find related images of the pool."""
-    task = [sample for sample in open_source(settings.images) if sample.split != "test"]
+    task = chosen_samples(settings.images, voting_rows)
     training = _training_settings(settings, len(task), strategy)
     load = partial(read_images, settings)
     related = None

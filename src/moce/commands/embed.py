@@ -14,6 +14,7 @@ from moce.commands.setup import check_file, prepare, read_images
 from moce.config import EmbedSettings
 from moce.data.dataset import ImageDataset
 from moce.data.readers.factory import paths_of
+from moce.data.readers.splits import scored_split
 from moce.inference.features import feature_batches, feature_width
 from moce.runs.files import atomic, make_folder
 from moce.runtime.progress import log
@@ -40,7 +41,11 @@ def run(settings: EmbedSettings) -> EmbedResult:
     device, precision = prepare(settings)
     backbone = load_backbone(settings.backbone)
     vit = backbone.vit
-    images = read_images(settings, settings.data, vit)
+    images = read_images(settings, settings.data, vit, choose=None)
+    scored = scored_split(images.splits)
+    if scored is not None:
+        count = images.splits.count(scored)
+        log(f"embedding all {len(images)} images, {count} of them {scored} images (column split)")
     for name, reason in images.skipped:
         log(f"skipped {name}: {reason}")
     batches = feature_batches(

@@ -32,7 +32,15 @@ from moce.evaluation.backbones import (
 from moce.evaluation.evaluator import Evaluator, Outcome
 from moce.evaluation.metrics import choose_metric
 from moce.evaluation.results import KEY, ROWS, make_row, read_rows, write_rows
-from moce.evaluation.suite import Suite, SuiteTask, pick_tasks, read_suite
+from moce.evaluation.suite import (
+    DENSE_TASKS,
+    PROBES,
+    PROTOCOLS,
+    Suite,
+    SuiteTask,
+    pick_tasks,
+    read_suite,
+)
 from moce.evaluation.task import Task, load_task
 from moce.reporting.results_table import results_table
 from moce.runs.files import write_json, write_text
@@ -137,6 +145,9 @@ class _Evaluation:
 
     def run_task(self, plan: SuiteTask) -> None:
         """Add the missing rows of one task; its images are read only if there are any."""
+        if plan.task in DENSE_TASKS:
+            self._run_dense(plan)
+            return
         task: Task | None = None
         evaluators: dict[str, Evaluator] = {}
         for candidate, protocol in self._missing(plan):
@@ -173,12 +184,17 @@ class _Evaluation:
         write_rows(self.settings.out, self.rows)
 
     def _missing(self, plan: SuiteTask) -> Iterator[tuple[Candidate, str]]:
+        """Candidates and protocols, by their names in rows, that have no row yet."""
         done = {tuple(row[name] for name in KEY) for row in self.rows}
+        names = PROTOCOLS[plan.task]
         for protocol in dict.fromkeys(self.settings.protocols):
+            if protocol not in names:
+                log(f"{plan.name}: no protocol {protocol} for tasks to {plan.task}")
+                continue
             for candidate in self.models:
-                tunable = protocol != "finetune" or candidate.selection not in PROBE_ONLY
-                if tunable and (plan.name, *astuple(candidate), protocol) not in done:
-                    yield candidate, protocol
+                tunable = names[protocol] in PROBES or candidate.selection not in PROBE_ONLY
+                if tunable and (plan.name, *astuple(candidate), names[protocol]) not in done:
+                    yield candidate, names[protocol]
 
     def _load(self, plan: SuiteTask, shape: tuple[int, int, int]) -> Task:
         task = load_task(plan.data, shape, pixel_file(self.settings), self.settings.max_skipped)
@@ -232,36 +248,80 @@ class _Evaluation:
 
     def _finetune(self, plan: SuiteTask, task: Task, candidate: Candidate) -> Outcome:
         reference, details = self._dense_reference(plan, task, candidate)
+        given = {**self.suite.finetune, "task": "classify", "metric": plan.metric}
         values = []
-        for draw in range(min(self.draws, self.settings.finetune_draws)):
-            out = self.settings.out / "finetune" / candidate.name / plan.name / str(draw)
-            resume = (out / CONFIG).is_file()
-            if out.is_dir() and not resume:  # interrupted before it wrote its settings
-                shutil.rmtree(out)
-            given = {
-                **self.suite.finetune,
-                **self._runtime(),
-                "draw": draw,
-                "backbone": reference,
-                "data": plan.data,
-                "metric": plan.metric,
-                "num_labels": self._labels(plan),
-                "out": out,
-                "resume": resume,
-            }
-            values.append(finetune.run(parse(FinetuneSettings, given)).value)
+        for draw in range(self._finetune_draws()):
+            settings = self._finetune_settings(plan, "finetune", candidate, draw, reference, given)
+            values.append(finetune.run(settings).value)
         return Outcome(values, **details)
 
+    def _finetune_draws(self) -> int:
+        return min(self.draws, self.settings.finetune_draws)
+
+    def _finetune_settings(
+        self,
+        plan: SuiteTask,
+        protocol: str,
+        candidate: Candidate,
+        draw: int,
+        reference: str,
+        given: dict[str, Any],
+    ) -> FinetuneSettings:
+        """Of one run, which is resumed if it was begun."""
+        out = self.settings.out / protocol / candidate.name / plan.name / str(draw)
+        resume = (out / CONFIG).is_file()
+        if out.is_dir() and not resume:  # interrupted before it wrote its settings
+            shutil.rmtree(out)
+        values = {
+            **given,
+            **self._runtime(),
+            "draw": draw,
+            "backbone": reference,
+            "data": plan.data,
+            "num_labels": self._labels(plan),
+            "out": out,
+            "resume": resume,
+        }
+        return parse(FinetuneSettings, values)
+
+    def _run_dense(self, plan: SuiteTask) -> None:
+        """Add the missing rows of a task to detect or to segment."""
+        from moce.commands import evaluate_dense  # its libraries take seconds to import
+
+        for candidate, protocol in self._missing(plan):
+            start = time.perf_counter()
+            model, task = self.models[candidate], None
+            if not isinstance(model, Backbone):  # what it becomes depends on the images
+                task = evaluate_dense.as_task(plan, task_shape(model), self.settings)
+            reference, details = self._dense_reference(plan, task, candidate)
+            given = evaluate_dense.finetune_settings(plan, self.suite, protocol)
+            runs = []
+            for draw in range(self._finetune_draws()):
+                settings = self._finetune_settings(
+                    plan, protocol, candidate, draw, reference, given
+                )
+                finetune.run(settings)
+                runs.append(settings.out)
+            row = evaluate_dense.row_of_runs(plan, candidate, protocol, runs, self.settings.out)
+            about = {"suite": self.suite.name, "role": plan.role}
+            seconds = round(time.perf_counter() - start, 2)
+            self._add({**row, **about, "seconds": seconds, **details})
+            values = " ".join(f"{100 * value:.1f}" for value in row["values"])
+            log(f"{plan.name}, {candidate.name}, {protocol}: {row['metric']} {values}")
+
     def _dense_reference(
-        self, plan: SuiteTask, task: Task, candidate: Candidate
+        self, plan: SuiteTask, task: Task | None, candidate: Candidate
     ) -> tuple[str, dict[str, Any]]:
-        """What to fine-tune: the reference, or a folder with the task's own backbone."""
-        if candidate.adapts:
+        """What to fine-tune: the reference, or a folder with the task's own backbone.
+
+        task: may be None for a backbone that is the same for all tasks.
+        """
+        bank = self.models[candidate]
+        if task is None or isinstance(bank, Backbone):
+            return candidate.reference, {}
+        if candidate.adapts or not isinstance(bank, Bank):
             folder, details = self._adapted(plan, task, candidate)
             return str(folder), details
-        bank = self.models[candidate]
-        if not isinstance(bank, Bank):
-            return candidate.reference, {}
         choice = bank.select(task.train, candidate.selection or "auto")
         folder = self.settings.out / "backbones" / candidate.name / plan.name
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moce.commands.setup import hint_few_steps, pixel_file, resolve, start_run
 from moce.config import FinetuneSettings
+from moce.config.dense import Task as TaskName
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError, NotFinite
 from moce.evaluation.finetune import (
@@ -31,6 +32,7 @@ from moce.evaluation.task import Task, draw_labels, load_task
 from moce.models.encoder import input_shape
 from moce.runs.files import write_json
 from moce.runs.model import STATE, write_model
+from moce.runs.resume import recorded_settings, resumes
 from moce.runtime.distributed import run_on_rank0
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
@@ -41,7 +43,10 @@ from moce.weights.from_runs import Backbone, load_backbone
 
 @dataclass
 class FinetuneResult:
-    """run: the folder, which timm loads as local-dir:RUN; value: the metric on the test images, 0..1."""
+    """run: the folder; value: the metric on the test images, 0..1; labels: images trained on.
+
+    timm loads a classifier as local-dir:RUN; a detector or segmenter has a network.py beside it.
+    """
 
     run: Path
     metric: str
@@ -53,7 +58,10 @@ class FinetuneResult:
 
 
 def run(settings: FinetuneSettings) -> FinetuneResult:
-    settings = settings.model_copy(update={"task": settings.task or "classify"})
+    kind = settings.task or run_on_rank0(partial(_task_of, settings))
+    settings = settings.model_copy(update={"task": kind})
+    if kind != "classify":
+        return _finetune_dense(settings)
     settings, device = resolve(settings)
     backbone = load_backbone(settings.backbone)
     settings = by_size(settings, backbone.vit)
@@ -90,6 +98,22 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     )
     _write(settings.out, vit.cpu(), backbone, row)
     return FinetuneResult(settings.out, metric, value, len(rows))
+
+
+def _task_of(settings: FinetuneSettings) -> TaskName | None:
+    """What the labels say, or what a resumed run was started for."""
+    from moce.dense.readers import task_of
+
+    if resumes(settings):
+        return recorded_settings(settings).task
+    return task_of(settings.data, settings.annotations)
+
+
+def _finetune_dense(settings: FinetuneSettings) -> FinetuneResult:
+    from moce.commands import finetune_dense  # its libraries take seconds to import
+
+    row = finetune_dense.run(settings)
+    return FinetuneResult(settings.out, row["metric"], row["values"][0], row["labels"])
 
 
 def _best_rate(tried: list[dict[str, float]]) -> float:

@@ -14,7 +14,6 @@ from moce.data.sample_sizes import count_and_side
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import last_metrics, write_model
-from moce.runs.resume import resumes
 from moce.runtime.progress import log
 from moce.training.announce import announce
 from moce.training.defaults import (
@@ -68,8 +67,8 @@ def save_mae(folder: Path, spec: MAESpec, mae: MAE, images: ImageDataset) -> Pre
 
 def _with_model(settings: PretrainSettings, device: torch.device) -> PretrainSettings:
     """With a model that fits the images and the device, unless one or weights are given."""
-    if settings.init not in (None, PRETRAINED) and settings.model == BASE and resumes(settings):
-        return settings.model_copy(update={"model": None})  # recorded, not given, until 0.2.0
+    if settings.init not in (None, PRETRAINED) and settings.model == BASE:
+        return settings.model_copy(update={"model": None})  # as recipes of 0.1.0 have it, not given
     if settings.model is not None or settings.init is not None:
         return settings
     count, side = count_and_side(settings.data)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moce.commands.finetune import FinetuneResult
     from moce.commands.headroom import HeadroomResult
     from moce.commands.pack import PackResult
+    from moce.commands.predict import PredictResult
     from moce.commands.pretrain import PretrainResult
     from moce.commands.probe import ProbeResult
     from moce.commands.push import PushResult
@@ -227,6 +228,17 @@ def embed(settings: config.EmbedSettings) -> EmbedResult:
 )
 def finetune(settings: config.FinetuneSettings) -> FinetuneResult:
     from moce.commands.finetune import run
+
+    return run(settings)
+
+
+@command(
+    config.PredictSettings,
+    ("model", "data"),
+    "moce predict runs/birds photos/ --out predictions",
+)
+def predict(settings: config.PredictSettings) -> PredictResult:
+    from moce.commands.predict import run
 
     return run(settings)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -16,7 +16,8 @@ from moce.config.base import DataSettings
 from moce.config.facts import facts_of
 from moce.config.usage import check_used, explicitly_set, flag
 from moce.data.dataset import ImageDataset
-from moce.data.load import load_images, temporary_file
+from moce.data.divide import learning_rows
+from moce.data.load import Choose, load_images, temporary_file
 from moce.data.readers.factory import paths_of
 from moce.data.readers.sample import Sample
 from moce.errors import MoceError
@@ -39,6 +40,18 @@ from moce.training.loggers import check_loggers
 
 R = TypeVar("R", bound=RunSettings)
 C = TypeVar("C", bound=ChosenSettings)
+
+
+class Described(Protocol):
+    """What is recorded of a set of images."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> Sequence[Any]: ...
+    @property
+    def skipped(self) -> list[tuple[str, str]]: ...
+
 
 FEW_STEPS = 500  # below which the published recipes for labeled tasks stop half trained
 
@@ -136,7 +149,7 @@ def open_output(settings: Any) -> Path:
     return open_folder(settings.out, partial(check_output, settings), keep=keep)
 
 
-def start_run(settings: RunSettings, *sets: ImageDataset) -> None:
+def start_run(settings: RunSettings, *sets: Described) -> None:
     """Open the folder of a run that can be resumed, and record its settings and inputs.
 
     Raises MoceError, before anything is written, if a resumed run was started with other inputs.
@@ -175,15 +188,22 @@ def check_file(
 
 
 def read_images(
-    settings: DataSettings, data: str | Sequence[Sample], vit: VisionTransformer
+    settings: DataSettings,
+    data: str | Sequence[Sample],
+    vit: VisionTransformer,
+    choose: Choose | None = learning_rows,
 ) -> ImageDataset:
-    """The images of a DATA argument, or these, in the size and channels of an encoder."""
+    """The images of a DATA argument, or these, in the size and channels of an encoder.
+
+    choose: which of those of a DATA argument; by default those that a model may learn from.
+    """
     return load_images(
         data,
         input_size(vit),
         pixel_file(settings),
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
+        choose=choose if isinstance(data, str) else None,
     )
 
 

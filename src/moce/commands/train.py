@@ -14,8 +14,8 @@ from moce.commands.pretrain import save_mae
 from moce.commands.setup import changed, choose, pixel_file, read_images, resolve, start_run
 from moce.config import TrainSettings
 from moce.data.dataset import ImageDataset
-from moce.data.load import load_images
-from moce.data.readers.factory import open_source
+from moce.data.divide import voting_rows
+from moce.data.load import chosen_samples, load_images
 from moce.errors import MoceError
 from moce.inference.assign import assign, assign_images
 from moce.models.cluster_model import ClusterModel
@@ -115,7 +115,7 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     assert job.settings.task is not None
     clusters = job.clusters()
     cluster_of = job.clusters_of_images(clusters)
-    samples = [e for e in open_source(job.settings.task) if e.split != "test"]
+    samples = chosen_samples(job.settings.task, voting_rows)
     encoder = clusters.encoder
     store = pixel_file(job.settings)
     task = load_images(samples, input_size(encoder), store, channels=input_channels(encoder))

@@ -17,7 +17,7 @@ from moce.config.base import (
     TrainingSettings,
     expand,
 )
-from moce.config.dense import DetectorHead, SegmenterHead
+from moce.config.dense import DetectorHead, PredictSettings, SegmenterHead
 from moce.config.evaluation import EmbedSettings, EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.pipeline import (
     AdaptationSettings,
@@ -65,6 +65,7 @@ __all__ = [
     "Metric",
     "PackSettings",
     "PipelineSettings",
+    "PredictSettings",
     "PretrainSettings",
     "ProbeSettings",
     "PushSettings",

@@ -107,9 +107,11 @@ class Settings(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
     # What a command writes to its output folder, beside the files of every run (runs/folder.py), so
-    # that --overwrite deletes nothing else. proofs: names that nobody but moce writes.
+    # that --overwrite deletes nothing else. proofs: names that nobody but moce writes; folders: with
+    # whatever is in them.
     proofs: ClassVar[frozenset[str]] = frozenset()
     files: ClassVar[frozenset[str]] = frozenset()
+    folders: ClassVar[frozenset[str]] = frozenset()
 
 
 class RuntimeSettings(Settings):

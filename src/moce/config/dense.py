@@ -33,12 +33,18 @@ class DenseTaskSettings(Settings):
         "what to train for: classify, detect (boxes, and masks if there are any) or segment (a class "
         "for every pixel) (default: what the labels say)",
         before="classify",
+        set_by_evaluate=True,
     )
     annotations: Folder | None = setting(
         None,
         "where the boxes or masks are, if not beside the images: a COCO JSON file or a folder",
         input="file",
         used_with=DENSE,
+    )
+    ignore_index: Annotated[Index, Field(le=255)] | None = setting(
+        None,
+        "value of masks that neither trains nor counts, beside 255",
+        used_with={"task": ("segment",)},
     )
     image_size: Count | None = setting(
         None,
@@ -65,8 +71,8 @@ class DenseTaskSettings(Settings):
     head_args: dict[str, Any] = setting(
         {},
         "of the head; detect: dim (256), scales of the pyramid ([4, 2, 1, 0.5]), anchor_scale (8, "
-        "side of an anchor over the stride of its level), depth (4, convolutions); segment: kind "
-        "(upernet or linear), dim (512)",
+        "side of an anchor over the stride of its level), depth (4, convolutions), proposals (512, per "
+        "image to train on); segment: kind (upernet or linear), dim (512)",
         used_with=DENSE,
     )
 
@@ -88,6 +94,7 @@ class DetectorHead(Settings):
     scales: Scales = (4, 2, 1, 0.5)
     anchor_scale: Positive = 8
     depth: Annotated[Index, Field(le=16)] = 4
+    proposals: Count = 512
 
 
 class SegmenterHead(Settings):
@@ -100,8 +107,8 @@ class SegmenterHead(Settings):
 class PredictSettings(DataSettings):
     """Apply a fine-tuned model to images: COCO JSON, mask PNGs or a table of classes, and pictures."""
 
-    proofs = frozenset({"predictions.json", "predicted_masks", "predicted_pictures"})
-    files = frozenset({"predictions.csv", "classes.json"})
+    files = frozenset({"predictions.json", "predictions.csv", "classes.json"})
+    folders = frozenset({"predicted_masks", "predicted_pictures"})
 
     model: Reference = setting(description="folder that moce finetune wrote", input="weights")
     data: Data = setting(description=IMAGES, input="images")

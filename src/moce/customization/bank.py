@@ -14,9 +14,9 @@ from moce.config.load import parse
 from moce.customization.adapter import adapt_in_memory, load_for
 from moce.customization.related_images import RelatedImages, known_clusters
 from moce.customization.selection import Choice, Route, choose, count_votes, on_route
-from moce.data.dataset import ImageDataset
+from moce.data.divide import voting_rows
 from moce.data.from_python import as_image_dataset
-from moce.errors import MoceError
+from moce.data.load import Choose
 from moce.inference.features import extract_features
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec, input_shape
@@ -72,17 +72,22 @@ class Bank:
         return count_votes(self.model.cluster_sizes.long(), self.model.routes())
 
     def assign(
-        self, images: object, rule: str = "balanced", batch_size: int = 256
+        self,
+        images: object,
+        rule: str = "balanced",
+        batch_size: int = 256,
+        choose: Choose | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The cluster of every image, [n] int64, and its cosine similarity to the centroid, [n].
 
-        images, rule: see `select`. Raises MoceError if there are no images.
+        images, rule: see `select`. choose: which images of DATA (default: all). Raises MoceError
+        if there are no images.
         """
         channels, height, width = self.input_shape
         features = extract_features(
             self.clusters.encoder,
             self.clusters.spec,
-            as_image_dataset(images, (height, width), channels),
+            as_image_dataset(images, (height, width), channels, choose),
             device=self.device,
             precision=self.precision,
             pooling=self.clusters.pooling,
@@ -100,12 +105,14 @@ class Bank:
     ) -> Choice:
         """Choose experts for a task by its images; labels are not needed.
 
+        The test images of a DATA argument have no vote (see `moce.data.divide`).
+
         images: a DATA argument, an ImageDataset, a list of paths or PIL images, or uint8
         [n, c, h, w] of exactly the model's size. strategy, threshold: see `choose` in
         `moce.customization.selection`. assign: "balanced" or "nearest", see `ClusterModel.assign`.
         Raises MoceError if there are no images.
         """
-        cluster, similarity = self.assign(images, assign, batch_size)
+        cluster, similarity = self.assign(images, assign, batch_size, voting_rows)
         histogram = cluster.bincount(minlength=self.clusters.num_clusters)
         return self.choose(histogram, similarity.mean().item(), strategy, threshold)
 
@@ -187,18 +194,11 @@ class Bank:
             "out": Path(),  # a temporary folder takes its place
         }
         settings = parse(AdaptationSettings, given)
-        task = self._without_test_images(images)
+        channels, height, width = self.task_shape
+        task = as_image_dataset(images, (height, width), channels, voting_rows)
         mae = self.mae(self.select(task, strategy, threshold, assign, batch_size))
         adapt_in_memory(task, self.spec.mae, mae, self._related(data), settings, self.device)
         return pooled(mae.encoder.cpu(), self.encoder_spec, num_classes=num_classes)
-
-    def _without_test_images(self, images: object) -> ImageDataset:
-        channels, height, width = self.task_shape
-        found = as_image_dataset(images, (height, width), channels)
-        rows = [row for row, split in enumerate(found.splits) if split != "test"]
-        if not rows:
-            raise MoceError("there are test images only; adaptation needs others")
-        return found.subset(rows)
 
     def _related(self, data: str | Path | None) -> RelatedImages | None:
         if data is None:

@@ -10,7 +10,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.data.dataset import ImageDataset
-from moce.data.readers.factory import open_source
+from moce.data.divide import learning_rows
+from moce.data.load import chosen_samples
 from moce.data.readers.sample import Sample
 from moce.data.rng import Stream, keyed_generator
 from moce.errors import MoceError
@@ -59,7 +60,7 @@ class RelatedImages:
 
     def _readable(self) -> list[Sample]:
         """The images of the pool whose cluster is known; those that are new to it are assigned."""
-        pool = open_source(self.pool)
+        pool = chosen_samples(self.pool, learning_rows)
         tried = {*self.cluster_of, *(name for name, _ in self.skipped)}
         unseen = [sample for sample in pool if sample.id not in tried]
         if unseen:

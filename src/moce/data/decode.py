@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from moce.data.formats import formats
+
 Raster = Image.Image | np.ndarray  # an array: [h, w] or [h, w, c]
 Box = tuple[int, int]
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused here instead
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**28 // 3  # Pillow's limit, to protect memory
-# Decoders only: for some formats Pillow runs other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "DIB", "PPM", "JPEG2000", "TGA")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FLOAT_SLACK = 1e-3  # beyond 0..1, from resampling
 TO_8_BITS: dict[str, Callable[[int], int]] = {  # by Pillow's raw mode of the file
@@ -41,7 +41,7 @@ def open_encoded(source: Path | bytes) -> Raster:
     """
     file: Path | io.BytesIO = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=formats())
     except UnidentifiedImageError:
         if _start(source) in TIFF_STARTS:
             return _read_tiff(source)

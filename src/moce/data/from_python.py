@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence, Sized
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -13,31 +14,36 @@ from PIL import Image
 from torch import Tensor
 
 from moce.data.dataset import ImageDataset
-from moce.data.load import decode_all, load_images, temporary_file
+from moce.data.load import Choose, decode_all, load_images, temporary_file
 from moce.data.readers.factory import Source, open_sources
+from moce.data.readers.left_out import LeftOut
 from moce.data.readers.sample import Encoded, Sample, is_image_name
 from moce.errors import MoceError
 
 BLOCK = 1024  # images of a stream decoded at a time
 
 
-def as_image_dataset(images: object, size: tuple[int, int], channels: int = 3) -> ImageDataset:
+def as_image_dataset(
+    images: object, size: tuple[int, int], channels: int = 3, choose: Choose | None = None
+) -> ImageDataset:
     """Images in any form as an ImageDataset.
 
     images: DATA as on the command line; an ImageDataset; a list of paths, sources, PIL images or
     arrays [h, w] or [h, w, c]; another iterable of paths, PIL images or arrays; a uint8 tensor or
-    array [n, channels, h, w] of the right size. Raises MoceError for anything else.
+    array [n, channels, h, w] of the right size. choose: which rows of DATA, and of a list of sources,
+    to load (see `load_images`). Raises MoceError for anything else.
     """
     if isinstance(images, ImageDataset):
         return images
     if isinstance(images, str | Path):
-        return load_images(str(images), size, temporary_file(), channels=channels)
+        return load_images(str(images), size, temporary_file(), channels=channels, choose=choose)
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
         images = torch.from_numpy(np.ascontiguousarray(images))  # torch takes no flipped views
     if isinstance(images, Tensor):
         return _from_tensor(images, size, channels)
     if isinstance(images, Sequence) and len(images) > 0:
-        return load_images(_as_samples(images), size, temporary_file(), channels=channels)
+        samples = _as_samples(images)
+        return load_images(samples, size, temporary_file(), channels=channels, choose=choose)
     if isinstance(images, Iterable) and not isinstance(images, Sized):
         return _from_stream(images, size, channels)
     raise MoceError("images must be a folder, a parquet file, a list of images, or a uint8 tensor")
@@ -75,10 +81,17 @@ def _from_stream(stream: Iterable[object], size: tuple[int, int], channels: int)
 
 
 def _as_samples(items: Sequence[object]) -> Sequence[Sample]:
-    texts = [str(item) for item in items if isinstance(item, str | Path)]
+    left_out = LeftOut("the list of images")
+    items = [item for item in items if not (_is_path(item) and left_out.is_hidden(Path(item).name))]
+    left_out.report()
+    texts = [str(item) for item in items if _is_path(item)]
     if len(texts) == len(items) and not all(is_image_name(text) for text in texts):
         return open_sources([Source(text, text) for text in texts])
     return [_as_sample(number, item) for number, item in enumerate(items)]
+
+
+def _is_path(item: object) -> TypeGuard[str | Path]:
+    return isinstance(item, str | Path)
 
 
 def _as_sample(number: int, item: object) -> Sample:

@@ -22,7 +22,7 @@ from moce.data.dataset import ImageDataset
 from moce.data.decode import to_pixels
 from moce.data.readers.factory import open_source
 from moce.data.readers.packed import Packed, PixelReader, find_packed
-from moce.data.readers.sample import Sample, error_line
+from moce.data.readers.sample import Label, Sample, error_line
 from moce.data.run_ahead import run_ahead
 from moce.errors import MoceError
 from moce.runtime.distributed import barrier, run_on_local_rank0, world_size
@@ -34,6 +34,7 @@ MEMORY_SHARE = 0.4  # of the free memory; more pixels are stored in a file
 AHEAD_PER_THREAD = 16  # images: enough to keep threads busy, few enough for sets of any size
 REPORT_EVERY = 32  # images
 BAR_AFTER = 2.0  # seconds
+Choose = Callable[[Sequence[Label | None], Sequence[str | None], str], list[int]]
 Reasons = dict[int, str]  # by row, why an image could not be decoded
 
 
@@ -44,21 +45,28 @@ def load_images(
     *,
     channels: int = 3,
     max_skipped: float = 1.0,
+    choose: Choose | None = None,
 ) -> ImageDataset:
     """Decode all images of DATA, resized by the shorter side and center-cropped to `size` (h, w).
 
     Broken images, and those with a wrong number of channels, are skipped and listed. Pixels that do
     not fit into memory go to `pixel_file`, a temporary file. Packed files are not decoded: their
-    images keep their size, which must be at least `size`. Raises MoceError if no image is readable,
-    more than the share `max_skipped` is not, or neither memory nor disk has room.
+    images keep their size, which must be at least `size`. choose: which rows to load, by labels,
+    splits and the name of the source. Raises MoceError if no image is readable, more than the share
+    `max_skipped` is not, or neither memory nor disk has room.
     """
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
-        return _from_packed(packed, size, channels)
+        images = _from_packed(packed, size, channels)
+        rows = choose(images.labels, images.splits, str(packed.path)) if choose else None
+        return images if rows is None else images.subset(rows)
     name = data if isinstance(data, str) else "the list of images"
     samples = open_source(data) if isinstance(data, str) else list(data)
     if not samples:
         raise MoceError(f"no images in {name}")
+    if choose is not None:
+        rows = choose([s.label for s in samples], [s.split for s in samples], name)
+        samples = [samples[row] for row in rows]
     shape = (len(samples), channels, *size)
 
     def decode(pixels: np.ndarray) -> Reasons:
@@ -79,6 +87,13 @@ def load_images(
         skipped=[(samples[row].id, reason) for row, reason in reasons.items()],
     )
     return images.subset([row for row in range(len(samples)) if row not in reasons])
+
+
+def chosen_samples(data: str, choose: Choose) -> list[Sample]:
+    """The images of DATA that `choose` picks, as in `load_images`, not yet decoded."""
+    samples = open_source(data)
+    rows = choose([s.label for s in samples], [s.split for s in samples], data)
+    return [samples[row] for row in rows]
 
 
 # --- decoding -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from moce.data.rng import Stream, keyed_uniform
-from moce.dense.masks import decode_masks
+from moce.dense import rle
 from moce.dense.types import IGNORE, Instances, Target
 
 NUMBERS = 4  # random numbers per view: scale, top, left, flip
@@ -123,5 +123,6 @@ class Views:
         if not len(rows):
             return torch.zeros(0, self.size, self.size, dtype=torch.uint8)
         assert target.masks is not None  # the task has masks
-        masks = tv_tensors.Mask(decode_masks([target.masks[row] for row in rows]))
+        pixels = rle.decode([target.masks[row] for row in rows], (0, 0))
+        masks = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(pixels, np.uint8)))
         return self._placed(masks, box, resized, flip, 0).as_subclass(Tensor)

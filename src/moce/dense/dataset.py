@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from moce.data.readers.sample import error_line
 from moce.dense.images import whole_pixels
-from moce.dense.types import DenseSample, DenseSource, Target
+from moce.dense.types import DenseSample, DenseSource, Instances, Target
 from moce.errors import MoceError
 
 TEST_SHARE = 0.2  # if the source has no splits
+MOST_CHECKED = 10_000  # images whose truth is compared when a run is resumed
 
 
 @dataclass
 class DenseImages:
-    """Images with their truth. channels: of the encoder; skipped: as in `DenseSource`."""
+    """Images with their truth. channels: of the encoder; skipped: (id, reason), as in `DenseSource`."""
 
     samples: Sequence[DenseSample]
     channels: int = 3
-    skipped: Sequence[tuple[str, str]] = ()
+    skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -31,9 +33,10 @@ class DenseImages:
         return [sample.id for sample in self.samples]
 
     @property
-    def labels(self) -> list[None]:
-        """None: the truth is read with its image."""
-        return [None] * len(self)
+    def labels(self) -> list[str | None]:
+        """A checksum of the boxes and classes of each image; None where it would take long to make."""
+        checked = len(self) <= MOST_CHECKED
+        return [_checksum(sample) if checked else None for sample in self.samples]
 
     def subset(self, rows: Sequence[int]) -> DenseImages:
         return replace(self, samples=[self.samples[row] for row in rows])
@@ -47,6 +50,14 @@ class DenseImages:
             raise MoceError(
                 f"cannot read {sample.id}: {error_line(error)}; fix or remove it"
             ) from None
+
+
+def _checksum(sample: DenseSample) -> str | None:
+    target = sample.target()
+    if not isinstance(target, Instances):
+        return hashlib.sha256(target.tobytes()).hexdigest()
+    content = target.boxes.tobytes() + target.classes.tobytes() + target.crowd.tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def split(source: DenseSource, channels: int) -> tuple[DenseImages, DenseImages]:

@@ -196,6 +196,7 @@ def build_detector(vit: Any, config: dict[str, Any]) -> FasterRCNN:
         image_mean=config["mean"],
         image_std=config["std"],
         rpn_anchor_generator=anchors,
+        box_batch_size_per_image=head["proposals"],
         **heads,
     )
 

@@ -84,11 +84,11 @@ class DenseObjective(Objective):
             losses = model(list(images), batch.targets)
             return {"loss": torch.stack(list(losses.values())).sum(), **losses}
         target = torch.stack(batch.targets)
-        known = (target != IGNORE).sum().clamp(min=1)
         total = nn.functional.cross_entropy(
             model(images), target, ignore_index=IGNORE, reduction="sum"
         )
-        return {"loss": total / known}
+        # Ignored pixels count as right, so that a batch's loss is the mean over its images.
+        return {"loss": total / target.numel()}
 
 
 def _placed(batch: DenseBatch, device: torch.device) -> DenseBatch:

@@ -9,32 +9,52 @@ from pydantic import AfterValidator, Field
 
 from moce.config import EvaluateSettings, FinetuneSettings, Metric, ProbeSettings, Role, Settings
 from moce.config.base import Count
+from moce.config.dense import Task as TaskName
 from moce.config.facts import facts_of
 from moce.config.load import parse, read_recipe, with_new_names
 from moce.config.usage import replaced_by
 from moce.data.readers.factory import located
 from moce.errors import MoceError
 
+DENSE_TASKS = ("detect", "segment")
+PROBES = ("linear", "knn")
+# By task, the protocols of `moce evaluate` that it has, and their names in rows of results. A linear
+# probe of a segmentation task is a linear layer on frozen patch tokens.
+PROTOCOLS: dict[str, dict[str, str]] = {
+    "classify": {"linear": "linear", "knn": "knn", "finetune": "finetune"},
+    "detect": {"finetune": "detect"},
+    "segment": {"finetune": "segment", "linear": "segment_linear"},
+}
 Section = Annotated[dict[str, Any], AfterValidator(with_new_names)]
 
 
 class SuiteTask(Settings):
-    """A labeled task. role: development, to tune defaults on, or held_out."""
+    """A labeled task. role: development, to tune defaults on, or held_out.
+
+    task: what the labels are for; annotations: where boxes or masks are, if not beside the images.
+    """
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     data: str
     metric: Metric | None = None
     labels: Count | None = None
     role: Role = "held_out"
+    task: TaskName = "classify"
+    annotations: str | None = None
 
 
 class Suite(Settings):
-    """Tasks, and the settings of `moce probe` and `moce finetune`, the same for every backbone."""
+    """Tasks, and the settings of `moce probe` and `moce finetune`, the same for every backbone.
+
+    detect, segment: settings of `moce finetune` for these tasks; finetune: for classification.
+    """
 
     name: str
     tasks: tuple[SuiteTask, ...] = Field(min_length=1)
     probe: Section = Field({})
     finetune: Section = Field({})
+    detect: Section = Field({})
+    segment: Section = Field({})
     draws: Count = 1
     labels: Count | None = None
 
@@ -49,15 +69,26 @@ def read_suite(path: Path, root: Path) -> Suite:
     except MoceError as error:
         raise MoceError(f"suite {path}: {error}") from None
     _check_section(path, "probe", ProbeSettings, suite.probe)
-    _check_section(path, "finetune", FinetuneSettings, suite.finetune)
+    for name in ("finetune", *DENSE_TASKS):
+        _check_section(path, name, FinetuneSettings, getattr(suite, name))
+    for task in suite.tasks:
+        if task.task in DENSE_TASKS and task.metric is not None:
+            raise MoceError(
+                f"suite {path}: {task.name} must not set metric: {task.task} has its own"
+            )
     names = [task.name for task in suite.tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise MoceError(f"suite {path} has two tasks named {twice[0]}")
-    tasks = tuple(
-        task.model_copy(update={"data": located(task.data, root)}) for task in suite.tasks
-    )
+    tasks = tuple(_located(task, root) for task in suite.tasks)
     return suite.model_copy(update={"tasks": tasks})
+
+
+def _located(task: SuiteTask, root: Path) -> SuiteTask:
+    places = {"data": located(task.data, root)}
+    if task.annotations is not None:
+        places["annotations"] = located(task.annotations, root)
+    return task.model_copy(update=places)
 
 
 def _check_section(path: Path, name: str, kind: type[Settings], values: dict[str, Any]) -> None:
@@ -75,7 +106,7 @@ def _check_section(path: Path, name: str, kind: type[Settings], values: dict[str
             raise MoceError(
                 f"suite {path}: {name} has {setting} and {other}: leave out one of them"
             )
-    fill = {"backbone": "", "data": "", **({"out": "x"} if name == "finetune" else {})}
+    fill = {"backbone": "", "data": "", **({} if name == "probe" else {"out": "x"})}
     try:
         parse(kind, {**fill, **values})
     except MoceError as error:

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from moce.data.dataset import ImageDataset
+from moce.data.divide import divide
 from moce.data.load import load_images
 from moce.data.readers.factory import open_source
+from moce.data.readers.labels import in_order
 from moce.data.readers.packed import find_packed
-from moce.data.readers.sample import Label, Sample
+from moce.data.readers.sample import Label
 from moce.errors import MoceError
-
-TEST_SHARE = 0.2  # if the source has no splits
-SPLITS = ("train", "test")
+from moce.runtime.progress import log
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Task:
     """train, test: images; train_labels, test_labels: [n] int64 indices into `classes`.
 
     multi_label: an image may have any number of classes; labels are then [n, C] float32, 0 or 1.
+    scored_on: which images are the test images, in words.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Task:
     train_labels: np.ndarray
     test_labels: np.ndarray
     multi_label: bool = False
+    scored_on: str = ""
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -47,37 +49,39 @@ def load_task(
 ) -> Task:
     """Load the labeled images of a DATA argument. shape: (channels, h, w).
 
-    If the source has no splits, a fifth of each class (of all images, if they have several classes)
-    becomes the test set. Validation images are used for training, or as the test set if there is no
-    other. Raises MoceError if there are no labels or a split is missing.
+    Which images train and which are scored: `moce.data.divide`; a line says it. Raises MoceError if
+    there are no labels or a split is missing.
     """
     everything = open_source(data)
-    labeled = [row for row, sample in enumerate(everything) if sample.label is not None]
-    if not labeled:
+    samples = [sample for sample in everything if sample.label is not None]
+    if not samples:
         raise MoceError(f"{data} has no labels; put every class in its own folder")
-    samples = [everything[row] for row in labeled]
-    splits = _splits(samples)
+    division = divide([s.label for s in everything], [s.split for s in everything])
     packed = _packed_as_needed(data, shape)
 
     def read(wanted: str) -> ImageDataset:
-        rows = [row for row, split in zip(labeled, splits, strict=True) if split == wanted]
+        rows = [row for row, part in enumerate(division.parts) if part == wanted]
         if packed is not None:
             return packed.subset(rows)
         chosen = [everything[row] for row in rows]
         return load_images(chosen, shape[1:], store, channels=shape[0], max_skipped=max_skipped)
 
     train, test = read("train"), read("test")
-    classes = sorted(_names(train.labels))
+    classes = sorted(_names(train.labels), key=in_order)
     if len(classes) < 2:
         raise MoceError(
             f"{data} has only one class ({', '.join(classes)}); a task needs at least two"
         )
-    unknown = sorted(_names(test.labels) - set(classes))
+    unknown = sorted(_names(test.labels) - set(classes), key=in_order)
     if unknown:
         raise MoceError(f"classes of the test images without training images: {', '.join(unknown)}")
     multi_label = any(isinstance(sample.label, tuple) for sample in samples)
     labels = [_encode(split.labels, classes, multi_label) for split in (train, test)]
-    return Task(data, classes, train, test, labels[0], labels[1], multi_label)
+    scored_on = f"{len(test)} test images: {division.rule}"
+    log(f"{data}: {len(train)} training images, scored on {scored_on}")
+    if unused := division.parts.count(None):
+        log(f"{data}: left out: {unused} images without a label (-1, NaN, null or empty)")
+    return Task(data, classes, train, test, labels[0], labels[1], multi_label, scored_on)
 
 
 def _packed_as_needed(data: str, shape: tuple[int, int, int]) -> ImageDataset | None:
@@ -103,39 +107,6 @@ def _encode(labels: Sequence[Label | None], classes: list[str], multi_label: boo
         return np.array(rows, np.float32)
     number = {name: index for index, name in enumerate(classes)}
     return np.array([number[str(label)] for label in labels], np.int64)
-
-
-def _splits(samples: list[Sample]) -> list[str]:
-    named = {sample.split for sample in samples}
-    if named == {None}:
-        return _split_by_class(samples)
-    becomes = {None: "train", "train": "train", "test": "test"}
-    becomes["val"] = "train" if "test" in named else "test"
-    splits = [becomes[sample.split] for sample in samples]
-    missing = [split for split in SPLITS if split not in splits]
-    if missing:
-        raise MoceError(f"no {missing[0]} images: there must be both a train/ and a test/ folder")
-    return splits
-
-
-def _split_by_class(samples: list[Sample]) -> list[str]:
-    """The last fifth of each class, in a fixed shuffled order, is the test set.
-
-    Images with several classes are split without regard to them.
-    """
-    several = any(isinstance(sample.label, tuple) for sample in samples)
-    splits = ["train"] * len(samples)
-    order = np.random.default_rng(0).permutation(len(samples)).tolist()
-    rows_of: dict[Label | None, list[int]] = {}
-    for row in order:
-        rows_of.setdefault(None if several else samples[row].label, []).append(row)
-    for label, rows in rows_of.items():
-        if len(rows) < 2:
-            kind = f"class '{label}'" if label is not None else "the task"
-            raise MoceError(f"{kind} has one image; give at least two, or a test/ folder")
-        for row in rows[-max(1, round(TEST_SHARE * len(rows))) :]:
-            splits[row] = "test"
-    return splits
 
 
 def draw_labels(labels: np.ndarray, count: int | None, seed: int, number: int = 0) -> np.ndarray:

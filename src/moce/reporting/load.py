@@ -25,6 +25,8 @@ TITLES = {
     "moce": "MoCE",
     "adapted": "Adapted backbone",
     "classifier": "Fine-tuned",
+    "detector": "Detector",
+    "segmenter": "Segmenter",
     "evaluation": "Evaluation",
     "unfinished": "Unfinished",
 }
@@ -135,7 +137,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError("it has no complete row")
         for row in rows:
             [str(row[name]) for name in ("metric", "labels")]
-            [float(value) for value in row["values"]]
+            [float(value) for value in (*row["values"], *(row.get("figures") or {}).values())]
             choice = row.get("choice") or {}
             if "votes" in choice:
                 sum(choice["votes"].values()) + sum(choice["cluster_histogram"])

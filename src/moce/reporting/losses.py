@@ -10,6 +10,7 @@ from moce.reporting.elements import Section, html
 from moce.reporting.load import Material, Run
 from moce.reporting.style import METHODS, drawing
 
+LABELED = ("classifier", "detector", "segmenter")
 UNTRAINED = ("clusters", "headroom", "evaluation")
 DASHES = ("-", "--", ":", "-.")  # for runs of the same method
 
@@ -21,16 +22,19 @@ def losses_section(material: Material) -> Section | None:
         return None
     blocks = []
     logged = [run for run in trained if run.metrics]
-    unlabeled = [run for run in logged if run.kind != "classifier"]
+    unlabeled = [run for run in logged if run.kind not in LABELED]
     if unlabeled:
         caption = (
             "Reconstruction error of the removed patches. MoCE's is shown without the losses of its "
             "gates, to compare with MAE+."
         )
         blocks.append(html.chart(_figure(unlabeled, "loss"), caption))
-    labeled = [run for run in logged if run.kind == "classifier"]
+    labeled = [run for run in logged if run.kind in ("classifier", "segmenter")]
     if labeled:
         blocks.append(html.chart(_figure(labeled, "cross-entropy"), title="Fine-tuning"))
+    detectors = [run for run in logged if run.kind == "detector"]
+    if detectors:
+        blocks.append(html.chart(_figure(detectors, "sum of losses"), title="Detection"))
     silent = ", ".join(run.name for run in trained if not run.metrics)
     if silent:
         blocks.append(html.note(f"Nothing was logged by: {silent}."))

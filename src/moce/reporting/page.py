@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from moce.customization.bank import load
 from moce.reporting.clusters import clusters_section
+from moce.reporting.dense import dense_section
 from moce.reporting.elements import ENVIRONMENT, Section
 from moce.reporting.experts import experts_section
 from moce.reporting.load import Material
@@ -21,6 +22,7 @@ def build_sections(material: Material, max_images: int) -> list[Section]:
     sections = [
         summary_section(material),
         results_section(material),
+        dense_section(material),
         losses_section(material),
         *(clusters_section(material, run, max_images) for run in material.of_kind("clusters")),
         *(headroom_section(run) for run in material.of_kind("headroom")),

@@ -13,7 +13,14 @@ from moce.reporting.load import Material, Run
 from moce.reporting.results_table import Results, protocol_table
 from moce.reporting.style import drawing, expert_color, faded, look_of
 
-PROTOCOLS = {"linear": "Linear probe", "knn": "Nearest neighbors", "finetune": "Fine-tuned"}
+PROTOCOLS = {
+    "linear": "Linear probe",
+    "knn": "Nearest neighbors",
+    "finetune": "Fine-tuned",
+    "detect": "Detection",
+    "segment": "Segmentation",
+    "segment_linear": "Segmentation, linear",
+}
 CAPTION = (
     "In %: mean ± standard deviation over draws of labels. Regret: best strategy, or else best route, "
     "minus MoCE, in points. Vote: share of the task's images that vote for the winning route."

@@ -42,6 +42,7 @@ TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 # The names that any command writes to output folders; proofs: those that nobody else would write.
 PROOFS = {INFO, CONFIG, TIMINGS}.union(*(kind.proofs for kind in settings_classes()))
 FILES = PROOFS.union({WEIGHTS, METRICS, SKIPPED}, *(kind.files for kind in settings_classes()))
+FOLDERS = {STATE, TENSORBOARD, WANDB}.union(*(kind.folders for kind in settings_classes()))
 
 
 def check_folder(
@@ -137,7 +138,7 @@ def _is_known(path: Path) -> bool:
     """Whether moce wrote a file, or all of a folder: a run, folders of runs, or nothing."""
     if not path.is_dir():
         return path.name in FILES or path.name.startswith(".")
-    if path.name in (STATE, TENSORBOARD, WANDB):
+    if path.name in FOLDERS:
         return True
     children = list(path.iterdir())
     return _is_run(path) or all(child.is_dir() and _is_known(child) for child in children)

@@ -16,11 +16,13 @@ from pathlib import Path, PurePosixPath
 from moce.config import expand
 from moce.data.readers.folder import read_folder
 from moce.data.readers.huggingface import HUB_PREFIX, is_saved, read_hub, read_saved
+from moce.data.readers.left_out import LeftOut, is_system
 from moce.data.readers.manifest import is_pack, packed_shards
 from moce.data.readers.numpy_arrays import read_arrays
 from moce.data.readers.packed import find_packed
 from moce.data.readers.parquet import DEMO_PREFIX, demo_samples, read_parquet_files
 from moce.data.readers.sample import Encoded, Sample, as_text, is_image_name
+from moce.data.readers.splits import inner_split, place_samples, source_splits
 from moce.data.readers.storage import local_file
 from moce.data.readers.table import SampleTable
 from moce.data.readers.tar import expand_braces, find_shards, matching, read_shards
@@ -69,11 +71,35 @@ def open_sources(sources: Sequence[Source]) -> Sequence[Sample]:
         raise MoceError(f"{twice[0]} is named {counts[twice[0]]} times")
     if len(sources) == 1:
         return _unique(_open(sources[0]))
-    samples: list[Sample] = []
-    for source, name in zip(sources, _names(sources), strict=True):
-        for sample in _open(source):
-            samples.append(replace(sample, id=f"{name}/{sample.id}") if name else sample)
+    others = [source for source in sources if not is_image_name(source.written)]
+    splits = source_splits([source.written for source in others])
+    named = dict(zip(others, zip(_names(others), splits, strict=True), strict=True))
+    files = iter(_open_files([source for source in sources if source not in named]))
+    samples = [
+        sample
+        for source in sources
+        for sample in (_within(source, *named[source]) if source in named else [next(files)])
+    ]
     return _unique(samples)
+
+
+def _within(source: Source, name: str, split: str | None) -> list[Sample]:
+    """The images of one of several sources."""
+    return [
+        replace(s, id=f"{name}/{s.id}", split=inner_split(s.split, split, source.data))
+        for s in _open(source)
+    ]
+
+
+def _open_files(sources: Sequence[Source]) -> list[Sample]:
+    """Single image files, with the labels and splits of their paths."""
+    if not sources:
+        return []
+    paths = [os.path.abspath(expand(Path(source.data))) for source in sources]  # noqa: PTH100
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
+    inside = [as_text(PurePosixPath(path).relative_to(common).as_posix()) for path in paths]
+    found = [(path, _open(source)[0]) for path, source in zip(inside, sources, strict=True)]
+    return place_samples(found, as_text(common), PurePosixPath(common).name)
 
 
 def _open(source: Source) -> Sequence[Sample]:
@@ -152,25 +178,30 @@ def _listed(name: str) -> list[Source]:
         raise MoceError(f"the list {path} names no images")
     if any(line.startswith(LIST_PREFIX) for line in lines):
         raise MoceError(f"the list {path} names another list; give both, separated by a comma")
+    left_out = LeftOut(str(path))
+    lines = [line for line in lines if not left_out.is_hidden(_end(line))]
+    left_out.report()
     return [Source(_located(line, path.parent), line) for line in lines]
 
 
-def _names(sources: Sequence[Source]) -> list[str | None]:
-    """The last part of each source's path, or as many parts as make the names different.
+def _end(path: str) -> str:
+    """What of a path decides if it is hidden: of an absolute one, its name and system folders."""
+    parts = PurePosixPath(path).parts
+    if not PurePosixPath(path).is_absolute():
+        return path
+    system = [part for part in parts if is_system(part)]
+    return "/".join([*system, parts[-1]])
 
-    None for single image files, whose ids are their paths.
-    """
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    """The last part of each source's path, or as many parts as make the names different."""
     paths = [PurePosixPath(source.written.replace("\\", "/")) for source in sources]
-    depth = 1
-    while True:
-        names = [
-            None if is_image_name(path.name) else "/".join(path.parts[-depth:]).strip("/")
-            for path in paths
-        ]
-        chosen = [name for name in names if name is not None]
-        if len(set(chosen)) == len(chosen) or depth >= max(len(path.parts) for path in paths):
-            return names
-        depth += 1
+    deepest = max((len(path.parts) for path in paths), default=1)
+    for depth in range(1, deepest + 1):
+        names = ["/".join(path.parts[-depth:]).strip("/") for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _unique(found: Sequence[Sample]) -> Sequence[Sample]:

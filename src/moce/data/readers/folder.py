@@ -8,32 +8,44 @@ from functools import partial
 from pathlib import Path
 
 from moce.data.decode import Raster
+from moce.data.formats import HINTS, suffixes
+from moce.data.readers.left_out import LeftOut
 from moce.data.readers.numpy_arrays import open_array
 from moce.data.readers.parquet import read_parquet_files
-from moce.data.readers.sample import SUFFIXES, Encoded, Sample, as_text, from_path, is_image_name
+from moce.data.readers.sample import Encoded, Sample, as_text, is_image_name
+from moce.data.readers.splits import place_samples
 from moce.data.readers.storage import local_file
 from moce.errors import MoceError
 
 
 def read_folder(root: Path) -> Sequence[Sample]:
     """The images in a folder, named by their path in it. Raises MoceError if there are none."""
-    files = _files(root)
+    left_out = LeftOut(str(root), HINTS)
+    files = _files(root, left_out)
     images = [path for path in files if is_image_name(path.name)]
     opener: Callable[[Path], Callable[[], Raster]] = Encoded
-    shards = [path for path in files if path.suffix == ".parquet"]
-    if shards and not images:
-        return read_parquet_files([local_file(path) for path in shards])
-    if not images:  # next to images, .npy files are usually labels or masks
+    shards = [] if images else [path for path in files if path.suffix == ".parquet"]
+    if not images and not shards:  # next to images, .npy files are usually labels or masks
         images = [path for path in files if path.suffix == ".npy"]
         opener = partial(partial, open_array)  # picklable openers
+    used = set(images or shards)
+    left_out.add_others(path.name for path in files if path not in used)
+    left_out.report()
+    if shards:
+        return read_parquet_files([local_file(path) for path in shards])
     if not images:
-        suffixes = " ".join(sorted(SUFFIXES))
-        raise MoceError(f"no images in {root} (looked at any depth for {suffixes} .parquet .npy)")
-    return [from_path(as_text(path.relative_to(root).as_posix()), opener(path)) for path in images]
+        known = " ".join(sorted(suffixes()))
+        raise MoceError(f"no images in {root} (looked at any depth for {known} .parquet .npy)")
+    names = [as_text(path.relative_to(root).as_posix()) for path in images]
+    samples = [Sample(name, opener(path)) for name, path in zip(names, images, strict=True)]
+    return place_samples(list(zip(names, samples, strict=True)), str(root), root.resolve().name)
 
 
-def _files(root: Path) -> list[Path]:
-    """Files at any depth, sorted. Follows links; visits a folder once, even if links form a loop."""
+def _files(root: Path, left_out: LeftOut) -> list[Path]:
+    """Files at any depth, sorted, without hidden entries.
+
+    Follows links; visits a folder once, even if links form a loop.
+    """
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
     pending = [root]
@@ -45,10 +57,13 @@ def _files(root: Path) -> list[Path]:
         except OSError as error:
             if folder == root:
                 raise MoceError(f"cannot read {root}: {error.strerror}") from None
+            left_out.add_unreadable(folder.relative_to(root).as_posix())
             continue
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
+        inside = folder.relative_to(root)
+        children = [c for c in children if not left_out.is_hidden(str(inside / c.name))]
         # Real folders first, so that a path without links names the files.
         folders = [c for c in children if os.path.isdir(c.path)]  # noqa: PTH112 - as below
         pending += [Path(child.path) for child in folders if not child.is_symlink()]

@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moce.data.readers.sample import SPLITS, Encoded, Label, Sample, error_line
+from moce.data.readers.labels import IMAGES, LABELS, SPLITS, column_labels, pick
+from moce.data.readers.sample import Encoded, Label, Sample, error_line
+from moce.data.readers.splits import column_splits
 from moce.errors import MoceError
+from moce.runtime.hub import NOT_HERE, cache_if_unreachable
 
 HUB_PREFIX = "hf:"
-LABELS = ("label", "labels", "fine_label", "class")
 MARKERS = ("dataset_dict.json", "state.json")
 
 
@@ -31,7 +33,13 @@ def read_hub(name: str) -> list[Sample]:
     datasets = _library()
     name, _, split = name.partition(":")
     load = partial(datasets.load_dataset, name, split=split or None)
-    return _load(load, f"{HUB_PREFIX}{name}")
+    with cache_if_unreachable() as online:
+        try:
+            return _load(load, f"{HUB_PREFIX}{name}")
+        except MoceError as error:
+            if online or Path(name).exists():
+                raise
+            raise MoceError(f"cannot read {HUB_PREFIX}{name}: {NOT_HERE}") from error
 
 
 def _library() -> Any:
@@ -45,27 +53,40 @@ def _library() -> Any:
 def _load(load: Any, name: str) -> list[Sample]:
     try:
         found = load()
-        splits = {"": found} if hasattr(found, "features") else dict(found)
-        return [sample for split in splits for sample in _samples(splits[split], split, name)]
+        tables = {"": found} if hasattr(found, "features") else dict(found)
+        of_tables = column_splits(tables, name)
+        return [
+            sample
+            for (part, table), split in zip(tables.items(), of_tables, strict=True)
+            for sample in _samples(table, part, split, name)
+        ]
     except MoceError:
         raise
     except Exception as error:  # of the network, files and configurations: any type
         raise MoceError(f"cannot read {name}: {error_line(error)}") from None
 
 
-def _samples(table: Any, split: str, name: str) -> Iterator[Sample]:
-    """The rows of one split, named SPLIT/ROW, or ROW if there are no splits."""
+def _samples(table: Any, part: str, split: str | None, name: str) -> Iterator[Sample]:
+    """The rows of one part, named PART/ROW, or ROW if there are no parts."""
     datasets = _library()
     columns = [key for key, kind in table.features.items() if isinstance(kind, datasets.Image)]
     if not columns:
         raise MoceError(f"{name} has no column of images (columns: {', '.join(table.features)})")
-    encoded = table.select_columns(columns[0])
-    encoded = encoded.cast_column(columns[0], datasets.Image(decode=False))
-    labels = _labels(table)
+    column = pick(columns, IMAGES) or columns[0]
+    encoded = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    labels, splits = _labels(table), _splits(table, split, name)
     for row in range(len(table)):
-        identity = f"{split}/{row}" if split else str(row)
-        opened = Encoded(partial(_read_row, encoded, row, columns[0]))
-        yield Sample(identity, opened, labels[row], SPLITS.get(split or str(table.split or "")))
+        identity = f"{part}/{row}" if part else str(row)
+        opened = Encoded(partial(_read_row, encoded, row, column))
+        yield Sample(identity, opened, labels[row], splits[row])
+
+
+def _splits(table: Any, split: str | None, name: str) -> list[str | None]:
+    """The split of the part, or of a part without one, its column."""
+    column = pick(table.features, SPLITS) if split is None else None
+    if column is None:
+        return [split] * len(table)
+    return column_splits(table.select_columns(column)[:][column], f"column '{column}' of {name}")
 
 
 def _read_row(table: Any, row: int, column: str) -> bytes:
@@ -77,16 +98,10 @@ def _read_row(table: Any, row: int, column: str) -> bytes:
 
 def _labels(table: Any) -> list[Label | None]:
     """Class names, or values if the column has no names; one, or several, per row."""
-    column = next((key for key in LABELS if key in table.features), None)
+    column = pick(table.features, LABELS)
     if column is None:
         return [None] * len(table)
     kind = table.features[column]
     names = getattr(getattr(kind, "feature", kind), "names", None)
-    to_name = (lambda value: str(names[value]) if value >= 0 else None) if names else str
-
-    def label(value: Any) -> Label | None:
-        if isinstance(value, list):
-            return tuple(sorted({str(to_name(item)) for item in value}))
-        return None if value is None else to_name(value)
-
-    return [label(value) for value in table.select_columns(column)[:][column]]
+    values = table.select_columns(column)[:][column]
+    return column_labels(values, names.__getitem__ if names else None)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from moce.data.readers.sample import SPLITS, Sample, error_line
+from moce.data.readers.labels import IMAGES, LABELS, SPLITS, column_labels, pick
+from moce.data.readers.left_out import hidden_part
+from moce.data.readers.sample import Label, Sample, error_line
+from moce.data.readers.splits import column_splits
 from moce.errors import MoceError
 
-IMAGES = ("images", "image", "x", "arr_0")
-PREFIXES = ("", "train_", "val_", "test_")  # MedMNIST and others keep all splits in one file
+# MedMNIST and others keep all splits in one file: train_images, test_labels.
+PREFIXES = {"": None, "train_": "train", "val_": "val", "valid_": "val", "test_": "test"}
 
 
 def read_arrays(path: Path) -> list[Sample]:
@@ -22,16 +26,37 @@ def read_arrays(path: Path) -> list[Sample]:
     Raises MoceError if there is no such array.
     """
     name, arrays = str(path), _load(path)
-    found = [prefix for prefix in PREFIXES if f"{prefix}images" in arrays]
+    found = [
+        (p, key) for p in PREFIXES if (key := _of_prefix(arrays, p, (*IMAGES, "x"))) is not None
+    ]
     if len(arrays) == 1 or not found:
-        return _samples(arrays, _image_key(arrays, name), "", name)
-    return [s for p in found for s in _samples(arrays, f"{p}images", p, name)]
+        found = [("", _only_key(arrays, name))]
+    return [sample for prefix, key in found for sample in _samples(arrays, key, prefix, name)]
+
+
+def _of_prefix(arrays: Iterable[str], prefix: str, wanted: Sequence[str]) -> str | None:
+    """The key of a split's array: test_images for "test_", or images_test, x_test."""
+    word = prefix.rstrip("_")
+    keys = {key: key for key in arrays}
+    if word:
+        keys = {}
+        for key in arrays:
+            lower = key.casefold()
+            if lower.startswith(prefix):
+                keys[lower.removeprefix(prefix)] = key
+            elif lower.endswith(f"_{word}"):
+                keys[lower.removesuffix(f"_{word}")] = key
+    found = pick(keys, wanted)
+    return None if found is None else keys[found]
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
-        return {"images": content} if isinstance(content, np.ndarray) else dict(content)
+        if isinstance(content, np.ndarray):
+            return {"images": content}
+        # Archives made on a Mac have members such as __MACOSX/._images.npy.
+        return {key: content[key] for key in content if hidden_part(key) is None}
     except Exception as error:  # errors of zip files, headers and data, of many types
         reason = error_line(error)
         if "pickle" in reason or "Python objects" in reason:  # NumPy would advise to allow pickle
@@ -39,13 +64,11 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         raise MoceError(f"cannot read {path}: {reason}") from None
 
 
-def _image_key(arrays: Mapping[str, np.ndarray], name: str) -> str:
-    if len(arrays) == 1:
-        return next(iter(arrays))
-    for key in IMAGES:
-        if key in arrays:
-            return key
-    raise MoceError(f"{name} has no array 'images' (arrays: {', '.join(arrays)})")
+def _only_key(arrays: Mapping[str, np.ndarray], name: str) -> str:
+    key = next(iter(arrays)) if len(arrays) == 1 else pick(arrays, ("arr_0",))
+    if key is None:
+        raise MoceError(f"{name} has no array 'images' (arrays: {', '.join(arrays)})")
+    return key
 
 
 def _samples(arrays: Mapping[str, np.ndarray], key: str, prefix: str, name: str) -> list[Sample]:
@@ -53,16 +76,15 @@ def _samples(arrays: Mapping[str, np.ndarray], key: str, prefix: str, name: str)
     images = _checked(arrays[key], key, name)
     count = len(images)
     numbers = [f"{prefix.replace('_', '/')}{row}" for row in range(count)]
-    ids = _column(arrays, f"{prefix}ids", count, name) or numbers
-    labels = _column(arrays, f"{prefix}labels", count, name)
-    splits = _column(arrays, f"{prefix}splits", count, name) or [prefix.rstrip("_")] * count
+    ids = [str(each) for each in _column(arrays, prefix, ("ids", "id"), count, name)] or numbers
+    labels: list[Label | None] = [None] * count
+    if found := _column(arrays, prefix, LABELS, count, name):
+        labels = column_labels(found)
+    splits: list[str | None] = [PREFIXES[prefix]] * count
+    if not prefix and (found := _column(arrays, prefix, SPLITS, count, name)):
+        splits = column_splits(found, name)
     return [
-        Sample(
-            ids[row],
-            partial(images.__getitem__, row),
-            labels[row] if labels else None,
-            SPLITS.get(splits[row]),
-        )
+        Sample(ids[row], partial(images.__getitem__, row), labels[row], splits[row])
         for row in range(count)
     ]
 
@@ -82,14 +104,28 @@ def _checked(images: object, key: str, name: str) -> np.ndarray:
     return images
 
 
-def _column(arrays: Mapping[str, np.ndarray], key: str, count: int, name: str) -> list[str]:
-    """One string per image; empty without such an array."""
-    if key not in arrays:
+def _column(
+    arrays: Mapping[str, np.ndarray], prefix: str, wanted: Sequence[str], count: int, name: str
+) -> list[Any]:
+    """One value, or one list of values, per image; empty without such an array."""
+    key = _of_prefix(arrays, prefix, wanted)
+    if key is None:
         return []
     values = np.asarray(arrays[key])
-    if values.size != count:
-        raise MoceError(f"{name}: {key} has {values.size} values for {count} images")
-    return [str(value) for value in values.reshape(-1).tolist()]
+    if len(values.reshape(-1)) == count:
+        values = values.reshape(-1)
+    if len(values) != count:
+        raise MoceError(f"{name}: {key} has {len(values)} values for {count} images")
+    if values.ndim > 2 or (values.ndim == 2 and not _are_marks(values)):
+        raise MoceError(
+            f"{name}: {key} of shape {list(values.shape)} for {count} images; give one value per "
+            "image, or 0 and 1 for every class"
+        )
+    return values.tolist()
+
+
+def _are_marks(values: np.ndarray) -> bool:
+    return values.dtype.kind in "buif" and bool(np.isin(values, (0, 1)).all())
 
 
 def _channels_first(shape: Sequence[int]) -> bool:

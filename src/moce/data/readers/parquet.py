@@ -6,7 +6,6 @@ Ids, labels and splits are read at once, images when they are needed.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,15 +18,16 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
+from moce.data.readers.labels import IMAGES, LABELS, SPLITS, column_labels, pick
 from moce.data.readers.parquet_rows import ImageColumn, RowReader, decode_offsets
-from moce.data.readers.sample import SPLITS
+from moce.data.readers.splits import column_splits, source_splits
 from moce.data.readers.storage import Storage, local_file
 from moce.data.readers.table import SampleTable
 from moce.errors import MoceError
 
 DEMO_PREFIX = "demo:"
 TEXT = pyarrow.large_string()
-COLUMNS = ("id", "label", "split")  # what a file may have beside its images
+COLUMNS = {"id": ("id",), "label": LABELS, "split": SPLITS}  # beside the images, by preference
 OPENED_AT_ONCE = 16  # files
 
 
@@ -51,8 +51,7 @@ def read_parquet(path: Path) -> SampleTable:
 def read_parquet_files(shards: Sequence[Storage]) -> SampleTable:
     """The images of several parquet files, in order. Raises MoceError if their columns differ.
 
-    Without a column of ids, they are SHARD/ROW; without one of splits, a file whose name starts with
-    train, test or val is that split.
+    Without a column of ids, they are SHARD/ROW; without one of splits, the files' names tell them.
     """
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
         opened = list(pool.map(_open, shards))
@@ -99,10 +98,10 @@ def _splits_by_name(shards: Sequence[_Shard]) -> pyarrow.ChunkedArray | None:
     """As data sets on the Hugging Face hub are named: train-00000-of-00012.parquet."""
     if len(shards) == 1:
         return None
-    starts = [re.split(r"[^a-z]", PurePosixPath(s.images.file.name).stem)[0] for s in shards]
+    splits = source_splits([shard.images.file.name for shard in shards])
     found = [
-        pyarrow.repeat(pyarrow.scalar(SPLITS.get(start), pyarrow.string()), len(shard.images))
-        for start, shard in zip(starts, shards, strict=True)
+        pyarrow.repeat(pyarrow.scalar(split, pyarrow.string()), len(shard.images))
+        for split, shard in zip(splits, shards, strict=True)
     ]
     return pyarrow.chunked_array(found)
 
@@ -115,28 +114,41 @@ def _open(file: Storage) -> _Shard:
     try:
         with file.open() as content:
             parquet = pyarrow.parquet.ParquetFile(content)
-            names = [name for name in COLUMNS if name in parquet.schema_arrow.names]
-            table = parquet.read(columns=names)
+            picked = _picked(parquet.schema_arrow.names)
+            table = parquet.read(columns=list(picked.values()))
     except (OSError, EOFError, pyarrow.ArrowException) as error:
         raise MoceError(f"cannot read {file.name}: {str(error).splitlines()[0]}") from None
     images = _image_column(file, parquet.schema_arrow, parquet.metadata)
     return _Shard(images, _columns(table, parquet.schema_arrow, file.name))
 
 
+def _picked(names: Sequence[str]) -> dict[str, str]:
+    """The columns of ids, labels and splits, as far as there are any."""
+    found = {kind: pick(names, wanted) for kind, wanted in COLUMNS.items()}
+    return {kind: name for kind, name in found.items() if name is not None}
+
+
 def _image_column(file: Storage, schema: pyarrow.Schema, metadata: Any) -> ImageColumn:
     features = _features(schema)
     marked = [name for name, kind in features.items() if kind.get("_type") == "Image"]
-    name = next((name for name in ["image", *marked] if name in schema.names), None)
+    usual = pick((field.name for field in schema if _may_be_images(field.type)), IMAGES)
+    name = next((name for name in [usual, *marked, "image"] if name in schema.names), None)
     if name is None:
         raise MoceError(f"{file.name} has no column 'image' (columns: {', '.join(schema.names)})")
     kind = schema.field(name).type
-    in_struct = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    content = kind.field("bytes").type if in_struct else kind
-    if not pyarrow.types.is_binary(content) and not pyarrow.types.is_large_binary(content):
+    in_struct = pyarrow.types.is_struct(kind)
+    if not _may_be_images(kind):
         raise MoceError(f"column '{name}' of {file.name} holds {kind}, not encoded images")
     counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     offsets, sizes = decode_offsets(metadata) or (None, None)
     return ImageColumn(file, name, in_struct, np.cumsum([0, *counts]), offsets, sizes)
+
+
+def _may_be_images(kind: pyarrow.DataType) -> bool:
+    """True for bytes, and for structs with bytes, as `datasets` writes them."""
+    if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
 
 
 def _features(schema: pyarrow.Schema) -> dict[str, dict[str, Any]]:
@@ -152,13 +164,15 @@ def _columns(
     table: pyarrow.Table, schema: pyarrow.Schema, name: str
 ) -> dict[str, pyarrow.ChunkedArray]:
     """Ids, labels and splits as text; a label may be a list, of any number of classes."""
+    picked = _picked(table.column_names)
     found = {}
-    if "id" in table.column_names:
-        found["id"] = _text(table.column("id"), "id", name)
-    if "split" in table.column_names:
-        found["split"] = _splits(_text(table.column("split"), "split", name))
-    if "label" in table.column_names:
-        found["label"] = _labels(table.column("label"), _features(schema).get("label", {}), name)
+    if "id" in picked:
+        found["id"] = _text(table.column(picked["id"]), picked["id"], name)
+    if "split" in picked:
+        found["split"] = _splits(table.column(picked["split"]), f"'{picked['split']}' of {name}")
+    if "label" in picked:
+        feature = _features(schema).get(picked["label"], {})
+        found["label"] = _labels(table.column(picked["label"]), feature, picked["label"], name)
     return found
 
 
@@ -169,38 +183,35 @@ def _text(values: pyarrow.ChunkedArray, column: str, name: str) -> pyarrow.Chunk
         raise MoceError(f"column '{column}' of {name} holds {values.type}, not text") from None
 
 
-def _splits(values: pyarrow.ChunkedArray) -> pyarrow.ChunkedArray:
+def _splits(values: pyarrow.ChunkedArray, where: str) -> pyarrow.ChunkedArray:
     encoded = values.dictionary_encode().combine_chunks()
-    known = [SPLITS.get(each or "") for each in encoded.dictionary.to_pylist()]
+    known = column_splits(encoded.dictionary.to_pylist(), f"column {where}")
     return pyarrow.chunked_array([pyarrow.array(known, pyarrow.string()).take(encoded.indices)])
 
 
 def _labels(
-    values: pyarrow.ChunkedArray, feature: dict[str, Any], name: str
+    values: pyarrow.ChunkedArray, feature: dict[str, Any], column: str, name: str
 ) -> pyarrow.ChunkedArray:
     """Names of classes, where `datasets` has noted them; else the values."""
-    if pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
-        lists = values.combine_chunks().cast(pyarrow.list_(values.type.value_type))
-        names = _class_names(feature.get("feature", feature))
-        flat = _text(_named(pyarrow.chunked_array([lists.values]), names), "label", name)
-        mask = lists.is_null() if lists.null_count else None
-        again = pyarrow.ListArray.from_arrays(lists.offsets, flat.combine_chunks(), mask=mask)
-        return pyarrow.chunked_array([again])
-    return _text(_named(values, _class_names(feature)), "label", name)
+    kind, text = values.type, pyarrow.string()
+    names = _class_names(feature.get("feature", feature))
+    name_of = names.__getitem__ if names else None
+    if (
+        pyarrow.types.is_list(kind)
+        or pyarrow.types.is_large_list(kind)
+        or pyarrow.types.is_fixed_size_list(kind)
+    ):
+        found = column_labels(values.to_pylist(), name_of)
+        return pyarrow.chunked_array([pyarrow.array(found, pyarrow.list_(text))])
+    if pyarrow.types.is_nested(kind):
+        raise MoceError(f"column '{column}' of {name} holds {kind}, not text")
+    encoded = values.dictionary_encode().combine_chunks()
+    found = column_labels(encoded.dictionary.to_pylist(), name_of)
+    return pyarrow.chunked_array([pyarrow.array(found, text).take(encoded.indices)])
 
 
 def _class_names(feature: Any) -> list[str]:
     return list(feature.get("names") or []) if isinstance(feature, dict) else []
-
-
-def _named(values: pyarrow.ChunkedArray, names: list[str]) -> pyarrow.ChunkedArray:
-    """Numbers of classes as their names; -1, the number of unlabeled images, as null."""
-    if not names or not pyarrow.types.is_integer(values.type):
-        return values
-    known = pyarrow.compute.if_else(
-        pyarrow.compute.greater_equal(values, 0), values, pyarrow.scalar(None, values.type)
-    )
-    return pyarrow.chunked_array([pyarrow.array(names).take(known.combine_chunks())])
 
 
 # --- the embedded images --------------------------------------------------------------------------

@@ -10,9 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from moce.data.decode import Raster, open_encoded
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+from moce.data.formats import suffixes
 
 Label = str | tuple[str, ...]  # one class, or any number of classes
 
@@ -42,7 +40,7 @@ class Encoded:
 
 def is_image_name(name: str) -> bool:
     """True if a file has the suffix of an image."""
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
+    return PurePosixPath(name).suffix.lower() in suffixes()
 
 
 def as_text(name: str) -> str:
@@ -53,17 +51,6 @@ def as_text(name: str) -> str:
 def error_line(error: Exception) -> str:
     """Type and message of an error, in one line of at most 200 characters."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def from_path(name: str, open_image: Callable[[], Raster], label: str | None = None) -> Sample:
-    """A sample identified by its path: a first folder train, test or val is its split, the last its label."""
-    folders = list(PurePosixPath(name).parts[:-1])
-    split = SPLITS.get(folders[0]) if folders else None
-    if split:
-        folders = folders[1:]
-    if label is None and folders:
-        label = folders[-1]
-    return Sample(name, open_image, label, split)
 
 
 def refused(name: str, reason: str) -> Sample:

@@ -5,24 +5,29 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from functools import partial
 from glob import glob
 from pathlib import Path, PurePosixPath
 
-from moce.data.decode import open_encoded
+from moce.data.formats import HINTS
+from moce.data.readers.labels import from_text
+from moce.data.readers.left_out import LeftOut
 from moce.data.readers.sample import (
+    Encoded,
+    Label,
     Sample,
     as_text,
     error_line,
-    from_path,
     is_image_name,
     refused,
 )
+from moce.data.readers.splits import last_word, place_samples, source_splits
+from moce.data.readers.tar_keys import LABEL_SUFFIXES, label_names, other_parts
 from moce.errors import MoceError
 
 RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
-MOST_LABEL_BYTES = 1024
+MOST_LABEL_BYTES = 2**16
 MOST_SHARDS = 10**6
 
 
@@ -76,30 +81,50 @@ def find_shards(pattern: str) -> list[Path]:
 def read_shards(pattern: str) -> list[Sample]:
     """The images of tar files, named SHARD/MEMBER. Raises MoceError if a file is missing.
 
-    The label is the content of the member KEY.cls, or the member's folder.
+    The label is that of the member KEY.cls or KEY.json, or the member's folder.
     """
     paths = find_shards(pattern)
     stems = [path.stem for path in paths]
     names = stems if len(set(stems)) == len(stems) else [path.as_posix() for path in paths]
-    return [
-        sample
-        for path, name in zip(paths, names, strict=True)
-        for sample in _read_shard(path, name)
-    ]
+    left_out = LeftOut(pattern, HINTS)
+    found = [_read_shard(*each, left_out) for each in zip(paths, names, strict=True)]
+    left_out.report()
+    splits = source_splits([path.as_posix() for path in paths])
+    outer = [split for split, shard in zip(splits, found, strict=True) for _ in shard]
+    return place_samples(
+        [each for shard in found for each in shard], pattern, last_word(pattern), outer
+    )
 
 
-def _read_shard(path: Path, name: str) -> Iterator[Sample]:
+def _read_shard(path: Path, name: str, left_out: LeftOut) -> list[tuple[str, Sample]]:
+    """The images of a shard, each with its path in it."""
     members, broken = _index(path)
-    labels = {
-        _key(member.name): _read_member(path, member).decode("utf-8", "replace").strip()
-        for member in members
-        if member.name.endswith(".cls") and member.isreg() and member.size <= MOST_LABEL_BYTES
+    shown = [member for member in members if not left_out.is_hidden(member.name)]
+    parts = other_parts(member.name for member in shown)
+    for kind in parts.values():
+        left_out.add(kind)
+    left_out.add_others(member.name for member in shown if not is_image_name(member.name))
+    texts = {
+        member.name: member
+        for member in shown
+        if member.name.endswith(LABEL_SUFFIXES)
+        and member.isreg()
+        and member.size <= MOST_LABEL_BYTES
     }
-    for member in members:
-        if is_image_name(member.name) and not member.isdir():
-            yield _sample(path, name, member, labels.get(_key(member.name)))
+    found = []
+    for member in shown:
+        if is_image_name(member.name) and not member.isdir() and member.name not in parts:
+            text = next((texts[name] for name in label_names(member.name) if name in texts), None)
+            label = None if text is None else _read_label(path, text)
+            found.append(_sample(path, name, member, label))
     if broken:
-        yield refused(f"{name}/", f"the archive is broken from here on: {broken}")
+        found.append(("", refused(f"{name}/", f"the archive is broken from here on: {broken}")))
+    return found
+
+
+def _read_label(path: Path, member: tarfile.TarInfo) -> Label | None:
+    text = _read_member(path, member).decode("utf-8", "replace")
+    return from_text(text, PurePosixPath(member.name).suffix)
 
 
 def _index(path: Path) -> tuple[list[tarfile.TarInfo], str]:
@@ -128,21 +153,17 @@ def _ends(path: Path, offset: int) -> bool:
         return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
-def _key(name: str) -> str:
-    """WebDataset's key: the path up to the first dot of the file name."""
-    path = PurePosixPath(name)
-    return str(path.with_name(path.name.split(".")[0] or path.name))
-
-
-def _sample(path: Path, shard: str, member: tarfile.TarInfo, label: str | None) -> Sample:
+def _sample(
+    path: Path, shard: str, member: tarfile.TarInfo, label: Label | None
+) -> tuple[str, Sample]:
     inside = PurePosixPath(as_text(member.name))
     identity = f"{shard}/{as_text(member.name)}"
     if inside.is_absolute() or ".." in inside.parts:
-        return refused(identity, "the name leads out of the archive")
+        return "", refused(identity, "the name leads out of the archive")
     if not member.isreg() or member.issparse():
-        return refused(identity, "a link or sparse file, not an image")
-    found = from_path(inside.as_posix(), lambda: open_encoded(_read_member(path, member)), label)
-    return Sample(f"{shard}/{inside.as_posix()}", found.open, found.label, found.split)
+        return "", refused(identity, "a link or sparse file, not an image")
+    name = inside.as_posix()
+    return name, Sample(f"{shard}/{name}", Encoded(partial(_read_member, path, member)), label)
 
 
 def _read_member(path: Path, member: tarfile.TarInfo) -> bytes:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from moce.data.readers.folder import read_folder
-from moce.data.readers.sample import SPLITS, Sample
+from moce.data.readers.sample import Sample
+from moce.data.readers.splits import PLAIN_SPLITS
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "leftImg8bit")
 
@@ -41,4 +42,4 @@ def key_of(name: str, kinds: Iterable[str], ending: str = "") -> str:
 def split_of(name: str) -> str | None:
     """The split that a folder or file is named after: train of train2017, val of valid or val_v2."""
     word = re.fullmatch(r"([a-z]+)[\d_.-]*(v\d+)?", name.lower())
-    return SPLITS.get(word[1]) if word else None
+    return PLAIN_SPLITS.get(word[1]) if word else None

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from moce.data.decode import open_encoded
-from moce.data.readers.sample import SPLITS, Sample, as_text
+from moce.data.readers.sample import Sample, as_text
+from moce.data.readers.splits import PLAIN_SPLITS
 from moce.dense.readers.objects import Annotation, Picture, assemble
 from moce.dense.readers.pairs import IMAGE_FOLDERS, image_samples, key_of, split_of
 from moce.dense.types import DenseSource
@@ -35,7 +36,7 @@ def listed_in_sets(root: Path, kind: str) -> dict[str, str]:
     """The split of every image that ImageSets/KIND/{train,val,test}.txt lists; {} without such files."""
     splits: dict[str, str] = {}
     for file in sorted((root / "ImageSets" / kind).glob("*.txt")):
-        if file.stem not in SPLITS:
+        if file.stem not in PLAIN_SPLITS:
             continue
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -43,7 +44,7 @@ def listed_in_sets(root: Path, kind: str) -> dict[str, str]:
             raise MoceError(f"cannot read {file}: {error}") from None
         for line in filter(None, map(str.strip, lines)):
             name = line.split()[0]
-            if splits.setdefault(name, SPLITS[file.stem]) != SPLITS[file.stem]:
+            if splits.setdefault(name, PLAIN_SPLITS[file.stem]) != PLAIN_SPLITS[file.stem]:
                 raise MoceError(f"{name} is in two lists of {file.parent}")
     return splits
 

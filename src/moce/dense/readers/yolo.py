@@ -11,7 +11,8 @@ import yaml
 
 from moce.data.decode import open_encoded
 from moce.data.readers.folder import read_folder
-from moce.data.readers.sample import SPLITS, Sample, as_text
+from moce.data.readers.sample import Sample, as_text
+from moce.data.readers.splits import PLAIN_SPLITS
 from moce.dense.readers.objects import Annotation, Picture, assemble
 from moce.dense.readers.pairs import image_samples, key_of, split_of
 from moce.dense.types import DenseSource
@@ -69,7 +70,7 @@ def read_yolo(root: Path, annotations: Path | None, max_skipped: float) -> Dense
         log(
             f"{root}: {unlabeled} of {len(pictures)} images have no labels: taken as without objects"
         )
-    if not any(key in config for key in SPLITS):  # then every label belongs to an image
+    if not any(key in config for key in PLAIN_SPLITS):  # then every label belongs to an image
         for path in (files[key] for key in sorted(files.keys() - used)):
             fault = "missing file: no image has these labels"
             name = as_text(path.relative_to(base).as_posix())
@@ -112,7 +113,7 @@ def _names(file: Path, config: dict[str, Any]) -> list[str]:
 
 def _samples(root: Path, config: dict[str, Any]) -> Iterator[tuple[Sample, str | None]]:
     """Images and their splits: of the folders and lists that data.yaml names, or by their folders."""
-    stated = {key: config[key] for key in SPLITS if config.get(key)}
+    stated = {key: config[key] for key in PLAIN_SPLITS if config.get(key)}
     if not stated:
         for sample in image_samples(root):
             folders = PurePosixPath(sample.id).parts[:-1]
@@ -124,7 +125,7 @@ def _samples(root: Path, config: dict[str, Any]) -> Iterator[tuple[Sample, str |
     for key, places in stated.items():
         for place in places if isinstance(places, list) else [places]:
             for sample in _placed(root, base, str(place), by_id):
-                yield sample, SPLITS[key]
+                yield sample, PLAIN_SPLITS[key]
 
 
 def _placed(root: Path, base: Path, place: str, by_id: dict[str, Sample]) -> Iterator[Sample]:

@@ -12,6 +12,7 @@ from timm.models import VisionTransformer, save_for_hf
 
 from moce.errors import MoceError, raise_if_corrupt
 from moce.models.encoder import EncoderSpec, input_shape
+from moce.runtime.hub import NOT_HERE, cache_if_unreachable
 from moce.weights.types import HEAD_PREFIXES, MODEL_CONFIG, MAEWeights, RawWeights, Tensors, drop
 
 HEAD_ARGS = frozenset({"num_classes", "global_pool", "fc_norm"})
@@ -99,13 +100,15 @@ def pretrained(name: str, model_args: dict[str, Any]) -> VisionTransformer:
     spec = EncoderSpec(name, model_args)
     with torch.device("meta"):
         spec.build()
-    try:
-        return spec.build(pretrained=True)
-    except MoceError:
-        raise
-    except Exception as error:  # without a network the hub client raises errors of many types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MoceError(f"cannot get the weights of timm model {name}: {reason}") from None
+    with cache_if_unreachable() as online:
+        try:
+            return spec.build(pretrained=True)
+        except MoceError:
+            raise
+        except Exception as error:  # without a network the hub client raises errors of many types
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = reason if online else NOT_HERE
+            raise MoceError(f"cannot get the weights of timm model {name}: {reason}") from None
 
 
 def write_timm_folder(folder: Path, vit: VisionTransformer, spec: EncoderSpec, **head: Any) -> None:

@@ -1,0 +1,59 @@
+"""WebDataset's names in a tar file: which members are images, and which hold an image's label.
+
+The parts of a sample share a key, the name up to its first dot. A later dot may belong to the name
+(v1.0000.jpg, v1.0001.jpg are two images) or mark another part (0001.seg.png is no second image).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from moce.data.readers.sample import is_image_name
+
+LABEL_SUFFIXES = (".cls", ".json")
+_PARTS = "seg mask masks label labels gt depth normal alpha edge edges thumb"
+PARTS = frozenset(_PARTS.split())
+
+
+def other_parts(names: Iterable[str]) -> dict[str, str]:
+    """Names with an image's suffix that are another part of a sample, with their kind (".seg.png").
+
+    One is if its last but one suffix is no number, and the sample has an image of the plain name;
+    or, beside any other image of the sample, if that suffix is a usual one for labels.
+    """
+    by_key: dict[str, list[str]] = {}
+    for name in names:
+        if is_image_name(name):
+            by_key.setdefault(key_of(name), []).append(name)
+    found: dict[str, str] = {}
+    for key, members in by_key.items():
+        plain = any(stem_of(name) == key for name in members)
+        marks = {name: stem_of(name)[len(key) :] for name in members}
+        parts = {name for name, mark in marks.items() if mark[1:].casefold() in PARTS}
+        if plain:
+            parts |= {n for n, mark in marks.items() if mark and not _has_number(mark)}
+        if len(parts) < len(members):
+            found |= {name: marks[name] + PurePosixPath(name).suffix.lower() for name in parts}
+    return found
+
+
+def _has_number(mark: str) -> bool:
+    return any(letter.isdigit() for letter in mark)
+
+
+def key_of(name: str) -> str:
+    """WebDataset's key: the path up to the first dot of the file name."""
+    path = PurePosixPath(name)
+    return str(path.with_name(path.name.split(".")[0] or path.name))
+
+
+def stem_of(name: str) -> str:
+    """The path without its last suffix."""
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def label_names(name: str) -> list[str]:
+    """The members that may hold the label of an image, those of its full name first."""
+    stems = dict.fromkeys((stem_of(name), key_of(name)))
+    return [stem + suffix for stem in stems for suffix in LABEL_SUFFIXES]
