@@ -10,7 +10,7 @@ from dense_folders import HEIGHT, WIDTH, disc
 from PIL import Image
 
 from moce.dense import rle
-from moce.dense.composed import compose, write_scenes
+from moce.dense.composed import SceneTask, compose, write_scenes
 from moce.dense.mask_files import write_class_names, write_mask
 from moce.dense.pictures import COLORS, draw_instances, draw_mask, side_by_side
 from moce.dense.readers import read_dense
@@ -45,12 +45,15 @@ def test_scenes_of_digits_are_read_back_as_they_were_composed(tmp_path: Path) ->
         assert 1 <= len(scene.labels) <= 4 and (scene.masks.sum(0) <= 1).all()
 
 
-def test_scenes_of_clothes_are_read_back_as_they_were_composed(tmp_path: Path) -> None:
-    classes = write_scenes(tmp_path, "clothes", train=2, val=2, size=48)
+@pytest.mark.parametrize(("task", "count"), [("clothes", 11), ("kinds", 3)])
+def test_scenes_of_clothes_are_read_back_as_they_were_composed(
+    tmp_path: Path, task: SceneTask, count: int
+) -> None:
+    classes = write_scenes(tmp_path, task, train=2, val=2, size=48)
     source = read_dense(str(tmp_path), None)
-    assert source.classes == classes and classes[0] == "background" and len(classes) == 11
+    assert source.classes == classes and classes[0] == "background" and len(classes) == count
     for sample, split in zip(source.samples, ["train", "train", "val", "val"], strict=True):
-        scene, mask = compose("clothes", split, int(sample.id[-5]) - 1, size=48), sample.target()
+        scene, mask = compose(task, split, int(sample.id[-5]) - 1, size=48), sample.target()
         assert sample.split == split and mask.shape == (48, 48)
         for label, part in zip(scene.labels, scene.masks, strict=True):
             assert (mask[part] == label + 1).all()
