@@ -307,14 +307,14 @@ def test_faults_come_out_as_one_line(
     def fail(*given: object, **more: object) -> None:
         raise error
 
-    monkeypatch.setattr("moce.commands.setup.load_images", fail)
+    monkeypatch.setattr("moce.commands.setup.open_images", fail)
     assert main(command(runs, tmp_path / "run")) == status
     assert words in last_line(capsys)
     assert not (tmp_path / "run").exists()
 
 
 def test_defects_keep_their_traceback(runs: Runs, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("moce.commands.setup.load_images", lambda *given, **more: 1 / 0)
+    monkeypatch.setattr("moce.commands.setup.open_images", lambda *given, **more: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(command(runs, tmp_path / "run"))
 

@@ -24,7 +24,7 @@ from moce.config import FinetuneSettings, ProbeSettings
 from moce.config.load import parse, read_recipe
 from moce.data.loader import Batch
 from moce.errors import MoceError
-from moce.evaluation.finetune import Views, by_size, hold_out
+from moce.evaluation.finetune import Inputs, by_size, hold_out, tuning_views
 from moce.evaluation.probe import choose_pooling
 from moce.evaluation.results import read_rows
 from moce.evaluation.sgd_probe import build_head, build_optimizer, steps_of
@@ -104,7 +104,8 @@ def views(rows: list[int], epoch: int = 0, **values: object) -> torch.Tensor:
     settings = settings_of(random_erasing=values.pop("random_erasing", 0.0), **values)
     index = torch.tensor(rows)
     batch = Batch(index, torch.full_like(index, epoch), demo_images().pixels[index])
-    return Views(settings, tiny_encoder(), (16, 16))(batch)
+    spec = tiny_encoder()
+    return Inputs(settings, spec, tuning_views(settings, spec, (16, 16)))(batch)
 
 
 def test_rand_augment_depends_on_seed_image_and_epoch_only() -> None:

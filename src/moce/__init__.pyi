@@ -454,6 +454,7 @@ def finetune(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -527,6 +528,9 @@ def finetune(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
@@ -590,6 +594,7 @@ def headroom(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -649,6 +654,9 @@ def headroom(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
@@ -761,6 +769,7 @@ def pretrain(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -819,6 +828,9 @@ def pretrain(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
@@ -865,6 +877,7 @@ def probe(
     warmup: float = 0.1111,
     crop_scale: float = 0.08,
     hflip: bool = True,
+    workers: int | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
 ) -> ProbeResult:
@@ -903,6 +916,9 @@ def probe(
         crop_scale (float, default 0.08): smallest random crop, as a share of the image's area
             (solver sgd)
         hflip (bool, default True): flip half of the images horizontally (solver sgd)
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process) (solver sgd)
         out (str | Path | None, default None): folder to write results.json to
         overwrite (bool, default False): replace the contents of the output folder
     """
@@ -1018,6 +1034,7 @@ def train(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -1093,6 +1110,9 @@ def train(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or

@@ -39,7 +39,7 @@ class AdaptedBackbones:
 
     def __init__(self, settings: EvaluateSettings, device: torch.device, precision: str) -> None:
         self.settings, self.device, self.precision = settings, device, precision
-        self.load = partial(read_images, settings)
+        self.load = partial(read_images, settings, keep_tiny=True)
         self._related: dict[str, RelatedImages] = {}  # by reference: tasks share a pool
 
     def folder(self, plan: SuiteTask, task: Task, candidate: Candidate, model: Adaptable) -> Path:

@@ -174,7 +174,7 @@ def _adapt(
     """Adapt an MAE to the task's images; `clusters` find related images of the pool."""
     task = chosen_samples(settings.images, voting_rows)
     training = _training_settings(settings, len(task), strategy)
-    load = partial(read_images, settings)
+    load = partial(read_images, settings, keep_tiny=True)
     related = None
     if settings.data is not None and clusters is not None:
         mixture = settings.run if strategy is not None else None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moce.clustering.grouping import group_clusters
-from moce.commands.setup import read_images, refuse_unused, resolve, start_run
+from moce.commands.setup import decoded, read_images, refuse_unused, resolve, start_run
 from moce.config import HeadroomSettings
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError, counted
@@ -103,15 +103,15 @@ def run(settings: HeadroomSettings) -> HeadroomResult:
         raise MoceError(
             f"{settings.num_groups} groups need at least as many clusters, not {clusters.num_clusters}"
         )
-    images = read_images(settings, settings.data, mae.encoder)
-    cluster_of = assign_images(
+    images = read_images(settings, settings.data, mae.encoder, keep_tiny=True)
+    images, cluster_of = assign_images(
         settings.clusters,
         clusters,
         images,
         data=settings.data,
         device=device,
         precision=settings.precision,
-        load_larger=lambda: read_images(settings, settings.data, clusters.encoder),
+        decode=lambda some: decoded(settings, settings.data, some, clusters.encoder),
     )
     sizes = cluster_of.bincount(minlength=clusters.num_clusters)
     group_of = group_clusters(clusters.centroids, sizes, settings.num_groups)[cluster_of]

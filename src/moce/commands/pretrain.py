@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moce.commands.setup import changed, choose, read_images, resolve, start_run
+from moce.commands.setup import changed, choose, resolve, start_run, training_images
 from moce.config import PretrainSettings
 from moce.data.dataset import ImageDataset
 from moce.data.sample_sizes import count_and_side
@@ -47,7 +47,7 @@ def run(settings: PretrainSettings) -> PretrainResult:
     asked, device = resolve(settings)
     settings = _with_model(asked, device)
     spec, mae = _build(settings)
-    images = read_images(settings, settings.data, mae.encoder)
+    images = training_images(settings, settings.data, mae.encoder)
     rate = None if settings.init is None else default_lr(settings.init)
     settings = choose(settings, len(images), mae.encoder, device, rate)
     start_run(settings, images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
@@ -17,7 +18,7 @@ from moce.config.facts import facts_of
 from moce.config.usage import check_used, explicitly_set, flag
 from moce.data.dataset import ImageDataset
 from moce.data.divide import learning_rows
-from moce.data.load import Choose, load_images, temporary_file
+from moce.data.load import Choose, load_images, open_images, temporary_file
 from moce.data.readers.factory import paths_of
 from moce.data.readers.sample import Sample
 from moce.errors import MoceError
@@ -192,10 +193,13 @@ def read_images(
     data: str | Sequence[Sample],
     vit: VisionTransformer,
     choose: Choose | None = learning_rows,
+    *,
+    keep_tiny: bool = False,
 ) -> ImageDataset:
     """The images of a DATA argument, or these, in the size and channels of an encoder.
 
     choose: which of those of a DATA argument; by default those that a model may learn from.
+    keep_tiny: see `load_images`.
     """
     return load_images(
         data,
@@ -204,7 +208,44 @@ def read_images(
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
         choose=choose if isinstance(data, str) else None,
+        keep_tiny=keep_tiny,
     )
+
+
+def check_skipped(images: ImageDataset, most: float) -> None:
+    """Raise MoceError if more than the share `most` of the images could not be read, or all."""
+    skipped, total = len(images.skipped), len(images) + len(images.skipped)
+    if not len(images) or skipped > most * total:
+        name, reason = images.skipped[0]
+        raise MoceError(
+            f"{skipped} of {total} images cannot be read, more than --max-skipped {most:g} allows: "
+            f"{reason} (as {name})"
+        )
+
+
+def training_images(settings: DataSettings, data: str, vit: VisionTransformer) -> ImageDataset:
+    """The images of a DATA argument to train on: not decoded yet, unless they are tiny."""
+    return open_images(
+        data,
+        input_size(vit),
+        pixel_file(settings),
+        channels=input_channels(vit),
+        max_skipped=settings.max_skipped,
+        choose=learning_rows,
+    )
+
+
+def decoded(
+    settings: DataSettings, data: str, images: ImageDataset, vit: VisionTransformer
+) -> ImageDataset:
+    """Those of these images of a DATA argument that can be read, decoded to the size of an encoder."""
+    if images.originals is None:
+        everything = read_images(settings, data, vit)
+        row_of = {name: row for row, name in enumerate(everything.ids)}
+        return everything.subset([row_of[name] for name in images.ids])
+    samples = [images.original(row) for row in range(len(images))]
+    store, channels = pixel_file(settings), input_channels(vit)
+    return load_images(samples, input_size(vit), store, channels=channels, max_skipped=math.inf)
 
 
 def pixel_file(settings: Any) -> Path:

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from moce.commands.pretrain import save_mae
-from moce.commands.setup import changed, choose, pixel_file, read_images, resolve, start_run
+from moce.commands.setup import (
+    changed,
+    check_skipped,
+    choose,
+    decoded,
+    pixel_file,
+    resolve,
+    start_run,
+    training_images,
+)
 from moce.config import TrainSettings
 from moce.data.dataset import ImageDataset
 from moce.data.divide import voting_rows
@@ -50,7 +59,7 @@ class TrainResult:
 def run(settings: TrainSettings) -> TrainResult:
     asked, device = resolve(settings)
     spec, mae = start_from(asked.mae, asked)
-    images = read_images(asked, asked.data, mae.encoder)
+    images = training_images(asked, asked.data, mae.encoder)
     settings = choose(asked, len(images), mae.encoder, device, default_lr(asked.mae))
     job = _Job(settings, device, spec, mae, images, changed(asked, settings))
     return METHODS[settings.method](job)
@@ -70,18 +79,20 @@ class _Job:
         return load_clusters(self.settings.clusters)
 
     def clusters_of_images(self, clusters: ClusterModel) -> Tensor:
-        """The cluster of every training image, [n] int64."""
+        """The cluster of every training image, [n] int64; leaves out what cannot be read."""
         settings = self.settings
         assert settings.clusters is not None
-        return assign_images(
+        self.images, cluster_of = assign_images(
             settings.clusters,
             clusters,
             self.images,
             data=settings.data,
             device=self.device,
             precision=settings.precision,
-            load_larger=lambda: read_images(settings, settings.data, clusters.encoder),
+            decode=lambda images: decoded(settings, settings.data, images, clusters.encoder),
         )
+        check_skipped(self.images, settings.max_skipped)
+        return cluster_of
 
     def fit(self, objective: Objective) -> None:
         """Train the objective's model and move it back to the CPU."""

@@ -59,6 +59,7 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Index = Annotated[int, Field(ge=0, le=2**62)]
 Steps = Literal["auto"] | Count
 Threads = Annotated[int, Field(ge=1, le=1024)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
 Numbers = Accepts("float | Sequence[float]")
 Channels = Annotated[
     tuple[Fraction, ...], Numbers, BeforeValidator(_number_to_tuple), Field(min_length=1)
@@ -98,6 +99,14 @@ CentroidUpdate = Literal["hard", "soft"]
 Metric = Literal["accuracy", "mean_per_class", "map11"]
 Protocol = Literal["linear", "knn", "finetune"]
 Role = Literal["development", "held_out"]
+
+
+WORKERS: Any = setting(
+    None,
+    "processes that read and crop images ahead of their use (default: one per core, divided among "
+    "the training processes of a machine; 0: none beside the training process)",
+    may_change=True,
+)
 
 
 class Settings(BaseModel):
@@ -194,6 +203,7 @@ class TrainingSettings(RunSettings, CacheSettings):
     log_every: Count = setting(
         20, "steps between lines of metrics.jsonl and timings.jsonl", may_change=True
     )
+    workers: Workers | None = WORKERS
     save_every: Count = setting(500, "steps between checkpoints", may_change=True)
     logger: tuple[LoggerName, ...] = setting(
         (),

@@ -12,6 +12,7 @@ from moce.config.base import (
     EXPORTED,
     IMAGES,
     LABELED,
+    WORKERS,
     Count,
     Data,
     DataSettings,
@@ -29,6 +30,7 @@ from moce.config.base import (
     RunSettings,
     Steps,
     TrainingSettings,
+    Workers,
 )
 from moce.config.dense import CLASSIFY, DenseTaskSettings
 from moce.config.facts import GIVEN, setting
@@ -112,6 +114,11 @@ class ProbeSettings(DataSettings):
     hflip: bool = setting(
         True,
         "flip half of the images horizontally (solver sgd)",
+        used_with=BY_SGD,
+    )
+    workers: Workers | None = setting(
+        None,
+        f"{WORKERS.description} (solver sgd)",
         used_with=BY_SGD,
     )
     out: Folder | None = setting(None, "folder to write results.json to")

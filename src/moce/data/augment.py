@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 from moce.runtime.device import to_device
 
 TRIES = 10  # as in torchvision's RandomResizedCrop
+NARROWEST, WIDEST = 3 / 4, 4 / 3  # ratios of a crop's width to its height
 ONE_BY_ONE_FROM = 48 * 48  # pixels of an image, at which a loop beats products on CPUs
 
 
@@ -41,25 +42,39 @@ def denormalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...])
 
 
 def random_crops(uniform: Tensor, size: tuple[int, int], smallest: float) -> Tensor:
-    """Boxes (top, left, height, width), [b, 4] int64, distributed as torchvision's RandomResizedCrop.
+    """Boxes (top, left, height, width), [b, 4] int64, as torchvision's RandomResizedCrop draws them.
 
-    uniform: [b, 4 * TRIES] in [0, 1). size: (h, w) of the images. smallest: least share of the
-    area. Aspect ratios lie between 3/4 and 4/3; if no try fits, the box is the whole image.
+    uniform: [b, 4 * TRIES] in [0, 1): of each try the area, the ratio, top and left. size: (h, w) of
+    the images. smallest: least share of the area. Aspect ratios (width to height) lie between 3/4
+    and 4/3; if no try fits, the box is the largest in the middle of the image with such a ratio.
     """
     height, width = size
     area, ratio, down, right = uniform.reshape(-1, TRIES, 4).unbind(dim=2)
     area = (smallest + (1 - smallest) * area) * height * width
-    ratio = torch.exp(math.log(3 / 4) + ratio * math.log(16 / 9))
+    ratio = torch.exp(math.log(NARROWEST) + ratio * math.log(WIDEST / NARROWEST))
     crop_width = (area * ratio).sqrt().round().long()
     crop_height = (area / ratio).sqrt().round().long()
     fits = (crop_width > 0) & (crop_width <= width) & (crop_height > 0) & (crop_height <= height)
     first = fits.int().argmax(dim=1, keepdim=True)
     whole = ~fits.any(dim=1, keepdim=True)
-    crop_height = crop_height.gather(1, first).masked_fill(whole, height)
-    crop_width = crop_width.gather(1, first).masked_fill(whole, width)
+    fallback = middle_box(size)
+    crop_height = crop_height.gather(1, first).masked_fill(whole, fallback[2])
+    crop_width = crop_width.gather(1, first).masked_fill(whole, fallback[3])
     top = (down.gather(1, first) * (height - crop_height + 1)).long()
     left = (right.gather(1, first) * (width - crop_width + 1)).long()
+    top, left = top.masked_fill(whole, fallback[0]), left.masked_fill(whole, fallback[1])
     return torch.cat([top, left, crop_height, crop_width], dim=1)
+
+
+def middle_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest box (top, left, height, width) in the middle with a ratio of 3/4 to 4/3."""
+    height, width = size
+    box_height, box_width = height, width
+    if width / height < NARROWEST:
+        box_height = round(width / NARROWEST)
+    elif width / height > WIDEST:
+        box_width = round(height * WIDEST)
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
 def resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:

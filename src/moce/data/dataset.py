@@ -1,4 +1,4 @@
-"""ImageDataset: pixels, ids, labels, splits."""
+"""ImageDataset: pixels or files of images, with ids, labels, splits."""
 
 from __future__ import annotations
 
@@ -9,34 +9,49 @@ import torch
 from torch import Tensor
 
 from moce.data.readers.packed import PixelReader
-from moce.data.readers.sample import Label
+from moce.data.readers.sample import Label, Sample
+
+
+@dataclass(frozen=True)
+class Originals:
+    """Images as their source has them, each of its own size: what training crops from.
+
+    channels: that images are converted to. max_skipped: the share that may be unreadable.
+    """
+
+    samples: Sequence[Sample]
+    channels: int
+    max_skipped: float = 1.0
 
 
 @dataclass
 class ImageDataset:
-    """n images of c channels and one size, with unique ids; labels and splits may be None.
+    """n images of c channels, with unique ids; labels and splits may be None.
 
     Read pixels with `take`: a subset shares the memory or file of the whole set.
-    stored: [m, c, h, w] uint8, read-only. index: [n] int64, the stored row of each image (default:
-    its own row). skipped: (id, reason) of images that could not be decoded. reader: of the file
-    that `stored` is mapped from; used instead of the mapping, which cannot report errors.
+    stored: [m, c, h, w] uint8, read-only; None if nothing is decoded before it is used. index: [n]
+    int64, the stored row of each image (default: its own row). skipped: (id, reason) of images that
+    could not be decoded. reader: of the file that `stored` is mapped from; used instead of the
+    mapping, which cannot report errors. originals: the m images of the source; None if `stored` is
+    all there is to them.
     """
 
-    stored: Tensor
-    ids: list[str]
-    labels: list[Label | None]
-    splits: list[str | None]
+    stored: Tensor | None
+    ids: Sequence[str]
+    labels: Sequence[Label | None]
+    splits: Sequence[str | None]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     reader: PixelReader | None = None
     index: Tensor | None = None
+    originals: Originals | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(n, c, h, w)."""
-        channels, height, width = self.stored.shape[1:]
+        """(n, c, h, w) of the pixels. Raises ValueError if none are decoded."""
+        channels, height, width = self._pixels().shape[1:]
         return len(self), channels, height, width
 
     @property
@@ -44,6 +59,11 @@ class ImageDataset:
         """All pixels, [n, c, h, w]. Raises ValueError for a subset, which would need a copy."""
         if self.index is not None:
             raise ValueError("a subset has no pixels of its own: use take(slice(None))")
+        return self._pixels()
+
+    def _pixels(self) -> Tensor:
+        if self.stored is None:
+            raise ValueError("these images are decoded as they are used, and have no pixels")
         return self.stored
 
     def take(self, rows: Tensor | slice) -> Tensor:
@@ -53,10 +73,17 @@ class ImageDataset:
         if self.reader is not None:
             numbers = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
             return self.reader.read(numbers)
+        stored = self._pixels()
         if isinstance(rows, slice):
-            return self.stored[rows]
+            return stored[rows]
         # Many times faster than stored[rows].
-        return self.stored.index_select(0, rows.to(self.stored.device))
+        return stored.index_select(0, rows.to(stored.device))
+
+    def original(self, row: int) -> Sample:
+        """The image of a row in its source. Raises ValueError if only pixels are known."""
+        if self.originals is None:
+            raise ValueError("the originals of these images are not known")
+        return self.originals.samples[row if self.index is None else int(self.index[row])]
 
     def subset(self, rows: Sequence[int]) -> ImageDataset:
         """The images of these rows, in this order, without copying pixels."""

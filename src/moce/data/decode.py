@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from moce.data.formats import formats
 
@@ -32,6 +33,8 @@ TO_8_BITS: dict[str, Callable[[int], int]] = {  # by Pillow's raw mode of the fi
     "RGB;16B": lambda value: value >> 8,
 }
 MOST_CHANNELS, MOST_VALUES = 1024, 2**30
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+MARGIN = 2.5  # times the pixels needed: with less, reduced decoding shows (docs/log.md)
 
 
 def open_encoded(source: Path | bytes) -> Raster:
@@ -97,17 +100,15 @@ def _read_tiff(source: Path | bytes) -> np.ndarray:
 
 
 def to_pixels(image: Raster, size: Box, channels: int = 3) -> np.ndarray:
-    """[channels, h, w] uint8 of an image: upright, transparency on white, cropped to `size` (h, w).
+    """[channels, h, w] uint8 of an image, resized by the shorter side and center-cropped to `size`.
+
+    Upright, transparency on white.
 
     Converts between gray and color. Any other number of channels must be the image's own; 4 are
     those of an image with alpha. Raises ValueError if the channels do not match.
     """
-    planes = (
-        _array_planes(image, channels)
-        if isinstance(image, np.ndarray)
-        else _planes(image, channels)
-    )
-    return np.concatenate([_filled(plane, size) for plane in planes])
+    planes = _planes(_decoded(image), channels)
+    return np.concatenate([as_channels_first(_filled(plane, size)) for plane in planes])
 
 
 def to_picture(image: Raster) -> Image.Image:
@@ -115,31 +116,100 @@ def to_picture(image: Raster) -> Image.Image:
 
     Raises ValueError for other numbers of channels than 1 and 3.
     """
+    image = _decoded(image)
     if isinstance(image, np.ndarray):
-        channels = 3 if image.ndim == 3 and image.shape[2] == 3 else 1
-        planes = _array_planes(image, channels)
+        channels = 3 if image.shape[2] == 3 else 1
     else:
-        channels = 1 if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I") else 3
-        planes = _planes(image, channels)
+        channels = 1 if image.mode in ("1", "L", "LA") else 3
+    planes = _planes(image, channels)
     return planes[0] if len(planes) == 1 else Image.merge("RGB", planes)
 
 
-def _filled(image: Image.Image, size: Box) -> np.ndarray:
-    """[c, h, w]: resized by the shorter side and center-cropped."""
+def _filled(image: Image.Image, size: Box) -> Image.Image:
+    """Resized by the shorter side and center-cropped."""
     height, width = size
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    if image.size == (width, height):
+        return image
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def as_channels_first(image: Image.Image) -> np.ndarray:
+    """[c, h, w] of an 8-bit image."""
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _planes(image: Image.Image, channels: int) -> list[Image.Image]:
-    """8-bit images that together have the required channels."""
+def upright_size(image: Raster) -> Box:
+    """Height and width of an image once it is upright; of a file only the header is read."""
+    if isinstance(image, np.ndarray):
+        return _with_channels(image).shape[:2]
+    turned = _orientation(image) in TURNED
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def resized_box(image: Raster, box: Sequence[int], size: Box, channels: int = 3) -> np.ndarray:
+    """[channels, h, w] uint8: a box of an image, resized to `size` (h, w), antialiased bicubic.
+
+    box: top, left, height, width in the upright image. JPEGs are decoded at 1/2, 1/4 or 1/8 of their
+    size where that leaves `MARGIN` times the pixels needed, which changes values by less than a
+    rounding error on average. Raises ValueError if the channels do not match.
+    """
+    scale = 1
+    if isinstance(image, Image.Image):
+        scale = _reduce(image, min(box[2] / size[0], box[3] / size[1]) / MARGIN)
+    upright = _decoded(image)
+    top, left, bottom, end = (
+        edge / scale for edge in (box[0], box[1], box[0] + box[2], box[1] + box[3])
+    )
+    # Cropped first, so that pixels outside of the box do not count.
+    first_row, first_column = math.floor(top), math.floor(left)
+    cut = _cut(upright, first_row, first_column, math.ceil(bottom), math.ceil(end))
+    inside = (left - first_column, top - first_row, end - first_column, bottom - first_row)
+    resized = (
+        plane.resize(size[::-1], Image.Resampling.BICUBIC, inside)
+        for plane in _planes(cut, channels)
+    )
+    return np.concatenate([as_channels_first(plane) for plane in resized])
+
+
+def _reduce(image: Image.Image, most: float) -> int:
+    """Let a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, at least 1/`most` of it; 1: whole."""
+    scale = next((scale for scale in (8, 4, 2) if scale <= most), 1)
+    if scale == 1 or image.format not in ("JPEG", "MPO"):
+        return 1
+    width, height = image.size
+    if _orientation(image) != 1 and (width % scale or height % scale):
+        return 1  # the last pixels, which are not whole, would come first
+    image.draft(None, (width // scale, height // scale))
+    return round(width / image.width)
+
+
+def _cut(image: Raster, top: int, left: int, bottom: int, right: int) -> Raster:
+    if isinstance(image, np.ndarray):
+        return image[top:bottom, left:right]
+    if (top, left, bottom, right) == (0, 0, image.height, image.width):
+        return image
+    return image.crop((left, top, right, bottom))
+
+
+def _decoded(image: Raster) -> Raster:
+    """The image, upright and with 8-bit values."""
+    if isinstance(image, np.ndarray):
+        return to_bytes(_with_channels(image))
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip to 8 bits, not scale
-        image = _to_8_bits(image)
+        return _to_8_bits(image)
+    return image
+
+
+def _planes(image: Raster, channels: int) -> list[Image.Image]:
+    """8-bit images that together have the required channels."""
+    if isinstance(image, np.ndarray):
+        return _array_planes(image, channels)
     if channels in (1, 3):
-        return [_on_white(image).convert("RGB" if channels == 3 else "L")]
+        mode = "RGB" if channels == 3 else "L"
+        image = _on_white(image)
+        return [image if image.mode == mode else image.convert(mode)]
     if channels == 4 and image.mode != "RGBX" and image.has_transparency_data:
         image = image.convert("RGBA")
     bands = len(image.getbands())
@@ -158,8 +228,18 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.merge("LA", [gray, opaque])
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # only the metadata is broken
+        return 1
+
+
 def _upright(image: Image.Image) -> Image.Image:
     image.load()  # raises if the pixels are broken
+    if _orientation(image) == 1:
+        return image
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # only the metadata is broken
@@ -173,15 +253,20 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def _array_planes(pixels: np.ndarray, channels: int) -> list[Image.Image]:
+def _with_channels(pixels: np.ndarray) -> np.ndarray:
+    """[h, w, c] of an array [h, w] or [h, w, c]."""
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or 0 in pixels.shape or pixels.shape[2] > MOST_CHANNELS:
         raise ValueError(f"an array of shape {list(pixels.shape)} is not an image [h, w, c]")
+    return pixels
+
+
+def _array_planes(pixels: np.ndarray, channels: int) -> list[Image.Image]:
     found = pixels.shape[2]
     if found != channels and {found, channels} != {1, 3}:
         _mismatch(f"an image of {found} channels", channels)
-    planes = [Image.fromarray(plane) for plane in np.moveaxis(to_bytes(pixels), 2, 0).copy()]
+    planes = [Image.fromarray(plane) for plane in np.moveaxis(pixels, 2, 0).copy()]
     if found == channels:
         return planes
     return planes * 3 if channels == 3 else [Image.merge("RGB", planes).convert("L")]

@@ -70,7 +70,7 @@ def _from_stream(stream: Iterable[object], size: tuple[int, int], channels: int)
     numbered = enumerate(stream)
     while block := [_as_sample(number, item) for number, item in islice(numbered, BLOCK)]:
         pixels = np.empty((len(block), channels, *size), np.uint8)
-        reasons = decode_all(block, pixels)
+        reasons, _ = decode_all(block, pixels)
         good = [row for row in range(len(block)) if row not in reasons]
         blocks.append(pixels[good])
         ids += [block[row].id for row in good]

@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from moce.data.dataset import ImageDataset
-from moce.data.decode import to_pixels
+from moce.data.dataset import ImageDataset, Originals
+from moce.data.decode import to_pixels, upright_size
 from moce.data.readers.factory import open_source
 from moce.data.readers.packed import Packed, PixelReader, find_packed
 from moce.data.readers.sample import Label, Sample, error_line
@@ -32,9 +33,12 @@ from moce.runtime.system import free_memory, worker_threads
 
 MEMORY_SHARE = 0.4  # of the free memory; more pixels are stored in a file
 AHEAD_PER_THREAD = 16  # images: enough to keep threads busy, few enough for sets of any size
+TINY, MOST_TINY_BYTES = 64, 2**32  # pixels of a side; bytes of a set that is decoded at once
+LOOKED_AT = 16  # images, to find out the size of all
 REPORT_EVERY = 32  # images
 BAR_AFTER = 2.0  # seconds
 Choose = Callable[[Sequence[Label | None], Sequence[str | None], str], list[int]]
+T = TypeVar("T")
 Reasons = dict[int, str]  # by row, why an image could not be decoded
 
 
@@ -45,48 +49,110 @@ def load_images(
     *,
     channels: int = 3,
     max_skipped: float = 1.0,
+    keep_tiny: bool = False,
     choose: Choose | None = None,
 ) -> ImageDataset:
     """Decode all images of DATA, resized by the shorter side and center-cropped to `size` (h, w).
 
     Broken images, and those with a wrong number of channels, are skipped and listed. Pixels that do
     not fit into memory go to `pixel_file`, a temporary file. Packed files are not decoded: their
-    images keep their size, which must be at least `size`. choose: which rows to load, by labels,
-    splits and the name of the source. Raises MoceError if no image is readable, more than the share
-    `max_skipped` is not, or neither memory nor disk has room.
+    images keep their size, which must be at least `size`. keep_tiny: images for training, too: if
+    all are tiny and of one size, they keep it. choose: which rows to load, by labels, splits and the
+    name of the source. Raises MoceError if no image is readable, more than the share `max_skipped`
+    is not (inf: never), or neither memory nor disk has room.
     """
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
-        images = _from_packed(packed, size, channels)
-        rows = choose(images.labels, images.splits, str(packed.path)) if choose else None
-        return images if rows is None else images.subset(rows)
+        return _from_packed(packed, size, channels, choose)
+    name, samples = _opened(data, choose)
+    originals = Originals(samples, channels, max_skipped)
+    own = _tiny_size(originals, None) if keep_tiny else None
+    return _decoded(originals, own or size, pixel_file, name)
+
+
+def open_images(
+    data: str | Sequence[Sample],
+    size: tuple[int, int],
+    pixel_file: Path | None = None,
+    *,
+    channels: int = 3,
+    max_skipped: float = 1.0,
+    choose: Choose | None = None,
+) -> ImageDataset:
+    """Images of DATA to train on, in views of `size` (h, w): only listed, and decoded as they are used.
+
+    Images that are all tiny and of one size are decoded at once, as by `load_images`, which raises
+    MoceError for the same reasons. Of others only a few are looked at: raises MoceError if there are
+    none, or all of these are unreadable.
+    """
+    packed = find_packed(data) if isinstance(data, str) else None
+    if packed is not None:
+        return _from_packed(packed, size, channels, choose)
+    name, samples = _opened(data, choose)
+    originals = Originals(samples, channels, max_skipped)
+    own = _tiny_size(originals, name)
+    if own is not None:
+        images = _decoded(originals, own, pixel_file, name)
+        if images.originals is None:
+            return images
+    return _dataset(originals, None)
+
+
+def _opened(data: str | Sequence[Sample], choose: Choose | None) -> tuple[str, Sequence[Sample]]:
+    """A name of the images for messages, and the images. Raises MoceError if there are none."""
     name = data if isinstance(data, str) else "the list of images"
-    samples = open_source(data) if isinstance(data, str) else list(data)
+    samples = open_source(data) if isinstance(data, str) else data
     if not samples:
         raise MoceError(f"no images in {name}")
     if choose is not None:
         rows = choose([s.label for s in samples], [s.split for s in samples], name)
         samples = [samples[row] for row in rows]
-    shape = (len(samples), channels, *size)
+    return name, samples
 
-    def decode(pixels: np.ndarray) -> Reasons:
-        reasons = decode_all(samples, pixels)
-        _check_skipped(samples, reasons, max_skipped, name)
-        return reasons
 
-    if world_size() > 1 and pixel_file is not None:
-        pixels, reasons = _decode_once_per_node(decode, shape, pixel_file)
-    else:
-        pixels = _allocate(shape, pixel_file)
-        reasons = decode(pixels)
-    images = ImageDataset(
-        torch.from_numpy(pixels),
+def _dataset(originals: Originals, stored: Tensor | None) -> ImageDataset:
+    samples = originals.samples
+    return ImageDataset(
+        stored,
         ids=[sample.id for sample in samples],
         labels=[sample.label for sample in samples],
         splits=[sample.split for sample in samples],
-        skipped=[(samples[row].id, reason) for row, reason in reasons.items()],
+        originals=originals,
     )
-    return images.subset([row for row in range(len(samples)) if row not in reasons])
+
+
+def _tiny_size(originals: Originals, name: str | None) -> tuple[int, int] | None:
+    """The size (h, w) of the images, if those looked at are tiny, of one size, and few enough.
+
+    Raises MoceError if all of these are unreadable, unless `name` is None.
+    """
+    samples, count = originals.samples, len(originals.samples)
+    rows = sorted({round(i * (count - 1) / (LOOKED_AT - 1)) for i in range(LOOKED_AT)})
+    looked_at = [samples[row] for row in rows]
+    sizes: set[tuple[int, int]] = set()
+    reasons: Reasons = {}
+    for place, sample in enumerate(looked_at):
+        try:
+            sizes.add(_size(sample, decode=count <= LOOKED_AT, channels=originals.channels))
+        except Exception as error:  # decoders raise errors of any type
+            reasons[place] = error_line(error)
+    if name is not None and (len(reasons) == len(rows) or count <= LOOKED_AT):
+        _check_skipped(looked_at, reasons, originals.max_skipped, name)
+    if len(sizes) != 1:
+        return None
+    (size,) = sizes
+    num_bytes = count * originals.channels * math.prod(size)
+    return size if max(size) <= TINY and num_bytes <= MOST_TINY_BYTES else None
+
+
+def _size(sample: Sample, *, decode: bool, channels: int) -> tuple[int, int]:
+    """The size (h, w) of an image by its header; decode: read the whole, to see whether it can be."""
+    image = sample.open()
+    with closing(image) if isinstance(image, Image.Image) else nullcontext():
+        size = upright_size(image)
+        if decode:
+            to_pixels(image, (1, 1), channels)
+    return size
 
 
 def chosen_samples(data: str, choose: Choose) -> list[Sample]:
@@ -99,38 +165,78 @@ def chosen_samples(data: str, choose: Choose) -> list[Sample]:
 # --- decoding -----------------------------------------------------------------------------------------
 
 
-def decode_all(samples: Sequence[Sample], pixels: np.ndarray) -> Reasons:
-    """Decode each image into its row of `pixels`, [n, c, h, w] uint8, in threads."""
+def _decoded(
+    originals: Originals, size: tuple[int, int], pixel_file: Path | None, name: str
+) -> ImageDataset:
+    """The images decoded to one size; without their originals if all have that size anyway."""
+    samples = originals.samples
+    shape = (len(samples), originals.channels, *size)
+
+    def decode(pixels: np.ndarray) -> tuple[Reasons, bool]:
+        reasons, resized = decode_all(samples, pixels)
+        _check_skipped(samples, reasons, originals.max_skipped, name)
+        return reasons, resized
+
+    if world_size() > 1 and pixel_file is not None:
+        pixels, (reasons, resized) = _decode_once_per_node(decode, shape, pixel_file)
+    else:
+        pixels = _allocate(shape, pixel_file)
+        reasons, resized = decode(pixels)
+    images = _dataset(originals, torch.from_numpy(pixels))
+    images.skipped = [(samples[row].id, reason) for row, reason in reasons.items()]
+    if not resized:
+        images.originals = None
+    return images.subset([row for row in range(len(samples)) if row not in reasons])
+
+
+def decode_all(samples: Sequence[Sample], pixels: np.ndarray) -> tuple[Reasons, bool]:
+    """Decode each image into its row of `pixels`, [n, c, h, w] uint8, in threads.
+
+    Returns the reasons of unreadable images, and whether any image had another size.
+    """
     reasons: Reasons = {}
+    resized = False
     threads = worker_threads()
-    jobs = (partial(decode_into, pixels, row, sample) for row, sample in enumerate(samples))
+    jobs = (partial(_decode_one, pixels, row, sample) for row, sample in enumerate(samples))
     with (
         meter("read images", len(samples), wait=BAR_AFTER) as progress,
         closing(run_ahead(jobs, threads, AHEAD_PER_THREAD * threads)) as results,
     ):
-        for row, reason in enumerate(results):
+        for row, (reason, size) in enumerate(results):
             if reason is not None:
                 reasons[row] = reason
+            elif size != pixels.shape[2:]:
+                resized = True
             if row % REPORT_EVERY == REPORT_EVERY - 1:
                 progress.advance(f"{len(reasons)} unreadable", REPORT_EVERY)
         progress.advance(count=len(samples) % REPORT_EVERY)
-    return reasons
+    return reasons, resized
+
+
+def _decode_one(
+    pixels: np.ndarray, row: int, sample: Sample
+) -> tuple[str | None, tuple[int, int] | None]:
+    """Decode one image into its row: the reason if that is not possible, and its own size (h, w)."""
+    try:
+        image = sample.open()
+        with closing(image) if isinstance(image, Image.Image) else nullcontext():
+            size = upright_size(image)
+            pixels[row] = to_pixels(image, (pixels.shape[2], pixels.shape[3]), pixels.shape[1])
+    except Exception as error:  # decoders raise errors of any type
+        return error_line(error), None
+    return None, size
 
 
 def decode_into(pixels: np.ndarray, row: int, sample: Sample) -> str | None:
     """Decode one image into its row; returns the reason if that is not possible."""
-    try:
-        image = sample.open()
-        with closing(image) if isinstance(image, Image.Image) else nullcontext():
-            pixels[row] = to_pixels(image, (pixels.shape[2], pixels.shape[3]), pixels.shape[1])
-    except Exception as error:  # decoders raise errors of any type
-        return error_line(error)
-    return None
+    return _decode_one(pixels, row, sample)[0]
 
 
 def _check_skipped(samples: Sequence[Sample], reasons: Reasons, most: float, name: str) -> None:
     """Raise MoceError, with the most frequent reason, if too many images are skipped, or all."""
     skipped, count = len(reasons), len(samples)
+    if most == math.inf:
+        return
     if not skipped or (skipped < count and skipped <= most * count):
         return
     reason, times = Counter(reasons.values()).most_common(1)[0]
@@ -201,15 +307,15 @@ def _reserve(file: BinaryIO, needed: int, pixel_file: Path) -> None:
 
 
 def _decode_once_per_node(
-    decode: Callable[[np.ndarray], Reasons], shape: tuple[int, ...], pixel_file: Path
-) -> tuple[np.ndarray, Reasons]:
+    decode: Callable[[np.ndarray], T], shape: tuple[int, ...], pixel_file: Path
+) -> tuple[np.ndarray, T]:
     """Decode into a file in the first process of each node, and map it in all of them.
 
     A file even if memory has room: the system caches it once for all processes.
     """
     file = pixel_file.with_name(f"{pixel_file.name}.{launch().node}")
 
-    def decode_to_file() -> Reasons:
+    def decode_to_file() -> T:
         file.unlink(missing_ok=True)  # of a run that was killed
         pixels = _allocate_file(shape, file)
         try:
@@ -218,15 +324,17 @@ def _decode_once_per_node(
             file.unlink()
             raise
 
-    reasons = run_on_local_rank0(decode_to_file)
+    result = run_on_local_rank0(decode_to_file)
     pixels = np.memmap(file, np.uint8, "c", shape=shape)  # copy-on-write
     barrier()
     if launch().local_rank == 0:
         file.unlink()  # its space is freed when the processes end
-    return pixels, reasons
+    return pixels, result
 
 
-def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageDataset:
+def _from_packed(
+    packed: Packed, size: tuple[int, int], channels: int, choose: Choose | None
+) -> ImageDataset:
     """The images of a packed file, in memory if they fit, else mapped.
 
     Several processes map it: the system caches it once for all of them.
@@ -243,7 +351,7 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageD
             f"{size[0]}x{size[1]} needed; pack them again with --size {size[0]}x{size[1]} or more"
         )
     in_memory = world_size() == 1 and _fits_in_memory(packed.num_bytes)
-    return ImageDataset(
+    images = ImageDataset(
         packed.tensor(in_memory=in_memory),
         packed.ids,
         packed.labels,
@@ -251,3 +359,6 @@ def _from_packed(packed: Packed, size: tuple[int, int], channels: int) -> ImageD
         packed.skipped,
         None if in_memory else PixelReader(packed.path, packed.shape),
     )
+    if choose is None:
+        return images
+    return images.subset(choose(images.labels, images.splits, str(packed.path)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -16,23 +16,48 @@ from moce.data.augment import fitted
 from moce.data.dataset import ImageDataset
 from moce.data.rng import Stream, keyed_generator
 from moce.data.run_ahead import run_ahead
+from moce.data.views import Views
+from moce.data.workers import PREFETCHED, views_ahead
 from moce.runtime.device import fits_on, to_device
 from moce.runtime.distributed import shard_range, world_size
 
-PREFETCHED = 2  # batches that wait, with their pixels in memory
 COPY_BYTES = 2**26  # bytes of pixels copied to a device at a time
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches are read.
+
+    cache_on_gpu: keep pixels on a GPU with room for them. workers: processes that read and crop
+    images (None: one per core; 0: a thread). on_unreadable: is told (row, reason) of images that
+    cannot be read.
+    """
+
+    cache_on_gpu: bool = False
+    workers: int | None = None
+    on_unreadable: Callable[[list[tuple[int, str]]], None] | None = None
 
 
 @dataclass
 class Batch:
-    """rows: [b] int64 into the data set. epochs: [b], of each image. pixels: [b, c, h, w] uint8."""
+    """rows: [b] int64 into the data set. epochs: [b], of each image. pixels: [b, c, h, w] uint8.
+
+    are_views: the pixels are views of the images already, not the images.
+    """
 
     rows: Tensor
     epochs: Tensor
     pixels: Tensor
+    are_views: bool = False
 
     def take(self, places: slice | Tensor) -> Batch:
-        return Batch(self.rows[places], self.epochs[places], self.pixels[places])
+        return Batch(self.rows[places], self.epochs[places], self.pixels[places], self.are_views)
+
+    def views(self, views: Views) -> Tensor:
+        """Float32 0..255 [b, c, *views.size]."""
+        if self.are_views:
+            return self.pixels.float()
+        return views.of_pixels(self.pixels, self.rows, self.epochs).float()
 
 
 class BatchOrder:
@@ -100,6 +125,8 @@ def shard_micro_batches(count: int, size: int | None) -> list[slice]:
 
 def cached_on_gpu(images: ImageDataset, device: torch.device) -> ImageDataset:
     """The images with their pixels on a CUDA device if it has room, else unchanged."""
+    if images.stored is None:
+        return images
     return all_on_device(images, device) if fits_on(device, math.prod(images.shape)) else images
 
 
@@ -116,7 +143,8 @@ def all_on_device(images: ImageDataset, device: torch.device) -> ImageDataset:
 def fetch(images: ImageDataset, rows: Tensor, epochs: Tensor, device: torch.device) -> Batch:
     """The batch of these rows on `device`."""
     placed = to_device(rows, device)
-    pixels = images.take(placed if images.stored.is_cuda else rows)
+    on_gpu = images.stored is not None and images.stored.is_cuda
+    pixels = images.take(placed if on_gpu else rows)
     return Batch(placed, to_device(epochs, device), to_device(pixels, device))
 
 
@@ -126,6 +154,30 @@ def prefetched(
     """The batch of each (rows, epochs), fetched by a thread while the previous ones are used."""
     jobs = (partial(fetch, images, rows, epochs, device) for rows, epochs in order)
     return run_ahead(jobs, 1, PREFETCHED)
+
+
+def view_batches(
+    images: ImageDataset,
+    order: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    views: Views | None,
+    loading: Loading = Loading(),
+) -> Generator[Batch]:
+    """The batch of each (rows, epochs), to be asked for its views; made ahead of its use.
+
+    Tiny images of one size are fetched, to be cropped on `device`; so are all without views. Others
+    are cropped, and a policy is applied, by processes. In the place of an image that is found to be
+    unreadable comes another, with its own row.
+    """
+    if views is None or (images.originals is None and views.policy is None):
+        images = cached_on_gpu(images, device) if loading.cache_on_gpu else images
+        yield from prefetched(images, order, device)
+        return
+    with closing(views_ahead(images, order, views, device, loading.workers)) as chunks:
+        for chunk in chunks:
+            if loading.on_unreadable is not None and chunk.unreadable:
+                loading.on_unreadable(chunk.unreadable)
+            yield Batch(chunk.rows, chunk.epochs, torch.as_tensor(chunk.pixels), are_views=True)
 
 
 def in_order(

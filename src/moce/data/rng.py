@@ -23,6 +23,7 @@ class Stream(IntEnum):
     POLICY = 7
     TOKEN = 8
     MIX = 9
+    REPLACEMENT = 10
 
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64

@@ -13,6 +13,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from moce.config import FinetuneSettings
+from moce.data.loader import Loading
 from moce.data.run_ahead import run_ahead
 from moce.dense.augment import TargetView, Views
 from moce.dense.dataset import DenseImages
@@ -60,7 +61,7 @@ class DenseObjective(Objective):
         )
 
     def batches(
-        self, order: Iterable[tuple[Tensor, Tensor]], device: torch.device, *, cache_on_gpu: bool
+        self, order: Iterable[tuple[Tensor, Tensor]], device: torch.device, loading: Loading
     ) -> Generator[DenseBatch]:
         """Each batch is read and augmented by a thread, several batches at a time."""
         threads = worker_threads()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from moce.data.augment import normalize
 from moce.data.dataset import ImageDataset
 from moce.data.loader import Batch, in_order
 from moce.data.rng import Stream, keyed_generator
-from moce.evaluation.rand_augment import erase, image_keys, rand_augmented, read_policy
+from moce.data.views import Views
+from moce.evaluation.rand_augment import RandAugment, erase, image_keys, read_policy
 from moce.models.encoder import EncoderSpec
 from moce.runtime.device import autocast
 from moce.runtime.distributed import all_reduce, shard_range
-from moce.training.objectives import cropped
+from moce.training.objectives import views_of
 from moce.training.thread_parallel import Losses
 from moce.training.trainer import Objective, Step
 from moce.weights.from_runs import Backbone
@@ -97,9 +99,10 @@ class FinetuneObjective(Objective):
             layer_decay=settings.layer_decay,
             no_weight_decay_list=vit.no_weight_decay(),
         )
-        super().__init__("finetune", vit, images, groups)
+        views = tuning_views(settings, spec, vit.patch_embed.img_size)
+        super().__init__("finetune", vit, images, groups, views=views)
         self._seed, self._targets = settings.seed, torch.from_numpy(labels)
-        self._views = Views(settings, spec, vit.patch_embed.img_size)
+        self._inputs = Inputs(settings, spec, views)
         self._mix = _mixer(settings, vit.num_classes)
         self._criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
         if labels.ndim == 2:
@@ -110,7 +113,7 @@ class FinetuneObjective(Objective):
         return self._mix is not None
 
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
-        pixels = self._views(batch)
+        pixels = self._inputs(batch)
         if self._targets.device != batch.rows.device:
             self._targets = self._targets.to(batch.rows.device)
         targets = self._targets[batch.rows]
@@ -121,27 +124,26 @@ class FinetuneObjective(Objective):
         return {"loss": self._criterion(model(pixels).float(), targets)}
 
 
-class Views:
-    """The network's input from a batch: crop, flip, RandAugment, normalization, erasing.
+def tuning_views(settings: FinetuneSettings, spec: EncoderSpec, size: tuple[int, int]) -> Views:
+    """Crop, flip, and RandAugment if it is on. Raises MoceError if timm cannot read its policy."""
+    policy = read_policy(settings.rand_augment, spec, size)
+    augment = None if policy is None else RandAugment(settings.seed, policy)
+    return replace(views_of(settings, size), policy=augment)
 
-    Raises MoceError if timm cannot read the RandAugment policy.
-    """
 
-    def __init__(
-        self, settings: FinetuneSettings, spec: EncoderSpec, size: tuple[int, int]
-    ) -> None:
-        self._settings, self._spec, self._size = settings, spec, size
-        self._policy = read_policy(settings.rand_augment, spec, size)
+@dataclass(frozen=True)
+class Inputs:
+    """The network's input from a batch: views, normalization, erasing."""
+
+    settings: FinetuneSettings
+    spec: EncoderSpec
+    views: Views
 
     def __call__(self, batch: Batch) -> Tensor:
         """Float32 [b, 3, h, w], normalized."""
-        settings = self._settings
-        to_augment, to_erase = image_keys(batch, settings)
-        pixels = cropped(batch, settings, self._size)
-        if self._policy:
-            pixels = rand_augmented(pixels, to_augment, self._policy)
-        images = normalize(pixels, self._spec.mean, self._spec.std)
-        return erase(images, to_erase, settings.random_erasing)
+        images = normalize(batch.views(self.views), self.spec.mean, self.spec.std)
+        _, to_erase = image_keys(self.settings.seed, batch.rows, batch.epochs)
+        return erase(images, to_erase, self.settings.random_erasing)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Both use the global generators of Python and NumPy, which are seeded here for every image: the result
 depends only on seed, image and epoch, so a resumed run repeats it. RandAugment works on PIL images on
-the CPU and does not overlap with the training step: a few milliseconds per image at 224 pixels.
+the CPU, a few milliseconds per image at 224 pixels: in the processes that make views ahead.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,8 +19,6 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from moce.config import FinetuneSettings
-from moce.data.loader import Batch
 from moce.data.rng import Stream, keyed_uniform
 from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec
@@ -60,15 +59,27 @@ def posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
     return ImageOps.posterize(image, max(1, min(8, bits)))
 
 
-def image_keys(batch: Batch, settings: FinetuneSettings) -> list[list[int]]:
-    """Two seeds per image of a batch: for RandAugment and for erasing."""
-    uniform = keyed_uniform(settings.seed, Stream.POLICY, batch.epochs, batch.rows, 2)
+def image_keys(seed: int, rows: Tensor, epochs: Tensor) -> list[list[int]]:
+    """Two seeds per image of a batch: for RandAugment and for erasing. rows, epochs: [b] int64."""
+    uniform = keyed_uniform(seed, Stream.POLICY, epochs, rows, 2)
     return (uniform * 2**24).long().T.tolist()
 
 
+@dataclass(frozen=True)
+class RandAugment:
+    """The policy of `Views`."""
+
+    seed: int
+    policy: Policy
+
+    def __call__(self, pixels: Tensor, rows: Tensor, epochs: Tensor) -> Tensor:
+        """From and to uint8 [b, 3, h, w]."""
+        return rand_augmented(pixels, image_keys(self.seed, rows, epochs)[0], self.policy)
+
+
 def rand_augmented(pixels: Tensor, keys: list[int], policy: Policy) -> Tensor:
-    """Apply the policy to every image. pixels: float 0..255 [b, 3, h, w]; returns uint8, same shape."""
-    images = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    """Apply the policy to every image. pixels: uint8 [b, 3, h, w]; returns the same shape and dtype."""
+    images = pixels.permute(0, 2, 3, 1).cpu().numpy()
     changed = np.empty_like(images)
     for row, key in enumerate(keys):
         with _drawing(key):

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from moce.config import ProbeSettings
 from moce.data.dataset import ImageDataset
-from moce.data.loader import Batch, BatchOrder, prefetched
+from moce.data.loader import Batch, BatchOrder, Loading, view_batches
 from moce.data.rng import Stream, keyed_generator
 from moce.errors import MoceError
 from moce.inference.features import extract_features
 from moce.models.encoder import encode_tokens, pool_tokens
 from moce.runtime.device import autocast, to_device
 from moce.runtime.progress import meter
-from moce.training.objectives import augmented
+from moce.training.objectives import augmented, views_of
 from moce.training.optimizer import learning_rate, set_learning_rate
 from moce.weights.from_runs import Backbone
 
@@ -62,19 +62,23 @@ class FrozenEncoder:
             for rows, epochs in steps
             for chunk in zip(rows.split(size), epochs.split(size), strict=True)
         )
-        return prefetched(images, chunks, self.device)
+        views = views_of(self.settings, self.backbone.vit.patch_embed.img_size)
+        return view_batches(
+            images, chunks, self.device, views, Loading(workers=self.settings.workers)
+        )
 
     @torch.no_grad()  # not inference_mode: the head's backward pass needs the features
-    def augmented_features(self, batches: Iterator[Batch], count: int) -> Tensor:
-        """Features [count, width] float32 of the next micro-batches, after augmentation."""
+    def augmented_features(self, batches: Iterator[Batch], count: int) -> tuple[Tensor, Tensor]:
+        """Features [count, width] float32 of the next micro-batches, and their rows on the CPU."""
         vit, spec, settings = self.backbone.vit, self.backbone.spec, self.settings
         size = tuple(vit.patch_embed.img_size)
-        features = []
+        features, rows = [], []
         with autocast(self.device, self.precision):
             for batch in islice(batches, math.ceil(count / settings.micro_batch_size)):
                 tokens = encode_tokens(vit, augmented(batch, settings, spec, size))
                 features.append(pool_tokens(vit, tokens.float(), self.pooling))
-        return torch.cat(features)
+                rows.append(batch.rows.cpu())
+        return torch.cat(features), torch.cat(rows)
 
 
 def sgd_scores(
@@ -138,7 +142,7 @@ def train_head(
                 optimizer, learning_rate(number, total, peak, settings.warmup, final=0.0)
             )
             rows, _ = order(number)
-            features = encoder.augmented_features(batches, len(rows))
+            features, rows = encoder.augmented_features(batches, len(rows))
             loss = error(head(features), to_device(targets[rows], features.device))
             if not loss.isfinite():
                 raise MoceError("the probe's loss is not finite; try a lower --base-lr")

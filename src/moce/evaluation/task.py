@@ -64,7 +64,14 @@ def load_task(
         if packed is not None:
             return packed.subset(rows)
         chosen = [everything[row] for row in rows]
-        return load_images(chosen, shape[1:], store, channels=shape[0], max_skipped=max_skipped)
+        return load_images(
+            chosen,
+            shape[1:],
+            store,
+            channels=shape[0],
+            max_skipped=max_skipped,
+            keep_tiny=wanted == "train",
+        )
 
     train, test = read("train"), read("test")
     classes = sorted(_names(train.labels), key=in_order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,12 +27,14 @@ def assign_images(
     data: str,
     device: torch.device,
     precision: str,
-    load_larger: Callable[[], ImageDataset],
-) -> Tensor:
-    """The cluster of every image, [n] int64: from the clustering if it had the image, else assigned.
+    decode: Callable[[ImageDataset], ImageDataset],
+) -> tuple[ImageDataset, Tensor]:
+    """The images, and the cluster of each, [n] int64: from the clustering if it had it, else assigned.
 
-    run: of `moce cluster`. data: where the images are from. load_larger: loads the same images at
-    the input size of the clusters' encoder; called if `images` are smaller.
+    Images that turn out to be unreadable are left out, and listed in `skipped`.
+
+    run: of `moce cluster`. data: where the images are from. decode: the same images at the input
+    size of the clusters' encoder; called if they are not decoded yet, or smaller.
     Raises MoceError if the run's assignments do not fit its clusters.
     """
     known = clustered_images(run, clusters.num_clusters, data)
@@ -39,9 +42,16 @@ def assign_images(
     unseen = (cluster_of < 0).nonzero()[:, 0].tolist()
     if unseen:
         log(f"{len(unseen)} images are new to the clustering; assigning them")
-        new = _large_enough(clusters, images.subset(unseen), load_larger)
-        cluster_of[unseen] = assign(new, clusters, device, precision)
-    return cluster_of
+        new = images.subset(unseen)
+        if not _large_enough(clusters, new):
+            new = decode(new)
+        assigned = assign(new, clusters, device, precision).tolist() if len(new) else []
+        found = dict(zip(new.ids, assigned, strict=True))
+        cluster_of[unseen] = torch.tensor([found.get(images.ids[row], -1) for row in unseen])
+        read = (cluster_of >= 0).nonzero()[:, 0]
+        images = replace(images.subset(read.tolist()), skipped=images.skipped + new.skipped)
+        cluster_of = cluster_of[read]
+    return images, cluster_of
 
 
 def clustered_images(run: Path, num_clusters: int, data: str) -> dict[str, int]:
@@ -63,15 +73,11 @@ def clustered_images(run: Path, num_clusters: int, data: str) -> dict[str, int]:
     return known
 
 
-def _large_enough(
-    clusters: ClusterModel, images: ImageDataset, load_larger: Callable[[], ImageDataset]
-) -> ImageDataset:
+def _large_enough(clusters: ClusterModel, images: ImageDataset) -> bool:
+    if images.stored is None:
+        return False
     height, width = input_size(clusters.encoder)
-    if images.shape[2] >= height and images.shape[3] >= width:
-        return images
-    larger = load_larger()
-    row_of = {name: row for row, name in enumerate(larger.ids)}
-    return larger.subset([row_of[name] for name in images.ids])
+    return images.shape[2] >= height and images.shape[3] >= width
 
 
 def assign(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet
@@ -14,11 +15,11 @@ from moce.runtime.launch import is_rank0
 ASSIGNMENTS = "assignments.parquet"
 
 
-def write_assignments(run: Path, ids: list[str], clusters: Tensor) -> None:
+def write_assignments(run: Path, ids: Sequence[str], clusters: Tensor) -> None:
     """Write the cluster of every training image, [n] int64, by id; on rank 0."""
     if not is_rank0():
         return
-    table = pyarrow.table({"id": ids, "cluster": clusters.cpu().numpy()})
+    table = pyarrow.table({"id": list(ids), "cluster": clusters.cpu().numpy()})
     with atomic(run / ASSIGNMENTS) as temporary:
         pyarrow.parquet.write_table(table, temporary)
 

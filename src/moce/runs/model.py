@@ -98,6 +98,11 @@ def write_skipped(folder: Path, skipped: list[tuple[str, str]], log: Callable[[s
         log(f"skipped {len(skipped)} unreadable images (listed in {folder / SKIPPED})")
 
 
+def read_skipped(folder: Path) -> list[tuple[str, str]]:
+    """(id, reason) of the images that a run has listed."""
+    return [(row["id"], row["reason"]) for row in read_lines(folder / SKIPPED, "id")]
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, up to the first that a killed process left incomplete."""
     return read_lines(Path(folder) / METRICS, "step")

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import TrainingSettings
 from moce.config.usage import flag
+from moce.data.loader import Loading
 from moce.models.encoder import input_size
 from moce.runtime.distributed import world_size
 from moce.runtime.progress import duration, log
@@ -106,7 +107,7 @@ def seconds_per_image(
     objective.model.to(device)
     rows = torch.arange(count) % len(objective.images)
     order = [(rows, torch.zeros_like(rows))]
-    with closing(objective.batches(order, device, cache_on_gpu=False)) as batches:
+    with closing(objective.batches(order, device, Loading(workers=0))) as batches:
         batch = next(batches)
     step = Step(-1, rows)  # what a loss keeps for one step must not be kept for the first
     seconds = []

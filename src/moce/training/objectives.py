@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from moce.config import ProbeSettings, TrainingSettings, TrainSettings
-from moce.data.augment import TRIES, augment, normalize
+from moce.data.augment import normalize
 from moce.data.dataset import ImageDataset
 from moce.data.loader import Batch
 from moce.data.rng import Stream, keyed_generator, keyed_normal, keyed_uniform
+from moce.data.views import Views
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, num_kept
 from moce.models.moce import MoCE
@@ -24,12 +25,17 @@ from moce.training.thread_parallel import CHUNK_NUMBERS, Losses
 from moce.training.trainer import Objective, Step
 
 
+def views_of(settings: TrainingSettings | ProbeSettings, size: tuple[int, int]) -> Views:
+    """The crops and flips that the settings ask for."""
+    height, width = size
+    return Views(settings.seed, (height, width), settings.crop_scale, settings.hflip)
+
+
 def cropped(
     batch: Batch, settings: TrainingSettings | ProbeSettings, size: tuple[int, int]
 ) -> Tensor:
     """Cropped and flipped images of a batch, float32 0..255, [b, c, *size]."""
-    uniform = keyed_uniform(settings.seed, Stream.CROP, batch.epochs, batch.rows, 4 * TRIES + 1)
-    return augment(batch.pixels, uniform, size, settings.crop_scale, settings.hflip)
+    return batch.views(views_of(settings, size))
 
 
 def augmented(
@@ -69,7 +75,8 @@ class MAEObjective(Objective):
         settings: TrainingSettings,
     ) -> None:
         groups = parameter_groups(mae.parameters(), settings.weight_decay)
-        super().__init__(name, mae, images, groups, chunk_size(mae))
+        views = views_of(settings, mae.encoder.patch_embed.img_size)
+        super().__init__(name, mae, images, groups, chunk_size(mae), views=views)
         self._mae, self._spec, self._settings = mae, spec, settings
 
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
@@ -94,8 +101,9 @@ class MoCEObjective(Objective):
     ) -> None:
         groups = expert_groups(moce, settings, lambda name: name.startswith("gates."))
         size = chunk_size(moce.mae)
+        views = views_of(settings, moce.mae.encoder.patch_embed.img_size)
         stats = GateStats(moce, kinds_of(images, cluster_of, len(moce.clusters)))
-        super().__init__(settings.method, moce, images, groups, size, stats)
+        super().__init__(settings.method, moce, images, groups, size, stats, views)
         self._moce, self._spec, self._settings = moce, spec, settings
         self._cluster_of = cluster_of
         self._gate_inputs = _GateInputs(moce, cluster_of, settings)
@@ -140,7 +148,8 @@ class TokenMoEObjective(Objective):
         self, model: TokenMoE, spec: EncoderSpec, images: ImageDataset, settings: TrainSettings
     ) -> None:
         groups = expert_groups(model, settings, lambda name: name.endswith(".gate"))
-        super().__init__("token_moe", model, images, groups, diagnostics=ExpertStats(model))
+        views = views_of(settings, model.mae.encoder.patch_embed.img_size)
+        super().__init__("token_moe", model, images, groups, None, ExpertStats(model), views)
         self._token_moe, self._spec, self._settings = model, spec, settings
 
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:

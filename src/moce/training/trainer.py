@@ -15,8 +15,15 @@ from torch import Tensor, nn
 
 from moce.config import TrainingSettings
 from moce.data.dataset import ImageDataset
-from moce.data.loader import Batch, BatchOrder, cached_on_gpu, prefetched, shard_micro_batches
+from moce.data.loader import (
+    Batch,
+    BatchOrder,
+    Loading,
+    shard_micro_batches,
+    view_batches,
+)
 from moce.data.rng import Stream, keyed_generator
+from moce.data.views import Views
 from moce.errors import Interrupted, MoceError
 from moce.models.activation_checkpoint import set_checkpointing
 from moce.models.encoder import choose_attention
@@ -33,6 +40,7 @@ from moce.training.idle_experts import IdleExperts
 from moce.training.metrics import MetricLog, Window
 from moce.training.optimizer import ParameterGroup, adamw, learning_rate, set_learning_rate
 from moce.training.thread_parallel import Losses, ThreadParallel, has_dropout
+from moce.training.unreadable import UnreadableImages
 
 
 @dataclass
@@ -62,6 +70,8 @@ class Objective(ABC):
         parameter_groups: for AdamW; `lr_scale` is a factor of the learning rate.
         chunk_size: images per chunk for `ThreadParallel`. None: the loss must not be chunked.
         diagnostics: values to log beside the losses.
+        views: what `loss` asks a batch for: random crops of the images, or what a policy makes of
+            those. None: batches are whole images.
     """
 
     name: str
@@ -70,6 +80,7 @@ class Objective(ABC):
     parameter_groups: list[ParameterGroup]
     chunk_size: int | None = None
     diagnostics: Diagnostics | None = None
+    views: Views | None = None
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
@@ -80,12 +91,11 @@ class Objective(ABC):
         """
 
     def batches(
-        self, order: Iterable[tuple[Tensor, Tensor]], device: torch.device, *, cache_on_gpu: bool
+        self, order: Iterable[tuple[Tensor, Tensor]], device: torch.device, loading: Loading
     ) -> Generator[Any]:
         """The batch of each (rows, epochs) on `device`, read while the previous ones are used."""
         assert isinstance(self.images, ImageDataset)
-        images = cached_on_gpu(self.images, device) if cache_on_gpu else self.images
-        return prefetched(images, order, device)
+        return view_batches(self.images, order, device, self.views, loading)
 
     @property
     def uses_mixup(self) -> bool:
@@ -124,6 +134,7 @@ class _Trainer:
     ) -> None:
         self.objective, self.settings, self.folder = objective, settings, settings.out
         self.count = len(objective.images)
+        self.unreadable = UnreadableImages(objective.images, settings.out)
         self.total = total_steps(settings, self.count)
         self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
         self.sharded = settings.strategy == "fsdp" and world_size() > 1
@@ -185,8 +196,9 @@ class _Trainer:
         self._finish()
 
     def _batches(self, rows: Iterable[tuple[Tensor, Tensor]]) -> Generator[Any]:
-        cache = self.settings.cache_on_gpu
-        return self.objective.batches(rows, self.fabric.device, cache_on_gpu=cache)
+        settings = self.settings
+        loading = Loading(settings.cache_on_gpu, settings.workers, self.unreadable.report)
+        return self.objective.batches(rows, self.fabric.device, loading)
 
     def _open_log(self) -> MetricLog:
         settings = self.settings
@@ -240,6 +252,7 @@ class _Trainer:
     def _save(self, step: int) -> None:
         self.window.collect()
         self.window.check_finite(self.folder)
+        self.unreadable.write()
         diagnostics = self.objective.diagnostics
         state = Checkpoint(step, self.window.state(), diagnostics.state if diagnostics else {})
         save_checkpoint(self.folder, state, self.model.module, self.optimizer)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -99,7 +98,6 @@ class PixelReader:
         """shape: [n, c, h, w] of the pixels in the file."""
         self._path, self._count, self._shape = path, shape[0], shape[1:]
         self._file = path.open("rb", buffering=0)
-        self._lock = threading.Lock()  # threads share the position in the file
 
     def read(self, rows: Sequence[int]) -> Tensor:
         """The pixels of these rows, [len(rows), c, h, w] uint8.
@@ -109,24 +107,23 @@ class PixelReader:
         pixels = np.empty((len(rows), *self._shape), np.uint8)
         size, numbers, flat = int(np.prod(self._shape)), range(self._count), pixels.reshape(-1).data
         try:
-            with self._lock:
-                for place, row in enumerate(rows):
-                    self._file.seek(HEADER_BYTES + numbers[row] * size)
-                    image = flat[place * size : (place + 1) * size]
-                    found = self._file.readinto(image)
-                    if found != size:
-                        self._read_rest(row, image[found:])
+            for place, row in enumerate(rows):
+                image = flat[place * size : (place + 1) * size]
+                self._read_into(image, row, HEADER_BYTES + numbers[row] * size)
         except OSError as error:
             raise MoceError(f"cannot read {self._path}: {error.strerror}") from None
         return torch.from_numpy(pixels)
 
-    def _read_rest(self, row: int, missing: memoryview) -> None:
-        """Read the rest of an image: not every system reads it all at once."""
-        while missing:
-            found = self._file.readinto(missing)
+    def _read_into(self, image: memoryview, row: int, start: int) -> None:
+        """Read an image from `start` on: not every system reads it all at once.
+
+        Threads and forked processes share the position in the file, so it is not used.
+        """
+        while image:
+            found = os.preadv(self._file.fileno(), [image], start)
             if not found:
                 raise MoceError(f"cannot read {self._path}: it was cut short at image {row}")
-            missing = missing[found:]
+            image, start = image[found:], start + found
 
 
 def _as_raster(pixels: np.ndarray) -> Image.Image | np.ndarray:

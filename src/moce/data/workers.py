@@ -1,0 +1,215 @@
+"""Processes that decode, crop and augment images ahead of their use (torch's DataLoader).
+
+A batch is made in chunks, by as many processes as there are: what an image becomes depends only on
+seed, epoch and image, so batches are the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import sys
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from moce.data.dataset import ImageDataset
+from moce.data.readers.sample import error_line
+from moce.data.rng import Stream, keyed_uniform
+from moce.data.run_ahead import run_ahead
+from moce.data.views import Views
+from moce.errors import MoceError
+from moce.runtime.device import to_device
+from moce.runtime.launch import launch
+from moce.runtime.system import worker_threads
+
+PREFETCHED = 2  # batches that wait, with their pixels in memory
+MOST_IN_CHUNK = 32  # images
+MOST_AHEAD = 2**29  # bytes of views in shared memory
+REPLACEMENTS = 64  # images tried in the place of an unreadable one
+SHARED_MEMORY = "/dev/shm"
+
+Places = tuple[Tensor, Tensor]  # rows and epochs, [b] int64 each
+
+
+@dataclass
+class Chunk:
+    """Part of a batch. rows, epochs: [b] int64. pixels: [b, c, h, w] uint8.
+
+    unreadable: (row, reason) of images that others replace. failed: why there is no chunk. last: of
+    its batch.
+    """
+
+    rows: Tensor
+    epochs: Tensor
+    pixels: Tensor | np.ndarray
+    unreadable: list[tuple[int, str]]
+    last: bool
+    failed: str = ""
+
+
+def default_workers() -> int:
+    """As many as there are cores, divided among the training processes of this machine."""
+    return max(1, worker_threads() // launch().local)
+
+
+def views_ahead(
+    images: ImageDataset,
+    order: Iterable[Places],
+    views: Views,
+    device: torch.device,
+    workers: int | None = None,
+) -> Generator[Chunk]:
+    """The views of each (rows, epochs) on `device`, whole batches as one chunk, made by processes.
+
+    workers: None for `default_workers`, 0 for a thread of this process. Raises MoceError if no image
+    can be read, or a process is killed.
+    """
+    workers = default_workers() if workers is None else workers
+    with closing(_chunks(images, order, views, workers)) as chunks:
+        batches = _joined(chunks, device)
+        ahead = run_ahead((partial(next, batches, None) for _ in repeat(None)), 1, PREFETCHED)
+        with closing(ahead):
+            for batch in ahead:
+                if batch is None:
+                    return
+                yield batch
+
+
+def _chunks(
+    images: ImageDataset, order: Iterable[Places], views: Views, workers: int
+) -> Generator[Chunk]:
+    height, width = views.size
+    channels = images.originals.channels if images.originals else images.shape[1]
+    size = channels * height * width * MOST_IN_CHUNK
+    options: dict[str, Any] = {}
+    shared = False
+    if workers:
+        ahead = max(2, min(PREFETCHED * 8, MOST_AHEAD // (size * workers)))
+        shared = _shared_memory() > 2 * ahead * workers * size
+        options = {
+            "prefetch_factor": ahead,
+            "worker_init_fn": _ignore_signals,
+            # It starts at once, and needs no image source to be picklable.
+            "multiprocessing_context": "fork" if sys.platform == "linux" else None,
+        }
+    loader = DataLoader(
+        _Chunks(images, views, channels, shared=shared),
+        batch_size=None,
+        sampler=_split(order, workers),
+        num_workers=workers,
+        generator=torch.Generator(),  # the global one is training's
+        **options,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "worker" not in str(error):
+            raise
+        raise MoceError(
+            "a process that reads images was killed, perhaps for lack of memory; give fewer --workers"
+        ) from None
+
+
+def _shared_memory() -> int:
+    """Free bytes of memory that processes share; containers may have little."""
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return 0
+
+
+def _ignore_signals(worker: int) -> None:
+    """The training process decides when to stop: it receives the same signals."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _split(order: Iterable[Places], workers: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Rows and epochs of the chunks of every batch, and whether a chunk is the last of its batch."""
+    for rows, epochs in order:
+        size = max(1, min(MOST_IN_CHUNK, math.ceil(len(rows) / max(1, workers))))
+        parts = list(zip(rows.split(size), epochs.split(size), strict=True))
+        for number, (some_rows, some_epochs) in enumerate(parts):
+            yield some_rows, some_epochs, number == len(parts) - 1
+
+
+def _joined(chunks: Iterable[Chunk], device: torch.device) -> Iterator[Chunk]:
+    """Whole batches on `device`."""
+    parts: list[Chunk] = []
+    for chunk in chunks:
+        if chunk.failed:
+            raise MoceError(chunk.failed)
+        parts.append(chunk)
+        if chunk.last:
+            yield Chunk(
+                to_device(torch.cat([part.rows for part in parts]), device),
+                to_device(torch.cat([part.epochs for part in parts]), device),
+                to_device(torch.cat([torch.as_tensor(part.pixels) for part in parts]), device),
+                [pair for part in parts for pair in part.unreadable],
+                last=True,
+            )
+            parts = []
+
+
+class _Chunks(Dataset[Chunk]):
+    """Makes chunks, in the processes of a DataLoader."""
+
+    def __init__(self, images: ImageDataset, views: Views, channels: int, *, shared: bool) -> None:
+        self._images, self._views = images, views
+        self._channels, self._shared = channels, shared
+
+    def __getitem__(self, places: tuple[Tensor, Tensor, bool]) -> Chunk:
+        rows, epochs, last = places
+        try:
+            rows, pixels, unreadable = self._read(rows, epochs)
+        except MoceError as error:  # re-raised by the training process, as it is
+            return Chunk(rows, epochs, torch.empty(0), [], last, str(error))
+        return Chunk(rows, epochs, pixels if self._shared else pixels.numpy(), unreadable, last)
+
+    def _read(self, rows: Tensor, epochs: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+        """The rows that were read, their views, and (row, reason) of those that were not."""
+        views, unreadable = self._views, []
+        if self._images.originals is None:
+            return rows, views.of_pixels(self._images.take(rows), rows, epochs), []
+        rows = rows.clone()
+        pixels = np.empty((len(rows), self._channels, *views.size), np.uint8)
+        for place, (row, epoch) in enumerate(zip(rows.tolist(), epochs.tolist(), strict=True)):
+            for candidate in (row, *self._replacements(row, epoch)):
+                reason = self._read_one(pixels, place, candidate, epoch)
+                if reason is None:
+                    rows[place] = candidate
+                    break
+                unreadable.append((candidate, reason))
+            else:
+                raise MoceError(
+                    f"{REPLACEMENTS + 1} images in a row cannot be read; the last: {reason}"
+                )
+        made = torch.from_numpy(pixels)
+        return rows, made if views.policy is None else views.policy(made, rows, epochs), unreadable
+
+    def _read_one(self, pixels: np.ndarray, place: int, row: int, epoch: int) -> str | None:
+        """Write the view of a row to its place; returns the reason if that is not possible."""
+        views = self._views
+        try:
+            numbers = views.numbers(torch.tensor([row]), torch.tensor([epoch]))[0]
+            sample = self._images.original(row)
+            pixels[place] = views.of_sample(sample, numbers, self._channels)
+        except Exception as error:  # decoders raise errors of any type
+            return error_line(error)
+        return None
+
+    def _replacements(self, row: int, epoch: int) -> Iterator[int]:
+        """Other images, drawn for this image and epoch: nobody else's batch changes."""
+        where = torch.tensor([epoch]), torch.tensor([row])
+        numbers = keyed_uniform(self._views.seed, Stream.REPLACEMENT, *where, REPLACEMENTS)[0]
+        yield from (numbers.double() * len(self._images)).long().tolist()
