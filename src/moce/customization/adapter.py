@@ -15,7 +15,6 @@ from moce.config import AdaptationSettings
 from moce.customization.adaptation import ADAPTATION, CHECKS, Adaptation, adapt, default_steps
 from moce.customization.related_images import Load, RelatedImages
 from moce.data.dataset import ImageDataset
-from moce.data.from_python import as_samples
 from moce.data.load import load_images, temporary_file
 from moce.data.readers.sample import Sample
 from moce.errors import MoceError
@@ -64,30 +63,30 @@ class Adapter:
         return adapt(spec, mae, images, num_task, settings, self.device)
 
 
-def adapt_in_memory(
-    images: ImageDataset,
+def adapt_samples(
+    task: list[Sample],
     spec: MAESpec,
     mae: MAE,
     related: RelatedImages | None,
     settings: AdaptationSettings,
     device: torch.device,
 ) -> Adaptation:
-    """Like `Adapter.run`, for images that are loaded already; nothing is left on disk.
+    """Like `Adapter.run`, without a run folder: nothing is left on disk.
 
     settings: `out` is replaced by a temporary folder; without `steps`, as many as by default.
     """
     with tempfile.TemporaryDirectory(prefix="moce-") as folder:
         settings = settings.model_copy(update={"out": Path(folder)})
-        settings = with_steps(settings, settings.steps or "auto", len(images))
+        settings = with_steps(settings, settings.steps or "auto", len(task))
         start = lambda *_: None  # noqa: E731 - there is no run to resume
         adapter = Adapter(related, load_for, start, device)
-        return adapter.run(as_samples(images), spec, mae, settings)
+        return adapter.run(task, spec, mae, settings)
 
 
 def load_for(samples: list[Sample], vit: VisionTransformer) -> ImageDataset:
-    """Load images at the input size and channels of an encoder."""
-    channels = input_channels(vit)
-    return load_images(samples, input_size(vit), temporary_file(), channels=channels)
+    """Load images for an encoder; tiny ones keep their size, as in training."""
+    size, channels = input_size(vit), input_channels(vit)
+    return load_images(samples, size, temporary_file(), channels=channels, keep_tiny=True)
 
 
 def with_steps(

@@ -11,12 +11,13 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import AdaptationSettings
 from moce.config.load import parse
-from moce.customization.adapter import adapt_in_memory, load_for
+from moce.customization.adapter import adapt_samples, load_for
 from moce.customization.related_images import RelatedImages, known_clusters
 from moce.customization.selection import Choice, Route, choose, count_votes, on_route
 from moce.data.divide import voting_rows
-from moce.data.from_python import as_image_dataset
-from moce.data.load import Choose
+from moce.data.from_python import as_image_dataset, as_samples
+from moce.data.load import Choose, chosen_samples
+from moce.data.readers.sample import Sample
 from moce.inference.features import extract_features
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec, input_shape
@@ -194,10 +195,15 @@ class Bank:
             "out": Path(),  # a temporary folder takes its place
         }
         settings = parse(AdaptationSettings, given)
-        channels, height, width = self.task_shape
-        task = as_image_dataset(images, (height, width), channels, voting_rows)
-        mae = self.mae(self.select(task, strategy, threshold, assign, batch_size))
-        adapt_in_memory(task, self.spec.mae, mae, self._related(data), settings, self.device)
+        task: list[Sample]
+        if isinstance(images, str | Path):
+            task = chosen_samples(str(images), voting_rows)
+        else:
+            channels, height, width = self.task_shape
+            images = as_image_dataset(images, (height, width), channels, voting_rows)
+            task = as_samples(images)
+        mae = self.mae(self.select(images, strategy, threshold, assign, batch_size))
+        adapt_samples(task, self.spec.mae, mae, self._related(data), settings, self.device)
         return pooled(mae.encoder.cpu(), self.encoder_spec, num_classes=num_classes)
 
     def _related(self, data: str | Path | None) -> RelatedImages | None:
