@@ -18,6 +18,10 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
+class Unreachable(MoceError):
+    """A remote file cannot be read: no fault of one image, so the run stops."""
+
+
 class NotFinite(MoceError):
     """The loss or the weights are not finite numbers."""
 
@@ -43,7 +47,7 @@ class Interrupted(MoceError):
 
 
 @contextmanager
-def raise_if_corrupt(path: Path) -> Iterator[None]:
+def raise_if_corrupt(path: Path | str) -> Iterator[None]:
     """Report errors while using the contents of a file as MoceError "PATH is corrupt".
 
     Files can be edited, so they may contain anything.

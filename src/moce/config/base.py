@@ -71,8 +71,8 @@ Data = Annotated[str, Accepts("Data"), BeforeValidator(_join_sources)]
 Reference = Annotated[str, Accepts("str | Path"), BeforeValidator(_path_to_text)]
 IMAGES = (
     "images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a saved Hugging "
-    "Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain; separate several by "
-    "commas, or list them in @FILE, one per line"
+    "Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or demo:pretrain; separate several "
+    "by commas, or list them in @FILE, one per line"
 )
 LABELED = "labeled images: class folders (train/ and test/ if split), or another source with labels"
 BACKBONE = (

@@ -21,11 +21,12 @@ from moce.data.readers.manifest import is_pack, packed_shards
 from moce.data.readers.numpy_arrays import read_arrays
 from moce.data.readers.packed import find_packed
 from moce.data.readers.parquet import DEMO_PREFIX, demo_samples, read_parquet_files
+from moce.data.readers.remote import find_remote, is_url
 from moce.data.readers.sample import Encoded, Sample, as_text, is_image_name
 from moce.data.readers.splits import inner_split, place_samples, source_splits
-from moce.data.readers.storage import local_file
+from moce.data.readers.storage import Storage, local_file
 from moce.data.readers.table import SampleTable
-from moce.data.readers.tar import expand_braces, find_shards, matching, read_shards
+from moce.data.readers.tar import expand_braces, find_shards, matching, read_tar_files
 from moce.data.readers.torchvision import TORCHVISION_PREFIX, read_torchvision
 from moce.errors import MoceError
 
@@ -40,12 +41,21 @@ NAMED: dict[str, Callable[[str], Sequence[Sample]]] = {
     TORCHVISION_PREFIX: read_torchvision,
     HUB_PREFIX: read_hub,
 }
-ARRAYS, SHARDED = {".npy", ".npz"}, (".tar", ".parquet")
+ARRAYS = {".npy", ".npz"}
+READ_SHARDS: dict[str, Callable[[Sequence[Storage], str], Sequence[Sample]]] = {
+    ".tar": read_tar_files,
+    ".parquet": lambda files, pattern: read_parquet_files(files),
+}
 
 
 def is_named(data: str) -> bool:
     """True if DATA is a name, such as demo:digits, not a path."""
     return data.startswith(tuple(NAMED))
+
+
+def is_elsewhere(data: str) -> bool:
+    """True if DATA is a name or a URL, not a path."""
+    return is_named(data) or is_url(data)
 
 
 @dataclass(frozen=True)
@@ -115,12 +125,13 @@ def _read(source: Source) -> Sequence[Sample]:
     for prefix, read in NAMED.items():
         if data.startswith(prefix):
             return read(data.removeprefix(prefix))
+    if is_url(data):
+        suffix, files = find_remote(data, expand_braces)
+        return READ_SHARDS[suffix](files, data)
     path = expand(Path(data))
     suffix = path.suffix.lower()
-    if suffix in SHARDED and not os.path.isdir(path):  # noqa: PTH112 - a pattern is not a path
-        if suffix == ".tar":
-            return read_shards(str(path))
-        return read_parquet_files([local_file(file) for file in find_shards(str(path))])
+    if suffix in READ_SHARDS and not os.path.isdir(path):  # noqa: PTH112 - a pattern is not a path
+        return READ_SHARDS[suffix]([local_file(file) for file in find_shards(str(path))], str(path))
     if not _exists(path):
         raise MoceError(f"no such images: {data[:500]} (give {ACCEPTED})")
     if is_pack(path):
@@ -224,7 +235,7 @@ def located(data: str, root: Path) -> str:
 
 
 def _located(name: str, root: Path) -> str:
-    if is_named(name):
+    if is_elsewhere(name):
         return name
     prefix = LIST_PREFIX if name.startswith(LIST_PREFIX) else ""
     return f"{prefix}{root / expand(Path(name.removeprefix(prefix)))}"
@@ -232,11 +243,11 @@ def _located(name: str, root: Path) -> str:
 
 def paths_of(data: str) -> list[Path]:
     """The files and folders that DATA names, existing or not."""
-    names = [source.data for source in sources_of(data) if not is_named(source.data)]
+    names = [source.data for source in sources_of(data) if not is_elsewhere(source.data)]
     return [expand(Path(path)) for name in names for path in _files_of(name)]
 
 
 def _files_of(name: str) -> list[str]:
-    if not name.endswith(SHARDED):
+    if not name.endswith(tuple(READ_SHARDS)):
         return [name]
     return [path for text in expand_braces(name) for path in matching(text) or [text]]

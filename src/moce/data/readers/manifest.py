@@ -73,7 +73,12 @@ def read_manifest(path: Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise MoceError(f"cannot read {path}: {error}") from None
-    with raise_if_corrupt(path):
+    return parse_manifest(path, text)
+
+
+def parse_manifest(name: Path | str, text: str) -> Manifest:
+    """The manifest of this text. Raises MoceError that names it if it is corrupt."""
+    with raise_if_corrupt(name):
         found = json.loads(text)
         if found["format"] != FORMAT or found["version"] != 1:
             raise ValueError(f"it is not a list of {FORMAT}, version 1")

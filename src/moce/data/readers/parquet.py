@@ -21,7 +21,7 @@ import pyarrow.parquet
 from moce.data.readers.labels import IMAGES, LABELS, SPLITS, column_labels, pick
 from moce.data.readers.parquet_rows import ImageColumn, RowReader, decode_offsets
 from moce.data.readers.splits import column_splits, source_splits
-from moce.data.readers.storage import Storage, local_file
+from moce.data.readers.storage import Storage, are_far, local_file
 from moce.data.readers.table import SampleTable
 from moce.errors import MoceError
 
@@ -73,7 +73,8 @@ def read_parquet_files(shards: Sequence[Storage]) -> SampleTable:
     ids = pyarrow.compute.coalesce(columns["id"], rows) if "id" in columns else rows
     splits = columns.get("split") or _splits_by_name(opened)
     reader = RowReader([shard.images for shard in opened])
-    return SampleTable(ids.combine_chunks(), reader, columns.get("label"), splits)
+    first_rows = reader.first_rows if are_far(shards) else None
+    return SampleTable(ids.combine_chunks(), reader, columns.get("label"), splits, first_rows)
 
 
 def _described(shard: _Shard) -> str:
@@ -112,7 +113,7 @@ def _splits_by_name(shards: Sequence[_Shard]) -> pyarrow.ChunkedArray | None:
 def _open(file: Storage) -> _Shard:
     """Read the footer and all columns but the images."""
     try:
-        with file.open() as content:
+        with file.open(sparse=True) as content:
             parquet = pyarrow.parquet.ParquetFile(content)
             picked = _picked(parquet.schema_arrow.names)
             table = parquet.read(columns=list(picked.values()))

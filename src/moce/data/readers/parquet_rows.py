@@ -77,11 +77,11 @@ class RowReader:
 
     def __init__(self, files: list[ImageColumn]) -> None:
         self.files = files
-        self._first_rows = np.cumsum([0, *map(len, files)])
+        self.first_rows = np.cumsum([0, *map(len, files)])
 
     def __call__(self, row: int) -> bytes:
-        number = int(np.searchsorted(self._first_rows, row, "right")) - 1
-        return self.files[number].read(row - int(self._first_rows[number]))
+        number = int(np.searchsorted(self.first_rows, row, "right")) - 1
+        return self.files[number].read(row - int(self.first_rows[number]))
 
 
 class _Groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -24,8 +25,11 @@ class Storage(Protocol):
     def read(self, start: int, size: int) -> bytes:
         """`size` bytes from `start`. Raises ValueError if it has changed, EOFError if it ends before."""
 
-    def open(self) -> BinaryIO:
-        """The whole file, to read from and seek in. Raises ValueError if it has changed."""
+    def open(self, *, sparse: bool = False) -> BinaryIO:
+        """The whole file, to read from and seek in. Raises ValueError if it has changed.
+
+        sparse: a little of it will be read, here and there.
+        """
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,18 @@ class LocalFile:
             file.seek(start)
             return read_exactly(file, size)
 
-    def open(self) -> BinaryIO:
+    def open(self, *, sparse: bool = False) -> BinaryIO:
         file = self.path.open("rb", buffering=0)
         status = os.fstat(file.fileno())
         if (status.st_size, status.st_mtime_ns) != (self.size, self.changed):
             file.close()
             raise ValueError(f"{self.path} has changed since it was opened")
         return file
+
+
+def are_far(files: Sequence[Storage]) -> bool:
+    """Whether files are best read one after the other, not at random."""
+    return not all(isinstance(file, LocalFile) for file in files)
 
 
 def local_file(path: Path) -> LocalFile:

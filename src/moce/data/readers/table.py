@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import overload
 
+import numpy as np
 import pyarrow
 import pyarrow.compute
 
@@ -19,6 +20,7 @@ class SampleTable(Sequence[Sample]):
 
     ids, splits: strings; labels: strings, or lists of them where an image has several; splits and
     labels are None, or hold nulls, where the source has none. read: the bytes of a row's image.
+    first_rows: [s + 1] int64, of each file and their number, if one is best read after the other.
     """
 
     def __init__(
@@ -27,11 +29,13 @@ class SampleTable(Sequence[Sample]):
         read: Callable[[int], bytes],
         labels: pyarrow.Array | None = None,
         splits: pyarrow.Array | None = None,
+        first_rows: np.ndarray | None = None,
     ) -> None:
         nulls = pyarrow.nulls(len(ids))
         self.ids, self.read = ids, read
         self.labels = nulls if labels is None else _compact(labels)
         self.splits = nulls if splits is None else _compact(splits)
+        self.first_rows = first_rows
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,13 +49,6 @@ class SampleTable(Sequence[Sample]):
     def unique(self) -> bool:
         """Whether no id occurs twice."""
         return bool(pyarrow.compute.count_distinct(self.ids).as_py() == len(self.ids))
-
-    def prefixed(self, name: str) -> SampleTable:
-        """The same images with ids that start with NAME/."""
-        text = self.ids.type
-        parts = pyarrow.scalar(name, text), self.ids, pyarrow.scalar("/", text)
-        ids = pyarrow.compute.binary_join_element_wise(*parts)
-        return SampleTable(ids, self.read, self.labels, self.splits)
 
     @overload
     def __getitem__(self, row: int) -> Sample: ...
@@ -81,8 +78,16 @@ class SampleTable(Sequence[Sample]):
         return Sample(identity, Encoded(partial(self.read, row)), known, split)
 
 
+def label_column(labels: Sequence[Label | None]) -> pyarrow.Array:
+    """Labels as strings, or as lists of them if any image has a list."""
+    if not any(isinstance(label, tuple) for label in labels):
+        return pyarrow.array(labels, pyarrow.string())
+    lists = [[label] if isinstance(label, str) else label for label in labels]
+    return pyarrow.array(lists, pyarrow.list_(pyarrow.string()))
+
+
 def _compact(values: pyarrow.Array) -> pyarrow.Array:
     """Each distinct string once."""
-    if pyarrow.types.is_string(values.type):
+    if pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type):
         return values.dictionary_encode()
     return values

@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pyarrow
 
 from moce.data.formats import HINTS
 from moce.data.readers.labels import from_text
 from moce.data.readers.left_out import LeftOut
-from moce.data.readers.sample import (
-    Encoded,
-    Label,
-    Sample,
-    as_text,
-    error_line,
-    is_image_name,
-    refused,
-)
-from moce.data.readers.splits import last_word, place_samples, source_splits
+from moce.data.readers.sample import Label, as_text, error_line, is_image_name
+from moce.data.readers.splits import inner_split, last_word, places, source_splits
+from moce.data.readers.storage import Storage, are_far
+from moce.data.readers.table import SampleTable, label_column
 from moce.data.readers.tar_keys import LABEL_SUFFIXES, label_names, other_parts
 from moce.errors import MoceError
 
@@ -78,27 +76,74 @@ def find_shards(pattern: str) -> list[Path]:
     return paths
 
 
-def read_shards(pattern: str) -> list[Sample]:
-    """The images of tar files, named SHARD/MEMBER. Raises MoceError if a file is missing.
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One image of an archive, and its path there. refused: why it is not read."""
 
-    The label is that of the member KEY.cls or KEY.json, or the member's folder.
+    id: str
+    path: str = ""
+    label: Label | None = None
+    offset: int = 0
+    size: int = 0
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the images of rows. places: [n, 3] int64, the number of the file, offset and size.
+
+    refused: why, of rows that are not read.
     """
-    paths = find_shards(pattern)
+
+    files: Sequence[Storage]
+    places: np.ndarray
+    refused: dict[int, str]
+
+    def __call__(self, row: int) -> bytes:
+        if row in self.refused:
+            raise ValueError(self.refused[row])
+        number, start, size = self.places[row].tolist()
+        if start + size > self.files[number].size:
+            raise EOFError("the archive ends within the image")
+        return self.files[number].read(start, size)
+
+
+def read_tar_files(files: Sequence[Storage], pattern: str) -> SampleTable:
+    """The images of the tar files that `pattern` names, with ids SHARD/MEMBER.
+
+    The label is that of the member KEY.cls or KEY.json, or the member's folder. Raises MoceError if
+    a file cannot be read.
+    """
+    paths = [PurePosixPath(file.name) for file in files]
     stems = [path.stem for path in paths]
-    names = stems if len(set(stems)) == len(stems) else [path.as_posix() for path in paths]
+    names = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
     left_out = LeftOut(pattern, HINTS)
-    found = [_read_shard(*each, left_out) for each in zip(paths, names, strict=True)]
+    shards = [_read_shard(*each, left_out) for each in zip(files, names, strict=True)]
     left_out.report()
-    splits = source_splits([path.as_posix() for path in paths])
-    outer = [split for split, shard in zip(splits, found, strict=True) for _ in shard]
-    return place_samples(
-        [each for shard in found for each in shard], pattern, last_word(pattern), outer
+    found = [(number, image) for number, shard in enumerate(shards) for image in shard]
+    outer = source_splits([str(path) for path in paths])
+    placed = places([image.path for _, image in found], pattern, last_word(pattern))
+    labels = [
+        p.label if f.label is None else f.label for p, (_, f) in zip(placed, found, strict=True)
+    ]
+    splits = [
+        inner_split(place.split, outer[number], f"{pattern}: {image.path}")
+        for place, (number, image) in zip(placed, found, strict=True)
+    ]
+    where = [(number, image.offset, image.size) for number, image in found]
+    refused = {row: image.refused for row, (_, image) in enumerate(found) if image.refused}
+    first_rows = np.cumsum([0, *map(len, shards)])
+    return SampleTable(
+        pyarrow.array([image.id for _, image in found], pyarrow.large_string()),
+        _Reader(files, np.array(where, np.int64).reshape(-1, 3), refused),
+        label_column(labels),
+        pyarrow.array(splits, pyarrow.string()),
+        first_rows if are_far(files) else None,
     )
 
 
-def _read_shard(path: Path, name: str, left_out: LeftOut) -> list[tuple[str, Sample]]:
-    """The images of a shard, each with its path in it."""
-    members, broken = _index(path)
+def _read_shard(file: Storage, name: str, left_out: LeftOut) -> list[_Found]:
+    members, broken = _index(file)
     shown = [member for member in members if not left_out.is_hidden(member.name)]
     parts = other_parts(member.name for member in shown)
     for kind in parts.values():
@@ -115,60 +160,48 @@ def _read_shard(path: Path, name: str, left_out: LeftOut) -> list[tuple[str, Sam
     for member in shown:
         if is_image_name(member.name) and not member.isdir() and member.name not in parts:
             text = next((texts[name] for name in label_names(member.name) if name in texts), None)
-            label = None if text is None else _read_label(path, text)
-            found.append(_sample(path, name, member, label))
+            label = None if text is None else _read_label(file, text)
+            found.append(_image(name, member, label))
     if broken:
-        found.append(("", refused(f"{name}/", f"the archive is broken from here on: {broken}")))
+        reason = f"the archive is broken from here on: {broken}"
+        found.append(_Found(f"{name}/", refused=reason))
     return found
 
 
-def _read_label(path: Path, member: tarfile.TarInfo) -> Label | None:
-    text = _read_member(path, member).decode("utf-8", "replace")
+def _read_label(file: Storage, member: tarfile.TarInfo) -> Label | None:
+    text = file.read(member.offset_data, member.size).decode("utf-8", "replace")
     return from_text(text, PurePosixPath(member.name).suffix)
 
 
-def _index(path: Path) -> tuple[list[tarfile.TarInfo], str]:
+def _index(file: Storage) -> tuple[list[tarfile.TarInfo], str]:
     """All members up to the first error, and the error, or an empty string."""
-    if not path.is_file():  # a pipe would block
-        raise MoceError(f"{path} is not a file")
     members: list[tarfile.TarInfo] = []
     try:
-        with tarfile.open(path, "r:") as archive:
+        with file.open() as content, tarfile.open(fileobj=content, mode="r:") as archive:
             members.extend(archive)  # keeps what comes before an error
-            if not _ends(path, archive.offset):  # tarfile stops silently at a corrupt header
+            if not _ends(file, archive.offset):  # tarfile stops silently at a corrupt header
                 return members, "neither an image nor the archive's end"
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        if path.open("rb").read(2) == b"\x1f\x8b":
+        if file.size >= 2 and file.read(0, 2) == b"\x1f\x8b":
             raise MoceError(
-                f"{path} is compressed, so images cannot be read in place: gunzip it"
+                f"{file.name} is compressed, so images cannot be read in place: gunzip it"
             ) from None
         return members, error_line(error)
     return members, ""
 
 
-def _ends(path: Path, offset: int) -> bool:
+def _ends(file: Storage, offset: int) -> bool:
     """True if the end of an archive, a block of zeros, is at `offset`."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    size = tarfile.BLOCKSIZE
+    return offset + size <= file.size and file.read(offset, size) == bytes(size)
 
 
-def _sample(
-    path: Path, shard: str, member: tarfile.TarInfo, label: Label | None
-) -> tuple[str, Sample]:
+def _image(shard: str, member: tarfile.TarInfo, label: Label | None) -> _Found:
     inside = PurePosixPath(as_text(member.name))
     identity = f"{shard}/{as_text(member.name)}"
     if inside.is_absolute() or ".." in inside.parts:
-        return "", refused(identity, "the name leads out of the archive")
+        return _Found(identity, refused="the name leads out of the archive")
     if not member.isreg() or member.issparse():
-        return "", refused(identity, "a link or sparse file, not an image")
+        return _Found(identity, refused="a link or sparse file, not an image")
     name = inside.as_posix()
-    return name, Sample(f"{shard}/{name}", Encoded(partial(_read_member, path, member)), label)
-
-
-def _read_member(path: Path, member: tarfile.TarInfo) -> bytes:
-    if path.stat().st_size < member.offset_data + member.size:
-        raise EOFError("the archive ends within the image")
-    with path.open("rb") as file:
-        file.seek(member.offset_data)
-        return file.read(member.size)
+    return _Found(f"{shard}/{name}", name, label, member.offset_data, member.size)
