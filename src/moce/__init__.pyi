@@ -239,6 +239,7 @@ def demo(
     out: str | Path = "runs/demo",
     overwrite: bool = False,
     reuse: bool = False,
+    dense: bool = False,
     tasks: Sequence[str] = (),
     pretrain_epochs: float = 18,
     train_epochs: float = 8,
@@ -260,6 +261,8 @@ def demo(
         overwrite (bool, default False): replace the contents of the output folder
         reuse (bool, default False): show the existing results if settings and version are the same,
             else run again
+        dense (bool, default False): show segmentation instead, in two minutes: an MAE, then a
+            segmenter of digits and clothes pasted on photographs
         tasks (Sequence[str], default ()): tasks to run (default: all embedded ones)
         pretrain_epochs (float, default 18): epochs of the MAE
         train_epochs (float, default 8): epochs of MoCE and of MAE+
@@ -298,6 +301,7 @@ def distill(
     grad_checkpointing: bool = False,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log_every: int = 20,
+    workers: int | None = None,
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
@@ -311,8 +315,8 @@ def distill(
         backbone (str | Path): backbone: a customized folder, a run of moce pretrain or finetune,
             weights of another library (a file or a folder) or a timm name
         data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
-            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed file or demo:pretrain;
-            separate several by commas, or list them in @FILE, one per line
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
         out (str | Path): folder to write the run to
         cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
             the GPU if they take at most a quarter of its free memory
@@ -345,6 +349,9 @@ def distill(
         strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
             holds the whole network (ddp) or a share of it (fsdp); auto: ddp
         log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
         save_every (int, default 500): steps between checkpoints
         logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
@@ -804,6 +811,8 @@ def predict(
     min_score: float = 0.05,
     pictures: int = 16,
     picture_score: float = 0.5,
+    format: Literal["csv", "jsonl", "parquet"] = "csv",
+    top_k: int = 1,
     batch_size: int = 8,
     overwrite: bool = False,
 ) -> PredictResult:
@@ -824,7 +833,9 @@ def predict(
         min_score (float, default 0.05): detections with a lower score are not written
         pictures (int, default 16): images to draw the predictions into, the first ones
         picture_score (float, default 0.5): detections with a lower score are not drawn
-        batch_size (int, default 8): images per forward pass
+        format (Literal['csv', 'jsonl', 'parquet'], default 'csv'): table of a classifier's classes
+        top_k (int, default 1): most probable classes of an image that a classifier writes
+        batch_size (int, default 8): images per forward pass (of a classifier 256 if not given)
         overwrite (bool, default False): replace the contents of the output folder
     """
 

@@ -12,7 +12,7 @@ from timm.models._hub import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from moce.commands.setup import changed, choose, read_images, resolve, start_run
+from moce.commands.setup import changed, choose, resolve, start_run, training_images
 from moce.config import DistillSettings
 from moce.customization.model_card import write_card, write_with_card
 from moce.data.dataset import ImageDataset
@@ -57,7 +57,7 @@ def run(settings: DistillSettings) -> DistillResult:
     size = size_of(net, input_size(teacher.vit))
     width = teacher.vit.embed_dim
     student = Student(net.eval(), width, (input_channels(teacher.vit), *size)).train()
-    images = read_images(asked, asked.data, teacher.vit)
+    images = training_images(asked, asked.data, teacher.vit)
     settings = choose(asked, len(images), net, device)
     start_run(settings, images)
     objective = DistillObjective(student, size, teacher, images, settings, device)

@@ -12,7 +12,7 @@ from moce.data.dataset import ImageDataset
 from moce.data.loader import Batch
 from moce.models.encoder import encode_tokens, input_size, pool_tokens
 from moce.models.student import Student
-from moce.training.objectives import cropped
+from moce.training.objectives import cropped, views_of
 from moce.training.optimizer import parameter_groups
 from moce.training.thread_parallel import Losses
 from moce.training.trainer import Objective, Step
@@ -37,7 +37,8 @@ class DistillObjective(Objective):
         device: torch.device,
     ) -> None:
         groups = parameter_groups(student.parameters(), settings.weight_decay)
-        super().__init__("distill", student, images, groups)
+        views = views_of(settings, input_size(teacher.vit))
+        super().__init__("distill", student, images, groups, views=views)
         self._size, self._spec, self._settings = size, teacher.spec, settings
         self._teacher = teacher.vit.to(device).eval().requires_grad_(False)
 
