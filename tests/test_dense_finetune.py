@@ -115,7 +115,7 @@ def test_boxes_keep_their_precision_in_bf16(runs: Runs, boxes: Path, tmp_path: P
 
 
 def test_a_frozen_backbone_stays_as_it_was(runs: Runs, classes: Path, tmp_path: Path) -> None:
-    linear = {**SEGMENT, "freeze": True, "head_args": {"kind": "linear"}}
+    linear = {**SEGMENT, "freeze": "backbone", "head_args": {"kind": "linear"}}
     moce.finetune(runs.mae, classes, out=tmp_path / "run", **linear)
     tuned = read_tensors(tmp_path / "run" / "model.safetensors")
     before = read_tensors(runs.mae / "model.safetensors")

@@ -21,6 +21,7 @@ from moce.dense.network import vit_of
 from moce.dense.types import IGNORE
 from moce.runtime.device import to_device
 from moce.runtime.system import worker_threads
+from moce.training.freeze import freeze_first
 from moce.training.optimizer import ParameterGroup, parameter_groups
 from moce.training.thread_parallel import Losses
 from moce.training.trainer import Objective, Step
@@ -117,15 +118,13 @@ def _placed(batch: DenseBatch, device: torch.device) -> DenseBatch:
 
 
 def _groups(network: nn.Module, settings: FinetuneSettings) -> list[ParameterGroup]:
-    """The encoder with layer-wise decayed learning rates (none if frozen), the rest with the full one."""
+    """The encoder with layer-wise decayed learning rates, as far as it trains; the rest with the full one."""
     vit = vit_of(network)
     encoder = set(vit.parameters())
     rest = parameter_groups(
         (p for p in network.parameters() if p not in encoder), settings.weight_decay
     )
-    if settings.freeze:
-        vit.requires_grad_(False)
-        return rest
+    freeze_first(vit, settings.freeze)
     decayed = param_groups_layer_decay(
         vit,
         weight_decay=settings.weight_decay,
