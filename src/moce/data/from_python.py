@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeGuard
@@ -50,6 +51,21 @@ def as_image_dataset(
     if isinstance(images, Iterable) and not isinstance(images, Sized):
         return _from_stream(images, fit, channels)
     raise MoceError("images must be a folder, a parquet file, a list of images, or a uint8 tensor")
+
+
+def as_samples(images: ImageDataset) -> list[Sample]:
+    """The images of a dataset one by one; without their originals they open as arrays [h, w, channels]."""
+    if images.originals is not None:
+        return [images.original(row) for row in range(len(images))]
+    columns = zip(images.ids, images.labels, images.splits, strict=True)
+    return [
+        Sample(name, partial(_array, images, row), label, split)
+        for row, (name, label, split) in enumerate(columns)
+    ]
+
+
+def _array(images: ImageDataset, row: int) -> np.ndarray:
+    return images.take(torch.tensor([row]))[0].permute(1, 2, 0).numpy()
 
 
 def _from_stream(stream: Iterable[object], fit: Fit, channels: int) -> ImageDataset:
