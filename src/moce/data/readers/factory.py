@@ -181,9 +181,16 @@ def _listed(name: str) -> list[Source]:
         return [Source(name, name)]
     path = expand(Path(name.removeprefix(LIST_PREFIX)))
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin it with a mark
+    except OSError as error:
         raise MoceError(f"cannot read the list {path}: {error}") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise MoceError(
+            f"cannot read the list {path}: it is not UTF-8 text (UTF-16?); save it as UTF-8"
+        )
+    lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise MoceError(f"the list {path} names no images")
