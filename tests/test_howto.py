@@ -71,6 +71,12 @@ def compare_backbones(folder: Path, runs: Runs) -> None:
     shutil.copytree(runs.task, folder / "signs")
 
 
+def detect_and_segment(folder: Path, runs: Runs) -> None:
+    """`runs/mae` and the small recipes."""
+    shutil.copytree(runs.mae, folder / "runs" / "mae")
+    shutil.copytree(PAGES.parents[1] / "recipes", folder / "recipes")
+
+
 def own_images(folder: Path, runs: Runs) -> None:
     """A folder, a parquet file, a list of both, shards and a saved data set."""
     shutil.copytree(runs.data, folder / "photos")
@@ -94,6 +100,7 @@ def photos(folder: Path, runs: Runs) -> None:
 
 
 PREPARE: dict[str, Callable[[Path, Runs], None]] = {
+    "detect-and-segment": detect_and_segment,
     "official-weights": official_weights,
     "load-elsewhere": load_elsewhere,
     "compare-backbones": compare_backbones,
@@ -127,16 +134,18 @@ def model_args(words: list[str]) -> dict[str, object]:
     return yaml.safe_load(given[-1]) if given else {}
 
 
-def slow_if_it_exports(page: str) -> Any:
-    """Exports to ONNX take longer than all other pages."""
-    return pytest.param(page, marks=[pytest.mark.slow] if page == "load-elsewhere" else [])
+SLOW = {"load-elsewhere", "detect-and-segment"}  # exports to ONNX, trains detectors
+
+
+def slow_pages(page: str) -> Any:
+    return pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
 
 
 def test_every_page_is_run() -> None:
     assert {path.stem for path in PAGES.glob("*.md")} == PREPARE.keys()
 
 
-@pytest.mark.parametrize("page", [slow_if_it_exports(page) for page in PREPARE])
+@pytest.mark.parametrize("page", [slow_pages(page) for page in PREPARE])
 def test_page(page: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     PREPARE[page](tmp_path, runs)
     monkeypatch.chdir(tmp_path)

@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
 __version__ = version("moce")
 FUNCTIONS = (
-    *("cluster", "convert", "customize", "demo", "doctor", "embed", "evaluate", "export"),
+    *(
+        "cluster",
+        "convert",
+        "customize",
+        "demo",
+        "distill",
+        "doctor",
+        "embed",
+        "evaluate",
+        "export",
+    ),
     *("finetune", "headroom", "pack", "predict", "pretrain", "probe", "push", "report", "run"),
     "train",
 )

@@ -8,6 +8,7 @@ from moce.commands.cluster import ClusterResult
 from moce.commands.convert import ConvertResult
 from moce.commands.customize import CustomizeResult
 from moce.commands.demo import DemoResult
+from moce.commands.distill import DistillResult
 from moce.commands.doctor import DoctorResult
 from moce.commands.embed import EmbedResult
 from moce.commands.evaluate import EvaluateResult
@@ -238,6 +239,7 @@ def demo(
     out: str | Path = "runs/demo",
     overwrite: bool = False,
     reuse: bool = False,
+    dense: bool = False,
     tasks: Sequence[str] = (),
     pretrain_epochs: float = 18,
     train_epochs: float = 8,
@@ -259,6 +261,8 @@ def demo(
         overwrite (bool, default False): replace the contents of the output folder
         reuse (bool, default False): show the existing results if settings and version are the same,
             else run again
+        dense (bool, default False): show segmentation instead, in two minutes: an MAE, then a
+            segmenter of digits and clothes pasted on photographs
         tasks (Sequence[str], default ()): tasks to run (default: all embedded ones)
         pretrain_epochs (float, default 18): epochs of the MAE
         train_epochs (float, default 8): epochs of MoCE and of MAE+
@@ -267,6 +271,98 @@ def demo(
         num_labels (int, default 150): labeled images per draw
         draws (int, default 3): draws of labels per probe
         finetune_epochs (float, default 16): epochs of each fine-tune
+    """
+
+def distill(
+    backbone: str | Path,
+    data: Data,
+    *,
+    out: str | Path,
+    cache_on_gpu: bool = True,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    overwrite: bool = False,
+    resume: bool = False,
+    epochs: float | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    micro_batch_size: int | None = None,
+    base_lr: float = 0.001,
+    weight_decay: float = 0.05,
+    beta2: float = 0.95,
+    clip_grad: float | None = None,
+    warmup: float = 0.05,
+    min_lr: float = 0.0,
+    crop_scale: float = 0.2,
+    hflip: bool = True,
+    grad_checkpointing: bool = False,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    log_every: int = 20,
+    workers: int | None = None,
+    save_every: int = 500,
+    logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
+    tensorboard: bool = False,
+    model: str = "vit_tiny_patch16_224",
+    model_args: dict[str, Any] = {},
+    patch_weight: float = 1.0,
+) -> DistillResult:
+    """Train a small student to have the features of a backbone, on unlabeled images.
+
+    Args:
+        backbone (str | Path): backbone: a customized folder, a run of moce pretrain or finetune,
+            weights of another library (a file or a folder) or a timm name
+        data (Data): images: a folder, image files, .parquet, .npy, .npz, shards-{000..012}.tar, a
+            saved Hugging Face data set, hf:NAME, torchvision:NAME, a packed folder, a URL or
+            demo:pretrain; separate several by commas, or list them in @FILE, one per line
+        out (str | Path): folder to write the run to
+        cache_on_gpu (bool, default True): keep the data (pixels, or features when clustering) on
+            the GPU if they take at most a quarter of its free memory
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        overwrite (bool, default False): replace the contents of the output folder
+        resume (bool, default False): resume from the last checkpoint in the output folder
+        epochs (float | None, default None): passes over the images, fractions allowed (default:
+            from the number of images)
+        steps (int | None, default None): optimizer steps (default: from epochs)
+        batch_size (int | None, default None): images per optimizer step, over all processes and
+            micro-batches (default: 256, fewer for few images)
+        micro_batch_size (int | None, default None): images per forward pass of each process;
+            gradients are accumulated over a batch (default: all)
+        base_lr (float, default 0.001): learning rate per 256 images; the rate is base_lr *
+            batch_size / 256
+        weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
+        beta2 (float, default 0.95): AdamW second-moment decay
+        clip_grad (float | None, default None): clip the gradient to this norm
+        warmup (float, default 0.05): share of the steps with a rising learning rate
+        min_lr (float, default 0.0): learning rate at the end of the cosine
+        crop_scale (float, default 0.2): smallest random crop, as a share of the image's area
+        hflip (bool, default True): flip half of the images horizontally
+        grad_checkpointing (bool, default False): save memory: recompute the activations of each
+            block in the backward pass
+        strategy (Literal['auto', 'ddp', 'fsdp'], default 'auto'): with several processes, each
+            holds the whole network (ddp) or a share of it (fsdp); auto: ddp
+        log_every (int, default 20): steps between lines of metrics.jsonl and timings.jsonl
+        workers (int | None, default None): processes that read and crop images ahead of their use
+            (default: one per core, divided among the training processes of a machine; 0: none
+            beside the training process)
+        save_every (int, default 500): steps between checkpoints
+        logger (Sequence[Literal['tensorboard', 'wandb', 'mlflow']], default ()): also log to
+            tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
+            mlflow.db beside the run); several with commas
+        tensorboard (bool, default False): the same as --logger tensorboard
+        model (str, default 'vit_tiny_patch16_224'): student: any timm model
+        model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
+            "depth": 6}; a plain ViT takes img_size and patch_size from the backbone unless they are
+            given
+        patch_weight (float, default 1.0): weight of the patches' squared error beside the pooled
+            features' 1 - cosine
     """
 
 def doctor(*, out: str | Path = ".") -> DoctorResult:
@@ -715,6 +811,8 @@ def predict(
     min_score: float = 0.05,
     pictures: int = 16,
     picture_score: float = 0.5,
+    format: Literal["csv", "jsonl", "parquet"] = "csv",
+    top_k: int = 1,
     batch_size: int = 8,
     overwrite: bool = False,
 ) -> PredictResult:
@@ -735,7 +833,9 @@ def predict(
         min_score (float, default 0.05): detections with a lower score are not written
         pictures (int, default 16): images to draw the predictions into, the first ones
         picture_score (float, default 0.5): detections with a lower score are not drawn
-        batch_size (int, default 8): images per forward pass
+        format (Literal['csv', 'jsonl', 'parquet'], default 'csv'): table of a classifier's classes
+        top_k (int, default 1): most probable classes of an image that a classifier writes
+        batch_size (int, default 8): images per forward pass (of a classifier 256 if not given)
         overwrite (bool, default False): replace the contents of the output folder
     """
 

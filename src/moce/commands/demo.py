@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 
-from moce.commands import cluster, evaluate, pretrain, report, train
-from moce.commands.setup import open_output, prepare
+from moce.commands import cluster, evaluate, finetune, pretrain, report, train
+from moce.commands.setup import open_output, prepare, refuse_unused
 from moce.config import (
     ClusterSettings,
     DemoSettings,
     EvaluateSettings,
+    FinetuneSettings,
     PretrainSettings,
     ReportSettings,
     TrainSettings,
@@ -61,29 +62,50 @@ FINETUNE: dict[str, Any] = {
     "drop_path": 0.1,
     "warmup": 0.1,
 }
+# As recipes/segment_small.yaml.
+SEGMENT: dict[str, Any] = {
+    "task": "segment",
+    "image_size": 64,
+    "jitter": (0.8, 1.25),
+    "steps": 500,
+    "batch_size": 16,
+    "base_lr": 4.8e-2,
+    "layer_decay": 0.9,
+    "drop_path": 0.0,
+    "warmup": 0.1,
+    "head_args": {"kind": "linear"},
+}
+DENSE_EPOCHS = 6.0  # of the MAE
+NOT_DENSE = (
+    *("tasks", "pretrain_epochs", "train_epochs", "num_clusters", "num_experts"),
+    *("num_labels", "draws", "finetune_epochs"),
+)
 
 
 @dataclass
 class DemoResult:
-    """run: the folder; rows: as in evaluation/rows.jsonl; seconds: by step; report: the page."""
+    """run: the folder; rows: as in rows.jsonl of `results`; seconds: by step; report: the page."""
 
     run: Path
     rows: list[dict[str, Any]]
     seconds: dict[str, float]
     report: Path
+    results: Path
 
     def summary(self) -> str:
         return (
             f"{results_table(self.rows)}\n\n{sum(self.seconds.values()):.0f} s in total. "
-            f"Rows: {self.run / 'evaluation' / ROWS}; pictures: {self.report}"
+            f"Rows: {self.results / ROWS}; pictures: {self.report}"
         )
 
 
 def run(settings: DemoSettings) -> DemoResult:
     tasks = _tasks(settings.tasks)
+    if settings.dense:
+        refuse_unused(settings, NOT_DENSE, "--dense has no experts and one task")
     if settings.reuse:
         if (seconds := _seconds_if_done(settings)) is not None:
-            return _result(settings.out, seconds)
+            return _result(settings, seconds)
         settings = settings.model_copy(update={"overwrite": True})
     device, precision = prepare(settings)
     open_output(settings)
@@ -93,7 +115,10 @@ def run(settings: DemoSettings) -> DemoResult:
         "seed": settings.seed,
         "threads": settings.threads,
     }
-    steps = _training(settings, runtime) | _evaluation(settings, tasks, runtime)
+    if settings.dense:
+        steps = _segmentation(settings, runtime)
+    else:
+        steps = _training(settings, runtime) | _evaluation(settings, tasks, runtime)
     page = ReportSettings(runs=(settings.out,), out=settings.out / "report.html")
     steps["report"] = partial(report.run, page)
     seconds = {}
@@ -103,11 +128,13 @@ def run(settings: DemoSettings) -> DemoResult:
         step()
         seconds[name] = round(time.perf_counter() - start, 1)
     write_json(settings.out / DONE, {**_origin(settings), "seconds": seconds})
-    return _result(settings.out, seconds)
+    return _result(settings, seconds)
 
 
-def _result(out: Path, seconds: dict[str, float]) -> DemoResult:
-    return DemoResult(out, read_rows(out / "evaluation"), seconds, out / "report.html")
+def _result(settings: DemoSettings, seconds: dict[str, float]) -> DemoResult:
+    out = settings.out
+    results = out / ("segmenter" if settings.dense else "evaluation")
+    return DemoResult(out, read_rows(results), seconds, out / "report.html", results)
 
 
 def _seconds_if_done(settings: DemoSettings) -> dict[str, float] | None:
@@ -163,6 +190,28 @@ def _training(settings: DemoSettings, runtime: dict[str, Any]) -> dict[str, Step
         "clusters": partial(cluster.run, clusters),
         "moce": partial(train.run, moce),
         "mae_plus": partial(train.run, mae_plus),
+    }
+
+
+def _segmentation(settings: DemoSettings, runtime: dict[str, Any]) -> dict[str, Step]:
+    """An MAE, composed images with masks, and a segmenter."""
+    from moce.dense.composed import write_scenes  # its libraries take seconds to import
+
+    out = settings.out
+    mae = PretrainSettings(
+        data=IMAGES, out=out / "mae", epochs=DENSE_EPOCHS, **MAE, **TRAINING, **runtime
+    )
+    tuning = FinetuneSettings(
+        backbone=str(out / "mae"),
+        data=str(out / "scenes"),
+        out=out / "segmenter",
+        **SEGMENT,
+        **runtime,
+    )
+    return {
+        "mae": partial(pretrain.run, mae),
+        "scenes": partial(write_scenes, out / "scenes", "kinds", seed=settings.seed),
+        "segmenter": partial(finetune.run, tuning),
     }
 
 

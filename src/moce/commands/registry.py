@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moce.commands.convert import ConvertResult
     from moce.commands.customize import CustomizeResult
     from moce.commands.demo import DemoResult
+    from moce.commands.distill import DistillResult
     from moce.commands.doctor import DoctorResult
     from moce.commands.embed import EmbedResult
     from moce.commands.evaluate import EvaluateResult
@@ -186,6 +187,17 @@ def customize(settings: config.CustomizeSettings) -> CustomizeResult:
 )
 def export(settings: config.ExportSettings) -> ExportResult:
     from moce.commands.export import run
+
+    return run(settings)
+
+
+@command(
+    config.DistillSettings,
+    ("backbone", "data"),
+    "moce distill backbones/birds photos/ --model vit_small_patch16_224 --out backbones/small",
+)
+def distill(settings: config.DistillSettings) -> DistillResult:
+    from moce.commands.distill import run
 
     return run(settings)
 

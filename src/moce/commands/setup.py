@@ -95,7 +95,7 @@ def refuse_unused(settings: Settings, names: Iterable[str], reason: str) -> None
 def choose(
     settings: C,
     count: int,
-    encoder: VisionTransformer,
+    encoder: torch.nn.Module,
     device: torch.device,
     rate_of_weights: float | None = None,
 ) -> C:

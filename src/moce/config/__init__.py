@@ -18,6 +18,7 @@ from moce.config.base import (
     expand,
 )
 from moce.config.dense import DetectorHead, PredictSettings, SegmenterHead
+from moce.config.distill import DistillSettings
 from moce.config.evaluation import EmbedSettings, EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.pipeline import (
     AdaptationSettings,
@@ -54,6 +55,7 @@ __all__ = [
     "CustomizeSettings",
     "DemoSettings",
     "DetectorHead",
+    "DistillSettings",
     "DoctorSettings",
     "EmbedSettings",
     "EvaluateSettings",

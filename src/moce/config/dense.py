@@ -107,7 +107,10 @@ class SegmenterHead(Settings):
 class PredictSettings(DataSettings):
     """Apply a fine-tuned model to images: COCO JSON, mask PNGs or a table of classes, and pictures."""
 
-    files = frozenset({"predictions.json", "predictions.csv", "classes.json"})
+    files = frozenset(
+        {"predictions.json", "classes.json"}
+        | {"predictions.csv", "predictions.jsonl", "predictions.parquet"}
+    )
     folders = frozenset({"predicted_masks", "predicted_pictures"})
 
     model: Reference = setting(description="folder that moce finetune wrote", input="weights")
@@ -116,5 +119,7 @@ class PredictSettings(DataSettings):
     min_score: Fraction = setting(0.05, "detections with a lower score are not written")
     pictures: Index = setting(16, "images to draw the predictions into, the first ones")
     picture_score: Fraction = setting(0.5, "detections with a lower score are not drawn")
-    batch_size: Count = setting(8, "images per forward pass")
+    format: Literal["csv", "jsonl", "parquet"] = setting("csv", "table of a classifier's classes")
+    top_k: Count = setting(1, "most probable classes of an image that a classifier writes")
+    batch_size: Count = setting(8, "images per forward pass (of a classifier 256 if not given)")
     overwrite: bool = setting(False, "replace the contents of the output folder")

@@ -167,13 +167,21 @@ class PipelineSettings(RunSettings):
 class DemoSettings(RuntimeSettings):
     """Run every stage on the embedded images and compare MAE, MAE+ and MoCE on six tasks."""
 
-    proofs = frozenset({"demo.json", "mae", "clusters", "moce", "mae_plus", "evaluation"})
+    proofs = frozenset(
+        {"demo.json", "mae", "clusters", "moce", "mae_plus", "evaluation", "segmenter"}
+    )
     files = frozenset({"report.html", "suite.yaml", "results.json"})
+    folders = frozenset({"scenes"})
 
     out: Folder = setting(Path("runs/demo"), "folder to write the runs to")
     overwrite: bool = setting(False, "replace the contents of the output folder")
     reuse: bool = setting(
         False, "show the existing results if settings and version are the same, else run again"
+    )
+    dense: bool = setting(
+        False,
+        "show segmentation instead, in two minutes: an MAE, then a segmenter of digits and clothes "
+        "pasted on photographs",
     )
     tasks: tuple[str, ...] = setting((), "tasks to run (default: all embedded ones)")
     pretrain_epochs: Positive = setting(18, "epochs of the MAE")

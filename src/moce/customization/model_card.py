@@ -12,6 +12,7 @@ from moce.config.base import Format
 from moce.customization.adaptation import ADAPTATION, Adaptation
 from moce.customization.selection import FOREIGN, Choice, route_name
 from moce.errors import counted
+from moce.models.encoder import EncoderSpec, input_shape
 from moce.runs.files import write_json, write_text
 from moce.runs.model import STATE
 from moce.weights.export import Model, write_model_folder
@@ -115,10 +116,26 @@ def adaptation_facts(adaptation: Adaptation) -> list[str]:
 def write_with_card(folder: Path, kind: Format, model: Model, title: str, facts: list[str]) -> str:
     """Write a model and a card with these facts; returns the Python that loads it."""
     snippet = write_model_folder(folder, kind, model)
-    height, width = model.vit.patch_embed.img_size
+    return write_card(folder, kind, snippet, input_shape(model.vit), model.spec, title, facts)
+
+
+def write_card(
+    folder: Path,
+    kind: Format,
+    snippet: str,
+    shape: tuple[int, int, int],
+    spec: EncoderSpec,
+    title: str,
+    facts: list[str],
+) -> str:
+    """Write the card of a model, which `snippet` loads from THIS_FOLDER; returns that Python.
+
+    shape: (channels, height, width) of its images.
+    """
+    channels, height, width = shape
     preprocessing = (
-        f"images: {model.vit.in_chans} channels of {height}x{width} pixels from 0 to 1, "
-        f"less {list(model.spec.mean)}, over {list(model.spec.std)}"
+        f"images: {channels} channels of {height}x{width} pixels from 0 to 1, "
+        f"less {list(spec.mean)}, over {list(spec.std)}"
     )
     items = "\n".join(f"- {fact}" for fact in (*facts, f"format: {kind}", preprocessing))
     text = f"# {title}\n\n{items}\n\n```python\n{snippet}\n```\n"

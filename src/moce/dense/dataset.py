@@ -84,7 +84,7 @@ def split(source: DenseSource, channels: int) -> tuple[DenseImages, DenseImages]
     ]
     for name, samples in zip(("training", "test"), parts, strict=True):
         if not samples:
-            raise MoceError(f"{source.name} has no {name} images; see docs/howto/detection.md")
+            raise MoceError(f"{source.name} has no {name} images; see docs/dense_data.md")
     return (
         DenseImages(parts[0], channels, source.skipped),
         DenseImages(parts[1], channels),
