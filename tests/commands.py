@@ -28,7 +28,7 @@ def run_command(words: Words) -> int:
         return int(stop.code or 0)
 
 
-NOTES = (": left out: ", " take part", "images, scored on ")
+NOTES = (": left out: ", " take part", "images, scored on ", " looked at (")
 
 
 def one_line(text: str) -> str:

@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import lightning_fabric  # noqa: F401 - imported before any fork
@@ -42,14 +41,13 @@ class Chances:
 def arm(fatal: int) -> Chances:
     """Put chances to die before and after what moce does with files."""
     chances = Chances(fatal)
-    make, replace, append = tempfile.mkstemp, Path.replace, moce.runs.files.append_line
+    touch, replace, append = Path.touch, Path.replace, moce.runs.files.append_line
 
-    def mkstemp(*given, **more):
-        handle, name = make(*given, **more)
+    def touching(self, *given, **more):
+        touch(self, *given, **more)
         if chances.come():
-            os.write(handle, b"half a fi")
+            self.write_bytes(b"half a fi")
             die()
-        return handle, name
 
     def replacing(self, target):
         if chances.come():
@@ -66,7 +64,7 @@ def arm(fatal: int) -> Chances:
             die()
         append(path, content)
 
-    tempfile.mkstemp, Path.replace, log.append_line = mkstemp, replacing, appending
+    Path.touch, Path.replace, log.append_line = touching, replacing, appending
     return chances
 
 

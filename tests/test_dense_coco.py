@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +143,14 @@ def test_boxes_refer_to_the_upright_image(folder: Path) -> None:
 
 
 def test_a_box_across_the_edge_is_cut_and_listed(folder: Path, capsys) -> None:
-    edit(folder, lambda content: content["annotations"][0].update(bbox=[-6, -4, 20, 10]))
+    def move(content) -> None:
+        content["annotations"][0]["bbox"] = [-6, -4, 20, 10]
+        content["annotations"][1]["bbox"] = [-0.5, 2, 20, 10]  # by rounding, as some of COCO's
+
+    edit(folder, move)
     source = read_dense(str(folder), None)
     assert source.clipped == ["train2017/000000000100.jpg, object 1"]
-    assert source.samples[0].target().boxes[0].tolist() == [0, 0, 14, 6]
+    assert source.samples[0].target().boxes[:2].tolist() == [[0, 0, 14, 6], [-0.5, 2, 19.5, 12]]
     assert "1 boxes reach beyond their image and are cut" in capsys.readouterr().err
 
 
@@ -197,6 +202,20 @@ def test_malformed_json_is_refused(folder: Path, message: str) -> None:
     content = REFUSED[message](json.loads(path.read_text()))
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(MoceError, match=message):
+        read_dense(str(folder), None)
+
+
+def test_hidden_files_of_other_systems_are_left_out(folder: Path) -> None:
+    for path in list(folder.rglob("*.*")):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7")
+    source = read_dense(str(folder), None)
+    assert source.skipped == [] and len(source.samples) == 6
+
+
+def test_without_the_library_nothing_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metric would be missed only after training."""
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(MoceError, match=r"pip install 'moce\[dense\]'"):
         read_dense(str(folder), None)
 
 

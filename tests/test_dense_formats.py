@@ -253,6 +253,25 @@ def test_bad_objects_of_voc(tmp_path: Path, entry: str, reason: str) -> None:
     assert where == "JPEGImages/b.jpg, object 2" and why.startswith(reason)
 
 
+@pytest.mark.parametrize("write", [write_yolo, write_voc])
+def test_hidden_files_of_other_systems_are_left_out(tmp_path: Path, write) -> None:
+    root = write(tmp_path)
+    for path in list(root.rglob("*.*")):
+        if path.is_file():
+            path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7")
+    (root / "__MACOSX").mkdir()
+    source = read_dense(str(root), None)
+    assert source.skipped == [] and len(source.samples) == 2
+
+
+def test_text_with_a_byte_order_mark(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path, None)
+    (root / "classes.txt").write_text("\ufeffcat\ndog\n")
+    label = root / "labels/train/a.txt"
+    label.write_text("\ufeff" + label.read_text().replace("\n", "\r\n"))
+    check(read_dense(str(root), None), ["images/train/a.jpg", "images/val/b.jpg"])
+
+
 # --- tables -------------------------------------------------------------------------------------------
 
 
@@ -340,6 +359,23 @@ def test_a_hugging_face_set_with_objects(tmp_path: Path, form: str) -> None:
     check(source, ["train/0", "validation/0"] if form == "saved" else ["0", "1"])
     if form == "saved":
         assert [sample.split for sample in source.samples] == ["train", "val"]
+
+
+def test_a_folder_of_parquet_files_with_objects(tmp_path: Path) -> None:
+    """As a data set is downloaded: the files' names state the splits."""
+    rows = zip(images(tmp_path / "x"), object_columns("numbers"), ("train", "test"), strict=True)
+    for content, objects, split in rows:
+        cells = {"image": [{"bytes": content, "path": None}], "objects": [objects]}
+        table = datasets.Dataset.from_dict(cells, features=hf_features())
+        table.to_parquet(tmp_path / f"set/data/{split}-00000-of-00001.parquet")
+    source = read_dense(str(tmp_path / "set"), None)
+    order = [sample.split for sample in source.samples]
+    assert sorted(order) == ["test", "train"]
+    first = source.samples[order.index("train")].target()
+    np.testing.assert_allclose(first.boxes, [box for _, box in OBJECTS["a"]], atol=1e-4)
+    table.to_parquet(tmp_path / "set/data/more/val.parquet")  # deeper: not of these files
+    with pytest.raises(MoceError, match="holds 3 images, but 2 rows of objects"):
+        read_dense(str(tmp_path / "set"), None)
 
 
 def test_a_hugging_face_set_with_masks(tmp_path: Path) -> None:

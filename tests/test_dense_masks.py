@@ -164,6 +164,18 @@ def test_a_bad_pair_is_skipped_and_listed(tmp_path: Path, reason: str, capsys) -
         read_dense(str(tmp_path), None, max_skipped=0.2)
 
 
+def test_a_further_folder_and_hidden_files(tmp_path: Path, capsys) -> None:
+    """Folders beside those of splits are no classes here; what is left out is said once."""
+    root = plain(tmp_path)
+    write_image(root / "images/extra/c.jpg")
+    write_mask(root / "masks/extra/c.png", class_values(1, (0, 1)))
+    (root / "images/train/._a.jpg").write_bytes(b"x")
+    assert task_of(str(root)) == "segment"
+    source = read_dense(str(root), None)
+    assert [sample.split for sample in source.samples] == [None, "train", "train", "val", "val"]
+    assert capsys.readouterr().err.count("left out: 1 hidden") == 1
+
+
 def test_gray_saved_as_color_is_read(tmp_path: Path) -> None:
     path = plain(tmp_path) / "masks/train/a.png"
     with Image.open(path) as mask:

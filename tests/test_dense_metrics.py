@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dense_folders import HEIGHT, WIDTH, disc, write_coco
+from launched import torchrun
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from sklearn.metrics import balanced_accuracy_score, jaccard_score
@@ -40,6 +42,26 @@ def guess(truth: Instances, seed: int) -> dict:
         "labels": torch.tensor(np.array(labels)),
         "masks": rle.encode(np.stack(masks)),
     }
+
+
+def many_images() -> list[tuple]:
+    """Arguments of `DetectionMetric.add` for seven images."""
+    rng, images = np.random.default_rng(5), []
+    for number in range(7):
+        masks = rle.encode(
+            np.stack([disc(*rng.uniform(8, 24, 2), rng.uniform(3, 7)) for _ in range(3)])
+        )
+        classes, crowd = rng.integers(0, 3, 3), np.zeros(3, bool)
+        truth = Instances(rle.boxes(masks), classes, tuple(masks), crowd)
+        guessed = {k: np.asarray(v) for k, v in guess(truth, number).items() if k != "masks"}
+        guessed["masks"] = guess(truth, number)["masks"]
+        images.append((f"{number}.png", (HEIGHT, WIDTH), guessed, truth))
+    return images
+
+
+def many_masks() -> list[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(6)
+    return [(rng.integers(0, 3, (8, 9)), rng.integers(0, 3, (8, 9))) for _ in range(5)]
 
 
 def official(folder: Path, source, predictions: dict, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -86,6 +108,23 @@ def test_ap_of_boxes_and_masks_is_that_of_pycocotools(tmp_path: Path) -> None:
         for name, value in zip(names, [*figures, *by_class], strict=True):
             assert found.get(name, -1) == pytest.approx(value, abs=1e-6), name
     assert "box_ap_large" not in found and "box_ap/owl" not in found  # nothing in the truth
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
+    job = torchrun(Path(__file__).with_name("run_dense_metrics.py"), tmp_path / "figures.json")
+    assert job.wait(300) == 0, job.stderr and job.stderr.read()
+    detection, segmentation = (
+        DetectionMetric(["a", "b", "c"], True),
+        SegmentationMetric(["x", "y", "z"]),
+    )
+    for image in reversed(many_images()):  # in another order
+        detection.add(*image)
+    for prediction, truth in many_masks():
+        segmentation.add(prediction, truth)
+    found = {**detection.compute(), **segmentation.compute()}
+    assert json.loads((tmp_path / "figures.json").read_text()) == found
+    assert 0 < found["mask_ap"] < 1 and 0 < found["miou"] < 1
 
 
 def test_truth_predicted_is_perfect_and_nothing_predicted_is_zero() -> None:

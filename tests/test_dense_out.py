@@ -108,6 +108,9 @@ def test_pictures_of_masks_leave_pixels_that_do_not_count() -> None:
     expected = [round(0.4 * 200 + 0.6 * value) for value in COLORS[1]]
     assert drawn.getpixel((3, 3)) == pytest.approx(expected, abs=1)
     assert drawn.getpixel((drawn.width - 3, 3)) == (200, 200, 200)
+    for name, is_drawn in (("background", False), ("0", False), ("wall", True)):
+        picture = draw_mask(PIXELS, np.zeros((HEIGHT, WIDTH)), [name, "b"])
+        assert (picture.getpixel((3, 3)) != (200, 200, 200)) == is_drawn
     rows = side_by_side([[drawn, drawn], [drawn, drawn]], gap=4)
     assert rows.size == (2 * drawn.width + 4, 2 * drawn.height + 4)
     corner = (drawn.width + 4, drawn.height + 4, rows.width, rows.height)

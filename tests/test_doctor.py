@@ -43,9 +43,9 @@ def test_it_shows_versions_devices_precision_threads_disk_rates_and_extras(
     lines = dict(line.split(None, 1) for line in shown.splitlines() if " " in line)
     assert lines["torch"] == torch.__version__.split("+")[0] or torch.__version__ in shown
     assert lines["precision"] == "bf16"
-    assert lines["threads"].startswith(f"{torch.get_num_threads()}, OMP_NUM_THREADS")
+    assert lines["threads"].startswith(f"{torch.get_num_threads()} (OMP_NUM_THREADS is")
     assert "100 GFLOP/s" in shown and "250 GFLOP/s" in shown
-    assert f"GB in {tmp_path}/not/there" in shown
+    assert f"GB for {tmp_path}/not/there" in shown
     for extra in ("onnx", "tensorboard", "hf", "tiff"):
         assert f"extra {extra}" in shown
     assert "extra dev" not in shown and "cpu (" in shown

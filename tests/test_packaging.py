@@ -188,7 +188,7 @@ def test_bash_completes_commands_flags_and_files(tmp_path: Path, capsys) -> None
     script = tmp_path / "moce.bash"
     script.write_text(capsys.readouterr().out)
     assert shell(f"source {script}; complete -p moce").returncode == 0
-    assert completions(script, "moce", "pre") == ["pretrain"]
+    assert completions(script, "moce", "pret") == ["pretrain"]
     assert set(completions(script, "moce", "")) >= set(COMMANDS)
     assert completions(script, "moce", "cluster", "--num-c") == ["--num-clusters"]
     (tmp_path / "photos").mkdir()

@@ -13,16 +13,24 @@ import pytest
 from builders import TINY_ARGS, copy_run
 from commands import Words, World, one_line, run_command, snapshot
 
+from moce.cli import command_line
 from moce.commands.registry import COMMANDS
 
 Case = tuple[Callable[[World], Words], str]
 SETTINGS: dict[str, Case] = {
     "no such folder": (lambda w: w.pretrain("/no/such/folder"), "no such images: /no/such/folder"),
     "no such demo": (lambda w: w.pretrain("demo:lions"), "demo:pretrain"),
-    "no data": (lambda w: ["pretrain", "--out", w.out], "'data' is missing"),
+    "no data": (lambda w: ["pretrain", "--out", w.out], "DATA is missing"),
     "empty data": (lambda w: w.pretrain(""), "no images named"),
-    "no output": (lambda w: ["pretrain", w.runs.data], "'out' is missing"),
+    "no output": (lambda w: ["pretrain", w.runs.data], "--out is missing"),
     "unknown flag": (lambda w: w.pretrain(None, "--epoch", 3), "did you mean --epochs"),
+    "a flag of other programs": (lambda w: w.pretrain(None, "--lr", 1), "did you mean --base-lr"),
+    "the rate of an adaptation": (lambda w: w.customize("--lr", 1), "did you mean --adapt-lr"),
+    "another word": (lambda w: w.pretrain(None, "--learning-rate", 1), "did you mean --base-lr"),
+    "epochs and steps": (
+        lambda w: w.pretrain(None, "--steps", 3), "leave out --epochs: --steps replaces it"),
+    "epochs beside a headroom's steps": (
+        lambda w: w.headroom("--epochs", 3), "leave out --epochs: --steps replaces it"),
     "unknown command": (lambda w: ["pretain", w.runs.data], "did you mean 'pretrain'"),
     "a command like none": (lambda w: ["xyzzy"], "pretrain, cluster, train"),
     "a flag before the command": (lambda w: ["--seed", 3, "doctor"], "expected a command before --seed"),
@@ -49,6 +57,16 @@ SETTINGS: dict[str, Case] = {
     "too few means": (lambda w: w.pretrain(None, "--mean", "0.1,0.2"), "--mean has 2 values"),
     "unknown model": (
         lambda w: w.pretrain(None, "--model", "vit_tiny_patch16_22"), "vit_tiny_patch16_224"),
+    "half a name": (
+        lambda w: w.pretrain(None, "--model", "vit_base"), "did you mean 'vit_base_patch16_224'"),
+    "a name of papers": (
+        lambda w: w.pretrain(None, "--model", "ViT-L/16"), "did you mean 'vit_large_patch16_224'"),
+    "half a name of weights": (
+        lambda w: w.cluster(mae="vit_base"), "did you mean 'vit_base_patch16_224'"),
+    "half a name of a backbone": (
+        lambda w: w.embed(backbone="vit_small"), "did you mean 'vit_small_patch16_224'"),
+    "unknown weights of a model": (
+        lambda w: w.embed(backbone="vit_base_patch16_224.maee"), "no weights 'maee' of vit_base"),
     "unsuitable model": (
         lambda w: w.pretrain(None, "--model", "resnet18", "--model-args", "{}"), "resnet18"),
     "model with a head": (
@@ -156,8 +174,8 @@ def _unfinished(w: World) -> Path:
 
 
 KINDS: dict[str, Case] = {
-    "export a classifier": (
-        lambda w: w.export(run=w.edited("mae", "model.json", kind="classifier")), "without an export"),
+    "export a classifier of routed tokens": (
+        lambda w: w.export(run=w.edited("mae", "model.json", kind="classifier")), "token-routed"),
     "cluster by a classifier": (
         lambda w: w.cluster(mae=w.edited("mae", "model.json", kind="classifier")), "'classifier'"),
     "customize a mixture by tokens": (
@@ -167,27 +185,28 @@ KINDS: dict[str, Case] = {
     "an unfinished run": (
         lambda w: w.cluster(mae=_unfinished(w)), "is not finished"),
     "export an unfinished run": (lambda w: w.export(run=_unfinished(w)), "is not finished"),
-    "cluster by clusters": (lambda w: w.cluster(mae=w.runs.clusters), "kind 'clusters'"),
-    "cluster by a mixture": (lambda w: w.cluster(mae=w.runs.moce), "kind 'moce'"),
+    "cluster by clusters": (lambda w: w.cluster(mae=w.runs.clusters), "give one of moce pretrain"),
+    "cluster by a mixture": (lambda w: w.cluster(mae=w.runs.moce), "a run of moce train"),
     "cluster by images": (lambda w: w.cluster(mae=w.runs.data), "not a moce run"),
     "cluster by nothing": (lambda w: w.cluster(mae="/no/run"), "not a moce run"),
     "pretrain from clusters": (
         lambda w: ["pretrain", w.runs.data, "--init", w.runs.clusters, "--out", w.out], "'clusters'"),
-    "train on an MAE's clusters": (lambda w: w.train(clusters=w.runs.mae), "kind 'mae'"),
+    "train on an MAE's clusters": (lambda w: w.train(clusters=w.runs.mae), "give one of moce cluster"),
     "train on a backbone's clusters": (lambda w: w.train(clusters=w.runs.backbone), "not a moce run"),
     "train from a mixture": (lambda w: w.train(mae=w.runs.moce), "kind 'moce'"),
     "headroom of a mixture": (lambda w: w.headroom(mae=w.runs.moce), "kind 'moce'"),
     "headroom without clusters": (lambda w: w.headroom(clusters=w.runs.mae), "kind 'mae'"),
-    "customize an MAE": (lambda w: w.customize(run=w.runs.mae), "kind 'mae'"),
-    "customize clusters": (lambda w: w.customize(run=w.runs.clusters), "kind 'clusters'"),
-    "customize a backbone": (lambda w: w.customize(run=w.runs.backbone), "not a moce run"),
+    "customize an MAE": (
+        lambda w: w.customize(run=w.runs.mae), "moce train gives it experts; give one of moce train"),
+    "customize clusters": (lambda w: w.customize(run=w.runs.clusters), "take as --clusters"),
+    "customize a backbone": (lambda w: w.customize(run=w.runs.backbone), "a backbone, which moce probe"),
     "customize nothing": (lambda w: w.customize(run="/no/run"), "not a moce run"),
     "export clusters": (lambda w: w.export(run=w.runs.clusters), "kind 'clusters'"),
     "export a mixture as it is": (lambda w: w.export(run=w.runs.moce), "--route"),
     "export images": (lambda w: w.export(run=w.runs.data), "holds no weights"),
     "export nothing": (lambda w: w.export(run="/no/run"), "no weights at /no/run"),
     "convert clusters": (lambda w: w.convert(weights=w.runs.clusters), "kind 'clusters'"),
-    "convert a mixture": (lambda w: w.convert(weights=w.runs.moce), "kind 'moce'"),
+    "convert a mixture": (lambda w: w.convert(weights=w.runs.moce), "moce customize makes a backbone"),
     "convert images": (lambda w: w.convert(weights=w.runs.data), "holds no weights"),
     "probe a mixture": (lambda w: w.probe(backbone=w.runs.moce), "moce customize"),
     "probe clusters": (lambda w: w.probe(backbone=w.runs.clusters), "kind 'clusters'"),
@@ -348,7 +367,9 @@ def test_a_command_without_arguments_lists_what_it_needs(
     needed = [
         n for n, field in COMMANDS[command].settings.model_fields.items() if field.is_required()
     ]
-    assert all(f"setting '{name}' is missing" in line for name in needed)
+    shown = command_line(COMMANDS[command])
+    assert all(f"{shown(name)} is missing" in line for name in needed)
+    assert "setting" not in line
     assert not list(tmp_path.iterdir())
 
 

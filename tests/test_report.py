@@ -13,16 +13,18 @@ import pytest
 import torch
 from builders import CLUSTERS, HEADROOM, QUICK_TUNING, RUNTIME, batch, copy_run, tiny_mae
 from conftest import Runs
+from matplotlib.figure import Figure
 
 import moce
 from moce.evaluation.results import make_row, write_rows
 from moce.models.encoder import patchify, take
 from moce.models.mae import patch_target, random_mask
 from moce.reporting.images import domain_of, find_domains, montage
-from moce.reporting.load import gather
-from moce.reporting.losses import curve
+from moce.reporting.load import Run, gather
+from moce.reporting.losses import curve, draw_losses
 from moce.reporting.reconstructions import hide, paste
 from moce.reporting.results_table import Results
+from moce.reporting.style import looks_of
 
 EVIL = '<script>alert("x")</script>'
 EVIL_FOLDER = "<b>&'run"
@@ -284,11 +286,40 @@ def test_whatever_measured_something_is_shown(
 
 def test_results_of_several_runs_stand_beside_each_other(measured: Path, tmp_path: Path) -> None:
     material = gather([measured])
-    assert len(material.of_kind("evaluation")) == 3
+    assert len(material.of_kind("evaluation")) == 1
+    assert [run.label for run in material.of_kind("probe")] == ["Probe (again)", "Probe (probe)"]
     names = material.results.backbones("knn")
     assert len(names) == 4
     assert sum(name.endswith("(probe)") for name in names) == 1
     moce.report(measured, out=tmp_path / "page.html")
+
+
+def test_every_line_and_point_of_a_chart_looks_different() -> None:
+    """Also of runs and backbones of the same kind."""
+    rows = [
+        {"selection": s, "backbone": b}
+        for s, b in (
+            ("best_route", "best1"), ("best_route", "best2"), (None, "mae"), (None, "x"), (None, "y"),
+        )
+    ]  # fmt: skip
+    looks = looks_of(rows)
+    assert (
+        len({(look.color, look.marker) for look in looks})
+        == len({look.title for look in looks})
+        == 5
+    )
+    metrics = [{"epoch": n, "step": n, "loss": 1.0} for n in range(3)]
+    runs = [Run(Path(name), "mae", {}, {}, metrics, [], name) for name in "abcdef"]
+    axes = Figure().subplots()
+    draw_losses(axes, runs)
+    lines = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines]
+    assert len({color for color, _, _ in lines}) == len(runs)
+
+
+def test_a_click_enlarges_a_picture_without_a_script(page: str) -> None:
+    assert page.count('<label class="zoom"><input type="checkbox"') == page.count("<img ")
+    assert ".zoom input:checked + img { position: fixed;" in page
+    assert "<script" not in page
 
 
 def test_loose_images_beside_folders_are_a_domain_of_their_own() -> None:

@@ -156,20 +156,3 @@ def test_embedded_tasks_have_labels_and_both_splits(task: str) -> None:
     assert all(sample.label for sample in samples)
     classes = {split: {e.label for e in samples if e.split == split} for split in ("train", "test")}
     assert classes["train"] == classes["test"] and len(classes["train"]) >= 2
-
-
-# --- lists ----------------------------------------------------------------------------------------
-
-
-def test_lists_of_other_systems_are_read_or_named(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / f"{name}é.png").write_bytes(encoded(COLORS[0]))
-    text = "# images\r\naé.png\r\nbé.png\r\n"
-    path = tmp_path / "list.txt"
-    for encoding in ("utf-8", "utf-8-sig"):
-        path.write_bytes(text.encode(encoding))
-        assert [sample.id for sample in open_source(f"@{path}")] == ["aé.png", "bé.png"]
-    for encoding in ("utf-16", "utf-16-le", "latin-1"):
-        path.write_bytes(text.encode(encoding))
-        with pytest.raises(MoceError, match=r"list\.txt: it is not UTF-8 text .*save it as UTF-8"):
-            open_source(f"@{path}")

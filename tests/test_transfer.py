@@ -211,7 +211,8 @@ def test_sgd_probe_leaves_the_encoder_and_repeats_itself(runs) -> None:
 def test_pooling_is_the_solvers(values: dict, expected: str) -> None:
     settings = ProbeSettings(backbone="b", data="d", **values)
     with_class, without = (
-        SimpleNamespace(vit=SimpleNamespace(cls_token=token)) for token in (torch.zeros(1), None)
+        SimpleNamespace(vit=SimpleNamespace(cls_token=token, fc_norm=torch.nn.Identity()))
+        for token in (torch.zeros(1), None)
     )
     assert choose_pooling(settings, with_class) == expected
     assert choose_pooling(settings, without) == "mean"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 import timm
 import torch
-from builders import batch, customize, tiny_encoder, tiny_mae
+from builders import RUNTIME, batch, customize, tiny_encoder, tiny_mae
+from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import ViTImageProcessor, ViTMAEForPreTraining, ViTModel
+from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTModel
 
 import moce
 from moce.customization.selection import route_name
@@ -61,7 +64,39 @@ def test_transformers_gets_the_features_of_the_route(runs, route: str, tmp_path:
     with torch.no_grad():
         tokens = model.eval()(pixel_values=images).last_hidden_state
     assert_close(tokens[:, 1:].mean(dim=1), features_of(runs, route, images), **CLOSE)
-    assert ViTImageProcessor.from_pretrained(folder).size == {"height": 16, "width": 16}
+    assert "last_hidden_state[:, 1:].mean(dim=1)" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("size", [(96, 32), (32, 96), (40, 40), (16, 16)])
+def test_transformers_prepares_photographs_of_any_shape_as_moce_does(
+    size: tuple[int, int], runs, tmp_path: Path
+) -> None:
+    """ViT's own processor would squash them: at 3:1 its features agree to a cosine of 0.56 only."""
+    folder = moce.export(runs.backbone, format="transformers", out=tmp_path / "out").folder
+    model = ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    photographs = [smooth_photograph(size, seed) for seed in range(4)]
+    for number, photograph in enumerate(photographs):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        photograph.save(tmp_path / "in" / f"{number}.png")
+    inputs = processor(photographs, return_tensors="pt")
+    with torch.no_grad():
+        theirs = model(**inputs).last_hidden_state[:, 1:].mean(dim=1)
+    file = moce.embed(runs.backbone, tmp_path / "in", out=tmp_path / "f.parquet", **RUNTIME).file
+    ours = torch.tensor(pyarrow.parquet.read_table(file)["embedding"].to_pylist())
+    agreement = torch.nn.functional.cosine_similarity(ours - ours.mean(0), theirs - theirs.mean(0))
+    assert agreement.min() > 0.99
+
+
+def smooth_photograph(size: tuple[int, int], seed: int) -> Image.Image:
+    """Waves of color whose parts differ, [width x height], so that a squashed one looks different."""
+    generator = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+    waves = [
+        np.sin(generator.uniform(1, 9, 3) @ np.stack([x, y, x * y]).reshape(3, -1)) for _ in "rgb"
+    ]
+    pixels = 127 + 120 * np.stack(waves, axis=-1).reshape(size[1], size[0], 3)
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def test_vitmae_gets_the_loss_of_an_mae_run(runs, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 import typing
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     command, as_json = COMMANDS[name], options.pop("json", False)
     try:
         with terminable():
-            result = command.run(settings_of(command, options))
+            result = command.run(settings_of(command, options), command_line(command))
         if is_rank0():
             _print_result(result, as_json=as_json)
     except (Exception, KeyboardInterrupt) as error:
@@ -61,6 +62,11 @@ def settings_of(command: Command, options: dict[str, Any]) -> dict[str, Any]:
     values = {**(read_recipe(recipe) if recipe else {}), **given}
     replaced = replaced_by(command.settings, values).keys() - given.keys()
     return {name: value for name, value in values.items() if name not in replaced}
+
+
+def command_line(command: Command) -> Callable[[str], str]:
+    """How a setting is written on the command line: DATA, or --out."""
+    return lambda name: name.upper() if name in command.positional else flag(name)
 
 
 def _read(name: str, field: FieldInfo, value: Any) -> Any:

@@ -14,8 +14,8 @@ class MoceError(Exception):
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """A number with its noun: "1 image", "2 images"; plural: where it is more than noun + s."""
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+    """A number with its noun: "1 image", "2,000 images"; plural: where it is more than noun + s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 class Unreachable(MoceError):

@@ -27,7 +27,7 @@ from moce.clustering.features import gather_shards
 from moce.commands.setup import read_images, resolve, start_run
 from moce.config import ClusterSettings
 from moce.data.dataset import ImageDataset
-from moce.errors import Interrupted
+from moce.errors import Interrupted, counted
 from moce.inference.features import feature_batches, feature_width
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec
@@ -55,8 +55,8 @@ class ClusterResult:
 
     def summary(self) -> str:
         return (
-            f"{len(self.sizes)} clusters of {min(self.sizes)} to {max(self.sizes)} images "
-            f"after {self.iterations} iterations: {self.run}"
+            f"{counted(len(self.sizes), 'cluster')} of {min(self.sizes):,} to "
+            f"{counted(max(self.sizes), 'image')} after {counted(self.iterations, 'iteration')}: {self.run}"
         )
 
 

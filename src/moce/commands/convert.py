@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moce.commands.setup import check_file, refuse_unused
 from moce.config import ConvertSettings
+from moce.errors import counted
 from moce.runs.files import make_folder
 from moce.runtime.progress import log
 from moce.weights.build import build_encoder, build_mae, to_mae_weights
@@ -14,7 +15,7 @@ from moce.weights.formats import moce as own
 from moce.weights.from_runs import load_mae, moce_run
 from moce.weights.read import SAFETENSORS, file_of, read_raw
 from moce.weights.resolve import check_arguments, overrides_of, refuse_given
-from moce.weights.types import MAEWeights
+from moce.weights.types import MODEL_CONFIG, MAEWeights
 from moce.weights.unsafe_pickle import read_trusted
 
 
@@ -28,7 +29,7 @@ class ConvertResult:
 
     def summary(self) -> str:
         parts = "encoder and decoder" if self.decoder else "encoder"
-        return f"{parts}, {self.tensors} tensors: {self.file}"
+        return f"{parts}, {counted(self.tensors, 'tensor')}: {self.file}"
 
 
 def run(settings: ConvertSettings) -> ConvertResult:
@@ -46,6 +47,8 @@ def run(settings: ConvertSettings) -> ConvertResult:
 def _checked(settings: ConvertSettings) -> tuple[MAEWeights, list[str]]:
     """The weights as a model takes them, by all checks of --init, and notes on them."""
     path, run = settings.weights, moce_run(settings.weights)
+    if run is not None and (run / MODEL_CONFIG).is_file():
+        run = None  # a fine-tuned model: a folder of timm
     pickled = run is None and path.exists() and file_of(path).suffix != SAFETENSORS
     if path.exists() and not pickled:
         reason = f"{path} is read without pickle, which only files such as .pth may need"

@@ -57,14 +57,15 @@ class DoctorResult:
             ("devices", "; ".join(self.devices)),
             ("device used", self.device),
             ("precision", self.precision),
-            ("threads", f"{self.threads}, OMP_NUM_THREADS {self.omp_num_threads or 'not set'}"),
+            ("threads", f"{self.threads} (OMP_NUM_THREADS is {self.omp_num_threads or 'not set'})"),
             (
                 "cores",
-                f"{self.usable_cores} of {self.cores}, container's limit: {self.cpu_limit or 'none'}",
+                f"{self.usable_cores} of {self.cores} may be used, "
+                f"{'no limit' if self.cpu_limit is None else f'a limit of {self.cpu_limit:g}'} by a container",
             ),
             ("matmul float32", f"{self.matmul_float32:.0f} GFLOP/s"),
             ("matmul bf16", f"{self.matmul_bf16:.0f} GFLOP/s"),
-            ("disk free", f"{self.disk_free:.0f} GB in {self.disk}"),
+            ("free disk space", f"{self.disk_free:.0f} GB for {self.disk}"),
         ]
         width = max(len(name) for name, _ in rows)
         to_fix = [f"! {line}" for line in self.unusable] + [f"- {line}" for line in self.advice]
@@ -171,7 +172,7 @@ def _of_threads(result: DoctorResult) -> list[str]:
     if result.threads < best:
         return [
             f"only {result.threads} of {best} cores are used: add --threads {best} or change "
-            "OMP_NUM_THREADS, unless other programs need them"
+            "OMP_NUM_THREADS, unless other programs need the rest"
         ]
     return []
 
@@ -182,11 +183,11 @@ def _of_the_rest(result: DoctorResult) -> list[str]:
         advice.append("less than 5 GB of disk space is free; checkpoints may not fit")
     if result.device == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY:
         advice.append(
-            "other programs are busy: training can become ten times slower; stop them, or set "
-            "OMP_WAIT_POLICY=passive, which suffers less from them (but costs a third when alone)"
+            "other programs keep the cores busy, which can make training ten times slower: stop them, "
+            "or set OMP_WAIT_POLICY=passive, which is slowed down less (but takes a third longer alone)"
         )
     if result.device == "cpu" and shutil.which("nvidia-smi"):
         advice.append(
-            "an NVIDIA driver is installed, but torch finds no device: is it a CPU build?"
+            "an NVIDIA driver is installed, but torch finds no GPU: is torch a build for CPUs?"
         )
     return advice

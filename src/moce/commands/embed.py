@@ -15,6 +15,7 @@ from moce.config import EmbedSettings
 from moce.data.dataset import ImageDataset
 from moce.data.readers.factory import paths_of
 from moce.data.readers.splits import scored_split
+from moce.errors import counted
 from moce.inference.features import feature_batches, feature_width
 from moce.runs.files import atomic, make_folder
 from moce.runtime.progress import log
@@ -31,8 +32,10 @@ class EmbedResult:
     skipped: list[tuple[str, str]]
 
     def summary(self) -> str:
-        skipped = f", {len(self.skipped)} unreadable ones skipped" if self.skipped else ""
-        return f"{self.images} images{skipped}, {self.width} numbers each: {self.file}"
+        skipped = (
+            f", {counted(len(self.skipped), 'unreadable one')} skipped" if self.skipped else ""
+        )
+        return f"{counted(self.images, 'image')}{skipped}, {self.width} numbers each: {self.file}"
 
 
 def run(settings: EmbedSettings) -> EmbedResult:

@@ -19,7 +19,7 @@ from moce.customization.adaptation import ADAPTATION
 from moce.customization.bank import Bank
 from moce.customization.model_card import write_backbone
 from moce.data.readers.factory import paths_of
-from moce.errors import Interrupted, MoceError, raise_if_corrupt, signal_of
+from moce.errors import Interrupted, MoceError, counted, raise_if_corrupt, signal_of
 from moce.evaluation.backbones import (
     PROBE_ONLY,
     Candidate,
@@ -85,7 +85,7 @@ def run(settings: EvaluateSettings) -> EvaluateResult:
         for task in tasks:
             evaluation.run_task(task)
     except KeyboardInterrupt as stop:
-        done = f"{len(evaluation.rows)} rows"
+        done = counted(len(evaluation.rows), "row")
         raise Interrupted(signal_of(stop), settings.out, done) from None
     write_text(settings.out / TABLE, results_table(evaluation.rows) + "\n")
     return EvaluateResult(settings.out, evaluation.rows)
@@ -199,7 +199,7 @@ class _Evaluation:
     def _load(self, plan: SuiteTask, shape: tuple[int, int, int]) -> Task:
         task = load_task(plan.data, shape, pixel_file(self.settings), self.settings.max_skipped)
         if task.skipped:
-            log(f"{plan.name}: skipped {len(task.skipped)} unreadable images")
+            log(f"{plan.name}: skipped {counted(len(task.skipped), 'unreadable image')}")
         return task
 
     def _labels(self, plan: SuiteTask) -> int | None:

@@ -8,14 +8,18 @@ from pathlib import Path
 from moce.commands.setup import open_output
 from moce.config import ExportSettings
 from moce.customization.bank import Bank, load
-from moce.customization.model_card import clusters_of, write_with_card
+from moce.customization.model_card import clusters_of, fine_tuning_facts, write_with_card
 from moce.customization.selection import Choice, route_name
 from moce.errors import MoceError
+from moce.evaluation.results import read_rows
 from moce.runs.files import write_json
-from moce.runs.model import provenance, read_info
+from moce.runs.model import describe_kind, provenance, read_info
+from moce.runtime.progress import log
+from moce.weights.classifier import read_classifier
 from moce.weights.export import Model, check_format
 from moce.weights.from_runs import load_mae, moce_run
-from moce.weights.resolve import check_arguments, from_file, refuse_given
+from moce.weights.resolve import check_arguments, from_file, overrides_of, refuse_given
+from moce.weights.types import MODEL_CONFIG
 
 
 @dataclass
@@ -53,13 +57,19 @@ def _model(settings: ExportSettings) -> tuple[Model, list[str]]:
     if run and kind == "mae":
         spec, mae = load_mae(run)
         return Model(spec.encoder, mae.encoder.eval(), mae.eval()), [f"source: {run.name}, MAE"]
-    if run and kind == "classifier":
-        raise MoceError(
-            f"{run} is fine-tuned, and timm loads it without an export: local-dir:{run}"
-        )
-    if run:
-        raise MoceError(f"{run} is a run of kind '{kind}': no dense ViT is equivalent to export")
-    check_arguments(settings.model_args)
+    if run and kind != "classifier":
+        raise MoceError(f"{run} is {describe_kind(kind)}: no dense ViT is equivalent to export")
+    if run is None:
+        check_arguments(settings.model_args)
+    elif not (run / MODEL_CONFIG).is_file():
+        raise MoceError(f"{run} has token-routed experts: no dense ViT is equivalent to export")
+    found = read_classifier(run or settings.run, overrides_of(settings), settings.weights_key)
+    if found is not None:
+        classifier, notes = found
+        for note in notes:
+            log(note)
+        row = next(iter(read_rows(run)), None) if run else None
+        return classifier, [f"source: {settings.run.name}", *fine_tuning_facts(classifier, row)]
     spec, mae, whole = from_file(settings.run, settings)
     vit, decoder = mae.encoder.eval(), mae.eval() if whole else None
     return Model(spec.encoder, vit, decoder), [f"source: {settings.run.name}"]

@@ -16,8 +16,9 @@ from timm.models.vision_transformer import VisionTransformer
 from moce.commands.setup import hint_few_steps, pixel_file, resolve, start_run
 from moce.config import FinetuneSettings
 from moce.config.dense import Task as TaskName
+from moce.customization.model_card import fine_tuning_facts, write_with_card
 from moce.data.dataset import ImageDataset
-from moce.errors import MoceError, NotFinite
+from moce.errors import MoceError, NotFinite, counted
 from moce.evaluation.finetune import (
     FinetuneObjective,
     build_classifier,
@@ -37,7 +38,7 @@ from moce.runtime.distributed import run_on_rank0
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
 from moce.training.trainer import fit, total_steps
-from moce.weights.formats.timm import write_timm_folder
+from moce.weights.export import Model
 from moce.weights.from_runs import Backbone, load_backbone
 
 
@@ -54,7 +55,7 @@ class FinetuneResult:
     labels: int
 
     def summary(self) -> str:
-        return f"{self.metric} {100 * self.value:.1f} % from {self.labels} labels: {self.run}"
+        return f"{self.metric} {100 * self.value:.1f} % from {counted(self.labels, 'label')}: {self.run}"
 
 
 def run(settings: FinetuneSettings) -> FinetuneResult:
@@ -78,7 +79,9 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     tried = tuner.search(settings, rows) if settings.lr_grid else []
     if tried:
         settings = settings.model_copy(update={"base_lr": _best_rate(tried)})
-        log(f"base_lr {settings.base_lr:g} is the best: training on all {len(rows)} labels with it")
+        log(
+            f"base_lr {settings.base_lr:g} is the best: training on all {counted(len(rows), 'label')} with it"
+        )
     vit = tuner.train(settings, rows)
     scores = tuner.scores(vit, task.test, settings)
     value = score(metric, scores, task.test_labels)
@@ -96,7 +99,7 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
         classes=task.classes,
         lr_grid=tried,
     )
-    _write(settings.out, vit.cpu(), backbone, row)
+    _write(settings.out, vit.cpu(), backbone, row, task.multi_label)
     return FinetuneResult(settings.out, metric, value, len(rows))
 
 
@@ -194,19 +197,23 @@ class _Tuner:
         return score(self.metric, scores, self.task.train_labels[held])
 
 
-def _write(folder: Path, vit: VisionTransformer, backbone: Backbone, row: dict[str, Any]) -> None:
-    """Write the timm folder, rows.jsonl and, last, model.json, which marks the run as finished.
+def _write(
+    folder: Path, vit: VisionTransformer, backbone: Backbone, row: dict[str, Any], multi_label: bool
+) -> None:
+    """Write the timm folder, its card, rows.jsonl and, last, model.json, which marks the run as finished.
 
     timm cannot load a ViT with token-routed experts, so no timm folder is written for one.
     """
-    head = {"num_classes": vit.num_classes, "global_pool": "avg", "fc_norm": True}
-    if backbone.dense and is_rank0():
-        write_timm_folder(folder, vit, backbone.spec, **head)
     write_rows(folder, [row])
+    if backbone.dense and is_rank0():
+        model = Model(backbone.spec, vit, classes=row["classes"], multi_label=multi_label)
+        facts = [f"source: {Path(row['reference']).name}", *fine_tuning_facts(model, row)]
+        write_with_card(folder, "timm", model, "Classifier fine-tuned by moce", facts)
     info = {
         "spec": backbone.spec.to_dict(),
         "metrics": {row["metric"]: row["values"][0]},
         "labels": row["labels"],
         "classes": row["classes"],
+        "multi_label": multi_label,
     }
     write_model(folder, "classifier", vit.state_dict(), info)

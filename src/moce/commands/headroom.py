@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moce.clustering.grouping import group_clusters
-from moce.commands.setup import decoded, read_images, refuse_unused, resolve, start_run
+from moce.commands.setup import decoded, read_images, resolve, start_run
 from moce.config import HeadroomSettings
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError, counted
@@ -95,7 +95,6 @@ class HeadroomResult:
 
 
 def run(settings: HeadroomSettings) -> HeadroomResult:
-    refuse_unused(settings, {"epochs"}, "headroom counts in --steps")
     settings, device = resolve(settings)
     spec, mae = start_from(settings.mae, settings)
     clusters = load_clusters(settings.clusters)
@@ -153,7 +152,7 @@ def check_groups(group_of: Tensor, num_groups: int) -> None:
     """Raise MoceError if a group has too few images for an estimate."""
     smallest = int(group_of.bincount(minlength=num_groups).min())
     if smallest < SMALLEST_GROUP:
-        raise MoceError(f"the smallest group has {smallest} images; lower --num-groups")
+        raise MoceError(f"the smallest group has {counted(smallest, 'image')}; lower --num-groups")
 
 
 @dataclass

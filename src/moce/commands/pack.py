@@ -17,6 +17,7 @@ from moce.data.pack_shards import ShardPacker, check_pack_folder, clean_pack_fol
 from moce.data.readers.factory import open_source, paths_of
 from moce.data.readers.manifest import MANIFEST, is_pack, read_manifest, verify
 from moce.data.readers.packed import SUFFIX, find_packed, open_packed
+from moce.data.value_range import check_values
 from moce.errors import Interrupted, MoceError
 from moce.runs.files import make_folder
 from moce.runs.lock import lock_folder
@@ -102,6 +103,7 @@ def _pack_encoded(settings: PackSettings, out: Path) -> Path:
     inputs = paths_of(settings.data)
     check_pack_folder(out, inputs, overwrite=settings.overwrite)
     samples = open_source(settings.data)
+    check_values(samples, settings.data)
     make_folder(out)
     lock_folder(out)
     clean_pack_folder(out, everything=settings.overwrite)
@@ -129,6 +131,7 @@ def _pack_pixels(settings: PackSettings, out: Path) -> Path:
     inputs = paths_of(settings.data)
     check_file(out, inputs, "images.moce", overwrite=settings.overwrite, any_suffix=True)
     samples = open_source(settings.data)
+    check_values(samples, settings.data)
     packer = Packer(out, samples, (settings.channels, *settings.shape))
     if settings.overwrite:
         packer.discard()

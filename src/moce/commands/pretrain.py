@@ -11,6 +11,7 @@ from moce.commands.setup import changed, choose, resolve, start_run, training_im
 from moce.config import PretrainSettings
 from moce.data.dataset import ImageDataset
 from moce.data.sample_sizes import count_and_side
+from moce.errors import counted
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import last_metrics, write_model
@@ -40,7 +41,7 @@ class PretrainResult:
     images: int
 
     def summary(self) -> str:
-        return f"pre-trained on {self.images} images, loss {self.loss:.4f}: {self.run}"
+        return f"pre-trained on {counted(self.images, 'image')}, loss {self.loss:.4f}: {self.run}"
 
 
 def run(settings: PretrainSettings) -> PretrainResult:

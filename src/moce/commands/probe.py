@@ -10,6 +10,7 @@ import numpy as np
 from moce.commands.setup import hint_few_steps, open_output, pixel_file, prepare
 from moce.config import ProbeSettings
 from moce.config.usage import check_used
+from moce.errors import counted
 from moce.evaluation.evaluator import Evaluator
 from moce.evaluation.metrics import choose_metric
 from moce.evaluation.probe import choose_pooling, is_sgd
@@ -46,7 +47,7 @@ class ProbeResult:
 
     def summary(self) -> str:
         draws = len(self.values)
-        spread, labels = "", f"{self.labels} labels"
+        spread, labels = "", counted(self.labels, "label")
         if draws > 1:
             spread, labels = f" ± {100 * self.std:.1f}", f"{draws} draws of {labels}"
         return (

@@ -59,9 +59,12 @@ class Command:
         """Of `moce.NAME`: all settings with type and default."""
         return signature_of(self.settings, self.positional, self.work.__annotations__["return"])
 
-    def run(self, values: dict[str, Any]) -> Any:
-        """Validate the values, then do the work. Raises MoceError for any mistake in them."""
-        settings = parse(self.settings, values)
+    def run(self, values: dict[str, Any], shown: Callable[[str], str] | None = None) -> Any:
+        """Validate the values, then do the work. Raises MoceError for any mistake in them.
+
+        shown: how the caller writes a setting, for messages.
+        """
+        settings = parse(self.settings, values, shown)
         if launch().world_size > 1 and not self.distributed:
             raise MoceError(
                 f"moce {self.name} runs in one process, but {launch().by} started "

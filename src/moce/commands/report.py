@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce.config import ReportSettings
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.reporting.load import gather
 from moce.reporting.page import build_sections, render
 from moce.runs.files import make_folder, write_text
@@ -22,7 +22,10 @@ class ReportResult:
     size: int
 
     def summary(self) -> str:
-        return f"{self.runs} runs in {len(self.sections)} sections, {self.size / 1e6:.1f} MB: {self.page}"
+        return (
+            f"{counted(self.runs, 'run')} in {counted(len(self.sections), 'section')}, "
+            f"{self.size / 1e6:.1f} MB: {self.page}"
+        )
 
 
 def run(settings: ReportSettings) -> ReportResult:

@@ -21,7 +21,7 @@ from moce.data.divide import learning_rows
 from moce.data.load import Choose, load_images, open_images, temporary_file
 from moce.data.readers.factory import paths_of
 from moce.data.readers.sample import Sample
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.models.encoder import input_channels, input_size
 from moce.runs.folder import check_folder, open_folder
 from moce.runs.model import write_config, write_skipped
@@ -117,7 +117,9 @@ def changed(before: Settings, after: Settings) -> list[str]:
 def hint_few_steps(settings: Settings, steps: int, advice: str) -> None:
     """Log advice where the default batch of a published recipe leaves few steps for few images."""
     if steps < FEW_STEPS and "batch_size" not in settings.model_fields_set:
-        log(f"only {steps} steps: the defaults are made for many images; for few, {advice}")
+        log(
+            f"only {counted(steps, 'step')}: the defaults are made for many images; for few, {advice}"
+        )
 
 
 # --- output ---------------------------------------------------------------------------------------

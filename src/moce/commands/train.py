@@ -25,7 +25,7 @@ from moce.config import TrainSettings
 from moce.data.dataset import ImageDataset
 from moce.data.divide import voting_rows
 from moce.data.load import chosen_samples, load_images
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.inference.assign import assign, assign_images
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import input_channels, input_size
@@ -52,8 +52,10 @@ class TrainResult:
     routes: int
 
     def summary(self) -> str:
-        routes = f", {self.routes} routes" if self.routes else ""
-        return f"trained on {self.images} images, loss {self.loss:.4f}{routes}: {self.run}"
+        routes = f", {counted(self.routes, 'route')}" if self.routes else ""
+        return (
+            f"trained on {counted(self.images, 'image')}, loss {self.loss:.4f}{routes}: {self.run}"
+        )
 
 
 def run(settings: TrainSettings) -> TrainResult:
@@ -138,7 +140,9 @@ def _continue_on_subset(job: _Job) -> TrainResult:
     rows = chosen[cluster_of].nonzero()[:, 0].tolist()
     if not rows:
         raise MoceError(f"none of the images is of a cluster of {job.settings.task}")
-    log(f"{len(rows)} of {len(job.images)} images are of the task's {int(chosen.sum())} clusters")
+    log(
+        f"{len(rows)} of {len(job.images)} images are of the task's {counted(int(chosen.sum()), 'cluster')}"
+    )
     # As many steps as MAE+ makes on all images, not as few as an epoch of these takes.
     steps = total_steps(job.settings, len(job.images))
     job.settings = job.settings.model_copy(update={"steps": steps})

@@ -170,7 +170,7 @@ class TrainingSettings(RunSettings, CacheSettings):
         False, "resume from the last checkpoint in the output folder", may_change=True
     )
     epochs: Positive = setting(400, "passes over the images (fractions allowed)")
-    steps: Count | None = setting(None, "optimizer steps (default: from epochs)")
+    steps: Count | None = setting(None, "optimizer steps (default: from epochs)", replaces="epochs")
     batch_size: Count = setting(
         256, "images per optimizer step, over all processes and micro-batches"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -17,6 +17,24 @@ from moce.config.facts import facts_of
 from moce.errors import MoceError
 
 S = TypeVar("S", bound=Settings)
+OTHER_WORDS = {  # of other programs, for a setting or a part of its name
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "arch": "model",
+    "output": "out",
+    "output_dir": "out",
+    "outdir": "out",
+    "image_size": "img_size",
+    "pretrained": "init",
+    "checkpoint": "init",
+    "weights": "init",
+    "gpus": "device",
+    "workers": "threads",
+    "num_workers": "threads",
+    "amp": "precision",
+    "fp16": "precision",
+}
 _shown = reprlib.Repr()  # a few lines of YAML can make a value that no screen has room for
 _shown.maxstring = _shown.maxother = 200
 
@@ -24,8 +42,11 @@ _shown.maxstring = _shown.maxother = 200
 # --- validation -----------------------------------------------------------------------------------
 
 
-def parse(kind: type[S], values: dict[str, Any]) -> S:
-    """Validate `values` as settings of `kind`. Raises MoceError that lists every mistake."""
+def parse(kind: type[S], values: dict[str, Any], shown: Callable[[str], str] | None = None) -> S:
+    """Validate `values` as settings of `kind`. Raises MoceError that lists every mistake.
+
+    shown: how the user writes a setting (default: by name).
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -35,7 +56,7 @@ def parse(kind: type[S], values: dict[str, Any]) -> S:
         *place, name = mistake["loc"]
         known = _names_at(kind, place)
         near = closest(str(name), known)
-        lines.append(_describe(mistake, near))
+        lines.append(_describe(mistake, near, shown))
         if mistake["type"] == "extra_forbidden" and near is None:
             valid[".".join(map(str, place))] = known
     for of, names in valid.items():
@@ -44,8 +65,14 @@ def parse(kind: type[S], values: dict[str, Any]) -> S:
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like an unknown one, if any is."""
-    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+    """The known name that is most like an unknown one, or that has it as a part, if any is."""
+    known = list(known)
+    bare = {other: other.lstrip("-").replace("-", "_") for other in known}
+    meant = name.lstrip("-").replace("-", "_")
+    meant = OTHER_WORDS.get(meant, meant)
+    same = [other for other in known if bare[other] == meant]
+    within = [other for other in known if meant in bare[other].split("_")]
+    return next(iter(same or within or difflib.get_close_matches(name, known, n=1)), None)
 
 
 def _without_consequences(mistakes: list[Any]) -> list[Any]:
@@ -74,10 +101,10 @@ def _names_at(kind: type[Settings], place: list[int | str]) -> list[str]:
     return list(kind.model_fields)
 
 
-def _describe(mistake: Any, near: str | None) -> str:
+def _describe(mistake: Any, near: str | None, shown: Callable[[str], str] | None) -> str:
     name = ".".join(map(str, mistake["loc"]))
     if mistake["type"] == "missing":
-        return f"setting '{name}' is missing"
+        return f"{shown(name) if shown else f'setting {name!r}'} is missing"
     if mistake["type"] != "extra_forbidden":
         return f"setting '{name}': {mistake['msg'].lower()} (got {_shown.repr(mistake['input'])})"
     if name in renamed():

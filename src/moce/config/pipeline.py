@@ -264,7 +264,9 @@ class HeadroomSettings(TrainingSettings, MAESettings):
     data: Data = setting(description=IMAGES, input="images")
     clusters: Folder = setting(description="run folder of moce cluster", input="weights")
     steps: Count | None = setting(
-        800, "optimizer steps on all images; each group alone gets its share of them"
+        800,
+        "optimizer steps on all images; each group alone gets its share of them",
+        replaces="epochs",
     )
     num_groups: Count = setting(4, "groups of clusters, each trained on alone")
 

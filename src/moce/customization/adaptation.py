@@ -17,6 +17,7 @@ from torch import Tensor
 from moce.config import AdaptationSettings
 from moce.data.dataset import ImageDataset
 from moce.data.rng import Stream, keyed_generator
+from moce.errors import counted
 from moce.inference.reconstruction_error import reconstruction_error
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
@@ -85,7 +86,7 @@ def adapt(
     seconds = (settings.steps or 0) * size * seconds_per_image(objective, settings, device, count)
     log(
         f"adapting to {len(own)} task images and {num_pool} related ones, {len(held_out)} held out: "
-        f"{settings.steps} steps of {settings.batch_size}, about {duration(seconds)}"
+        f"{counted(settings.steps or 0, 'step')} of {settings.batch_size}, about {duration(seconds)}"
     )
     fit(objective, settings, device, settings.precision)
     after = watch.restore_best() if held_out else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -17,7 +18,7 @@ from moce.runs.files import write_json, write_text
 from moce.runs.model import STATE
 from moce.weights.export import Model, write_model_folder
 
-MAX_CLUSTERS = 12  # on a card
+MAX_CLUSTERS, MAX_CLASSES = 12, 20  # on a card
 LIBRARY: dict[Format, str] = {  # that loads a format, by its name on the Hugging Face hub
     "timm": "timm",
     "transformers": "transformers",
@@ -113,10 +114,28 @@ def adaptation_facts(adaptation: Adaptation) -> list[str]:
     return facts
 
 
+def fine_tuning_facts(model: Model, row: dict[str, Any] | None = None) -> list[str]:
+    """What a card says of a fine-tuned model: its classes and, from a row of results, its score."""
+    classes = list(model.classes or ())
+    more = f" and {len(classes) - MAX_CLASSES} more" if len(classes) > MAX_CLASSES else ""
+    shown = f"{counted(len(classes), 'class', 'classes')}: {', '.join(classes[:MAX_CLASSES])}{more}"
+    several = "; an image can have several" if model.multi_label else ""
+    return ([] if row is None else [_score_fact(row)]) + [shown + several]
+
+
+def _score_fact(row: dict[str, Any]) -> str:
+    return (
+        f"fine-tuned on {row['task']}, {counted(row['labels'], 'labeled image')}: "
+        f"{row['metric']} {100 * row['values'][0]:.1f} % on its test images"
+    )
+
+
 def write_with_card(folder: Path, kind: Format, model: Model, title: str, facts: list[str]) -> str:
     """Write a model and a card with these facts; returns the Python that loads it."""
     snippet = write_model_folder(folder, kind, model)
-    return write_card(folder, kind, snippet, input_shape(model.vit), model.spec, title, facts)
+    task = "image-feature-extraction" if model.classes is None else "image-classification"
+    facts = [*facts, _output_fact(kind, model)]
+    return write_card(folder, kind, snippet, input_shape(model.vit), model.spec, title, facts, task)
 
 
 def write_card(
@@ -127,27 +146,38 @@ def write_card(
     spec: EncoderSpec,
     title: str,
     facts: list[str],
+    task: str = "image-feature-extraction",
 ) -> str:
     """Write the card of a model, which `snippet` loads from THIS_FOLDER; returns that Python.
 
-    shape: (channels, height, width) of its images.
+    shape: (channels, height, width) of its images; task: by its name on the Hugging Face hub.
     """
     channels, height, width = shape
     preprocessing = (
-        f"images: {channels} channels of {height}x{width} pixels from 0 to 1, "
-        f"less {list(spec.mean)}, over {list(spec.std)}"
+        f"images: {channels} channels of {height}x{width} pixels from 0 to 1 (the middle, resized by "
+        f"the shorter side), less {list(spec.mean)}, over {list(spec.std)}"
     )
     items = "\n".join(f"- {fact}" for fact in (*facts, f"format: {kind}", preprocessing))
     text = f"# {title}\n\n{items}\n\n```python\n{snippet}\n```\n"
-    write_text(folder / "README.md", f"{_card(kind, text)}")
+    write_text(folder / "README.md", f"{_card(kind, text, task)}")
     return snippet.replace("THIS_FOLDER", str(folder))
 
 
-def _card(kind: Format, text: str) -> ModelCard:
+def _output_fact(kind: Format, model: Model) -> str:
+    """Which output is the feature, or what the logits are."""
+    if model.classes is not None:
+        several = "sigmoid" if model.multi_label else "softmax"
+        return f"output: logits of the classes; their {several} gives probabilities"
+    where = {
+        "transformers": ", last_hidden_state[:, 1:].mean(dim=1), not pooler_output or the class token",
+        "onnx": ", the first output",
+    }.get(kind, "")
+    return f"feature: the mean of the patch tokens after the last norm{where}"
+
+
+def _card(kind: Format, text: str, task: str) -> ModelCard:
     """A model card with metadata for the Hugging Face hub, and no license: moce knows of none."""
-    data = ModelCardData(
-        library_name=LIBRARY[kind], pipeline_tag="image-feature-extraction", tags=TAGS
-    )
+    data = ModelCardData(library_name=LIBRARY[kind], pipeline_tag=task, tags=TAGS)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -155,6 +185,8 @@ def clusters_of(choice: Choice) -> str:
     """The clusters with the most images, as 3 (120 images), 7 (80 images), ..."""
     counts = [(count, cluster) for cluster, count in enumerate(choice.cluster_histogram) if count]
     most = sorted(counts, key=lambda item: (-item[0], item[1]))
-    clusters = ", ".join(f"{cluster} ({count} images)" for count, cluster in most[:MAX_CLUSTERS])
+    clusters = ", ".join(
+        f"{cluster} ({counted(count, 'image')})" for count, cluster in most[:MAX_CLUSTERS]
+    )
     more = len(most) - MAX_CLUSTERS
     return clusters + (f" and {more} more" if more > 0 else "")

@@ -14,7 +14,7 @@ from moce.data.divide import learning_rows
 from moce.data.load import chosen_samples
 from moce.data.readers.sample import Sample
 from moce.data.rng import Stream, keyed_generator
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.inference.assign import assign, clustered_images
 from moce.models.cluster_model import ClusterModel
 from moce.runs.assignments import ASSIGNMENTS
@@ -63,7 +63,7 @@ class RelatedImages:
         tried = {*self.cluster_of, *(name for name, _ in self.skipped)}
         unseen = [sample for sample in pool if sample.id not in tried]
         if unseen:
-            log(f"{len(unseen)} images of the pool are new to the clustering; assigning them")
+            log(f"{counted(len(unseen), 'image')} of the pool not in the clustering yet: assigning")
             found, skipped = self._assign(unseen)
             self.cluster_of |= found
             self.skipped += skipped

@@ -17,6 +17,7 @@ from moce.data.load import Choose, decode_all, load_images, temporary_file
 from moce.data.readers.factory import Source, open_sources
 from moce.data.readers.left_out import LeftOut
 from moce.data.readers.sample import Encoded, Sample, is_image_name
+from moce.data.value_range import check_values
 from moce.errors import MoceError
 
 BLOCK = 1024  # images of a stream decoded at a time
@@ -55,6 +56,8 @@ def _from_stream(stream: Iterable[object], size: tuple[int, int], channels: int)
     skipped: list[tuple[str, str]] = []
     numbered = enumerate(stream)
     while block := [_as_sample(number, item) for number, item in islice(numbered, BLOCK)]:
+        if not blocks:
+            check_values(block, "the stream")
         pixels = np.empty((len(block), channels, *size), np.uint8)
         reasons, _ = decode_all(block, pixels)
         good = [row for row in range(len(block)) if row not in reasons]

@@ -25,6 +25,7 @@ from moce.data.readers.factory import open_source
 from moce.data.readers.packed import Packed, PixelReader, find_packed
 from moce.data.readers.sample import Label, Sample, error_line
 from moce.data.run_ahead import run_ahead
+from moce.data.value_range import check_values
 from moce.errors import MoceError, Unreachable
 from moce.runtime.distributed import barrier, run_on_local_rank0, world_size
 from moce.runtime.launch import launch
@@ -107,6 +108,7 @@ def _opened(data: str | Sequence[Sample], choose: Choose | None) -> tuple[str, S
     if choose is not None:
         rows = choose([s.label for s in samples], [s.split for s in samples], name)
         samples = [samples[row] for row in rows]
+    check_values(samples, name)
     return name, samples
 
 
@@ -336,6 +338,16 @@ def _decode_once_per_node(
     return pixels, result
 
 
+def check_large_enough(packed: Packed, size: tuple[int, int]) -> None:
+    """Raise MoceError if the images of a packed file are smaller than `size`, [h, w]."""
+    height, width = packed.shape[2:]
+    if height < size[0] or width < size[1]:
+        raise MoceError(
+            f"{packed.path} contains images of {height}x{width}, smaller than the "
+            f"{size[0]}x{size[1]} needed; pack them again with --size {size[0]}x{size[1]} or more"
+        )
+
+
 def _from_packed(
     packed: Packed, size: tuple[int, int], channels: int, choose: Choose | None
 ) -> ImageDataset:
@@ -343,17 +355,13 @@ def _from_packed(
 
     Several processes map it: the system caches it once for all of them.
     """
-    found, height, width = packed.shape[1:]
+    found = packed.shape[1]
     if found != channels:
         raise MoceError(
             f"{packed.path} contains images of {found} channels for an encoder of {channels}; pack "
             f"them again with --channels {channels}"
         )
-    if height < size[0] or width < size[1]:
-        raise MoceError(
-            f"{packed.path} contains images of {height}x{width}, smaller than the "
-            f"{size[0]}x{size[1]} needed; pack them again with --size {size[0]}x{size[1]} or more"
-        )
+    check_large_enough(packed, size)
     in_memory = world_size() == 1 and _fits_in_memory(packed.num_bytes)
     images = ImageDataset(
         packed.tensor(in_memory=in_memory),

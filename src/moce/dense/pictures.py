@@ -17,6 +17,7 @@ from moce.dense.types import IGNORE, Instances
 
 SIDE = 320  # least longer side in pixels: smaller images are enlarged, so that names can be read
 NUM_COLORS = 256
+BACKGROUNDS = ("background", "0")  # names of class 0
 GOLDEN = 0.618034  # of a turn of hue between two classes: neighbors differ most
 
 
@@ -57,9 +58,13 @@ def draw_instances(
 
 
 def draw_mask(pixels: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
-    """An image [c, h, w] uint8 with the class of every pixel, [h, w], in its color; class 0 is not drawn."""
+    """An image [c, h, w] uint8 with the class of every pixel, [h, w], in its color.
+
+    A class 0 that is the background, by its name or without one, is not drawn.
+    """
     image, _ = _enlarged(_rgb(pixels))
-    shown = [int(n) for n in np.unique(mask) if n not in (0, IGNORE) and n < len(classes)]
+    hidden = (0, IGNORE) if classes[0] in BACKGROUNDS else (IGNORE,)
+    shown = [int(n) for n in np.unique(mask) if n not in hidden and n < len(classes)]
     if not shown:
         return _to_pil(image)
     planes = torch.from_numpy(np.stack([mask == number for number in shown]))

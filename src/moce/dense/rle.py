@@ -18,7 +18,7 @@ def mask_library() -> Any:
     try:
         from faster_coco_eval import mask
     except ImportError:
-        raise MoceError("masks need a library: pip install 'moce[dense]'") from None
+        raise MoceError("boxes and masks need a library: pip install 'moce[dense]'") from None
     return mask
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from moce.data.dataset import ImageDataset
 from moce.data.divide import divide
-from moce.data.load import load_images
+from moce.data.load import check_large_enough, load_images
 from moce.data.readers.factory import open_source
 from moce.data.readers.labels import in_order
 from moce.data.readers.packed import find_packed
@@ -92,8 +92,13 @@ def load_task(
 
 
 def _packed_as_needed(data: str, shape: tuple[int, int, int]) -> ImageDataset | None:
-    """All images of a packed file that has this shape already; None for other sources."""
+    """All images of a packed file that has this shape already; None for other sources.
+
+    Raises MoceError if its images are smaller, as every command does.
+    """
     packed = find_packed(data)
+    if packed is not None:
+        check_large_enough(packed, shape[1:])
     if packed is None or packed.shape[1:] != shape:
         return None
     return replace(load_images(data, shape[1:], channels=shape[0]), skipped=[])

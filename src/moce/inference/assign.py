@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moce.data.dataset import ImageDataset
-from moce.errors import MoceError, raise_if_corrupt
+from moce.errors import MoceError, counted, raise_if_corrupt
 from moce.inference.features import feature_batches
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import input_size
@@ -41,7 +41,7 @@ def assign_images(
     cluster_of = torch.tensor([known.get(name, -1) for name in images.ids])
     unseen = (cluster_of < 0).nonzero()[:, 0].tolist()
     if unseen:
-        log(f"{len(unseen)} images are new to the clustering; assigning them")
+        log(f"{counted(len(unseen), 'image')} not in the clustering yet: assigning")
         new = images.subset(unseen)
         if not _large_enough(clusters, new):
             new = decode(new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -40,10 +41,7 @@ class EncoderSpec:
         support what it builds (see `check_plain`).
         """
         arguments = {"num_classes": 0, "global_pool": "", **self.model_args, **overrides}
-        if not timm.is_model(self.name):
-            near = difflib.get_close_matches(self.name, timm.list_models("vit*"), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise MoceError(f"timm has no model '{self.name}'{hint} (timm.list_models() lists all)")
+        check_name(self.name)
         try:
             vit = timm.create_model(self.name, pretrained=pretrained, **arguments)
         except OSError:  # from the hub: the caller reports it
@@ -61,6 +59,39 @@ class EncoderSpec:
         return cls(
             values["name"], values["model_args"], tuple(values["mean"]), tuple(values["std"])
         )
+
+
+def check_name(name: str) -> None:
+    """Raise MoceError, with the nearest one, unless timm has a model and its tag of weights."""
+    if not timm.is_model(name):
+        near = nearest_model(name)
+        hint = f"; did you mean '{near}'?" if near else ""
+        raise MoceError(f"timm has no model '{name}'{hint} (timm.list_models() lists all)")
+    architecture, _, tag = name.partition(".")
+    if tag and name not in (known := timm.list_pretrained(f"{architecture}.*")):
+        tags = ", ".join(other.partition(".")[2] for other in known)
+        raise MoceError(f"timm has no weights '{tag}' of {architecture}, but: {tags or 'none'}")
+
+
+def nearest_model(name: str) -> str | None:
+    """The plain ViT of timm that a name such as vit_base, vit-b16 or ViT-L/16 means, if any."""
+    known = timm.list_models("vit*") + timm.list_models("deit*")
+    short = SHORT.match(name.lower())
+    if short:
+        size = SIZES.get(short["size"], short["size"])
+        patches = [short["patch"]] if short["patch"] else USUAL_PATCHES
+        plain = [f"vit_{size}_patch{patch}_224" for patch in patches]
+        if found := [other for other in plain if other in known]:
+            return found[0]
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+SHORT = re.compile(
+    r"vit[-_]?(?P<size>tiny|small|base|large|huge|[tsblh])"
+    r"(?:[-_/]?p?(?:atch)?(?P<patch>\d+))?(?![a-z])"
+)
+SIZES = {"t": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge"}
+USUAL_PATCHES = ("16", "14")
 
 
 # Why models and blocks of other classes are not supported, by a substring of the class name.

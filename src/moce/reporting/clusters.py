@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.reporting.elements import Section, html
 from moce.reporting.load import Material, Run
 from moce.reporting.style import INK, drawing
@@ -60,15 +60,15 @@ def _image_shape(run: Run) -> tuple[int, int, int]:
 
 def _sizes_figure(sizes: list[int]) -> Markup:
     alt = (
-        f"Bar chart of the sizes of {len(sizes)} clusters, largest first: from {max(sizes):,} "
-        f"down to {min(sizes):,} images."
+        f"Bar chart of the sizes of {counted(len(sizes), 'cluster')}, largest first: from {max(sizes):,} "
+        f"down to {counted(min(sizes), 'image')}."
     )
     with drawing(2.3, alt) as canvas:
         axes = canvas.figure.subplots()
         axes.bar(range(len(sizes)), sorted(sizes, reverse=True), color=BAR)
         axes.axhline(sum(sizes) / len(sizes), color=INK, linewidth=1, linestyle="--", label="mean")
         axes.set_xticks([])
-        axes.set_xlabel(f"{len(sizes)} clusters, largest first")
+        axes.set_xlabel(f"{counted(len(sizes), 'cluster')}, largest first")
         axes.set_ylabel("images")
         axes.legend()
     return canvas.picture

@@ -9,7 +9,7 @@ import torch
 from markupsafe import Markup
 
 from moce.customization.bank import Bank
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.models.encoder import input_shape
 from moce.reporting.clusters import images_missing
 from moce.reporting.elements import Section, html
@@ -66,7 +66,7 @@ def _map_chart(bank: Bank) -> Markup:
         panels[-1].set_xlabel("clusters, ordered by route")
     caption = (
         "Gate probabilities: one column per cluster, one row per expert; the fuller the color, the "
-        f"surer the gate. {len(bank.routes)} routes are in use."
+        f"surer the gate. In use: {counted(len(bank.routes), 'route')}."
     )
     return html.chart(canvas.picture, caption, "Experts of the clusters")
 
@@ -82,7 +82,7 @@ def _galleries(bank: Bank, source: Source, max_images: int) -> list[Markup]:
         for expert in range(bank.model.num_experts):
             mine = experts == expert
             ids = [images.ids[row] for row in mine[clusters].nonzero()[:, 0].tolist()]
-            note = f"{int(sizes[mine].sum()):,} images in {int(mine.sum())} clusters"
+            note = f"{counted(int(sizes[mine].sum()), 'image')} in {counted(int(mine.sum()), 'cluster')}"
             alt = f"Images that expert {expert} of block {block} sees"
             picture = source.montage(ids, shape, max_images, 2, alt)
             items.append((f"Expert {expert}", note, picture))

@@ -18,7 +18,7 @@ from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
 from moce.data.readers.factory import open_source
 from moce.data.rng import Stream, keyed_generator
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.reporting.elements import html
 
 THUMBNAIL = 64  # longest side of a montage tile in pixels
@@ -41,7 +41,7 @@ class Source:
 
     def describe(self, ids: Sequence[str]) -> str:
         """The number of images and their domains, e.g. "90 images · cifar10 81 %, mnist 19 %"."""
-        note = f"{len(ids):,} images"
+        note = counted(len(ids), "image")
         if not self.domains or not ids:
             return note
         shares = [(n, c / len(ids)) for n, c in Counter(map(domain_of, ids)).most_common(2)]

@@ -28,6 +28,7 @@ TITLES = {
     "detector": "Detector",
     "segmenter": "Segmenter",
     "evaluation": "Evaluation",
+    "probe": "Probe",
     "unfinished": "Unfinished",
 }
 
@@ -121,7 +122,8 @@ def _read_run(path: Path) -> Run:
                 info = {"kind": "adapted", **content}
             elif "groups" in content:
                 info = {"kind": "headroom", **content}
-        info = info or {"kind": "evaluation" if rows else "unfinished"}
+        of_rows = "evaluation" if "suite" in config or not config else "probe"
+        info = info or {"kind": of_rows if rows else "unfinished"}
         _check_info(info)
     kind = str(info["kind"])
     if kind == "mae" and config.get("method") == "mae":

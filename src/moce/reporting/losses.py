@@ -8,10 +8,10 @@ from markupsafe import Markup
 
 from moce.reporting.elements import Section, html
 from moce.reporting.load import Material, Run
-from moce.reporting.style import METHODS, drawing
+from moce.reporting.style import METHODS, another, drawing
 
 LABELED = ("classifier", "detector", "segmenter")
-UNTRAINED = ("clusters", "headroom", "evaluation")
+UNTRAINED = ("clusters", "headroom", "evaluation", "probe")
 DASHES = ("-", "--", ":", "-.")  # for runs of the same method
 
 
@@ -58,16 +58,17 @@ def _figure(runs: list[Run], unit: str) -> Markup:
     with drawing(3.5, f"Losses over epochs. {'; '.join(ends)}.") as canvas:
         grid = canvas.figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, shown in zip(grid, panels, strict=True):
-            _lines(axes, shown)
+            draw_losses(axes, shown)
         grid[0].set_ylabel(unit)
     return canvas.picture
 
 
-def _lines(axes: Any, runs: list[Run]) -> None:
+def draw_losses(axes: Any, runs: list[Run]) -> None:
     for number, run in enumerate(runs):
-        before = [other for other in runs[:number] if other.kind == run.kind]
-        color = METHODS.get(run.kind, METHODS["unfinished"]).color
-        dashes = DASHES[len(before) % len(DASHES)]
-        axes.plot(*curve(run), dashes, color=color, marker=".", label=run.label)
+        before = sum(other.kind == run.kind for other in runs[:number])
+        look = METHODS.get(run.kind, METHODS["unfinished"])
+        color, marker = (look.color, ".") if before == 0 else another(before - 1)
+        dashes = DASHES[before % len(DASHES)]
+        axes.plot(*curve(run), dashes, color=color, marker=marker, label=run.label)
     axes.set_xlabel("epochs")
     axes.legend()

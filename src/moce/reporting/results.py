@@ -11,7 +11,7 @@ from moce.customization.selection import route_name
 from moce.reporting.elements import Section, html
 from moce.reporting.load import Material, Run
 from moce.reporting.results_table import Results, protocol_table
-from moce.reporting.style import drawing, expert_color, faded, look_of
+from moce.reporting.style import drawing, expert_color, faded, looks_of
 
 PROTOCOLS = {
     "linear": "Linear probe",
@@ -61,9 +61,9 @@ def _figure(results: Results) -> Markup:
 def _dots(axes: Any, results: Results, protocol: str) -> None:
     """One line per task, with the backbones a little apart."""
     backbones = results.backbones(protocol)
-    for number, backbone in enumerate(backbones):
-        rows = results.where(protocol=protocol, backbone=backbone)
-        look = look_of(rows[0], number)
+    of_backbone = [results.where(protocol=protocol, backbone=backbone) for backbone in backbones]
+    looks = looks_of([rows[0] for rows in of_backbone])
+    for number, (rows, look) in enumerate(zip(of_backbone, looks, strict=True)):
         offset = min(0.13, 0.7 / len(backbones)) * (number - (len(backbones) - 1) / 2)
         axes.errorbar(
             [100 * np.mean(row["values"]) for row in rows],
@@ -122,6 +122,15 @@ def _votes_chart(choices: dict[str, dict[str, Any]]) -> Markup:
     return html.chart(canvas.picture, caption, "Routes of the tasks")
 
 
+def _verdict(run: Run) -> str:
+    """What the estimate says; older runs and short ones say nothing."""
+    if run.info.get("worthwhile") is None:
+        return "Too few passes over the groups' images for a verdict."
+    if run.info["worthwhile"]:
+        return "Experts are likely to pay."
+    return "Experts are unlikely to pay yet."
+
+
 def headroom_section(run: Run) -> Section:
     rows = []
     for number, group in enumerate(run.info["groups"]):
@@ -132,6 +141,7 @@ def headroom_section(run: Run) -> Section:
                 f"{group['images']:,}",
                 f"{group['error_all']:.4f}",
                 f"{group['error_alone']:.4f}",
+                f"{group['passes']:.1f}" if "passes" in group else "",
                 html.strong(gain) if group.get("worthwhile") else gain,
             ]
         )
@@ -140,9 +150,13 @@ def headroom_section(run: Run) -> Section:
         "Images",
         "Error, trained on all",
         "Error, trained on the group",
+        "Passes over the group",
         "Headroom",
     ]
-    caption = "Reconstruction error on held-out images; in bold where experts are likely to pay."
+    caption = (
+        "Reconstruction error on held-out images; in bold where experts are likely to pay. "
+        + _verdict(run)
+    )
     lead = (
         "How much lower the error of a group's images is after training on the group alone: an upper "
         "bound of what an expert could gain."

@@ -83,13 +83,22 @@ def drawing(height: float, alt: str) -> Iterator[Canvas]:
         canvas.picture = html.picture(uri, alt, round(96 * WIDTH), round(96 * height))
 
 
-def look_of(row: dict[str, Any], number: int) -> Look:
-    """The look of a row's backbone, by its method or else by its number in the table."""
-    known = {"random": "random_route"}.get(row["selection"], row["selection"])
-    for name in (known, row["backbone"]):
-        if name in METHODS:
-            return METHODS[name]
-    return Look(row["backbone"], EXPERTS[number % len(EXPERTS)], "osDv^P"[number % 6])
+def looks_of(rows: list[dict[str, Any]]) -> list[Look]:
+    """The looks of the rows' backbones: by their methods, or each its own where several share one."""
+    looks: list[Look] = []
+    for number, row in enumerate(rows):
+        known = {"random": "random_route"}.get(row["selection"], row["selection"])
+        found = [METHODS[name] for name in (known, row["backbone"]) if name in METHODS]
+        if found and found[0] not in looks:
+            looks.append(found[0])
+        else:
+            looks.append(Look(row["backbone"], *another(number)))
+    return looks
+
+
+def another(number: int) -> tuple[str, str]:
+    """A color and a marker that no method has, as far as there are enough."""
+    return EXPERTS[number % len(EXPERTS)], "osDv^P"[number % 6]
 
 
 def expert_color(expert: int, num_experts: int) -> str:

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from moce.reporting.elements import Section, html
 from moce.reporting.load import TITLES, Material, Run
+from moce.reporting.results_table import percent_cell
 
 NAMES = {
     "rounds": "iterations",  # moce 0.1.0
@@ -26,15 +27,24 @@ def summary_section(material: Material) -> Section:
 
 
 def _run_row(run: Run) -> list[str | Markup]:
-    metrics = run.info.get("metrics", {})
+    metrics = run.info.get("metrics") or _metrics_of(run)
     return [
         html.name(run.name, str(run.path)),
         TITLES.get(run.kind, run.kind),
-        str(run.config.get("data", run.config.get("suite", ""))),
+        str(next(filter(None, map(run.config.get, ("images", "data", "suite"))), "")),
         f"{run.info['images']:,}" if "images" in run.info else "",
         ", ".join(f"{NAMES.get(name, name)} {_number(value)}" for name, value in metrics.items()),
         run.info.get("git_revision") or "",
     ]
+
+
+def _metrics_of(run: Run) -> dict[str, Any]:
+    """The key metrics of what is no model: a headroom, a probe, an evaluation."""
+    if run.kind == "headroom":
+        return {"headroom": f"{100 * run.info['gain']:+.2f} %"}
+    if run.kind == "probe":
+        return {row["metric"]: f"{percent_cell(row['values'])} %" for row in run.rows}
+    return {"rows": len(run.rows)} if run.rows else {}
 
 
 def _number(value: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,15 +48,16 @@ def make_folder(path: Path) -> None:
 def atomic(path: Path) -> Iterator[Path]:
     """Write to a temporary file beside `path` that replaces it at the end.
 
-    Raises MoceError if it cannot be written; no temporary file remains then.
+    Its mode follows the umask, whatever a library that writes it sets. Raises MoceError if it cannot
+    be written; no temporary file remains then.
     """
     with writing(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         try:
             yield temporary
-            temporary.chmod(0o644)
+            temporary.chmod(mode)
             with temporary.open("r+b") as file:
                 os.fsync(file.fileno())  # before the rename, in case the power fails
             temporary.replace(path)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moce.config import Settings
 from moce.config.load import read_yaml, with_new_names
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.runs.files import read_lines, read_tensors, write_json, write_tensors, write_text
 from moce.runtime.distributed import run_on_rank0
 
@@ -23,6 +23,28 @@ WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml
 SKIPPED, STATE, TIMINGS = "skipped.jsonl", "state", "timings.jsonl"
 LOGGERS = "loggers.json"  # in state: the runs of W&B and MLflow
 TENSORBOARD, WANDB = "tensorboard", "wandb"  # folders of loggers
+
+MADE_BY = {  # the command that makes a run, by the run's kind
+    "mae": "moce pretrain",
+    "clusters": "moce cluster",
+    "moce": "moce train",
+    "token_moe": "moce train --method token_moe",
+    "classifier": "moce finetune",
+}
+TAKEN_BY = {  # what its user may have meant to do
+    "mae": "moce cluster, train --mae, probe, embed, finetune and export take; moce train gives it experts",
+    "clusters": "moce train and headroom take as --clusters",
+    "moce": "moce customize and evaluate take; moce customize makes a backbone for a task of it",
+    "token_moe": "moce probe, finetune and evaluate take as it is",
+    "classifier": "moce export, embed and probe take",
+}
+HOLDS = {  # files of folders that are not runs, and what to do with them
+    "selection.json": "is not a moce run but a backbone, which moce probe, embed, finetune and export take",
+    "export.json": "is not a moce run but an export, which moce probe, embed and finetune take",
+    "adaptation.json": "is not a moce run but a backbone, which moce probe, embed, finetune and export take",
+    "rows.jsonl": "is not a moce run but holds results, which moce report shows",
+    "results.json": "is not a moce run but holds results, which moce report shows",
+}
 
 
 def write_config(folder: Path, settings: Settings) -> None:
@@ -44,7 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def write_model(folder: Path, kind: str, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
     """Write the weights, then model.json, which marks the run as finished."""
-    write_tensors(folder / WEIGHTS, tensors)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})  # Transformers asks for it
     write_json(folder / INFO, {"kind": kind, **info, **provenance()})
 
 
@@ -52,23 +74,36 @@ def read_model(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tenso
     """(info, tensors) of a finished run. Raises MoceError if it is not one, or of another kind."""
     info = read_info(folder)
     if info["kind"] != kind:
-        raise MoceError(f"{folder} is a run of kind '{info['kind']}', not '{kind}'")
+        raise MoceError(f"{folder} is {describe_kind(info['kind'])}; give one of {MADE_BY[kind]}")
     return info, read_tensors(folder / WEIGHTS)
+
+
+def describe_kind(kind: str) -> str:
+    """A kind of run, the command that makes it, and the commands that take it."""
+    made, taken = MADE_BY.get(kind, "a newer moce"), TAKEN_BY.get(kind)
+    return f"a run of {made} (kind '{kind}')" + (f", which {taken}" if taken else "")
 
 
 def read_info(folder: Path) -> dict[str, Any]:
     """model.json of a run. Raises MoceError if the folder is not a finished run."""
     path = Path(folder) / INFO
     if not path.is_file():
-        unfinished = (Path(folder) / CONFIG).is_file()
-        reason = "is not finished (run its command again)" if unfinished else "is not a moce run"
-        raise MoceError(f"{folder} {reason}: it has no {INFO}")
+        raise MoceError(f"{folder} {_why_no_run(Path(folder))}")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         info["kind"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise MoceError(f"{path} is corrupt: {error}") from None
     return info
+
+
+def _why_no_run(folder: Path) -> str:
+    for name, what in HOLDS.items():
+        if (folder / name).is_file():
+            return what
+    if (folder / CONFIG).is_file():
+        return f"is not finished (run its command again): it has no {INFO}"
+    return f"is not a moce run: it has no {INFO}"
 
 
 def provenance() -> dict[str, Any]:
@@ -95,7 +130,7 @@ def write_skipped(folder: Path, skipped: list[tuple[str, str]], log: Callable[[s
     if skipped:
         lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in skipped]
         write_text(folder / SKIPPED, "".join(lines))
-        log(f"skipped {len(skipped)} unreadable images (listed in {folder / SKIPPED})")
+        log(f"skipped {counted(len(skipped), 'unreadable image')} (listed in {folder / SKIPPED})")
 
 
 def read_skipped(folder: Path) -> list[tuple[str, str]]:

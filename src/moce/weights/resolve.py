@@ -13,6 +13,7 @@ from moce.config import FileSettings, PretrainSettings, expand
 from moce.config.facts import facts_of
 from moce.config.usage import explicitly_set
 from moce.errors import MoceError
+from moce.models.encoder import nearest_model
 from moce.models.mae import MAE, MAESpec
 from moce.runtime.progress import log
 from moce.weights.build import ModelOverrides, build_mae, read_weights
@@ -44,8 +45,10 @@ def start_from(
         if settings.weights_key is not None:
             raise MoceError(f"timm model {reference} is one network: leave out --weights-key")
         return from_timm(str(reference), settings)
+    near = None if len(path.parts) > 1 or path.suffix else nearest_model(str(reference))
+    hint = f"; did you mean '{near}'?" if near else ""
     raise MoceError(
-        f"{reference} is not a moce run, a file or folder of weights, or the name of a timm model"
+        f"{reference} is not a moce run, a file or folder of weights, or the name of a timm model{hint}"
     )
 
 

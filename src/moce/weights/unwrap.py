@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.weights.formats import mae as facebook
 from moce.weights.types import RawWeights, Tensors
 
@@ -112,7 +112,9 @@ def _under(prefix: str, tensors: Tensors, parts: tuple[str, ...]) -> _Candidate:
     if rest:
         first = dict.fromkeys(name.partition(".")[0] for name in rest)
         shown = ", ".join(list(first)[:SHOWN])
-        notes.append(f"left out what is not in '{prefix}' ({len(rest)} tensors of {shown})")
+        notes.append(
+            f"left out what is not in '{prefix}' ({counted(len(rest), 'tensor')} of {shown})"
+        )
     return _Candidate((*parts, *prefix.split(".")[:-1]), own, notes)
 
 

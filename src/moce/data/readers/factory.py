@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from moce.config import expand
 from moce.data.readers.folder import read_folder
 from moce.data.readers.huggingface import HUB_PREFIX, is_saved, read_hub, read_saved
-from moce.data.readers.left_out import LeftOut, is_system
+from moce.data.readers.labels import label_of
+from moce.data.readers.lists import path_and_label, read_list
 from moce.data.readers.manifest import is_pack, packed_shards
 from moce.data.readers.numpy_arrays import read_arrays
 from moce.data.readers.packed import find_packed
@@ -60,10 +61,14 @@ def is_elsewhere(data: str) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """One source of images. data: its name or path; written: the same as the user wrote it."""
+    """One source of images. data: its name or path; written: the same as the user wrote it.
+
+    label: of the image, if a list gives one.
+    """
 
     data: str
     written: str
+    label: str | None = None
 
 
 def open_source(data: str) -> Sequence[Sample]:
@@ -142,7 +147,8 @@ def _read(source: Source) -> Sequence[Sample]:
         return read_arrays(path)
     if is_image_name(path.name) and path.is_file():
         # Identified by the path as the user wrote it.
-        return [Sample(as_text(Path(source.written).as_posix()), Encoded(path))]
+        name = as_text(Path(source.written).as_posix())
+        return [Sample(name, Encoded(path), label_of(source.label))]
     packed = find_packed(data)
     if packed is not None:
         return packed.samples()
@@ -180,35 +186,11 @@ def _listed(name: str) -> list[Source]:
     if not name.startswith(LIST_PREFIX):
         return [Source(name, name)]
     path = expand(Path(name.removeprefix(LIST_PREFIX)))
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin it with a mark
-    except OSError as error:
-        raise MoceError(f"cannot read the list {path}: {error}") from None
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise MoceError(
-            f"cannot read the list {path}: it is not UTF-8 text (UTF-16?); save it as UTF-8"
-        )
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    if not lines:
-        raise MoceError(f"the list {path} names no images")
+    lines = read_list(path)
     if any(line.startswith(LIST_PREFIX) for line in lines):
         raise MoceError(f"the list {path} names another list; give both, separated by a comma")
-    left_out = LeftOut(str(path))
-    lines = [line for line in lines if not left_out.is_hidden(_end(line))]
-    left_out.report()
-    return [Source(_located(line, path.parent), line) for line in lines]
-
-
-def _end(path: str) -> str:
-    """What of a path decides if it is hidden: of an absolute one, its name and system folders."""
-    parts = PurePosixPath(path).parts
-    if not PurePosixPath(path).is_absolute():
-        return path
-    system = [part for part in parts if is_system(part)]
-    return "/".join([*system, parts[-1]])
+    found = [path_and_label(line, path.parent) for line in lines]
+    return [Source(_located(line, path.parent), line, label) for line, label in found]
 
 
 def _names(sources: Sequence[Source]) -> list[str]:

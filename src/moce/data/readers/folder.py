@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from moce.data.decode import Raster
 from moce.data.formats import HINTS, suffixes
+from moce.data.readers.label_tables import Entry, find_entries
 from moce.data.readers.left_out import LeftOut
 from moce.data.readers.numpy_arrays import open_array
 from moce.data.readers.parquet import read_parquet_files
@@ -38,7 +40,27 @@ def read_folder(root: Path) -> Sequence[Sample]:
         raise MoceError(f"no images in {root} (looked at any depth for {known} .parquet .npy)")
     names = [as_text(path.relative_to(root).as_posix()) for path in images]
     samples = [Sample(name, opener(path)) for name, path in zip(names, images, strict=True)]
-    return place_samples(list(zip(names, samples, strict=True)), str(root), root.resolve().name)
+    placed = place_samples(list(zip(names, samples, strict=True)), str(root), root.resolve().name)
+    entries = find_entries(root, files, names)
+    return placed if entries is None else [_as_in(entries, sample) for sample in placed]
+
+
+def _as_in(entries: dict[str, Entry], sample: Sample) -> Sample:
+    """A sample with the label of a table, which has none for images that it does not name."""
+    entry = entries.get(sample.id, Entry(None, None))
+    return replace(sample, label=entry.label, split=entry.split or sample.split)
+
+
+def list_images(root: Path, report: bool = False) -> list[Sample]:
+    """The images in a folder by their paths in it, without splits and labels; [] if there are none.
+
+    report: say what is left out.
+    """
+    left_out = LeftOut(str(root), HINTS)
+    paths = [path for path in _files(root, left_out) if is_image_name(path.name)]
+    if report:
+        left_out.report()
+    return [Sample(as_text(path.relative_to(root).as_posix()), Encoded(path)) for path in paths]
 
 
 def _files(root: Path, left_out: LeftOut) -> list[Path]:

@@ -56,6 +56,24 @@ def is_system(name: str) -> bool:
     return name.startswith("._") or name.casefold() in SYSTEM
 
 
+def hidden_end(path: str) -> str:
+    """What of a path in a list decides if it is hidden: of an absolute one, name and system folders."""
+    parts = PurePosixPath(path).parts
+    if not PurePosixPath(path).is_absolute():
+        return path
+    system = [part for part in parts if is_system(part)]
+    return "/".join([*system, parts[-1]])
+
+
+_SAID: set[str] = set()  # a command may open a source several times
+
+
+def _log_once(message: str) -> None:
+    if message not in _SAID:
+        _SAID.add(message)
+        log(message)
+
+
 class LeftOut:
     """Counts what is left out of one source, and says so.
 
@@ -98,12 +116,12 @@ class LeftOut:
             self._say(f"{noun} that cannot be opened", self._unreadable)
         if self._others:
             kinds = ", ".join(self._kind(*item) for item in sorted(self._others.items()))
-            log(f"{self._where}: left out: {kinds}")
+            _log_once(f"{self._where}: left out: {kinds}")
 
     def _say(self, kind: str, names: list[str]) -> None:
         such = "" if len(names) == 1 else "such as "
         first = " ".join(as_text(names[0]).split())  # in one line
-        log(f"{self._where}: left out: {len(names)} {kind} ({such}{first})")
+        _log_once(f"{self._where}: left out: {len(names)} {kind} ({such}{first})")
 
     def _kind(self, suffix: str, count: int) -> str:
         hint = self._hints.get(suffix)

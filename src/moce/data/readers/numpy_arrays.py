@@ -16,6 +16,7 @@ from moce.data.readers.splits import column_splits
 from moce.errors import MoceError
 
 # MedMNIST and others keep all splits in one file: train_images, test_labels.
+MOST_COLORS = 4
 PREFIXES = {"": None, "train_": "train", "val_": "val", "valid_": "val", "test_": "test"}
 
 
@@ -99,6 +100,16 @@ def _checked(images: object, key: str, name: str) -> np.ndarray:
         )
     if images.dtype.kind not in "buif":
         raise MoceError(f"{name}: images of type {images.dtype}; give uint8, uint16 or float 0..1")
+    if images.ndim == 3 and _is_doubtful(images.shape):
+        raise MoceError(
+            f"{name}: {key} of shape {list(images.shape)} could be one image, or images in another "
+            "order; give [n, h, w, c], with c 1 for gray ones"
+        )
+    if images.ndim == 4 and _has_two_orders(images.shape[1:]):
+        raise MoceError(
+            f"{name}: {key} of shape {list(images.shape)} could have its channels first or last; "
+            "save the images as files"
+        )
     if images.ndim == 4 and _channels_first(images.shape[1:]):
         images = np.moveaxis(images, 1, 3)
     return images
@@ -128,6 +139,16 @@ def _are_marks(values: np.ndarray) -> bool:
     return values.dtype.kind in "buif" and bool(np.isin(values, (0, 1)).all())
 
 
+def _is_doubtful(shape: Sequence[int]) -> bool:
+    """True for three axes that may not be [n, h, w]: [h, w, 3], or [28, 28, n] as in Matlab."""
+    return shape[2] <= MOST_COLORS < min(shape[:2]) or (shape[0] == shape[1] != shape[2])
+
+
+def _has_two_orders(shape: Sequence[int]) -> bool:
+    """True for [a, b, c] that could be [c, h, w] as well as [h, w, c]: 3 x 32 x 3, 64 x 3 x 64."""
+    return shape[0] == shape[2] or (shape[1] == shape[2] < shape[0])
+
+
 def _channels_first(shape: Sequence[int]) -> bool:
     """True if the first of [a, b, c] is the smallest, so that it must be the channels."""
     return shape[0] < min(shape[1], shape[2])
@@ -138,6 +159,8 @@ def open_array(path: Path) -> np.ndarray:
     pixels = np.load(path, allow_pickle=False)
     if not isinstance(pixels, np.ndarray):
         raise ValueError("not an array")
+    if pixels.ndim == 3 and _has_two_orders(pixels.shape):
+        raise ValueError(f"channels of shape {list(pixels.shape)} could be first or last")
     if pixels.ndim == 3 and _channels_first(pixels.shape):
         pixels = np.moveaxis(pixels, 0, 2)
     return pixels

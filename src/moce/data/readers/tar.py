@@ -202,6 +202,7 @@ def _image(shard: str, member: tarfile.TarInfo, label: Label | None) -> _Found:
     if inside.is_absolute() or ".." in inside.parts:
         return _Found(identity, refused="the name leads out of the archive")
     if not member.isreg() or member.issparse():
-        return _Found(identity, refused="a link or sparse file, not an image")
+        name = f"{shard}/{inside.as_posix()}"
+        return _Found(name, refused="a link or sparse file, not an image")
     name = inside.as_posix()
     return _Found(f"{shard}/{name}", name, label, member.offset_data, member.size)

@@ -11,8 +11,9 @@ from typing import Any
 
 from moce.data.decode import open_encoded
 from moce.data.readers.sample import as_text
+from moce.data.readers.splits import split_of
 from moce.dense.readers.objects import Annotation, Picture, assemble
-from moce.dense.readers.pairs import split_of
+from moce.dense.readers.pairs import visible
 from moce.dense.types import DenseSource
 from moce.errors import MoceError
 from moce.runtime.progress import log
@@ -33,16 +34,17 @@ class Part:
 def coco_parts(root: Path, annotations: Path | None = None) -> list[Part]:
     """The annotation files of a folder, or those that `annotations`, a file or folder, names."""
     if annotations is not None:
-        files = sorted(annotations.glob("*.json")) if annotations.is_dir() else [annotations]
+        inside = annotations.is_dir()
+        files = visible(annotations.glob("*.json"), annotations) if inside else [annotations]
         return [_part(root, file) for file in files]
-    beside = sorted(root.glob(f"*/{BESIDE}")) + sorted(root.glob(BESIDE))
+    beside = visible([*root.glob(f"*/{BESIDE}"), *root.glob(BESIDE)], root)
     if beside:
         return [Part(file, file.parent, split_of(file.parent.name)) for file in beside]
     folder = root / "annotations"
-    files = sorted(folder.glob(f"{INSTANCES}*.json")) or sorted(folder.glob("*.json"))
-    files = (
-        files or sorted(root.glob(f"{INSTANCES}*.json")) or sorted(root.glob("annotations.json"))
-    )
+    patterns = (f"{INSTANCES}*.json", "*.json")
+    found = [visible(folder.glob(pattern), folder) for pattern in patterns]
+    found += [visible(root.glob(pattern), root) for pattern in (patterns[0], "annotations.json")]
+    files = next(filter(None, found), [])
     return [_part(root, file) for file in files]
 
 

@@ -21,6 +21,7 @@ from moce.data.readers.sample import Sample
 from moce.dense.readers.layouts import Layout, Pair, table_of
 from moce.dense.readers.masks import masked_source
 from moce.dense.readers.objects import ROUNDING, Annotation, Picture, assemble, size_or_fault
+from moce.dense.readers.pairs import visible
 from moce.dense.types import IGNORE, DenseSource, DenseTask
 from moce.errors import MoceError
 from moce.runtime.progress import log
@@ -54,9 +55,8 @@ def find_columns(data: str) -> Columns | None:
     path = expand(Path(data))
     if data.startswith(HUB_PREFIX) or (path.is_dir() and is_saved(path)):
         return _of_datasets(data, path)
-    if path.suffix.lower() == ".parquet" and path.is_file():
-        return _of_parquet(data, path)
-    return None
+    files = _parquet_files(path)
+    return _of_parquet(data, files) if files else None
 
 
 def read_columns(
@@ -85,22 +85,34 @@ def read_columns(
 # --- tables -------------------------------------------------------------------------------------------
 
 
-def _of_parquet(data: str, path: Path) -> Columns | None:
+def _parquet_files(path: Path) -> list[Path]:
+    """A parquet file, or those of a folder (data/train-00000-of-00002.parquet), as `read_folder` sorts them."""
+    if path.is_dir():
+        return visible([*path.glob("*.parquet"), *path.glob("*/*.parquet")], path)
+    return [path] if path.suffix.lower() == ".parquet" and path.is_file() else []
+
+
+def _of_parquet(data: str, files: list[Path]) -> Columns | None:
     try:
-        schema = pyarrow.parquet.read_schema(path)
+        schema = pyarrow.parquet.read_schema(files[0])
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise MoceError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        raise MoceError(f"cannot read {files[0]}: {str(error).splitlines()[0]}") from None
     objects = _object_column(schema)
     mask = next((n for n in MASKS if n in schema.names and _is_image(schema.field(n).type)), None)
     if objects is None and mask is None:
         return None
     wanted = [name for name in (objects, mask) if name is not None]
-    table = pyarrow.parquet.read_table(path, columns=wanted)
+    samples = open_source(data)  # refuses files that cannot be read, or differ
+    table = pyarrow.concat_tables(pyarrow.parquet.read_table(f, columns=wanted) for f in files)
+    if len(samples) != table.num_rows:
+        raise MoceError(
+            f"{data} holds {len(samples)} images, but {table.num_rows} rows of {wanted[0]}"
+        )
     cells: list[Cell] | None = None
     if mask is not None:
         cells = [partial(_open_cell, table.column(mask), row) for row in range(table.num_rows)]
     rows = (objects, table.column(objects).to_pylist()) if objects else None
-    return Columns(open_source(data), _stated_features(schema), rows, cells)
+    return Columns(samples, _stated_features(schema), rows, cells)
 
 
 def _stated_features(schema: pyarrow.Schema) -> dict[str, Any]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from moce.data.readers.folder import read_folder
+from moce.data.readers.folder import list_images
 from moce.data.readers.sample import Sample
-from moce.dense.readers.pairs import image_samples, key_of, split_of
+from moce.data.readers.splits import split_of
+from moce.dense.readers.pairs import image_samples, key_of, visible
 from moce.dense.readers.voc import listed_in_sets
 from moce.dense.readers.yolo import names_in, yolo_config
 from moce.dense.types import IGNORE
 from moce.errors import MoceError
 
 UNKNOWN = -1  # in a table of values: no class has this value
+LOOKED_AT = 100  # files, to tell whether a folder holds masks
 VALUES = 256  # of a mask of 8 bits
 MASK_FOLDERS = ("masks", "annotations", "labels", "SegmentationClass", "gtFine")
 
@@ -30,7 +33,6 @@ CITYSCAPES_CLASSES = [name.replace("_", " ") for name in CITYSCAPES_NAMES.split(
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 CITYSCAPES_MOST = 33
 ADE_INFO = "objectInfo150.txt"
-ADE_SPLITS = {"training": "train", "validation": "val"}
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,14 @@ def table_of(values: dict[int, int]) -> np.ndarray:
 def _ade20k(root: Path) -> Layout:
     """ADEChallengeData2016: value 0 is any other object, which does not count; 1 to 150 are classes."""
     try:
-        lines = (root / ADE_INFO).read_text(encoding="utf-8").splitlines()
+        lines = (root / ADE_INFO).read_text(encoding="utf-8-sig").splitlines()
         classes = [line.split("\t")[-1].strip() for line in lines[1:] if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise MoceError(f"cannot read {root / ADE_INFO}: {error}") from None
     classes = _distinct(classes)
     table = table_of({0: IGNORE} | {value + 1: value for value in range(len(classes))})
-    pairs = [
-        Pair(p.id, p.image, p.mask, ADE_SPLITS.get(p.id.split("/")[1]) if p.id.count("/") else None)
-        for p in _matched(image_samples(root), _masks(root, "annotations"))
-    ]
-    return Layout(pairs, classes, table)
+    pairs = _matched(image_samples(root), _masks(root, "annotations"))
+    return Layout(list(pairs), classes, table)
 
 
 def _distinct(names: list[str]) -> list[str]:
@@ -125,7 +124,7 @@ def _cityscapes(root: Path) -> Layout:
 def _plain(root: Path, annotations: Path | None) -> Layout | None:
     """images/ beside masks/, annotations/ or labels/, in every split's folder or with splits in them."""
     if annotations is not None:
-        masks = [m for m in read_folder(annotations) if m.id.lower().endswith(".png")]
+        masks = [m for m in list_images(annotations) if m.id.lower().endswith(".png")]
         images = image_samples(root)
     else:
         kind = _mask_folder(root)
@@ -150,7 +149,7 @@ def _mask_folder(root: Path) -> str | None:
 
 
 def _has_png(folder: Path) -> bool:
-    return next(folder.rglob("*.[pP][nN][gG]"), None) is not None
+    return bool(visible(islice(folder.rglob("*.[pP][nN][gG]"), LOOKED_AT), folder))
 
 
 def class_names(root: Path) -> list[str] | None:
@@ -160,7 +159,7 @@ def class_names(root: Path) -> list[str] | None:
 
 
 def _masks(root: Path, kind: str) -> list[Sample]:
-    return [s for s in _in(read_folder(root), kind) if s.id.lower().endswith(".png")]
+    return [s for s in _in(list_images(root), kind) if s.id.lower().endswith(".png")]
 
 
 def _in(samples: Sequence[Sample], kind: str) -> list[Sample]:

@@ -16,6 +16,7 @@ from moce.data.run_ahead import run_ahead
 from moce.dense.images import upright_size
 from moce.dense.readers.layouts import UNKNOWN, VALUES, Layout, find_layout
 from moce.dense.readers.objects import raise_above_share
+from moce.dense.readers.pairs import image_samples
 from moce.dense.types import IGNORE, DenseSample, DenseSource
 from moce.errors import MoceError
 from moce.runtime.progress import meter
@@ -36,6 +37,7 @@ def read_masks(
         raise MoceError(
             f"no masks in {root}: give images/ and masks/ with PNG files of the same names"
         )
+    image_samples(root, report=True)
     return masked_source(str(root), layout, max_skipped, ignore_index)
 
 

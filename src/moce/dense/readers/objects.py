@@ -24,7 +24,7 @@ from moce.runtime.progress import log, meter
 from moce.runtime.system import worker_threads
 
 Size = tuple[int, int]
-ROUNDING = 1.0  # pixels that a box may reach beyond the image without being counted as clipped
+ROUNDING = 1.0  # pixels that a box may reach beyond the image without being cut
 FEWEST_NUMBERS = 6  # of a polygon: three corners
 AHEAD = 64
 BAR_AFTER = 2.0  # seconds
@@ -99,6 +99,7 @@ def assemble(
     skipped: annotations that belong to no picture. Raises MoceError if no picture is left, or more
     than the share `max_skipped` of the images or of the annotations cannot be used.
     """
+    rle.mask_library()  # its metric is needed after training; refused now if it is missing
     has_masks = masks_prevail(name, pictures)
     source = DenseSource(name, "detect", classes, [], has_masks, category_ids=category_ids)
     bad = list(skipped)
@@ -132,7 +133,6 @@ def masks_prevail(name: str, pictures: Sequence[Picture]) -> bool:
     single = [a for p in pictures for a in p.annotations if not a.crowd and a.fault is None]
     masked = sum(bool(annotation.mask) for annotation in single)
     if masked * 2 > len(single):
-        rle.mask_library()
         return True
     if masked:
         log(f"{name}: {masked} of {len(single)} objects have masks; too few, only boxes are used")
@@ -216,7 +216,8 @@ def _pack(picture: Picture, size: Size, source: DenseSource, bad: list[tuple[str
         inside = box.clip(0, [size[1], size[0]] * 2)
         if np.abs(inside - box).max() > ROUNDING:
             source.clipped.append(name)
-        boxes.append(inside)
+            box = inside
+        boxes.append(box)
         classes.append(label)
         crowd.append(annotation.crowd)
         areas.append(area)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from moce.data.readers.folder import read_folder
+from moce.data.readers.folder import list_images
+from moce.data.readers.left_out import hidden_part
 from moce.data.readers.sample import Sample
-from moce.data.readers.splits import PLAIN_SPLITS
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "leftImg8bit")
 
 
-def image_samples(root: Path) -> Sequence[Sample]:
+def image_samples(root: Path, report: bool = False) -> list[Sample]:
     """The images of a folder: those in its JPEGImages, images or leftImg8bit folders if there are any.
 
-    Raises MoceError without images.
+    Without splits, which every format states in its own way. report: say what is left out.
     """
-    samples = read_folder(root)
+    samples = list_images(root, report)
     for kind in IMAGE_FOLDERS:
         chosen = [sample for sample in samples if kind in PurePosixPath(sample.id).parts[:-1]]
         if chosen:
@@ -39,7 +38,6 @@ def key_of(name: str, kinds: Iterable[str], ending: str = "") -> str:
     return "/".join([*folders, path.stem.removesuffix(ending)])
 
 
-def split_of(name: str) -> str | None:
-    """The split that a folder or file is named after: train of train2017, val of valid or val_v2."""
-    word = re.fullmatch(r"([a-z]+)[\d_.-]*(v\d+)?", name.lower())
-    return PLAIN_SPLITS.get(word[1]) if word else None
+def visible(paths: Iterable[Path], root: Path) -> list[Path]:
+    """Files below `root`, sorted, without hidden and system entries, as `read_folder` leaves them out."""
+    return sorted(p for p in paths if hidden_part(p.relative_to(root).as_posix()) is None)

@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from moce.data.decode import open_encoded
 from moce.data.readers.sample import Sample, as_text
-from moce.data.readers.splits import PLAIN_SPLITS
+from moce.data.readers.splits import PLAIN_SPLITS, split_of
 from moce.dense.readers.objects import Annotation, Picture, assemble
-from moce.dense.readers.pairs import IMAGE_FOLDERS, image_samples, key_of, split_of
+from moce.dense.readers.pairs import IMAGE_FOLDERS, image_samples, key_of, visible
 from moce.dense.types import DenseSource
 from moce.errors import MoceError
 from moce.runtime.progress import log
@@ -24,22 +24,23 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 def voc_files(root: Path, annotations: Path | None = None) -> list[Path]:
     """The XML files of a folder: in Annotations/, or beside the images; or those of `annotations`."""
     if annotations is not None:
-        return sorted(annotations.rglob("*.xml")) if annotations.is_dir() else []
+        return visible(annotations.rglob("*.xml"), annotations) if annotations.is_dir() else []
     folder = root / XML_FOLDER
     if folder.is_dir():
-        return sorted(folder.rglob("*.xml"))
+        return visible(folder.rglob("*.xml"), folder)
     # No deeper: a folder of a million images of classes is not searched.
-    return sorted([*root.glob("*.xml"), *root.glob("*/*.xml"), *root.glob(f"*/{XML_FOLDER}/*.xml")])
+    patterns = ("*.xml", "*/*.xml", f"*/{XML_FOLDER}/*.xml")
+    return visible((path for pattern in patterns for path in root.glob(pattern)), root)
 
 
 def listed_in_sets(root: Path, kind: str) -> dict[str, str]:
     """The split of every image that ImageSets/KIND/{train,val,test}.txt lists; {} without such files."""
     splits: dict[str, str] = {}
-    for file in sorted((root / "ImageSets" / kind).glob("*.txt")):
+    for file in visible((root / "ImageSets" / kind).glob("*.txt"), root):
         if file.stem not in PLAIN_SPLITS:
             continue
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise MoceError(f"cannot read {file}: {error}") from None
         for line in filter(None, map(str.strip, lines)):
@@ -74,7 +75,7 @@ def read_voc(root: Path, annotations: Path | None, max_skipped: float) -> DenseS
 
 
 def _pictures(root: Path, base: Path, files: list[Path]) -> Iterator[Picture]:
-    samples = image_samples(root)
+    samples = image_samples(root, report=True)
     by_key: dict[str, list[Sample]] = {}
     for sample in samples:
         by_key.setdefault(key_of(sample.id, KINDS), []).append(sample)
@@ -87,7 +88,9 @@ def _pictures(root: Path, base: Path, files: list[Path]) -> Iterator[Picture]:
         if splits and key not in splits:
             unlisted += 1
             continue
-        split = splits.pop(key, None) or next(filter(None, map(split_of, name.split("/"))), None)
+        split = splits.pop(key, None) or next(
+            filter(None, map(split_of, name.split("/")[:-1])), None
+        )
         yield _picture(path, name, split, by_key.get(key, []), by_name)
     if unlisted:
         log(f"{root}: {unlisted} images are in none of the lists of ImageSets/Main")

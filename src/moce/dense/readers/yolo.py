@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from moce.data.decode import open_encoded
-from moce.data.readers.folder import read_folder
+from moce.data.readers.folder import list_images
 from moce.data.readers.sample import Sample, as_text
-from moce.data.readers.splits import PLAIN_SPLITS
+from moce.data.readers.splits import PLAIN_SPLITS, split_of
 from moce.dense.readers.objects import Annotation, Picture, assemble
-from moce.dense.readers.pairs import image_samples, key_of, split_of
+from moce.dense.readers.pairs import image_samples, key_of, visible
 from moce.dense.types import DenseSource
 from moce.errors import MoceError
 from moce.runtime.progress import log
@@ -39,11 +39,11 @@ def is_yolo(root: Path, annotations: Path | None = None) -> bool:
 
 
 def _label_files(root: Path, annotations: Path | None) -> Iterator[Path]:
-    if annotations is not None:
-        yield from annotations.rglob("*.txt")
-        return
-    for folder in [root / LABELS, *root.glob(f"*/{LABELS}")]:
-        yield from (path for path in folder.rglob("*.txt") if path.name != CLASSES)
+    folders = [root / LABELS, *root.glob(f"*/{LABELS}")] if annotations is None else [annotations]
+    for folder in folders:
+        for path in visible(folder.rglob("*.txt"), folder):
+            if path.name != CLASSES:
+                yield path
 
 
 def read_yolo(root: Path, annotations: Path | None, max_skipped: float) -> DenseSource:
@@ -85,7 +85,7 @@ def names_in(file: Path) -> list[str]:
 
 def _config(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         content = {"names": text.split("\n")} if file.name == CLASSES else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MoceError(f"cannot read {file}: {str(error).splitlines()[0]}") from None
@@ -115,13 +115,13 @@ def _samples(root: Path, config: dict[str, Any]) -> Iterator[tuple[Sample, str |
     """Images and their splits: of the folders and lists that data.yaml names, or by their folders."""
     stated = {key: config[key] for key in PLAIN_SPLITS if config.get(key)}
     if not stated:
-        for sample in image_samples(root):
+        for sample in image_samples(root, report=True):
             folders = PurePosixPath(sample.id).parts[:-1]
             yield sample, next((s for s in map(split_of, folders) if s), None)
         return
     base = root / str(config.get("path") or "")
     base = base if base.is_dir() else root  # written for another computer
-    by_id = {sample.id: sample for sample in read_folder(root)}
+    by_id = {sample.id: sample for sample in list_images(root, report=True)}
     for key, places in stated.items():
         for place in places if isinstance(places, list) else [places]:
             for sample in _placed(root, base, str(place), by_id):
@@ -138,7 +138,7 @@ def _placed(root: Path, base: Path, place: str, by_id: dict[str, Sample]) -> Ite
         yield from (s for name, s in by_id.items() if not start or name.startswith(f"{start}/"))
         return
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
         raise MoceError(f"no images of data.yaml: {path} is neither a folder nor a list") from None
     for line in filter(None, map(str.strip, lines)):
@@ -159,7 +159,7 @@ def _inside(path: Path, root: Path) -> str:
 
 def _objects(path: Path) -> list[Annotation]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         return [Annotation(fault=f"malformed labels: {type(error).__name__} in {path.name}")]
     return [_object(line) for line in lines if line.strip()]

@@ -11,12 +11,13 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.errors import MoceError
+from moce.errors import MoceError, raise_if_corrupt
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE
 from moce.runs.files import write_tensors
 from moce.weights.formats import mae as facebook
-from moce.weights.types import MAEWeights, RawWeights
+from moce.weights.formats.timm import HEAD_ARGS
+from moce.weights.types import HEAD_PREFIXES, MAEWeights, RawWeights, drop
 
 HEADER = "moce"
 FIELDS = ("name", "model_args", "mean", "std", "decoder_heads", "mask_ratio", "norm_pix")
@@ -34,7 +35,12 @@ def read(raw: RawWeights) -> MAEWeights:
         raise MoceError(f"the header of {raw.path} is corrupt: {error!r}") from None
     for name in ("mean", "std"):
         fields[name] = tuple(fields[name]) if fields[name] else None
-    return MAEWeights(raw.path, *facebook.split(raw.tensors), **fields)
+    with raise_if_corrupt(Path(raw.path)):
+        arguments = dict(fields["model_args"])
+        fields["model_args"] = {k: v for k, v in arguments.items() if k not in HEAD_ARGS}
+    encoder, decoder = facebook.split(raw.tensors)
+    notes = list(raw.notes)
+    return MAEWeights(raw.path, drop(encoder, HEAD_PREFIXES, notes), decoder, notes=notes, **fields)
 
 
 def describe(weights: MAEWeights) -> dict[str, Any]:

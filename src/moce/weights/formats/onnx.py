@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -29,6 +31,18 @@ class _Features(nn.Module):
         return pool_tokens(self.vit, tokens, "mean"), tokens
 
 
+class _Logits(nn.Module):
+    """Normalized images [b, c, h, w] to logits [b, classes] and features [b, d] below the head."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = pool_tokens(self.vit, encode_tokens(self.vit, images), "mean")
+        return self.vit.head(features), features
+
+
 def check_installed() -> None:
     """Raise MoceError if the packages that torch's exporter needs are not installed."""
     try:
@@ -37,11 +51,16 @@ def check_installed() -> None:
         raise MoceError("the onnx format needs more packages: pip install 'moce[onnx]'") from None
 
 
-def write(folder: Path, vit: VisionTransformer, spec: EncoderSpec) -> None:
-    """Write model.onnx (any batch size, float32) and preprocessing.json."""
+def write(
+    folder: Path, vit: VisionTransformer, spec: EncoderSpec, classes: Sequence[str] | None = None
+) -> None:
+    """Write model.onnx (any batch size, float32) and preprocessing.json.
+
+    classes: names of a fine-tuned model's; it gives logits and features, others features and tokens.
+    """
     check_installed()
-    shape = input_shape(vit)
-    module = _Features(copy.deepcopy(vit).cpu().float()).eval()
+    shape, plain = input_shape(vit), copy.deepcopy(vit).cpu().float()
+    module = (_Features(plain) if classes is None else _Logits(plain)).eval()
     with atomic(folder / MODEL) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -49,11 +68,13 @@ def write(folder: Path, vit: VisionTransformer, spec: EncoderSpec) -> None:
             (torch.zeros(2, *shape),),
             str(temporary),
             input_names=["images"],
-            output_names=["features", "tokens"],
+            output_names=["features", "tokens"] if classes is None else ["logits", "features"],
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             dynamo=True,
             external_data=False,
             verbose=False,
         )
-    preprocessing = {"input_size": list(shape), "mean": spec.mean, "std": spec.std}
+    preprocessing: dict[str, Any] = {"input_size": list(shape), "mean": spec.mean, "std": spec.std}
+    if classes is not None:
+        preprocessing["classes"] = list(classes)
     write_json(folder / PREPROCESSING, preprocessing)

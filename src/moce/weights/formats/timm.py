@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from timm.models import VisionTransformer, save_for_hf
+from timm.models import VisionTransformer
+from timm.models._hub import save_config_for_hf
 
 from moce.errors import MoceError, raise_if_corrupt
 from moce.models.encoder import EncoderSpec, input_shape
+from moce.runs.files import atomic, write_tensors
+from moce.runs.model import WEIGHTS
 from moce.runtime.hub import NOT_HERE, cache_if_unreachable
+from moce.runtime.launch import is_rank0
 from moce.weights.types import HEAD_PREFIXES, MODEL_CONFIG, MAEWeights, RawWeights, Tensors, drop
 
 HEAD_ARGS = frozenset({"num_classes", "global_pool", "fc_norm"})
@@ -24,7 +28,7 @@ NOT_OF_WEIGHTS = HEAD_ARGS | {
 }
 # Facts about the architecture. The rest of a pretrained_cfg (tag, url, license, class names) belongs
 # to timm's own weights of that architecture.
-ARCHITECTURE_CFG = ("architecture", "first_conv", "classifier", "fixed_input_size", "crop_mode")
+ARCHITECTURE_CFG = ("architecture", "first_conv", "classifier", "fixed_input_size")
 TAG = "moce"  # timm calls a model ARCHITECTURE.TAG
 
 
@@ -111,17 +115,30 @@ def pretrained(name: str, model_args: dict[str, Any]) -> VisionTransformer:
             raise MoceError(f"cannot get the weights of timm model {name}: {reason}") from None
 
 
-def write_timm_folder(folder: Path, vit: VisionTransformer, spec: EncoderSpec, **head: Any) -> None:
+def write_timm_folder(
+    folder: Path,
+    vit: VisionTransformer,
+    spec: EncoderSpec,
+    label_names: Sequence[str] | None = None,
+) -> None:
     """Write config.json and model.safetensors, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     The model pools the mean of the patch tokens after the final norm, moce's own feature, unless
-    `head` (num_classes, global_pool, fc_norm: model arguments of a ViT with a head) differs.
-    Raises MoceError if the folder cannot be written.
+    `vit` has a head. label_names: of its classes, in order. Raises MoceError if the folder cannot be
+    written.
     """
-    try:
-        save_for_hf(pooled(vit, spec, **head), str(folder), safe_serialization=True)
-    except (OSError, SafetensorError) as error:
-        raise MoceError(f"cannot write {folder}: {error}") from None
+    head = head_args(vit) if vit.num_classes else {}
+    model = pooled(vit, spec, **head)
+    write_tensors(folder / WEIGHTS, dict(model.state_dict()), {"format": "pt"})
+    if is_rank0():
+        with atomic(folder / MODEL_CONFIG) as temporary:
+            named = {"label_names": list(label_names)} if label_names else None
+            save_config_for_hf(model, str(temporary), named)
+
+
+def head_args(vit: VisionTransformer) -> dict[str, Any]:
+    """The arguments that give a timm ViT the head of `vit`, a classifier of pooled patch tokens."""
+    return {"num_classes": vit.num_classes, "global_pool": "avg", "fc_norm": True}
 
 
 def pooled(vit: VisionTransformer, spec: EncoderSpec, **head: Any) -> VisionTransformer:
@@ -144,6 +161,7 @@ def pooled(vit: VisionTransformer, spec: EncoderSpec, **head: Any) -> VisionTran
         "std": spec.std,
         "interpolation": "bicubic",
         "crop_pct": 1.0,
+        "crop_mode": "center",
     }
     model.pretrained_cfg = cfg  # type: ignore[assignment]
     return model
