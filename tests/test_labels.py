@@ -130,6 +130,16 @@ def test_parts_of_a_sample_are_no_second_image(tmp_path: Path, capsys) -> None:
     assert "left out: 1 .depth.png, 2 .seg.png" in capsys.readouterr().err
 
 
+def test_an_unpacked_tar_file_is_read_as_the_tar_file(tmp_path: Path, capsys) -> None:
+    root = tree(tmp_path / "d", "v1.0000.jpg", "v1.0001.jpg", "2.jpg", "2.seg.png", "2.edited.jpg")
+    (root / "v1.0000.cls").write_text("3")
+    (root / "v1.0001.json").write_text('{"label": 4}')
+    assert found(root) == {
+        "2.edited.jpg": None, "2.jpg": None, "v1.0000.jpg": "3", "v1.0001.jpg": "4"
+    }  # fmt: skip
+    assert "left out: 1 .seg.png" in capsys.readouterr().err
+
+
 def test_texts() -> None:
     assert from_text(" 7\n") == "7" and from_text("-1") is None
     assert from_text('{"caption": "x", "labels": [2, 1]}', ".json") == ("1", "2")
@@ -182,7 +192,7 @@ def test_a_column_of_0_and_1_per_class(tmp_path: Path) -> None:
 def test_other_tables_change_nothing_or_say_so(tmp_path: Path, capsys) -> None:
     root = tree(tmp_path / "d", "cat/a.png", "dog/b.png")
     (root / "classes.csv").write_text("number,name\n0,cat\n1,dog\n")
-    (root / "cat" / "a.json").write_text('{"label": "x"}')
+    (root / "cat" / "a.json").write_text('{"caption": "x"}')
     assert found(root) == {"cat/a.png": "cat", "dog/b.png": "dog"}
     (root / "exif.csv").write_text("file,camera,iso\na.png,x,100\nb.png,y,200\n")
     assert found(root) == {"cat/a.png": "cat", "dog/b.png": "dog"}

@@ -11,12 +11,14 @@ from pathlib import Path
 from moce.data.decode import Raster
 from moce.data.formats import HINTS, suffixes
 from moce.data.readers.label_tables import Entry, find_entries
+from moce.data.readers.labels import from_text
 from moce.data.readers.left_out import LeftOut
 from moce.data.readers.numpy_arrays import open_array
 from moce.data.readers.parquet import read_parquet_files
-from moce.data.readers.sample import Encoded, Sample, as_text, is_image_name
+from moce.data.readers.sample import Encoded, Label, Sample, as_text, is_image_name
 from moce.data.readers.splits import place_samples
 from moce.data.readers.storage import local_file
+from moce.data.readers.tar_keys import LABEL_SUFFIXES, label_names, usual_parts
 from moce.errors import MoceError
 
 
@@ -24,13 +26,16 @@ def read_folder(root: Path) -> Sequence[Sample]:
     """The images in a folder, named by their path in it. Raises MoceError if there are none."""
     left_out = LeftOut(str(root), HINTS)
     files = _files(root, left_out)
-    images = [path for path in files if is_image_name(path.name)]
+    parts = usual_parts(path.as_posix() for path in files)  # 1.seg.png beside 1.jpg
+    for kind in parts.values():
+        left_out.add(kind)
+    images = [p for p in files if is_image_name(p.name) and p.as_posix() not in parts]
     opener: Callable[[Path], Callable[[], Raster]] = Encoded
     shards = [] if images else [path for path in files if path.suffix == ".parquet"]
     if not images and not shards:  # next to images, .npy files are usually labels or masks
         images = [path for path in files if path.suffix == ".npy"]
         opener = partial(partial, open_array)  # picklable openers
-    used = set(images or shards)
+    used = {*(images or shards), *map(Path, parts)}
     left_out.add_others(path.name for path in files if path not in used)
     left_out.report()
     if shards:
@@ -39,10 +44,25 @@ def read_folder(root: Path) -> Sequence[Sample]:
         known = " ".join(sorted(suffixes()))
         raise MoceError(f"no images in {root} (looked at any depth for {known} .parquet .npy)")
     names = [as_text(path.relative_to(root).as_posix()) for path in images]
-    samples = [Sample(name, opener(path)) for name, path in zip(names, images, strict=True)]
+    texts = {path.as_posix() for path in files if path.suffix in LABEL_SUFFIXES}
+    samples = [
+        Sample(name, opener(path), _label_beside(path, texts))
+        for name, path in zip(names, images, strict=True)
+    ]
     placed = place_samples(list(zip(names, samples, strict=True)), str(root), root.resolve().name)
     entries = find_entries(root, files, names)
     return placed if entries is None else [_as_in(entries, sample) for sample in placed]
+
+
+def _label_beside(image: Path, texts: set[str]) -> Label | None:
+    """The label in a file of the image's name, as in a tar file that was unpacked."""
+    name = next((name for name in label_names(image.as_posix()) if name in texts), None)
+    if name is None:
+        return None
+    try:
+        return from_text(Path(name).read_text(encoding="utf-8"), Path(name).suffix)
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _as_in(entries: dict[str, Entry], sample: Sample) -> Sample:

@@ -22,16 +22,24 @@ def other_parts(names: Iterable[str]) -> dict[str, str]:
     One is if its last but one suffix is no number, and the sample has an image of the plain name;
     or, beside any other image of the sample, if that suffix is a usual one for labels.
     """
+    return _parts(names, anything=True)
+
+
+def usual_parts(names: Iterable[str]) -> dict[str, str]:
+    """Like `other_parts`, by usual suffixes only: in a folder, 1.edited.jpg is another image."""
+    return _parts(names, anything=False)
+
+
+def _parts(names: Iterable[str], anything: bool) -> dict[str, str]:
     by_key: dict[str, list[str]] = {}
     for name in names:
         if is_image_name(name):
             by_key.setdefault(key_of(name), []).append(name)
     found: dict[str, str] = {}
     for key, members in by_key.items():
-        plain = any(stem_of(name) == key for name in members)
         marks = {name: stem_of(name)[len(key) :] for name in members}
         parts = {name for name, mark in marks.items() if mark[1:].casefold() in PARTS}
-        if plain:
+        if anything and "" in marks.values():
             parts |= {n for n, mark in marks.items() if mark and not _has_number(mark)}
         if len(parts) < len(members):
             found |= {name: marks[name] + PurePosixPath(name).suffix.lower() for name in parts}
