@@ -290,10 +290,10 @@ def test_training_by_url_resumes_exactly(site, tmp_path: Path) -> None:
 
 def test_training_stops_when_the_network_does_and_skips_nothing(site, tmp_path: Path) -> None:
     _, url = site
-    images = open_images(f"{url}/far", SIZE)
+    samples = open_source(f"{url}/far")
     Server.failures = 10**6
     with pytest.raises(MoceError, match=r"cannot read http.*is the network up\?"):
-        load_images(images.originals.samples, SIZE, max_skipped=1.0)
+        load_images(samples, SIZE, max_skipped=1.0)
 
 
 # --- failures -------------------------------------------------------------------------------------
