@@ -24,6 +24,7 @@ from moce.dense.predictor import load_predictor
 from moce.errors import Interrupted, MoceError
 from moce.evaluation.results import read_rows
 from moce.runs.files import read_tensors
+from moce.runs.model import read_metrics
 
 CPU = torch.device("cpu")
 TUNING = {**RUNTIME, "image_size": 32, "batch_size": 4, "steps": 4, "base_lr": 0.1, "log_every": 1}
@@ -101,8 +102,20 @@ def test_a_stopped_run_resumes_to_the_bit(
     same_weights(straight, tmp_path / "run")
 
 
+def test_boxes_keep_their_precision_in_bf16(runs: Runs, boxes: Path, tmp_path: Path) -> None:
+    """Fabric casts what a network is called with; the losses would be of boxes rounded to 8 bits."""
+    given = {**DETECT, "steps": 1, "drop_path": 0.0}
+    for precision in ("float32", "bf16"):
+        moce.finetune(
+            runs.mae, boxes, out=tmp_path / precision, **{**given, "precision": precision}
+        )
+    rows = [read_metrics(tmp_path / precision)[0] for precision in ("float32", "bf16")]
+    for name in ("loss_objectness", "loss_rpn_box_reg", "loss_classifier"):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=0.05), name
+
+
 def test_a_frozen_backbone_stays_as_it_was(runs: Runs, classes: Path, tmp_path: Path) -> None:
-    linear = {**SEGMENT, "freeze": True, "head_args": {"kind": "linear"}}
+    linear = {**SEGMENT, "freeze": "backbone", "head_args": {"kind": "linear"}}
     moce.finetune(runs.mae, classes, out=tmp_path / "run", **linear)
     tuned = read_tensors(tmp_path / "run" / "model.safetensors")
     before = read_tensors(runs.mae / "model.safetensors")

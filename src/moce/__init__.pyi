@@ -524,7 +524,6 @@ def finetune(
     image_size: int | None = None,
     jitter: Sequence[float] = (),
     window: int = 0,
-    freeze: bool = False,
     masks: bool = True,
     head_args: dict[str, Any] = {},
     cache_on_gpu: bool = True,
@@ -559,6 +558,11 @@ def finetune(
     metric: Literal["accuracy", "mean_per_class", "map11"] | None = None,
     lr_grid: Sequence[float] = (),
     val_share: float = 0.2,
+    keep_best: bool = False,
+    patience: int | None = None,
+    ema: float = 0.0,
+    freeze: Literal["backbone"] | int = 0,
+    class_weights: Literal["none", "balanced"] = "none",
     layer_decay: float = 0.65,
     drop_path: float = 0.1,
     rand_augment: str = "rand-m9-mstd0.5-inc1",
@@ -588,7 +592,6 @@ def finetune(
             before they are cropped to image_size (default: 0.1,2 to detect, 0.5,2 to segment)
         window (int, default 0): side in patches of the windows to which all blocks but four
             restrict attention (0: none); has to divide the grid of patches
-        freeze (bool, default False): train the head only, on frozen features
         masks (bool, default True): learn masks, too, where the labels have them
         head_args (dict[str, Any], default {}): of the head; detect: dim (256), scales of the
             pyramid ([4, 2, 1, 0.5]), anchor_scale (8, side of an anchor over the stride of its
@@ -640,7 +643,17 @@ def finetune(
         lr_grid (Sequence[float], default ()): base_lr values to choose from: each is trained on
             some of the training images and scored on the rest, then the best is trained on all of
             them
-        val_share (float, default 0.2): share of the training images that lr_grid is scored on
+        val_share (float, default 0.2): share of the training images that lr_grid or keep_best
+            scores
+        keep_best (bool, default False): hold out val_share of the training images, score them at
+            every line of metrics.jsonl (by default once an epoch) and keep the best weights
+        patience (int | None, default None): stop after so many scores without a better one
+        ema (float, default 0.0): decay of a moving average of the weights, which then is validated,
+            scored and saved (0: none), e.g. 0.998
+        freeze (Literal['backbone'] | int, default 0): train only what follows the first N blocks;
+            backbone: only the new head
+        class_weights (Literal['none', 'balanced'], default 'none'): weight of a class in the loss
+            (one label per image); balanced: inverse to its images
         layer_decay (float, default 0.65): learning rate of a block over that of the next; 0.75 from
             ViT-L on
         drop_path (float, default 0.1): stochastic depth rate of the last block; ViT-L 0.2, ViT-H

@@ -67,7 +67,7 @@ SEGMENT: dict[str, Any] = {
     "task": "segment",
     "image_size": 64,
     "jitter": (0.8, 1.25),
-    "steps": 500,
+    "steps": 800,
     "batch_size": 16,
     "base_lr": 4.8e-2,
     "layer_decay": 0.9,

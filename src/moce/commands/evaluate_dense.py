@@ -20,7 +20,7 @@ from moce.evaluation.results import make_row, read_rows
 from moce.evaluation.suite import Suite, SuiteTask
 from moce.evaluation.task import Task
 
-LINEAR: dict[str, Any] = {"freeze": True, "head_args": {"kind": "linear"}}
+LINEAR: dict[str, Any] = {"freeze": "backbone", "head_args": {"kind": "linear"}}
 
 
 def finetune_settings(plan: SuiteTask, suite: Suite, protocol: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moce.commands.setup import hint_few_steps, pixel_file, resolve, start_run
+from moce.commands.setup import hint_few_steps, pixel_file, refuse_unused, resolve, start_run
 from moce.config import FinetuneSettings
 from moce.config.dense import Task as TaskName
 from moce.customization.model_card import fine_tuning_facts, write_with_card
@@ -30,6 +31,7 @@ from moce.evaluation.metrics import choose_metric, confusion_counts, score
 from moce.evaluation.rand_augment import read_policy
 from moce.evaluation.results import make_row, write_rows
 from moce.evaluation.task import Task, draw_labels, load_task
+from moce.evaluation.validation import Validation
 from moce.models.encoder import input_shape
 from moce.runs.files import write_json
 from moce.runs.model import STATE, write_model
@@ -64,6 +66,8 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     if kind != "classify":
         return _finetune_dense(settings)
     settings, device = resolve(settings)
+    if not (settings.lr_grid or settings.keep_best):
+        refuse_unused(settings, ["val_share"], "only --lr-grid and --keep-best use it")
     backbone = load_backbone(settings.backbone)
     settings = by_size(settings, backbone.vit)
     shape = input_shape(backbone.vit)
@@ -73,6 +77,9 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     task = load_task(settings.data, shape, pixel_file(settings), settings.max_skipped)
     metric = choose_metric(settings.metric, task)
     rows = draw_labels(task.train_labels, settings.num_labels, settings.seed, settings.draw)
+    if settings.keep_best and "log_every" not in settings.model_fields_set:
+        epoch = math.ceil((1 - settings.val_share) * len(rows) / settings.batch_size)
+        settings = settings.model_copy(update={"log_every": epoch})
     start_run(settings, task.train, task.test)
     hint_few_steps(settings, total_steps(settings, len(rows)), "see recipes/finetune_small.yaml")
     tuner = _Tuner(backbone, task, metric, device)
@@ -82,7 +89,7 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
         log(
             f"base_lr {settings.base_lr:g} is the best: training on all {counted(len(rows), 'label')} with it"
         )
-    vit = tuner.train(settings, rows)
+    vit, best = tuner.train(settings, rows)
     scores = tuner.scores(vit, task.test, settings)
     value = score(metric, scores, task.test_labels)
     row = make_row(
@@ -99,6 +106,8 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
         classes=task.classes,
         lr_grid=tried,
     )
+    if best is not None:
+        row["val"] = best
     _write(settings.out, vit.cpu(), backbone, row, task.multi_label)
     return FinetuneResult(settings.out, metric, value, len(rows))
 
@@ -147,15 +156,42 @@ class _Tuner:
     metric: str
     device: torch.device
 
-    def train(self, settings: FinetuneSettings, rows: np.ndarray) -> VisionTransformer:
-        """Train a classifier on these training images; its run goes to `settings.out`."""
+    def train(
+        self, settings: FinetuneSettings, rows: np.ndarray
+    ) -> tuple[VisionTransformer, float | None]:
+        """A classifier trained on these training images, and its best score if it is validated.
+
+        Its run goes to `settings.out`.
+        """
         torch.manual_seed(settings.seed)  # the new head is the same, whatever ran before
         classes = len(self.task.classes)
         vit = build_classifier(self.backbone, classes, settings.drop_path)
+        held = np.array([], np.int64)
+        if settings.keep_best:
+            labels = self.task.train_labels[rows]
+            rows, held = (
+                rows[part] for part in hold_out(labels, settings.val_share, settings.seed)
+            )
+            log(f"training on {len(rows)} images; {len(held)} held out choose the best weights")
         images, labels = self.task.train.subset(rows.tolist()), self.task.train_labels[rows]
         objective = FinetuneObjective(vit, self.backbone.spec, images, labels, settings)
+        if not len(held):
+            fit(objective, settings, self.device, settings.precision)
+            return vit, None
+        validation = Validation(
+            objective,
+            self.backbone.spec,
+            self.task.train.subset(held.tolist()),
+            self.task.train_labels[held],
+            self.metric,
+            settings,
+            self.device,
+        )
+        objective.diagnostics = validation
         fit(objective, settings, self.device, settings.precision)
-        return vit
+        best = validation.restore_best(vit)
+        log(f"{self.metric} {100 * best:.1f} % on the held-out images: these weights are kept")
+        return vit, best
 
     def scores(
         self, vit: VisionTransformer, images: ImageDataset, settings: FinetuneSettings
@@ -176,7 +212,7 @@ class _Tuner:
             if not run_on_rank0(result.is_file):
                 if is_rank0():
                     folder.mkdir(parents=True, exist_ok=True)
-                update = {"base_lr": rate, "out": folder, "resume": True}
+                update = {"base_lr": rate, "out": folder, "resume": True, "keep_best": False}
                 member = settings.model_copy(update=update)
                 value = self._held_out(member, kept, held)
                 write_json(result, {"base_lr": rate, "score": value})
@@ -189,7 +225,7 @@ class _Tuner:
     def _held_out(self, settings: FinetuneSettings, kept: np.ndarray, held: np.ndarray) -> float:
         """The metric on the held-out images; 0, the worst, if training overflows."""
         try:
-            vit = self.train(settings, kept)
+            vit, _ = self.train(settings, kept)
         except NotFinite:
             log(f"base_lr {settings.base_lr:g}: the loss is not finite")
             return 0.0

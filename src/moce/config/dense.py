@@ -64,7 +64,6 @@ class DenseTaskSettings(Settings):
         "has to divide the grid of patches",
         used_with=DENSE,
     )
-    freeze: bool = setting(False, "train the head only, on frozen features", used_with=DENSE)
     masks: bool = setting(
         True, "learn masks, too, where the labels have them", used_with={"task": ("detect",)}
     )

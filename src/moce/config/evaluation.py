@@ -170,8 +170,34 @@ class FinetuneSettings(TrainingSettings, DenseTaskSettings):
     )
     val_share: OpenFraction = setting(
         0.2,
-        "share of the training images that lr_grid is scored on",
-        used_with={"lr_grid": (GIVEN,)},
+        "share of the training images that lr_grid or keep_best scores",
+        used_with=CLASSIFY,
+    )
+    keep_best: bool = setting(
+        False,
+        "hold out val_share of the training images, score them at every line of metrics.jsonl (by "
+        "default once an epoch) and keep the best weights",
+        used_with=CLASSIFY,
+    )
+    patience: Count | None = setting(
+        None,
+        "stop after so many scores without a better one",
+        used_with={"keep_best": (GIVEN,)},
+    )
+    ema: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0,
+        "decay of a moving average of the weights, which then is validated, scored and saved "
+        "(0: none), e.g. 0.998",
+        used_with=CLASSIFY,
+    )
+    freeze: Literal["backbone"] | Index = setting(
+        0,
+        "train only what follows the first N blocks; backbone: only the new head",
+    )
+    class_weights: Literal["none", "balanced"] = setting(
+        "none",
+        "weight of a class in the loss (one label per image); balanced: inverse to its images",
+        used_with=CLASSIFY,
     )
     beta2: OpenFraction = setting(0.999, "AdamW second-moment decay")
     warmup: Fraction = setting(

@@ -21,6 +21,7 @@ from moce.dense.network import vit_of
 from moce.dense.types import IGNORE
 from moce.runtime.device import to_device
 from moce.runtime.system import worker_threads
+from moce.training.freeze import freeze_first
 from moce.training.optimizer import ParameterGroup, parameter_groups
 from moce.training.thread_parallel import Losses
 from moce.training.trainer import Objective, Step
@@ -33,6 +34,19 @@ class DenseBatch:
     rows: Tensor
     images: Tensor
     targets: list[TargetView]
+
+
+class _AsIs:
+    """Arguments of a network that Fabric must not cast: in bf16, boxes would be off by pixels."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+
+def _unpack(network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as the network takes them; a forward pre-hook."""
+    first = arguments[0]
+    return first.values if isinstance(first, _AsIs) else arguments
 
 
 class DenseObjective(Objective):
@@ -48,6 +62,7 @@ class DenseObjective(Objective):
         settings: FinetuneSettings,
     ) -> None:
         super().__init__(config["task"], network, images, _groups(network, settings))
+        network.register_forward_pre_hook(_unpack)
         self._detects = config["task"] == "detect"
         low, *high = settings.jitter
         self._views = Views(
@@ -82,11 +97,11 @@ class DenseObjective(Objective):
         images = batch.images.float() / 255
         if self._detects:
             # torchvision samples proposals by torch's generator, which the trainer seeds per step.
-            losses = model(list(images), batch.targets)
+            losses = model(_AsIs(list(images), batch.targets))
             return {"loss": torch.stack(list(losses.values())).sum(), **losses}
         target = torch.stack(batch.targets)
         total = nn.functional.cross_entropy(
-            model(images), target, ignore_index=IGNORE, reduction="sum"
+            model(_AsIs(images)), target, ignore_index=IGNORE, reduction="sum"
         )
         # Ignored pixels count as right, so that a batch's loss is the mean over its images.
         return {"loss": total / target.numel()}
@@ -103,15 +118,13 @@ def _placed(batch: DenseBatch, device: torch.device) -> DenseBatch:
 
 
 def _groups(network: nn.Module, settings: FinetuneSettings) -> list[ParameterGroup]:
-    """The encoder with layer-wise decayed learning rates (none if frozen), the rest with the full one."""
+    """The encoder with layer-wise decayed learning rates, as far as it trains; the rest with the full one."""
     vit = vit_of(network)
     encoder = set(vit.parameters())
     rest = parameter_groups(
         (p for p in network.parameters() if p not in encoder), settings.weight_decay
     )
-    if settings.freeze:
-        vit.requires_grad_(False)
-        return rest
+    freeze_first(vit, settings.freeze)
     decayed = param_groups_layer_decay(
         vit,
         weight_decay=settings.weight_decay,

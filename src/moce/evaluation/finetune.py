@@ -24,6 +24,7 @@ from moce.evaluation.rand_augment import RandAugment, erase, image_keys, read_po
 from moce.models.encoder import EncoderSpec
 from moce.runtime.device import autocast
 from moce.runtime.distributed import all_reduce, shard_range
+from moce.training.freeze import freeze_first
 from moce.training.objectives import views_of
 from moce.training.thread_parallel import Losses
 from moce.training.trainer import Objective, Step
@@ -93,6 +94,7 @@ class FinetuneObjective(Objective):
         labels: np.ndarray,
         settings: FinetuneSettings,
     ) -> None:
+        freeze_first(vit, settings.freeze)
         groups = param_groups_layer_decay(
             vit,
             weight_decay=settings.weight_decay,
@@ -100,17 +102,18 @@ class FinetuneObjective(Objective):
             no_weight_decay_list=vit.no_weight_decay(),
         )
         views = tuning_views(settings, spec, vit.patch_embed.img_size)
-        super().__init__("finetune", vit, images, groups, views=views)
+        super().__init__("finetune", vit, images, groups, views=views, ema=settings.ema)
         self._seed, self._targets = settings.seed, torch.from_numpy(labels)
         self._inputs = Inputs(settings, spec, views)
         self._mix = _mixer(settings, vit.num_classes)
-        self._criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
-        if labels.ndim == 2:
-            self._criterion = nn.BCEWithLogitsLoss()
+        self._criterion = _criterion(labels, vit.num_classes, settings)
 
     @property
     def uses_mixup(self) -> bool:
         return self._mix is not None
+
+    def converged(self) -> bool:
+        return getattr(self.diagnostics, "exhausted", lambda: False)()
 
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
         pixels = self._inputs(batch)
@@ -121,7 +124,19 @@ class FinetuneObjective(Objective):
             with _seeded(self._seed, step):
                 pixels, targets = self._mix(pixels, targets)
         pixels, targets = pixels[step.num_leading :], targets[step.num_leading :]
+        self._criterion.to(pixels.device)
         return {"loss": self._criterion(model(pixels).float(), targets)}
+
+
+def _criterion(labels: np.ndarray, num_classes: int, settings: FinetuneSettings) -> nn.Module:
+    """Cross-entropy, or binary cross-entropies for [n, C] labels."""
+    if labels.ndim == 2:
+        return nn.BCEWithLogitsLoss()
+    weight = None
+    if settings.class_weights == "balanced":
+        images = np.bincount(labels, minlength=num_classes).clip(min=1)
+        weight = torch.from_numpy(len(labels) / (num_classes * images)).float()
+    return nn.CrossEntropyLoss(weight, label_smoothing=settings.smoothing)
 
 
 def tuning_views(settings: FinetuneSettings, spec: EncoderSpec, size: tuple[int, int]) -> Views:
@@ -168,7 +183,6 @@ def _mixer(settings: FinetuneSettings, num_classes: int) -> v2.Transform | None:
     return v2.RandomChoice(kinds) if kinds else None
 
 
-@torch.inference_mode()
 def predict_scores(
     vit: VisionTransformer,
     spec: EncoderSpec,
@@ -178,13 +192,28 @@ def predict_scores(
     batch_size: int = 256,
 ) -> np.ndarray:
     """Logits of every image, [n, C] float32; the processes share the work."""
-    vit = vit.to(device).eval()
     own = shard_range(len(images))
     scores = torch.zeros(len(images), vit.num_classes)
-    start = own.start
-    with autocast(device, precision):
-        for pixels in in_order(images, batch_size, device, vit.patch_embed.img_size, own):
-            end = start + len(pixels)
-            scores[start:end] = vit(normalize(pixels, spec.mean, spec.std)).float().cpu()
-            start = end
+    scores[own] = local_scores(vit, spec, images, device, precision, own, batch_size)
     return all_reduce(scores).numpy()
+
+
+@torch.inference_mode()
+def local_scores(
+    vit: VisionTransformer,
+    spec: EncoderSpec,
+    images: ImageDataset,
+    device: torch.device,
+    precision: str,
+    own: slice,
+    batch_size: int = 256,
+) -> Tensor:
+    """Logits of a slice of the images, [m, C] float32, by this process alone."""
+    vit = vit.to(device).eval()
+    size = vit.patch_embed.img_size
+    with autocast(device, precision):
+        scores = [
+            vit(normalize(pixels, spec.mean, spec.std)).float().cpu()
+            for pixels in in_order(images, batch_size, device, size, own)
+        ]
+    return torch.cat(scores) if scores else torch.zeros(0, vit.num_classes)

@@ -27,12 +27,14 @@ KEPT = 2  # checkpoints
 class Checkpoint:
     """What a checkpoint holds beside the model and the optimizer.
 
-    step: steps done; window: sums since the last logged row; diagnostics: state of the objective's.
+    step: steps done; window: sums since the last logged row; diagnostics: state of the objective's; average: of
+    the weights, if there is one.
     """
 
     step: int
     window: dict[str, Tensor] = field(default_factory=dict)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -51,6 +53,7 @@ def save_checkpoint(
         return
     tensors |= {f"window.{name}": value for name, value in state.window.items()}
     tensors |= {f"memory.{name}": value for name, value in state.diagnostics.items()}
+    tensors |= {f"average.{name}": value for name, value in state.average.items()}
     (folder / STATE).mkdir(exist_ok=True)
     path = folder / STATE / f"step_{state.step:09d}.safetensors"
     try:
@@ -91,7 +94,8 @@ def load_checkpoint(
         reason = str(error).splitlines()[-1].strip()
         raise MoceError(f"{path} is of another model: {reason}") from None
     step = int(path.stem.removeprefix("step_"))
-    return Checkpoint(step, _under("window.", tensors), _under("memory.", tensors))
+    parts = (_under(prefix, tensors) for prefix in ("window.", "memory.", "average."))
+    return Checkpoint(step, *parts)
 
 
 def _newest_sound(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:

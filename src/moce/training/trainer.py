@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from moce.training.metrics import MetricLog, Window
 from moce.training.optimizer import ParameterGroup, adamw, learning_rate, set_learning_rate
 from moce.training.thread_parallel import Losses, ThreadParallel, has_dropout
 from moce.training.unreadable import UnreadableImages
+from moce.training.weight_average import WeightAverage
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Objective(ABC):
         parameter_groups: for AdamW; `lr_scale` is a factor of the learning rate.
         chunk_size: images per chunk for `ThreadParallel`. None: the loss must not be chunked.
         diagnostics: values to log beside the losses.
+        ema: decay of an average of the weights, which then is what is evaluated and kept; 0: none.
         views: what `loss` asks a batch for: random crops of the images, or what a policy makes of
             those. None: batches are whole images.
     """
@@ -81,6 +83,17 @@ class Objective(ABC):
     chunk_size: int | None = None
     diagnostics: Diagnostics | None = None
     views: Views | None = None
+    ema: float = 0.0
+    average: WeightAverage | None = field(default=None, init=False)  # set by the trainer
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network to evaluate: with averaged weights, or as it is."""
+        return self.model if self.average is None else self.average.model
+
+    def converged(self) -> bool:
+        """Whether training should end before its last step; asked after every logged row."""
+        return False
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
@@ -144,6 +157,10 @@ class _Trainer:
         set_checkpointing(objective.model, settings.grad_checkpointing)
         check_batch_size(settings)
         self.model, self.optimizer = self._setup()
+        if objective.ema:
+            if self.sharded:
+                raise MoceError("--ema averages whole networks: give --strategy ddp")
+            objective.average = WeightAverage(self.model.module, objective.ema)
         self.idle = IdleExperts(self.model)
         self.window = Window(device)
         self.done = self._load() if settings.resume else 0
@@ -178,7 +195,8 @@ class _Trainer:
             stop_request() as stop,
             self._thread_parallel() as self.thread_parallel,
         ):
-            for number in range(self.done, self.total):
+            end = self.done if self.done and self._converged() else self.total
+            for number in range(self.done, end):
                 rate = self._set_rate(number)
                 self._step(number, batches)
                 # Read once: a later signal is for the next step.
@@ -188,11 +206,14 @@ class _Trainer:
                 # Rows are where an uninterrupted run has them: asking to stop makes none.
                 if last or (number + 1) % self.settings.log_every == 0:
                     note = self._log(metric_log, number + 1, rate)
+                    last = last or self._converged()
                 if last or received is not None or (number + 1) % self.settings.save_every == 0:
                     self._save(number + 1)
                 progress.advance(note)
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
+                if last:
+                    break
             metric_log.finish()
         self._finish()
 
@@ -229,7 +250,14 @@ class _Trainer:
         if is_rank0():
             self.objective.model.load_state_dict(weights)
 
+    def _converged(self) -> bool:
+        """What the first process, which alone has the diagnostics, says."""
+        asks = is_rank0() and self.objective.converged()
+        return bool(all_reduce(torch.tensor(int(asks))))
+
     def _finish(self) -> None:
+        if self.objective.average is not None:
+            self.objective.model.load_state_dict(self.objective.average.model.state_dict())
         if self.sharded:
             self._update_model()
             for value in self.objective.model.state_dict().values():
@@ -248,6 +276,8 @@ class _Trainer:
         self.window.load(found.window)
         if self.objective.diagnostics is not None:
             self.objective.diagnostics.state.update(found.diagnostics)
+        if self.objective.average is not None:
+            self.objective.average.load(found.average)
         return found.step
 
     def _save(self, step: int) -> None:
@@ -255,7 +285,13 @@ class _Trainer:
         self.window.check_finite(self.folder)
         self.unreadable.write()
         diagnostics = self.objective.diagnostics
-        state = Checkpoint(step, self.window.state(), diagnostics.state if diagnostics else {})
+        average = self.objective.average
+        state = Checkpoint(
+            step,
+            self.window.state(),
+            diagnostics.state if diagnostics else {},
+            average.state() if average else {},
+        )
         save_checkpoint(self.folder, state, self.model.module, self.optimizer)
         barrier()
 
@@ -293,6 +329,8 @@ class _Trainer:
                 self.model, self.optimizer, max_norm=norm, error_if_nonfinite=False
             )
         self.optimizer.step()
+        if self.objective.average is not None:
+            self.objective.average.update(self.model.module)
         self.optimizer.zero_grad(set_to_none=True)
         self.window.steps += 1
 

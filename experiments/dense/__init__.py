@@ -1,1 +1,0 @@
-"""Detection and segmentation on small real data."""
