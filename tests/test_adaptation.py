@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from builders import RUNTIME, TINY_ARGS, TINY_NAME, tiny_encoder, tiny_mae
 from commands import QUIET, run_command
 from conftest import Runs
+from launched import moce_words, torchrun
 from PIL import Image
 
 import moce
@@ -27,6 +29,7 @@ from moce.data.load import load_images
 from moce.data.readers.sample import Sample
 from moce.runs.files import read_tensors
 from moce.runs.model import read_config, read_metrics
+from moce.runtime.launch import Launch
 from moce.training import trainer
 
 QUICK = {"adapt_steps": 8, "adapt_batch_size": 16, **RUNTIME}
@@ -219,6 +222,32 @@ def test_an_mae_is_adapted_too(runs: Runs, tmp_path: Path) -> None:
     assert 0 < probed.mean <= 1
 
 
+def test_python_adapts_as_the_command_does(runs: Runs, tmp_path: Path) -> None:
+    """The same weights from the same images; nothing is left behind."""
+    out = moce.customize(runs.moce, runs.task, out=tmp_path / "a", data=runs.data, **QUICK).folder
+    bank = moce.load(runs.moce)
+    options = {"adapt_steps": 8, "adapt_batch_size": 16}
+    vit = bank.customize(runs.task, data=runs.data, **options)
+    known = read_tensors(out / "model.safetensors")
+    assert all(torch.equal(value, known[name]) for name, value in vit.state_dict().items())
+    labeled = bank.customize(str(runs.task), num_classes=3, **options)
+    assert labeled(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+
+
+def test_python_adapts_to_images_in_memory(runs: Runs) -> None:
+    bank = moce.load(runs.moce)
+    images = load_images(str(runs.task / "train"), (16, 16))
+    arrays = [image.permute(1, 2, 0).numpy() for image in images.pixels]
+    options = {"adapt_steps": 4, "adapt_batch_size": 8}
+    first, second = (bank.customize(form, **options) for form in (images.pixels, arrays))
+    plain = bank.customize(arrays)
+    states = [model.state_dict() for model in (first, second, plain)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert any(not torch.equal(value, states[2][name]) for name, value in states[0].items())
+    with pytest.raises(moce.MoceError, match="steps"):
+        bank.customize(arrays, adapt_steps=-1)
+
+
 def test_weights_of_other_libraries_are_adapted(runs: Runs, tmp_path: Path) -> None:
     moce.convert(runs.mae, out=tmp_path / "mae.safetensors")
     result = moce.customize(
@@ -254,3 +283,30 @@ def test_an_mae_needs_steps_and_clusters(runs: Runs, tmp_path: Path) -> None:
         moce.customize(runs.mae, runs.task, out=tmp_path / "out", **RUNTIME)
     with pytest.raises(moce.MoceError, match="--data needs --clusters"):
         moce.customize(runs.mae, runs.task, out=tmp_path / "out", data=runs.data, **QUICK)
+
+
+@pytest.mark.slow
+def test_two_processes_adapt_as_one_does(runs: Runs, tmp_path: Path) -> None:
+    """With a pool; the best state, which one process alone keeps, is what is written."""
+    values = {"run": runs.moce, "images": runs.task, "data": runs.data, **QUICK}
+    one = moce.customize(**{**values, "out": tmp_path / "one"})
+    two = torchrun(*moce_words("customize", {**values, "out": tmp_path / "two"}))
+    _, errors = two.communicate(timeout=300)
+    assert two.returncode == 0, errors
+    first, second = (read_tensors(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, value in first.items():
+        if not name.endswith("qkv.bias"):  # AdamW makes whole steps of rounding errors of keys
+            torch.testing.assert_close(value, second[name], atol=1e-4, rtol=1e-4)
+    done = json.loads((tmp_path / "two" / "adaptation.json").read_text())
+    assert one.adaptation is not None
+    assert done == pytest.approx(asdict(one.adaptation), abs=1e-4)
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert names[0] == names[1]
+
+
+def test_several_processes_do_not_only_choose(runs: Runs, tmp_path: Path, monkeypatch) -> None:
+    started = Launch(2, 0, 2, 0, 0, "torchrun")
+    monkeypatch.setattr("moce.commands.customize.launch", lambda: started)
+    with pytest.raises(moce.MoceError, match="several processes share the work of --adapt-steps"):
+        moce.customize(runs.moce, runs.task, out=tmp_path / "two", **RUNTIME)
+    assert not (tmp_path / "two").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from builders import BLOCKS, CLUSTERS, EXPERTS, batch, tiny_mae, tiny_moce, unit_rows
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from moce.clustering.grouping import group_clusters
+from moce.data.dataset import ImageDataset
 from moce.models.gates import (
     ClusterGate,
     balance_loss,
@@ -17,6 +20,7 @@ from moce.models.gates import (
     random_gate,
     squared_cv,
 )
+from moce.training.gate_stats import GateStats, kinds_of, purity
 
 ONE_HOT = torch.eye(4)[torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])]
 UNIFORM = torch.full((8, 4), 0.25)
@@ -271,3 +275,37 @@ def test_dataset_scope_counts_all_images_and_batch_scope_those_of_the_batch() ->
         expected = sum(balance_loss(table, weights) for table in mixture.tables())
         assert_close(mixture(images, noise, clusters).balance, expected)
         assert len(mixture.tables()) == len(BLOCKS)
+
+
+def test_purity_by_hand() -> None:
+    """Three clusters, two kinds: expert 0 has 3 + 1 images of kind 0 and 1 of kind 1."""
+    counts = torch.tensor([[3, 0], [1, 1], [0, 5]])
+    assert purity(counts, torch.tensor([0, 0, 1])) == pytest.approx((4 + 5) / 10)
+    assert purity(counts, torch.tensor([0, 2, 0])) == pytest.approx((5 + 1) / 10)
+
+
+def test_kinds_are_counted_by_cluster() -> None:
+    ids, labels = ["a/1", "a/2", "b/1", "b/2"], ["x", "y", "x", None]
+    images = ImageDataset(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), ids, labels, [None] * 4)
+    counts = kinds_of(images, torch.tensor([0, 2, 2, 2]), 3)
+    assert {kind: found.tolist() for kind, found in counts.items()} == {
+        "domain": [[1, 0], [0, 0], [1, 2]]
+    }
+    labeled = replace(images, ids=["1", "2", "3", "4"], labels=["x", "y", "x", "z"])
+    assert kinds_of(labeled, torch.tensor([0, 0, 1, 1]), 2)["class"].tolist() == [
+        [1, 1, 0], [1, 0, 1]
+    ]  # fmt: skip
+
+
+def test_moved_clusters_are_counted_from_the_start() -> None:
+    """A gate that is turned around and back: flipped twice, moved once and not at all."""
+    moce = tiny_moce(tiny_mae())
+    stats = GateStats(moce)
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            for gate in moce.gates:
+                gate.weight.copy_(gate.weight.roll(1, 0) if not found else gate.weight.roll(-1, 0))
+        row = stats()["gates"][str(BLOCKS[0])]
+        found.append((row["clusters_flipped"], row["clusters_moved"]))
+    assert found == [(1.0, 1.0), (1.0, 0.0)]

@@ -295,8 +295,10 @@ def test_metrics_name_losses_rate_and_times(runs) -> None:
         assert row["gates"].keys() == {"1", "3"}
         for gate in row["gates"].values():
             assert gate.keys() == {
-                "images_per_expert", "max_gate", "entropy", "clusters_flipped", "divergence"
+                "images_per_expert", "max_gate", "entropy", "clusters_flipped", "clusters_moved",
+                "divergence", "purity_by_domain", "purity_by_class",
             }  # fmt: skip
+            assert 1 / 4 <= gate["purity_by_domain"] == gate["purity_by_class"] <= 1
             assert sum(gate["images_per_expert"]) == 160
             assert 1 / 3 <= gate["max_gate"] <= 1 and 0 <= gate["entropy"] <= math.log(3)
         total = row["reconstruction"] + 0.01 * (row["balance"] + row["imbalance"])

@@ -40,6 +40,8 @@ from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import write_skipped
+from moce.runtime.distributed import run_on_rank0
+from moce.runtime.launch import launch
 from moce.runtime.progress import log
 from moce.training.defaults import default_lr
 from moce.weights.export import Model, check_format
@@ -87,6 +89,8 @@ def _choice_lines(choice: Choice) -> list[str]:
 def run(settings: CustomizeSettings) -> CustomizeResult:
     check_used(settings, settings)
     check_output(settings)
+    if launch().world_size > 1 and not settings.adapt_steps:
+        raise MoceError("several processes share the work of --adapt-steps only; start one")
     device, precision = prepare(settings)
     settings = settings.model_copy(update={"device": device.type, "precision": precision})
     mixture = moce_run(settings.run) is not None and holds_moce(settings.run)
@@ -129,7 +133,10 @@ def _finish(
     adaptation: Adaptation | None,
 ) -> CustomizeResult:
     model = Model(spec, mae.encoder.cpu())
-    load_it = write_backbone(settings.out, settings.format, model, settings.run, choice, adaptation)
+    source, kind = settings.run, settings.format
+    load_it = run_on_rank0(
+        lambda: write_backbone(settings.out, kind, model, source, choice, adaptation)
+    )
     return CustomizeResult(settings.out, choice, load_it, adaptation)
 
 
@@ -138,7 +145,9 @@ def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple
     store = pixel_file(settings)
     if settings.strategy == "probe":
         task = load_task(settings.images, bank.task_shape, store, settings.max_skipped)
-        chosen = choose_by_probe(bank, task.train, task.train_labels, len(task.classes))
+        chosen = run_on_rank0(
+            lambda: choose_by_probe(bank, task.train, task.train_labels, len(task.classes))
+        )
         return chosen, task.skipped
     channels, height, width = bank.input_shape
     images = load_images(
@@ -149,9 +158,8 @@ def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple
         max_skipped=settings.max_skipped,
         choose=voting_rows,
     )
-    choice = bank.select(
-        images, settings.strategy, settings.threshold, settings.assign, settings.batch_size
-    )
+    by = (settings.strategy, settings.threshold, settings.assign, settings.batch_size)
+    choice = run_on_rank0(lambda: bank.select(images, *by))  # the same for all processes
     return choice, images.skipped
 
 

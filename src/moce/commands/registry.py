@@ -176,6 +176,7 @@ def headroom(settings: config.HeadroomSettings) -> HeadroomResult:
     config.CustomizeSettings,
     ("run", "images"),
     "moce customize runs/moce birds/ --out backbones/birds",
+    distributed=True,
 )
 def customize(settings: config.CustomizeSettings) -> CustomizeResult:
     from moce.commands.customize import run

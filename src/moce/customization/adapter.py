@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import AdaptationSettings
 from moce.customization.adaptation import ADAPTATION, CHECKS, Adaptation, adapt, default_steps
 from moce.customization.related_images import Load, RelatedImages
 from moce.data.dataset import ImageDataset
+from moce.data.load import load_images, temporary_file
 from moce.data.readers.sample import Sample
 from moce.errors import MoceError
+from moce.models.encoder import input_channels, input_size
 from moce.models.mae import MAE, MAESpec
 from moce.runs.resume import check_unchanged, resumes
 
@@ -56,6 +61,32 @@ class Adapter:
         of_pool = {sample.id for sample in related}
         num_task = sum(name not in of_pool for name in images.ids)
         return adapt(spec, mae, images, num_task, settings, self.device)
+
+
+def adapt_samples(
+    task: list[Sample],
+    spec: MAESpec,
+    mae: MAE,
+    related: RelatedImages | None,
+    settings: AdaptationSettings,
+    device: torch.device,
+) -> Adaptation:
+    """Like `Adapter.run`, without a run folder: nothing is left on disk.
+
+    settings: `out` is replaced by a temporary folder; without `steps`, as many as by default.
+    """
+    with tempfile.TemporaryDirectory(prefix="moce-") as folder:
+        settings = settings.model_copy(update={"out": Path(folder)})
+        settings = with_steps(settings, settings.steps or "auto", len(task))
+        start = lambda *_: None  # noqa: E731 - there is no run to resume
+        adapter = Adapter(related, load_for, start, device)
+        return adapter.run(task, spec, mae, settings)
+
+
+def load_for(samples: list[Sample], vit: VisionTransformer) -> ImageDataset:
+    """Load images for an encoder; tiny ones keep their size, as in training."""
+    size, channels = input_size(vit), input_channels(vit)
+    return load_images(samples, size, temporary_file(), channels=channels, keep_tiny=True)
 
 
 def with_steps(

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from moce.config import AdaptationSettings
+from moce.config.load import parse
+from moce.customization.adapter import adapt_samples, load_for
+from moce.customization.related_images import RelatedImages, known_clusters
 from moce.customization.selection import Choice, Route, choose, count_votes, on_route
 from moce.data.divide import voting_rows
-from moce.data.from_python import as_image_dataset
-from moce.data.load import Choose
+from moce.data.from_python import as_image_dataset, as_samples
+from moce.data.load import Choose, chosen_samples
+from moce.data.readers.sample import Sample
 from moce.inference.features import extract_features
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec, input_shape
 from moce.models.mae import MAE
 from moce.models.moce import MoCE, MoCESpec
+from moce.training.defaults import BASE_LR, default_lr
 from moce.weights.formats.timm import pooled
 from moce.weights.from_runs import load_moce
 
@@ -27,7 +34,7 @@ class Bank:
 
     spec: how to build the model; model: the mixture; clusters: the cluster model that it was
     trained with; device, precision ("float32" or "bf16"): where and how cluster features are
-    computed.
+    computed; run: the folder it was loaded from.
     """
 
     spec: MoCESpec
@@ -35,6 +42,7 @@ class Bank:
     clusters: ClusterModel
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "float32"
+    run: Path | None = None
 
     def __repr__(self) -> str:
         model = self.model
@@ -154,16 +162,57 @@ class Bank:
         assign: str = "balanced",
         batch_size: int = 256,
         num_classes: int = 0,
+        adapt_steps: int | Literal["auto"] = 0,
+        data: str | Path | None = None,
+        pool_share: float = 0.5,
+        adapt_batch_size: int = 128,
+        adapt_lr: float | None = None,
+        seed: int = 0,
     ) -> VisionTransformer:
         """A timm ViT for the task that returns one feature per image, [b, d], ready to fine-tune.
 
-        num_classes: of a new head, which then returns logits, [b, num_classes]; the others are as for
-        `select`. `timm.data.resolve_model_data_config` gives its preprocessing.
+        num_classes: of a new head, which then returns logits, [b, num_classes]. adapt_steps: continue
+        masked autoencoding on the images for so many steps, or "auto"; data: a pool, a DATA argument,
+        from which images of the task's clusters are drawn, too; pool_share, adapt_batch_size,
+        adapt_lr: as in `moce customize`; seed: of the adaptation. The others are as for `select`.
+        `timm.data.resolve_model_data_config` gives its preprocessing. Raises MoceError if there are
+        no images, or a setting is not valid.
         """
-        encoder = self.backbone(self.select(images, strategy, threshold, assign, batch_size))
-        return pooled(encoder, self.encoder_spec, num_classes=num_classes)
+        if not adapt_steps:
+            encoder = self.backbone(self.select(images, strategy, threshold, assign, batch_size))
+            return pooled(encoder, self.encoder_spec, num_classes=num_classes)
+        given = {
+            "run": self.run or Path(),
+            "images": "images given in Python",
+            "data": None if data is None else str(data),
+            "pool_share": 0.0 if data is None else pool_share,
+            "steps": None if adapt_steps == "auto" else adapt_steps,
+            "batch_size": adapt_batch_size,
+            "base_lr": adapt_lr or (BASE_LR if self.run is None else default_lr(self.run)),
+            "seed": seed,
+            "device": self.device.type,
+            "precision": self.precision,
+            "out": Path(),  # a temporary folder takes its place
+        }
+        settings = parse(AdaptationSettings, given)
+        task: list[Sample]
+        if isinstance(images, str | Path):
+            task = chosen_samples(str(images), voting_rows)
+        else:
+            channels, height, width = self.task_shape
+            images = as_image_dataset(images, (height, width), channels, voting_rows)
+            task = as_samples(images)
+        mae = self.mae(self.select(images, strategy, threshold, assign, batch_size))
+        adapt_samples(task, self.spec.mae, mae, self._related(data), settings, self.device)
+        return pooled(mae.encoder.cpu(), self.encoder_spec, num_classes=num_classes)
+
+    def _related(self, data: str | Path | None) -> RelatedImages | None:
+        if data is None:
+            return None
+        known = known_clusters(str(data), self.clusters, None, self.run)
+        return RelatedImages(str(data), self.clusters, known, load_for, self.device, self.precision)
 
 
 def load(run: str | Path) -> Bank:
     """Load a `moce train` run. Raises MoceError if the folder is not one."""
-    return Bank(*load_moce(Path(run)))
+    return Bank(*load_moce(Path(run)), run=Path(run))

@@ -19,6 +19,7 @@ from moce.inference.assign import assign, clustered_images
 from moce.models.cluster_model import ClusterModel
 from moce.runs.assignments import ASSIGNMENTS
 from moce.runs.model import read_config
+from moce.runtime.distributed import run_on_rank0
 from moce.runtime.progress import log
 from moce.weights.from_runs import load_clusters
 
@@ -72,7 +73,9 @@ class RelatedImages:
     def _assign(self, samples: list[Sample]) -> tuple[dict[str, int], list[tuple[str, str]]]:
         """The cluster of every image that can be read, by id; (id, reason) of the others."""
         images = self.load(samples, self.clusters.encoder)
-        clusters = assign(images, self.clusters, self.device, self.precision)
+        clusters = run_on_rank0(  # the same for all processes
+            lambda: assign(images, self.clusters, self.device, self.precision)
+        )
         return dict(zip(images.ids, clusters.tolist(), strict=True)), images.skipped
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeGuard
@@ -47,6 +48,19 @@ def as_image_dataset(
     if isinstance(images, Iterable) and not isinstance(images, Sized):
         return _from_stream(images, size, channels)
     raise MoceError("images must be a folder, a parquet file, a list of images, or a uint8 tensor")
+
+
+def as_samples(images: ImageDataset) -> list[Sample]:
+    """The images of a dataset one by one; they open as uint8 arrays [h, w, channels]."""
+    columns = zip(images.ids, images.labels, images.splits, strict=True)
+    return [
+        Sample(name, partial(_array, images, row), label, split)
+        for row, (name, label, split) in enumerate(columns)
+    ]
+
+
+def _array(images: ImageDataset, row: int) -> np.ndarray:
+    return images.take(torch.tensor([row]))[0].permute(1, 2, 0).numpy()
 
 
 def _from_stream(stream: Iterable[object], size: tuple[int, int], channels: int) -> ImageDataset:

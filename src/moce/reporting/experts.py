@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ SAMPLE = 400  # images that are assigned to clusters, to show what each expert s
 GATE_PANELS = (
     ("max_gate", "Confidence: mean largest gate"),
     ("entropy", "Entropy of the gate (nats)"),
-    ("clusters_flipped", "Clusters that changed expert (share)"),
+    ("clusters_moved", "Clusters with another expert than at the start (share)"),
     ("divergence", "Divergence of the experts"),
+    ("purity_by_domain", "Purity by domain"),
+    ("purity_by_class", "Purity by class"),
 )
 
 
@@ -93,18 +96,43 @@ def _galleries(bank: Bank, source: Source, max_images: int) -> list[Markup]:
 def _gates_chart(rows: list[dict[str, Any]]) -> Markup:
     epochs, last = [row["epoch"] for row in rows], rows[-1]["gates"]
     ends = "; ".join(f"block {block}: {gate['max_gate']:.2f}" for block, gate in last.items())
-    with drawing(4.2, f"Gates over epochs. Confidence at the end, {ends}.") as canvas:
-        panels = canvas.figure.subplots(2, 2, sharex=True)
-        for axes, (name, title) in zip(panels.flat, GATE_PANELS, strict=True):
+    shown = [
+        (name, title)
+        for name, title in GATE_PANELS
+        if all(name in row["gates"][block] for row in rows for block in last)
+    ]
+    lines = math.ceil(len(shown) / 2)
+    with drawing(2.1 * lines, f"Gates over epochs. Confidence at the end, {ends}.") as canvas:
+        panels = canvas.figure.subplots(lines, 2, sharex=True, squeeze=False)
+        for axes, (name, title) in zip(panels.flat, shown, strict=False):
             for block in last:
                 values = [row["gates"][block][name] for row in rows]
                 axes.plot(epochs, values, marker=".", label=f"block {block}")
             axes.set_title(title)
-        for axes in panels[1]:
+        for axes in panels.flat[len(shown) :]:
+            axes.set_visible(False)
+        for axes in panels[-1]:
             axes.set_xlabel("epochs")
         panels[0, 0].legend()
+    return html.chart(canvas.picture, _gates_caption(last), "Gates during training")
+
+
+def _gates_caption(last: dict[str, dict[str, Any]]) -> str:
     caption = (
         "Confidence and entropy are means over the images: a certain gate has confidence 1 and "
         "entropy 0. Divergence is the distance between the experts' weights, relative to their size."
     )
-    return html.chart(canvas.picture, caption, "Gates during training")
+    ends = []
+    for kind in ("domain", "class"):
+        values = [
+            gate[f"purity_by_{kind}"] for gate in last.values() if f"purity_by_{kind}" in gate
+        ]
+        if values:
+            low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+            ends.append(f"by {kind} {low if low == high else f'{low} to {high}'} at the end")
+    if ends:
+        caption += (
+            " Purity is the share of the images that are of their expert's most frequent kind: "
+            f"{', '.join(ends)}."
+        )
+    return caption

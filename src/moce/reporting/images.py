@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from moce.data.dataset import ImageDataset
+from moce.data.domains import domain_of, find_domains
 from moce.data.load import load_images
 from moce.data.readers.factory import open_source
 from moce.data.rng import Stream, keyed_generator
@@ -23,7 +24,6 @@ from moce.reporting.elements import html
 
 THUMBNAIL = 64  # longest side of a montage tile in pixels
 LOSSLESS_UP_TO = 48  # pixels per side: artifacts show in small tiles, and these weigh little
-MOST_DOMAINS = 8
 
 
 class Source:
@@ -59,17 +59,6 @@ class Source:
         except (MoceError, OSError):
             return None
         return montage(images.take(slice(None)), columns, alt)
-
-
-def domain_of(identity: str) -> str:
-    """The first folder of an image's id; "" without a folder."""
-    return identity.split("/")[0] if "/" in identity else ""
-
-
-def find_domains(ids: Iterable[str]) -> list[str]:
-    """First folders of the ids, most images first; none unless there are 2 to MOST_DOMAINS."""
-    counts = Counter(domain_of(name) for name in ids)
-    return [name for name, _ in counts.most_common()] if 2 <= len(counts) <= MOST_DOMAINS else []
 
 
 def sample(items: Sequence[str], count: int) -> list[str]:

@@ -11,13 +11,14 @@ from torch import Tensor
 from moce.customization.bank import Bank
 from moce.data.augment import denormalize, normalize
 from moce.data.dataset import ImageDataset
+from moce.data.domains import domain_of
 from moce.data.rng import Stream, keyed_uniform
 from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec, input_shape, patchify, put, take
 from moce.models.mae import MAE, patch_statistics, unpatchify
 from moce.reporting.clusters import images_missing
 from moce.reporting.elements import Section, html
-from moce.reporting.images import Source, domain_of, montage, sample
+from moce.reporting.images import Source, montage, sample
 from moce.reporting.load import Material, Run
 from moce.weights.from_runs import load_mae
 

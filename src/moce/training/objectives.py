@@ -19,7 +19,7 @@ from moce.models.mae import MAE, num_kept
 from moce.models.moce import MoCE
 from moce.models.token_moe import TokenMoE
 from moce.runtime.device import bincount, to_device
-from moce.training.gate_stats import ExpertStats, GateStats
+from moce.training.gate_stats import ExpertStats, GateStats, kinds_of
 from moce.training.optimizer import ParameterGroup, parameter_groups
 from moce.training.thread_parallel import CHUNK_NUMBERS, Losses
 from moce.training.trainer import Objective, Step
@@ -102,7 +102,8 @@ class MoCEObjective(Objective):
         groups = expert_groups(moce, settings, lambda name: name.startswith("gates."))
         size = chunk_size(moce.mae)
         views = views_of(settings, moce.mae.encoder.patch_embed.img_size)
-        super().__init__(settings.method, moce, images, groups, size, GateStats(moce), views)
+        stats = GateStats(moce, kinds_of(images, cluster_of, len(moce.clusters)))
+        super().__init__(settings.method, moce, images, groups, size, stats, views)
         self._moce, self._spec, self._settings = moce, spec, settings
         self._cluster_of = cluster_of
         self._gate_inputs = _GateInputs(moce, cluster_of, settings)
