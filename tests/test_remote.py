@@ -15,17 +15,20 @@ from typing import ClassVar
 import fsspec
 import numpy as np
 import pytest
-from builders import RUNTIME
+import torch
+from builders import PRETRAIN, RUNTIME
 from commands import one_line, run_command
 from conftest import Runs
 from test_pack import same
+from test_training import same_losses, same_weights, stop_after
 
 import moce
-from moce.data.load import load_images
+from moce.data.load import load_images, open_images
+from moce.data.loader import BatchOrder
 from moce.data.readers import remote
 from moce.data.readers.block_cache import BlockCache, block_cache
 from moce.data.readers.factory import located, open_source, paths_of
-from moce.errors import MoceError, Unreachable
+from moce.errors import Interrupted, MoceError, Unreachable
 
 SIZE = (16, 16)
 
@@ -70,6 +73,10 @@ def site(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
     noise = np.random.default_rng(0).integers(0, 256, (40, 100, 100, 3), np.uint8)
     np.savez(root / "large.npz", images=noise)
     moce.pack(root / "large.npz", out=root / "large")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moce.commands.pack.MEGABYTE", 250_000)
+        patch.setattr("moce.data.pack_shards.GROUP_ROWS", 5)
+        moce.pack(root / "large.npz", out=root / "far", shard_size=1)
     files = sorted(path for path in runs.data.rglob("*.png"))
     for number in range(2):
         with tarfile.open(root / f"s-{number:03d}.tar", "w") as archive:
@@ -234,6 +241,59 @@ def test_a_replaced_file_is_fetched_again(tmp_path: Path) -> None:
         memory.pipe_file("/a.parquet", value)
         assert remote.remote_file("memory://a.parquet").read(0, 3) == value
     memory.rm("/a.parquet")
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_far_files_are_read_one_after_the_other_and_images_mixed(monkeypatch) -> None:
+    monkeypatch.setattr("moce.data.loader.SHUFFLED", 50)
+    sizes = torch.tensor([100, 30, 70, 100, 1, 99])
+    files = torch.arange(6).repeat_interleave(sizes)
+    epochs = [BatchOrder(400, 400, 3, files)(epoch)[0] for epoch in range(3)]
+    for rows in epochs:
+        assert torch.equal(rows.sort().values, torch.arange(400))
+        first = {int(f): int((files[rows] == f).nonzero()[0]) for f in range(6)}
+        last = {int(f): int((files[rows] == f).nonzero()[-1]) for f in range(6)}
+        for file, size in enumerate(sizes.tolist()):
+            assert last[file] - first[file] <= size + 2 * 50
+        assert (rows.diff() == 1).float().mean() < 0.1
+    turns = [files[rows].unique_consecutive().tolist() for rows in epochs]
+    assert turns[0] != turns[1] != turns[2]
+    batches = [BatchOrder(400, 16, 3, files)(step)[0] for step in range(25)]
+    assert torch.equal(torch.cat(batches), epochs[0])  # each step without those before it
+
+
+def test_a_subset_knows_the_files_of_its_images(site) -> None:
+    root, url = site
+    images = open_images(f"{url}/far", SIZE)
+    counts = np.bincount(images.far_files).tolist()
+    assert len(counts) == 4 and sum(counts) == 40
+    rows = [39, 0, 20]
+    assert images.subset(rows).far_files.tolist() == images.far_files[rows].tolist()
+    assert open_images(f"{root}/far", SIZE).far_files is None
+
+
+def test_training_by_url_resumes_exactly(site, tmp_path: Path) -> None:
+    _, url = site
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    given = {**PRETRAIN, "batch_size": 8, "log_every": 3, "save_every": 4, "steps": 14}
+    moce.pretrain(f"{url}/far", out=straight, **given)
+    watcher = stop_after(stopped, 1)
+    with pytest.raises(Interrupted):
+        moce.pretrain(f"{url}/far", out=stopped, **given)
+    watcher.join()
+    moce.pretrain(f"{url}/far", out=stopped, resume=True, **given)
+    same_losses(straight, stopped)
+    same_weights(straight, stopped)
+
+
+def test_training_stops_when_the_network_does_and_skips_nothing(site, tmp_path: Path) -> None:
+    _, url = site
+    samples = open_source(f"{url}/far")
+    Server.failures = 10**6
+    with pytest.raises(MoceError, match=r"cannot read http.*is the network up\?"):
+        load_images(samples, SIZE, max_skipped=1.0)
 
 
 # --- failures -------------------------------------------------------------------------------------

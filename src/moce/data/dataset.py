@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moce.data.readers.packed import PixelReader
 from moce.data.readers.sample import Label, Sample
+from moce.data.readers.table import SampleTable
 from moce.models.fit import Fit
 
 
@@ -88,6 +89,17 @@ class ImageDataset:
         if self.originals is None:
             raise ValueError("the originals of these images are not known")
         return self.originals.samples[row if self.index is None else int(self.index[row])]
+
+    @property
+    def far_files(self) -> Tensor | None:
+        """[n] int64, the file of each image, if files are best read one after the other, else None."""
+        samples = None if self.originals is None else self.originals.samples
+        if self.stored is not None or not isinstance(samples, SampleTable):
+            return None
+        if samples.first_rows is None:
+            return None
+        rows = torch.arange(len(samples)) if self.index is None else self.index
+        return torch.searchsorted(torch.from_numpy(samples.first_rows[1:]), rows, right=True)
 
     def subset(self, rows: Sequence[int]) -> ImageDataset:
         """The images of these rows, in this order, without copying pixels."""

@@ -12,6 +12,7 @@ from PIL import Image
 
 from moce.data.decode import Raster, open_encoded, to_picture
 from moce.data.readers.sample import Encoded, Label, Sample, error_line
+from moce.errors import Unreachable
 
 DRAFT = 2  # a JPEG is decoded at the smallest scale that has this many times the pixels needed
 
@@ -47,6 +48,8 @@ def encode(sample: Sample, encoding: Encoding) -> Row | str:
     """The image to keep, or why it cannot be read: every image is decoded once."""
     try:
         content, suffix = _encode(sample, encoding)
+    except Unreachable:
+        raise
     except Exception as error:  # decoders raise errors of any type
         return error_line(error)
     name = PurePosixPath(sample.id).name

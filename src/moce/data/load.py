@@ -26,7 +26,7 @@ from moce.data.readers.packed import Packed, PixelReader, find_packed
 from moce.data.readers.sample import Label, Sample, error_line
 from moce.data.run_ahead import run_ahead
 from moce.data.value_range import check_values
-from moce.errors import MoceError
+from moce.errors import MoceError, Unreachable
 from moce.models.fit import Fit
 from moce.runtime.distributed import barrier, run_on_local_rank0, world_size
 from moce.runtime.launch import launch
@@ -142,6 +142,8 @@ def _tiny_size(originals: Originals, name: str | None) -> tuple[int, int] | None
     for place, sample in enumerate(looked_at):
         try:
             sizes.add(_size(sample, decode=count <= LOOKED_AT, channels=originals.channels))
+        except Unreachable:
+            raise
         except Exception as error:  # decoders raise errors of any type
             reasons[place] = error_line(error)
     if name is not None and (len(reasons) == len(rows) or count <= LOOKED_AT):
@@ -247,6 +249,8 @@ def _decode_one(
         with closing(image) if isinstance(image, Image.Image) else nullcontext():
             size = upright_size(image)
             pixels[row] = to_pixels(image, fit, pixels.shape[1])
+    except Unreachable:
+        raise
     except Exception as error:  # decoders raise errors of any type
         return error_line(error), None
     return None, size

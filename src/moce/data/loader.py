@@ -23,6 +23,7 @@ from moce.models.fit import Fit
 from moce.runtime.device import fits_on, to_device
 from moce.runtime.distributed import shard_range, world_size
 
+SHUFFLED = 2**14  # images that far files are mixed among
 COPY_BYTES = 2**26  # bytes of pixels copied to a device at a time
 
 
@@ -66,16 +67,26 @@ class BatchOrder:
     """Endless epochs over n images, each in its own order; step s takes the s-th slice of them.
 
     Batches can span epochs, so all have the same size, and each step is computed without those
-    before it.
+    before it. Images of far files come file by file, the files in random order, and mixed with those
+    up to SHUFFLED places away: as from a shuffle buffer, but known without reading.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, count: int, batch_size: int, seed: int, far_files: Tensor | None = None
+    ) -> None:
+        """far_files: [count] int64, the file of each image; None if they can be read at random."""
         self.count, self.batch_size, self.seed = count, batch_size, seed
+        self._far_files = far_files
         self._epoch_order = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> Tensor:
         generator = keyed_generator(self.seed, Stream.ORDER, epoch)
-        return torch.randperm(self.count, generator=generator)
+        if self._far_files is None:
+            return torch.randperm(self.count, generator=generator)
+        turn = torch.randperm(int(self._far_files.max()) + 1, generator=generator)
+        by_file = turn[self._far_files].argsort(stable=True)
+        ahead = torch.rand(self.count, generator=generator, dtype=torch.float64) * SHUFFLED
+        return by_file[(torch.arange(self.count) + ahead).argsort()]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Rows and epochs, [batch_size] int64 each, of step 0, 1, ..."""

@@ -10,7 +10,7 @@ from PIL import Image
 from moce.data.readers.factory import open_source
 from moce.data.readers.packed import find_packed
 from moce.data.readers.sample import Sample
-from moce.errors import MoceError
+from moce.errors import MoceError, Unreachable
 
 MOST_OPENED = 32  # images, spread over the source
 
@@ -37,5 +37,7 @@ def _side(sample: Sample) -> int | None:
         image = sample.open()
         with closing(image) if isinstance(image, Image.Image) else nullcontext():
             return min(image.size if isinstance(image, Image.Image) else image.shape[:2])
+    except Unreachable:
+        raise
     except Exception:  # decoders raise errors of any type
         return None

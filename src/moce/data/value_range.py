@@ -16,7 +16,7 @@ from PIL import Image
 
 from moce.data.decode import Raster
 from moce.data.readers.sample import Sample
-from moce.errors import MoceError
+from moce.errors import MoceError, Unreachable
 from moce.runtime.progress import log
 
 MOST_OPENED = 32  # images, spread over the source
@@ -71,6 +71,8 @@ def _look_at(sample: Sample, only_wide: bool) -> _Look | None:
             if only_wide and not wide:
                 return None
             return _look(image, wide)
+    except Unreachable:
+        raise
     except Exception:  # decoders raise errors of any type; reported where all images are read
         return None
 

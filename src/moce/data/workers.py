@@ -27,7 +27,7 @@ from moce.data.readers.sample import error_line
 from moce.data.rng import Stream, keyed_uniform
 from moce.data.run_ahead import run_ahead
 from moce.data.views import Views
-from moce.errors import MoceError
+from moce.errors import MoceError, Unreachable
 from moce.runtime.device import to_device
 from moce.runtime.launch import launch
 from moce.runtime.system import worker_threads
@@ -204,6 +204,8 @@ class _Chunks(Dataset[Chunk]):
             numbers = views.numbers(torch.tensor([row]), torch.tensor([epoch]))[0]
             sample = self._images.original(row)
             pixels[place] = views.of_sample(sample, numbers, self._channels)
+        except Unreachable:
+            raise
         except Exception as error:  # decoders raise errors of any type
             return error_line(error)
         return None

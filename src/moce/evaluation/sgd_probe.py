@@ -128,7 +128,7 @@ def train_head(
     """Train the head in place. Raises MoceError if the loss is not finite."""
     settings = encoder.settings
     total, size = steps_of(settings, len(images))
-    order = BatchOrder(len(images), size, settings.seed)
+    order = BatchOrder(len(images), size, settings.seed, images.far_files)
     targets = torch.from_numpy(labels)
     error = nn.BCEWithLogitsLoss() if labels.ndim == 2 else nn.CrossEntropyLoss()
     optimizer, peak = build_optimizer(head), settings.base_lr * size / 256

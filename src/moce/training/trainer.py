@@ -149,7 +149,8 @@ class _Trainer:
         self.count = len(objective.images)
         self.unreadable = UnreadableImages(objective.images, settings.out)
         self.total = total_steps(settings, self.count)
-        self.order = BatchOrder(self.count, settings.batch_size, settings.seed)
+        far = getattr(objective.images, "far_files", None)  # not of dense tasks
+        self.order = BatchOrder(self.count, settings.batch_size, settings.seed, far)
         self.sharded = settings.strategy == "fsdp" and world_size() > 1
         self.fabric = open_fabric(device, precision, "fsdp" if self.sharded else "ddp")
         choose_attention(objective.model, device, precision)
