@@ -99,7 +99,9 @@ def test_every_run_leaves_exactly_these_files(root: Path) -> None:
         "README.md", "config.json", "model.safetensors", "selection.json"
     }  # fmt: skip
     assert left_in(root / "probe") == {"config.yaml", "rows.jsonl"}
-    assert left_in(root / "tuned") == training_files(6) | {"config.json", "rows.jsonl"}
+    assert left_in(root / "tuned") == training_files(6) | {
+        "README.md", "config.json", "rows.jsonl"
+    }  # fmt: skip
     made = {"mae", "clusters", "moce", "mae_plus", "backbone", "probe", "tuned"}
     assert {path.name for path in root.iterdir()} == made | {"data", "task"}  # no temporary files
 

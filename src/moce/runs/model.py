@@ -80,7 +80,7 @@ def read_model(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tenso
 
 def describe_kind(kind: str) -> str:
     """A kind of run, the command that makes it, and the commands that take it."""
-    made, taken = MADE_BY.get(kind, "a newer moce"), TAKEN_BY.get(kind)
+    made, taken = MADE_BY.get(str(kind), "a newer moce"), TAKEN_BY.get(str(kind))
     return f"a run of {made} (kind '{kind}')" + (f", which {taken}" if taken else "")
 
 
