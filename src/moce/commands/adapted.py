@@ -45,7 +45,7 @@ class AdaptedBackbones:
     def folder(self, plan: SuiteTask, task: Task, candidate: Candidate, model: Adaptable) -> Path:
         """The folder with a candidate's backbone for a task; it is adapted now if it is not there.
 
-        Raises MoceError if its adaptation was begun with other settings.
+        Raises MoceError if its adaptation started with other settings.
         """
         out = self.settings.out / FOLDER / candidate.name / plan.name
         if (out / ADAPTATION).is_file():

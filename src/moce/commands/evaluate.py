@@ -267,7 +267,7 @@ class _Evaluation:
         reference: str,
         given: dict[str, Any],
     ) -> FinetuneSettings:
-        """Of one run, which is resumed if it was begun."""
+        """Of one run, which is resumed if it had started."""
         out = self.settings.out / protocol / candidate.name / plan.name / str(draw)
         resume = (out / CONFIG).is_file()
         if out.is_dir() and not resume:  # interrupted before it wrote its settings

@@ -148,14 +148,14 @@ def _piece(settings: PipelineSettings, kind: type[S], **values: Any) -> S:
 
 
 def _once(title: str, folder: Path, last: str, work: Callable[[Any], Any], piece: Settings) -> None:
-    """Run a piece, unless its last file shows that it is finished; resume it if it had begun."""
+    """Run a piece, unless its last file shows that it is finished; resume it if it had started."""
     if (folder / last).is_file():
         log(f"— {title}: finished before, {folder}")
         return
     log(f"— {title}")
-    begun = folder.is_dir() and any(folder.iterdir())
+    started = folder.is_dir() and any(folder.iterdir())
     again = {"resume": True} if "resume" in type(piece).model_fields else {"overwrite": True}
-    work(piece.model_copy(update=again if begun else {}))
+    work(piece.model_copy(update=again if started else {}))
 
 
 class _Task:

@@ -179,7 +179,7 @@ def view_batches(
     """The batch of each (rows, epochs), to be asked for its views; made ahead of its use.
 
     Tiny images of one size are fetched, to be cropped on `device`; so are all without views. Others
-    are cropped, and a policy is applied, by processes. In the place of an image that is found to be
+    are cropped, and a policy is applied, by processes. Instead of an image that is found to be
     unreadable comes another, with its own row.
     """
     if views is None or (images.originals is None and views.policy is None):

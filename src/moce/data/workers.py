@@ -35,7 +35,7 @@ from moce.runtime.system import worker_threads
 PREFETCHED = 2  # batches that wait, with their pixels in memory
 MOST_IN_CHUNK = 32  # images
 MOST_AHEAD = 2**29  # bytes of views in shared memory
-REPLACEMENTS = 64  # images tried in the place of an unreadable one
+REPLACEMENTS = 64  # images tried instead of an unreadable one
 SHARED_MEMORY = "/dev/shm"
 
 Places = tuple[Tensor, Tensor]  # rows and epochs, [b] int64 each

@@ -94,7 +94,7 @@ class Views:
         resized: list[int],
         flip: bool,
     ) -> dict[str, Tensor]:
-        """The objects that are seen; groups that are not told apart (crowds) do not train."""
+        """The objects that are seen; crowds do not train."""
         known = np.flatnonzero(~target.crowd)
         # The canvas only bounds the crop, which lies within the image.
         canvas = (box[0] + box[2], box[1] + box[3])

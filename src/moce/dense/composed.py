@@ -60,7 +60,7 @@ def write_scenes(
 
     digits: as COCO, annotations/instances_{train,val}.json with packed masks beside train/ and val/.
     clothes: images/{train,val}/ and masks/{train,val}/ of PNG files and classes.txt; the class of
-    the photograph is background. kinds: the same with both, told apart as digit and clothes only,
+    the photograph is background. kinds: the same with both, as classes digit and clothes only,
     which a small network learns in a minute. Raises MoceError if the folder exists and is not empty.
     """
     out = Path(out)

@@ -22,7 +22,7 @@ class Instances:
 
     boxes: [n, 4] float32, x and y of the upper left, then of the lower right corner; classes: [n]
     int64, indices into the source's classes; masks: one RLE for each, None if the source has boxes
-    only; crowd: [n] bool, True for groups that are not told apart (COCO's iscrowd); areas: [n]
+    only; crowd: [n] bool, True for groups without outlines of their own (COCO's iscrowd); areas: [n]
     float64, the pixels of each as the source states them, by which COCO's metric tells small from
     large, None: those of the masks or boxes.
     """
