@@ -177,8 +177,10 @@ def select(samples: Sequence[Sample], rows: Sequence[int]) -> Sequence[Sample]:
     return samples.select(rows) if isinstance(samples, SampleTable) else [samples[r] for r in rows]
 
 
-def _values(column: pyarrow.Array) -> list[Any]:
+def _values(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[Any]:
     """The values of a column, with one object for all that are equal."""
+    if isinstance(column, pyarrow.ChunkedArray):
+        return [value for chunk in column.chunks for value in _values(chunk)]
     if not pyarrow.types.is_dictionary(column.type):
         return list(column.to_pylist())
     values = dict(enumerate(column.dictionary.to_pylist()))
