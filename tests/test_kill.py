@@ -141,11 +141,11 @@ def test_a_second_ctrl_c_stops_at_once(runs: Runs, tmp_path: Path) -> None:
 
 SLOW_IMAGES = (
     "import time, pathlib, moce.data.load as load\n"
-    "decode = load.decode_into\n"
+    "decode = load._decode_one\n"
     "def slow(*given):\n"
     "    pathlib.Path(MARK).touch(); time.sleep(0.2)\n"
     "    return decode(*given)\n"
-    "load.decode_into = slow"
+    "load._decode_one = slow"
 )
 SLOW_CLUSTERS = (
     "import time, pathlib, moce.clustering.balanced_kmeans as balanced\n"
@@ -170,7 +170,7 @@ def test_a_signal_while_images_are_read_or_clustered_is_told_in_one_line(
     wait_for(process, mark.exists)
     process.send_signal(number)
     line = last_line(process, 128 + number)
-    if code is SLOW_IMAGES:  # nothing was begun that could be gone on with
+    if code is SLOW_IMAGES:  # nothing had started that could be resumed
         assert "interrupted" in line
         assert not out.exists()
     else:

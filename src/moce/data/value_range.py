@@ -35,7 +35,8 @@ class _Look:
 def check_values(samples: Sequence[Sample], where: str) -> None:
     """Look at some images of a source; log what is odd. Images that cannot be read are passed over.
 
-    Raises MoceError, which names `where`, if images of more than 8 bits hold values up to 255 only.
+    Raises MoceError, which names `where`, if most images have more than 8 bits and hold values up to
+    255 only.
     """
     every = max(1, len(samples) // MOST_OPENED)
     looks: list[_Look] = []
@@ -47,10 +48,15 @@ def check_values(samples: Sequence[Sample], where: str) -> None:
             varied = varied or not look.constant
     highest = max((look.highest for look in looks if look.highest is not None), default=None)
     if highest is not None and 0 < highest <= EIGHT_BITS:
-        raise MoceError(
-            f"{where}: images of 16 or 32 bits hold values up to {highest} only, so they would come "
+        wide, opened = sum(look.highest is not None for look in looks), len(samples[::every])
+        which = "images" if 2 * wide >= opened else f"{wide} of {opened} images looked at, those"
+        text = (
+            f"{where}: {which} of 16 or 32 bits hold values up to {highest} only, so they would come "
             "out black; save them with 8 bits (uint8)"
         )
+        if 2 * wide >= opened:
+            raise MoceError(text)
+        log(text)
     if highest is not None and EIGHT_BITS < highest <= TWELVE_BITS:
         log(
             f"{where}: images of 16 bits hold values up to {highest} of 65535, so they come out dark; "

@@ -28,6 +28,7 @@ from moce.data.rng import Stream, keyed_uniform
 from moce.data.run_ahead import run_ahead
 from moce.data.views import Views
 from moce.errors import MoceError, Unreachable
+from moce.runs.lock import drop_inherited_locks
 from moce.runtime.device import to_device
 from moce.runtime.launch import launch
 from moce.runtime.system import worker_threads
@@ -98,7 +99,7 @@ def _chunks(
         shared = _shared_memory() > 2 * ahead * workers * size
         options = {
             "prefetch_factor": ahead,
-            "worker_init_fn": _ignore_signals,
+            "worker_init_fn": _start_worker,
             # It starts at once, and needs no image source to be picklable.
             "multiprocessing_context": "fork" if sys.platform == "linux" else None,
         }
@@ -128,8 +129,9 @@ def _shared_memory() -> int:
         return 0
 
 
-def _ignore_signals(worker: int) -> None:
-    """The training process decides when to stop: it receives the same signals."""
+def _start_worker(worker: int) -> None:
+    """The training process decides when to stop, and alone holds the output folder."""
+    drop_inherited_locks()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -39,6 +39,13 @@ def lock_folder(path: Path) -> None:
     _locked[path.resolve()] = descriptor
 
 
+def drop_inherited_locks() -> None:
+    """Call in a forked process: it would keep the locks of a parent that is killed for a while."""
+    for descriptor in _locked.values():
+        os.close(descriptor)
+    _locked.clear()
+
+
 @contextmanager
 def locks_released() -> Iterator[None]:
     """Release the locks taken within the context at its end."""
