@@ -64,7 +64,8 @@ def find_entries(root: Path, files: Iterable[str], names: Sequence[str]) -> dict
         for name, entry in entries.items():
             if found.setdefault(name, entry).label != entry.label:
                 raise MoceError(f"{path} gives {name} another label than another table of {root}")
-        log(f"{root}: labels of {len(entries)} of {len(names)} images are from {path.name}")
+        labeled = sum(entry.label is not None for entry in entries.values())
+        log(f"{root}: labels of {labeled} of {len(names)} images are from {path.name}")
     return found if used else None
 
 
