@@ -74,6 +74,10 @@ def test_count_and_size_of_images(runs, tmp_path: Path) -> None:
     assert count_and_side(str(tmp_path / "a.npy")) == (7, 20)
     moce.pack(tmp_path / "a.npy", out=tmp_path / "a.moce", size="24x40")
     assert count_and_side(str(tmp_path / "a.moce")) == (7, 24)
+    moce.pack(runs.task, out=tmp_path / "task.moce", size=16)
+    learned = len(list((runs.task / "train").rglob("*.png")))
+    for name in (runs.task, tmp_path / "task.moce"):  # no model learns from test images
+        assert count_and_side(str(name))[0] == learned
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_bytes(b"no image")
     with pytest.raises(MoceError, match="none of 1 images"):

@@ -13,8 +13,9 @@ from dense_folders import HEIGHT, WIDTH, write_coco, write_image, write_json
 from PIL import Image
 from pycocotools.coco import COCO
 
+from moce.data.decode import upright_size
 from moce.dense import rle
-from moce.dense.images import upright_size, whole_pixels
+from moce.dense.images import whole_pixels
 from moce.dense.readers import read_dense
 from moce.errors import MoceError
 

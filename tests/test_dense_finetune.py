@@ -21,6 +21,7 @@ from test_training import same_losses, same_weights, stop_after
 
 import moce
 from moce.dense.predictor import load_predictor
+from moce.dense.readers import read_dense
 from moce.errors import Interrupted, MoceError
 from moce.evaluation.results import read_rows
 from moce.runs.files import read_tensors
@@ -215,7 +216,19 @@ def test_masks_are_pngs_of_the_images_size(segmenter: Path, tmp_path: Path) -> N
     mask = Image.open(out / "predicted_masks" / "a" / "1.png")
     assert mask.size == (70, 33) and mask.mode == "P" and np.asarray(mask).max() <= 2
     assert Image.open(out / "predicted_masks" / "2.png").size == (20, 90)
-    assert json.loads((out / "classes.json").read_text()) == ["0", "1", "2"]
+    assert (out / "classes.txt").read_text() == "0\n1\n2\n"
+
+
+def test_predicted_masks_are_labels_of_their_images(segmenter: Path, tmp_path: Path) -> None:
+    for name in ("train/1.png", "val/2.jpg"):
+        write_image(tmp_path / "images" / name, 70, 33)
+    moce.predict(segmenter, tmp_path / "images", out=tmp_path / "out", **RUNTIME)
+    (tmp_path / "out" / "classes.txt").write_text("sky\nsea\nland\n")
+    source = read_dense(str(tmp_path / "images"), "segment", tmp_path / "out" / "predicted_masks")
+    assert (source.task, source.classes) == ("segment", ["sky", "sea", "land"])
+    assert [sample.split for sample in source.samples] == ["train", "val"]
+    written = Image.open(tmp_path / "out" / "predicted_masks" / "val" / "2.png")
+    np.testing.assert_array_equal(source.samples[1].target(), np.asarray(written))
 
 
 def test_windows_cover_an_image_and_agree_with_one_look(segmenter: Path) -> None:

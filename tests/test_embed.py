@@ -22,7 +22,7 @@ def embedded(file: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_features_are_those_that_probes_read(pooling: str, runs, tmp_path: Path) -> None:
+def test_features_are_those_that_probes_read(pooling: str, runs, tmp_path: Path, capsys) -> None:
     out = tmp_path / "new" / "task.parquet"
     given = {"pooling": pooling, "batch_size": 7, **RUNTIME}
     result = moce.embed(runs.backbone, runs.task, out=out, **given)
@@ -31,6 +31,8 @@ def test_features_are_those_that_probes_read(pooling: str, runs, tmp_path: Path)
     assert table["id"].to_pylist() == images.ids
     assert table["label"].to_pylist() == images.labels
     assert set(table["split"].to_pylist()) == {"train", "test"}
+    said = f"embedding all {len(images)} images, 24 of them test images (column split)"
+    assert said in capsys.readouterr().err
     device = torch.device("cpu")
     expected = extract_features(backbone.vit, backbone.spec, images, device=device, pooling=pooling)
     assert np.allclose(embedded(out), expected.numpy(), atol=1e-6)
@@ -47,6 +49,11 @@ def test_unreadable_images_are_left_out_and_named(runs, tmp_path: Path, capsys) 
     assert [name for name, _ in result.skipped] == ["bad.png"]
     assert "skipped bad.png" in capsys.readouterr().err
     assert len(embedded(tmp_path / "a.parquet")) == 1
+
+
+def test_without_test_images_nothing_is_said_of_them(runs, tmp_path: Path, capsys) -> None:
+    moce.embed(runs.mae, runs.task / "test", out=tmp_path / "a.parquet", **RUNTIME)
+    assert "embedding all" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,9 @@ def test_every_run_leaves_exactly_these_files(root: Path) -> None:
         "README.md", "config.json", "model.safetensors", "selection.json"
     }  # fmt: skip
     assert left_in(root / "probe") == {"config.yaml", "rows.jsonl"}
-    assert left_in(root / "tuned") == training_files(6) | {"config.json", "rows.jsonl"}
+    assert left_in(root / "tuned") == training_files(6) | {
+        "README.md", "config.json", "rows.jsonl"
+    }  # fmt: skip
     made = {"mae", "clusters", "moce", "mae_plus", "backbone", "probe", "tuned"}
     assert {path.name for path in root.iterdir()} == made | {"data", "task"}  # no temporary files
 
@@ -111,6 +113,13 @@ def test_broken_image_is_listed_everywhere_and_used_nowhere(root: Path) -> None:
         assert json.loads((root / run / "model.json").read_text())["images"] == 96
     assert "broken.png" not in read_assignments(root / "clusters")
     assert len(read_assignments(root / "clusters")) == 96
+
+
+def checkout_revision() -> str:
+    """What git says of the checkout that the tests are in."""
+    command = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always"]
+    done = subprocess.run([*command, "--abbrev=12"], capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def test_every_run_says_what_it_is_and_how_it_was_made(root: Path) -> None:
@@ -125,7 +134,9 @@ def test_every_run_says_what_it_is_and_how_it_was_made(root: Path) -> None:
         info = json.loads((root / run / "model.json").read_text())
         assert info["kind"] == kind
         assert {"moce", "torch", "timm", "python"} <= info["versions"].keys()
-        assert "git_revision" in info and info["metrics"]
+        assert (
+            info["metrics"] and info["git_revision"].removesuffix("-dirty") == checkout_revision()
+        )
         config = yaml.safe_load((root / run / "config.yaml").read_text())
         assert (config["device"], config["precision"]) == ("cpu", "float32")  # resolved
 

@@ -123,7 +123,8 @@ def run_command(line: str) -> None:
     small = DECODER if words[0] == "pretrain" else {}  # other commands read it from the MAE
     for name, value in (QUICK | small).items():
         flag = f"--{name.replace('_', '-')}"
-        if name in known and flag not in words and not (name == "batch_size" and "lbfgs" in words):
+        unused = {"batch_size": "lbfgs", "steps": "--epochs"}.get(name, "") in words
+        if name in known and flag not in words and not unused:
             words += [flag, str(value)]
     assert main(words) == 0, line
 

@@ -172,7 +172,7 @@ def test_tables_in_a_folder_label_its_images(tmp_path: Path, name: str, capsys) 
     assert f"of 3 images are from {name}" in capsys.readouterr().err
 
 
-def test_a_table_beside_a_folder_with_splits_and_numbers(tmp_path: Path) -> None:
+def test_a_table_beside_a_folder_with_splits_and_numbers(tmp_path: Path, capsys) -> None:
     root = tree(tmp_path / "d", "images/1.png", "images/2.png", "images/3.png")
     (tmp_path / "d.csv").write_text(
         "image_id,label,split\n1,0.0,train\n2,1.0,TEST\n3,,train\n9,1,test\n"
@@ -181,6 +181,7 @@ def test_a_table_beside_a_folder_with_splits_and_numbers(tmp_path: Path) -> None
     assert samples == {
         "images/1.png": ("0", "train"), "images/2.png": ("1", "test"), "images/3.png": (None, "train")
     }  # fmt: skip
+    assert "labels of 2 of 3 images are from d.csv" in capsys.readouterr().err
 
 
 def test_a_column_of_0_and_1_per_class(tmp_path: Path) -> None:

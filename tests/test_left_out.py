@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import picture
+from builders import RUNTIME, picture
 from test_splits import shard, tree
 
+import moce
 from moce.data.from_python import as_image_dataset
 from moce.data.readers.factory import open_source
 from moce.data.readers.left_out import hidden_part
@@ -106,3 +108,15 @@ def test_heic_is_opened_with_its_plugin_and_counted_without(
     finally:
         formats.suffixes.cache_clear()
     assert "left out: 1 .heic (to read them: pip install 'moce[heic]')" in capsys.readouterr().err
+
+
+def test_unreadable_images_are_named_where_no_folder_is_written(runs, tmp_path, capsys) -> None:
+    root = tmp_path / "task"
+    shutil.copytree(runs.task, root)
+    label = next((root / "train").iterdir()).name
+    (root / "train" / label / "bad.png").write_bytes(b"no image")
+    said = f"skipped train/{label}/bad.png: ValueError: not an image"
+    moce.probe(runs.mae, root, kind="knn", **RUNTIME)
+    assert said in capsys.readouterr().err
+    moce.load(runs.moce).select(root)
+    assert said in capsys.readouterr().err

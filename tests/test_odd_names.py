@@ -35,7 +35,7 @@ def test_bad_images_among_good_ones_are_skipped_counted_and_listed(
     (folder / "fake.jpg").write_text("<html>")
     (folder / "bomb.png").write_bytes(png(40000, 40000))
     (folder / "empty.gif").write_bytes(b"")
-    assert run_command(world.pretrain(folder, "--steps", 1)) == 0
+    assert run_command(world.pretrain(folder)) == 0
     messages = capsys.readouterr().err
     assert "skipped 4 unreadable images" in messages and "Traceback" not in messages
     skipped = {row["id"]: row["reason"] for row in read_lines(world.out / "skipped.jsonl")}
@@ -89,7 +89,7 @@ def test_a_label_is_never_a_path(runs, tmp_path: Path, capsys) -> None:
         "task.parquet", parquet(image=[content.getvalue()] * 12, label=labels, split=splits)
     )
     before = snapshot(tmp_path)
-    assert run_command(world.finetune("--steps", 1, data=task)) == 0, capsys.readouterr().err
+    assert run_command(world.finetune(data=task)) == 0, capsys.readouterr().err
     assert {k.split("/")[0] for k in snapshot(tmp_path).keys() - before.keys()} == {"out"}
     assert read_rows(world.out)[0]["classes"] == sorted(set(labels))
     assert run_command(world.report(world.out)) == 0

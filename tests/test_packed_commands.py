@@ -27,10 +27,10 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def packed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The images and the labeled task of `runs`, packed at the input size of the model."""
+    """The images and the labeled task of `runs`, packed at their own size."""
     folder = tmp_path_factory.mktemp("packed")
     return tuple(
-        moce.pack(data, size=16, out=folder / f"{name}.moce").file
+        moce.pack(data, size=32, out=folder / f"{name}.moce").file
         for name, data in (("data", runs.data), ("task", runs.task))
     )
 

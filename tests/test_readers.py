@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from builders import PRETRAIN, RUNTIME, middle, picture
 from PIL import Image
@@ -17,6 +20,13 @@ from moce.config import PretrainSettings
 from moce.data.from_python import as_image_dataset
 from moce.data.load import load_images
 from moce.data.readers.factory import is_named, located, open_source, paths_of, sources_of
+from moce.data.readers.table import (
+    FileTable,
+    SampleTable,
+    ids_of,
+    labels_and_splits,
+    select,
+)
 from moce.data.readers.tar import expand_braces
 from moce.errors import MoceError
 
@@ -330,3 +340,40 @@ def test_a_list_is_a_task(tmp_path: Path, runs) -> None:
     found = moce.probe(runs.mae, f"@{tmp_path}/task.txt", solver="lbfgs", **RUNTIME)
     same = moce.probe(runs.mae, runs.task, solver="lbfgs", **RUNTIME)
     assert found.values == same.values
+
+
+def test_a_folder_is_kept_as_columns(tmp_path: Path) -> None:
+    """A hundred bytes an image, and rows are the same however they are asked for."""
+    for number in range(40):
+        file = tmp_path / f"class {number % 4}" / f"image number {number:09d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("L", (number + 1, 3)).save(file)
+    odd = os.fsencode(tmp_path) + b"/class 0/\xff.png"
+    shutil.copy(file, odd)
+    samples = open_source(str(tmp_path))
+    assert isinstance(samples, FileTable)
+    assert samples.nbytes <= 100 * len(samples)
+    assert [samples[row] for row in range(len(samples))] == list(samples)
+    assert samples[10].id == "class 0/\\xff.png"
+    assert samples[10].open.read() == Path(os.fsdecode(odd)).read_bytes()  # type: ignore[attr-defined]
+    rows = [1, 10, 12, 39]
+    part = select(samples, rows)
+    assert isinstance(part, FileTable)
+    assert list(part) == [samples[row] for row in rows] == list(pickle.loads(pickle.dumps(part)))
+    assert labels_and_splits(part) == ([samples[row].label for row in rows], [None] * 4)
+    assert ids_of(part) == [samples[row].id for row in rows]
+
+
+def test_rows_of_a_table_keep_their_bytes_and_files() -> None:
+    table = SampleTable(
+        pyarrow.array([*"abcdef"]),
+        lambda row: bytes([row]),
+        pyarrow.array([["x"], ["x", "y"], None, [], ["y"], ["x"]]),
+        None,
+        np.array([0, 2, 4, 6]),
+    )
+    part = select(table, [0, 1, 3, 5])
+    assert isinstance(part, SampleTable) and part.first_rows is not None
+    assert [sample.open.read() for sample in part] == [b"\0", b"\1", b"\3", b"\5"]  # type: ignore[attr-defined]
+    assert part.first_rows.tolist() == [0, 2, 3, 4]
+    assert labels_and_splits(part) == ([("x",), ("x", "y"), (), ("x",)], [None] * 4)

@@ -140,7 +140,8 @@ SETTINGS: dict[str, Case] = {
         lambda w: w.finetune("--base-lr", 1e-2, "--lr-grid", "1e-3,1e-2"),
         "leave out --base-lr: --lr-grid replaces it"),
     "a share of validation without a grid": (
-        lambda w: w.finetune("--val-share", 0.1), "leave out --val-share: only --lr-grid uses it"),
+        lambda w: w.finetune("--val-share", 0.1),
+        "only --lr-grid and --keep-best use it: leave out --val-share"),
     "epochs of headroom": (lambda w: w.headroom("--epochs", 3), "--steps"),
     "assignment of a probe": (
         lambda w: w.customize("--strategy", "probe", "--assign", "nearest"), "--assign"),

@@ -101,17 +101,18 @@ def stop_after(out: Path, steps: int) -> threading.Thread:
 
 
 def run_command(command: str, runs, out: Path, **changes: object) -> None:
+    length = {} if "steps" in changes else {"epochs": 8 if command == "finetune" else 4}
+    changes = length | changes
     if command == "pretrain":
-        moce.pretrain(runs.data, out=out, **{**PRETRAIN, "epochs": 4, **changes})
+        moce.pretrain(runs.data, out=out, **{**PRETRAIN, **changes})
     elif command == "finetune":
         settings = {**RUNTIME, "batch_size": 8, "log_every": 1, "drop_path": 0.5}
         settings |= {} if "lr_grid" in changes else {"base_lr": 1e-2}
-        moce.finetune(runs.backbone, runs.task, out=out, **{**settings, "epochs": 8, **changes})
+        moce.finetune(runs.backbone, runs.task, out=out, **{**settings, **changes})
     else:
         settings = {
             **(DENSE if command in ("mae", "subset") else TRAIN),
             "mae": runs.mae,
-            "epochs": 4,
         }
         settings |= {} if command in ("mae", "token_moe") else {"clusters": runs.clusters}
         settings |= changes

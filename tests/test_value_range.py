@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -89,11 +90,17 @@ def test_packs_smaller_than_the_input_are_refused_as_tasks_too(runs, tmp_path, c
     assert run_command(["pack", runs.task, "--size", 12, "--out", tmp_path / "a.moce"]) == 0
     for command in ("probe", "finetune", "customize"):
         run = runs.moce if command == "customize" else runs.backbone
-        words = [command, run, tmp_path / "a.moce", "--out", tmp_path / command, "--device", "cpu"]
+        out = ["--out", tmp_path / command]
         capsys.readouterr()
-        assert run_command(words) == 2
+        assert run_command([command, run, tmp_path / "a.moce", *out, "--device", "cpu"]) == 2
         assert "smaller than the 16x16 needed" in capsys.readouterr().err
         assert not (tmp_path / command).exists()
+    suite = tmp_path / "suite.yaml"
+    tasks = [{"name": "t", "data": str(tmp_path / "a.moce")}]
+    suite.write_text(json.dumps({"name": "s", "labels": 9, "tasks": tasks}))
+    words = ["evaluate", suite, "--backbones", f"b={runs.backbone}", "--protocols", "knn"]
+    assert run_command([*words, "--out", tmp_path / "e", "--device", "cpu"]) == 2
+    assert "smaller than the 16x16 needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

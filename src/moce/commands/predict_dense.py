@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from moce.commands.setup import open_output
 from moce.config import PredictSettings
@@ -19,11 +18,12 @@ from moce.data.readers.factory import open_source
 from moce.data.readers.sample import Sample, error_line
 from moce.data.run_ahead import run_ahead
 from moce.dense.images import whole_pixels
+from moce.dense.mask_files import write_class_names, write_mask
 from moce.dense.metrics import xywh
-from moce.dense.pictures import PALETTE, draw_instances, draw_mask
+from moce.dense.pictures import draw_instances, draw_mask
 from moce.dense.predictor import Prediction, Predictor, chosen, in_batches, load_predictor
 from moce.errors import MoceError
-from moce.runs.files import atomic, make_folder, write_json, write_text
+from moce.runs.files import atomic, make_folder, write_text
 from moce.runs.model import write_config, write_skipped
 from moce.runtime.progress import log, meter
 from moce.runtime.system import worker_threads
@@ -103,14 +103,16 @@ class _Output:
         if isinstance(prediction, dict):
             self._annotations += self._coco(number, prediction)
         else:
-            self._write_mask(self._settings.out / MASKS / self._names[name], prediction)
+            path = self._settings.out / MASKS / self._names[name]
+            make_folder(path.parent)
+            write_mask(path, prediction)
         if number <= self._settings.pictures:
             self._draw(self._settings.out / PICTURES / self._names[name], pixels, prediction)
 
     def finish(self) -> None:
         out, classes = self._settings.out, self._predictor.classes
         if self._predictor.task == "segment":
-            write_json(out / "classes.json", classes)
+            write_class_names(out, classes)
             return
         categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
         content = {
@@ -138,15 +140,6 @@ class _Output:
                 entry["segmentation"] = {**mask, "counts": mask["counts"].decode("ascii")}
             annotations.append(entry)
         return annotations
-
-    @staticmethod
-    def _write_mask(path: Path, classes: np.ndarray) -> None:
-        """A PNG whose values are class numbers, with a palette to look at."""
-        make_folder(path.parent)
-        image = Image.fromarray(classes.astype(np.uint8), "P")
-        image.putpalette(PALETTE)
-        with atomic(path) as temporary:
-            image.save(temporary, "PNG")
 
     def _draw(self, path: Path, pixels: np.ndarray, prediction: Prediction) -> None:
         classes = self._predictor.classes

@@ -88,5 +88,8 @@ def run(settings: ProbeSettings) -> ProbeResult:
         write_skipped(folder, task.skipped, log)
         row = make_row(**found, data=settings.data, reference=settings.backbone)
         write_rows(folder, [row])
+    else:
+        for name, reason in task.skipped:
+            log(f"skipped {name}: {reason}")
     mean, std = float(np.mean(outcome.values)), float(np.std(outcome.values))
     return ProbeResult(**found, mean=mean, std=std)

@@ -107,7 +107,7 @@ class PredictSettings(DataSettings):
     """Apply a fine-tuned model to images: COCO JSON, mask PNGs or a table of classes, and pictures."""
 
     files = frozenset(
-        {"predictions.json", "classes.json"}
+        {"predictions.json", "classes.txt"}
         | {"predictions.csv", "predictions.jsonl", "predictions.parquet"}
     )
     folders = frozenset({"predicted_masks", "predicted_pictures"})

@@ -35,8 +35,10 @@ def check_used(settings: Settings, asked: Settings) -> None:
     settings: all of the run; asked: those of this call, without what a resumed run has recorded.
     """
     facts, unused = facts_of(settings), dict[str, list[str]]()
+    # A resumed run may have recorded both of two settings, such as the steps of its epochs.
+    replaced = replaced_by(type(settings), dict(asked))
     for name in sorted(explicitly_set(asked)):
-        reason = _why_unused(settings, name, facts)
+        reason = _why_unused(settings, name, facts, replaced)
         if reason:
             unused.setdefault(reason, []).append(flag(name, getattr(asked, name)))
     mistakes = [
@@ -45,25 +47,26 @@ def check_used(settings: Settings, asked: Settings) -> None:
     ]
     for name, fact in facts.items():
         missing = fact.get("needed") and getattr(settings, name) is None
-        if missing and not _why_unused(settings, name, facts):
+        if missing and not _why_unused(settings, name, facts, replaced):
             by = [f"{other} {getattr(settings, other)}" for other in fact["used_with"]]
             mistakes.append(f"add {flag(name)}: {' with '.join(by)} needs it")
     if mistakes:
         raise MoceError("; ".join(mistakes))
 
 
-def _why_unused(settings: Settings, name: str, facts: dict[str, Facts]) -> str | None:
+def _why_unused(
+    settings: Settings, name: str, facts: dict[str, Facts], replaced: dict[str, str]
+) -> str | None:
     """Why a setting has no effect, as words before "it"; None if it has one.
 
     A condition on a setting that has no effect itself does not count.
     """
-    replaced = replaced_by(type(settings), dict(settings))
     if name in replaced:
         return f"{flag(replaced[name])} replaces"
     for other, values in facts[name].get("used_with", {}).items():
         value = getattr(settings, other)
         met = bool(value) if values == (GIVEN,) else value in values
-        if not met and not _why_unused(settings, other, facts):
+        if not met and not _why_unused(settings, other, facts, replaced):
             only = values == (GIVEN,)
             return f"only {flag(other)} uses" if only else f"{other} {value} does not use"
     return None

@@ -90,6 +90,11 @@ def _hold_out(labels: Sequence[Label | None], splits: Sequence[str | None]) -> D
 # --- for commands that learn ------------------------------------------------------------------------
 
 
+def unlearned_splits(labels: Sequence[Label | None], splits: Sequence[str | None]) -> set[str]:
+    """The splits that no model learns from: test, and the one that is scored."""
+    return {"test", _scored(labels, splits) or "test"}
+
+
 def learning_rows(
     labels: Sequence[Label | None], splits: Sequence[str | None], where: str
 ) -> list[int]:
@@ -97,7 +102,7 @@ def learning_rows(
 
     Raises MoceError, which names `where`, if there are none.
     """
-    kept_apart = {"test", _scored(labels, splits)} - {None}
+    kept_apart = unlearned_splits(labels, splits)
     rows = [row for row, split in enumerate(splits) if split not in kept_apart]
     left = Counter(split for split in splits if split in kept_apart)
     if not rows:

@@ -22,6 +22,7 @@ from moce.data.readers.sample import Encoded, Sample, is_image_name
 from moce.data.value_range import check_values
 from moce.errors import MoceError
 from moce.models.fit import Fit
+from moce.runtime.progress import log
 
 BLOCK = 1024  # images of a stream decoded at a time
 
@@ -34,11 +35,18 @@ def as_image_dataset(
     images: DATA as on the command line; an ImageDataset; a list of paths, sources, PIL images or
     arrays [h, w] or [h, w, c]; another iterable of paths, PIL images or arrays; a uint8 tensor or
     array [n, channels, h, w] of the right size. fit: see `load_images`. choose: which rows of DATA,
-    and of a list of sources, to load (see `load_images`). Raises MoceError for anything else.
+    and of a list of sources, to load (see `load_images`). Says which images cannot be read. Raises
+    MoceError for anything else.
     """
     if isinstance(images, ImageDataset):
         return images
-    fit = fit if isinstance(fit, Fit) else Fit(fit)
+    found = _read(images, fit if isinstance(fit, Fit) else Fit(fit), channels, choose)
+    for name, reason in found.skipped:
+        log(f"skipped {name}: {reason}")
+    return found
+
+
+def _read(images: object, fit: Fit, channels: int, choose: Choose | None) -> ImageDataset:
     if isinstance(images, str | Path):
         return load_images(str(images), fit, temporary_file(), channels=channels, choose=choose)
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:

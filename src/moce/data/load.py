@@ -24,6 +24,7 @@ from moce.data.decode import to_pixels, upright_size
 from moce.data.readers.factory import open_source
 from moce.data.readers.packed import Packed, PixelReader, find_packed
 from moce.data.readers.sample import Label, Sample, error_line
+from moce.data.readers.table import ids_of, labels_and_splits, select
 from moce.data.run_ahead import run_ahead
 from moce.data.value_range import check_values
 from moce.errors import MoceError, Unreachable
@@ -112,19 +113,19 @@ def _opened(data: str | Sequence[Sample], choose: Choose | None) -> tuple[str, S
     if not samples:
         raise MoceError(f"no images in {name}")
     if choose is not None:
-        rows = choose([s.label for s in samples], [s.split for s in samples], name)
-        samples = [samples[row] for row in rows]
+        samples = select(samples, choose(*labels_and_splits(samples), name))
     check_values(samples, name)
     return name, samples
 
 
 def _dataset(originals: Originals, stored: Tensor | None) -> ImageDataset:
     samples = originals.samples
+    labels, splits = labels_and_splits(samples)
     return ImageDataset(
         stored,
-        ids=[sample.id for sample in samples],
-        labels=[sample.label for sample in samples],
-        splits=[sample.split for sample in samples],
+        ids=ids_of(samples),
+        labels=labels,
+        splits=splits,
         originals=originals,
     )
 
@@ -168,8 +169,7 @@ def _size(sample: Sample, *, decode: bool, channels: int) -> tuple[int, int]:
 def chosen_samples(data: str, choose: Choose) -> list[Sample]:
     """The images of DATA that `choose` picks, as in `load_images`, not yet decoded."""
     samples = open_source(data)
-    rows = choose([s.label for s in samples], [s.split for s in samples], data)
-    return [samples[row] for row in rows]
+    return list(select(samples, choose(*labels_and_splits(samples), data)))
 
 
 # --- decoding -----------------------------------------------------------------------------------------

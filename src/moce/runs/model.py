@@ -80,7 +80,7 @@ def read_model(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tenso
 
 def describe_kind(kind: str) -> str:
     """A kind of run, the command that makes it, and the commands that take it."""
-    made, taken = MADE_BY.get(kind, "a newer moce"), TAKEN_BY.get(kind)
+    made, taken = MADE_BY.get(str(kind), "a newer moce"), TAKEN_BY.get(str(kind))
     return f"a run of {made} (kind '{kind}')" + (f", which {taken}" if taken else "")
 
 
@@ -115,10 +115,10 @@ def provenance() -> dict[str, Any]:
 
 def _git_revision() -> str | None:
     """Revision of the checkout that moce runs from; None for an installed package."""
-    here = Path(__file__).resolve().parent
-    if not (here.parents[1] / ".git").exists():
+    checkout = Path(__file__).resolve().parents[3]  # src/moce/runs
+    if not (checkout / ".git").exists():
         return None
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

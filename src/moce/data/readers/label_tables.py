@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moce.data.readers.labels import LABELS, SPLITS, column_labels, in_order, label_of, pick
-from moce.data.readers.sample import Label
+from moce.data.readers.sample import Label, suffix_of
 from moce.data.readers.splits import column_splits
 from moce.errors import MoceError
 from moce.runtime.progress import log
@@ -36,16 +36,16 @@ class Entry:
     split: str | None
 
 
-def find_entries(
-    root: Path, files: Iterable[Path], names: Sequence[str]
-) -> dict[str, Entry] | None:
+def find_entries(root: Path, files: Iterable[str], names: Sequence[str]) -> dict[str, Entry] | None:
     """What the tables of a folder say of its images, by name; None if there is no table of them.
 
-    files: all files in the folder; names: of its images. Says how many labels each table has.
-    Raises MoceError if two tables give an image different labels.
+    files: all files in the folder, by their path in it; names: of its images. Says how many labels
+    each table has. Raises MoceError if two tables give an image different labels.
     """
-    stems = {PurePosixPath(name).stem for name in names}  # a file per image is no table
-    inside = [f for f in files if f.suffix.lower() in SUFFIXES and f.stem not in stems]
+    inside = [root / name for name in files if suffix_of(name).lower() in SUFFIXES]
+    if inside:
+        stems = {PurePosixPath(name).stem for name in names}  # a file per image is no table
+        inside = [path for path in inside if path.stem not in stems]
     parent = root.resolve().parent
     beside = [
         path
@@ -64,7 +64,8 @@ def find_entries(
         for name, entry in entries.items():
             if found.setdefault(name, entry).label != entry.label:
                 raise MoceError(f"{path} gives {name} another label than another table of {root}")
-        log(f"{root}: labels of {len(entries)} of {len(names)} images are from {path.name}")
+        labeled = sum(entry.label is not None for entry in entries.values())
+        log(f"{root}: labels of {labeled} of {len(names)} images are from {path.name}")
     return found if used else None
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from moce.data.readers.sample import as_text
+from moce.data.readers.sample import as_text, suffix_of
 from moce.runtime.progress import log
 
 # Made by macOS, Windows, Synology, QNAP and Jupyter beside people's files.
@@ -99,7 +99,7 @@ class LeftOut:
 
     def add_others(self, names: Iterable[str]) -> None:
         """Count the files among these that hold images moce does not read."""
-        suffixes = (PurePosixPath(name).suffix.lower() for name in names)
+        suffixes = (suffix_of(name).lower() for name in names)
         self._others.update(s for s in suffixes if s in OTHER_IMAGES)
 
     def add(self, kind: str) -> None:

@@ -94,16 +94,23 @@ def places(paths: Sequence[str], where: str, root: str = "") -> list[Place]:
     The label is the last folder that is no split's. Raises MoceError, which names `where`, if a
     folder could be a split or a class.
     """
-    folders = [PurePosixPath(path).parts[:-1] for path in paths]
-    levels = _levels(set(folders))
+    parts = {folder: PurePosixPath(folder).parts for folder in {_folder_of(p) for p in paths}}
+    levels = _levels(set(parts.values()))
     inside_split = split_of(root) is not None
-    found = {folder: _read_folders(folder, levels, where, inside_split) for folder in set(folders)}
+    found = {
+        folder: _read_folders(folder, levels, where, inside_split) for folder in set(parts.values())
+    }
     # Folders above a split are classes only if they differ: not the one folder images/ of
     # images/train/ and images/test/.
     above = {label for label, _, is_above in found.values() if is_above}
     if len(above) < 2:
         found = {f: (None if up else label, split, up) for f, (label, split, up) in found.items()}
-    return [Place(found[folder][0], found[folder][1]) for folder in folders]
+    place_of = {folder: Place(*found[names][:2]) for folder, names in parts.items()}
+    return [place_of[_folder_of(path)] for path in paths]
+
+
+def _folder_of(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def _levels(folders: set[tuple[str, ...]]) -> dict[tuple[str, ...], _Level]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
-from typing import overload
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from moce.data.readers.sample import Encoded, Label, Sample
+from moce.data.decode import Raster
+from moce.data.readers.sample import Encoded, Label, Sample, as_text
 
 BLOCK = 2**14  # rows turned into Python values at a time
 
@@ -50,6 +55,18 @@ class SampleTable(Sequence[Sample]):
         """Whether no id occurs twice."""
         return bool(pyarrow.compute.count_distinct(self.ids).as_py() == len(self.ids))
 
+    def select(self, rows: Sequence[int]) -> SampleTable:
+        """The images of these rows, which ascend."""
+        numbers = np.array(rows, np.int64)
+        table = copy(self)
+        table.ids, table.labels, table.splits = (
+            column.take(_indices(numbers)) for column in (self.ids, self.labels, self.splits)
+        )
+        table.read = _Selected(self.read, numbers)
+        if self.first_rows is not None:
+            table.first_rows = np.searchsorted(numbers, self.first_rows)
+        return table
+
     @overload
     def __getitem__(self, row: int) -> Sample: ...
     @overload
@@ -74,8 +91,114 @@ class SampleTable(Sequence[Sample]):
     def _sample(
         self, row: int, identity: str, label: str | list[str] | None, split: str | None
     ) -> Sample:
-        known: Label | None = tuple(sorted(set(label))) if isinstance(label, list) else label
-        return Sample(identity, Encoded(partial(self.read, row)), known, split)
+        return Sample(identity, self._opener(row), _known(label), split)
+
+    def _opener(self, row: int) -> Callable[[], Raster]:
+        return Encoded(partial(self.read, row))
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """Reads some rows of a table, by their place among these."""
+
+    read: Callable[[int], bytes]
+    rows: np.ndarray
+
+    def __call__(self, row: int) -> bytes:
+        return self.read(int(self.rows[row]))
+
+
+def _indices(rows: np.ndarray) -> pyarrow.Array:
+    return pyarrow.Array.from_buffers(pyarrow.int64(), len(rows), [None, pyarrow.py_buffer(rows)])
+
+
+class FileTable(SampleTable):
+    """Files of one folder, by their path in it. Arguments as for SampleTable.
+
+    opener: opens a file. Ids are the names as text, which differ from names that are not UTF-8.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        opener: Callable[[Path], Callable[[], Raster]],
+        labels: pyarrow.Array | None = None,
+        splits: pyarrow.Array | None = None,
+    ) -> None:
+        ids = [as_text(name) for name in names]
+        column = text_column(ids)
+        super().__init__(column, self._read, labels, splits)
+        self.root, self.opener = root, opener
+        self.names = column
+        if ids != list(names):
+            self.names = pyarrow.array(map(os.fsencode, names), pyarrow.large_binary())
+
+    def select(self, rows: Sequence[int]) -> FileTable:
+        numbers = _indices(np.array(rows, np.int64))
+        table = copy(self)
+        table.ids, table.labels, table.splits, table.names = (
+            column.take(numbers) for column in (self.ids, self.labels, self.splits, self.names)
+        )
+        table.read = table._read
+        return table
+
+    def path(self, row: int) -> Path:
+        """The file of a row."""
+        return self.root / os.fsdecode(self.names[row].as_py())
+
+    def _read(self, row: int) -> bytes:
+        return self.path(row).read_bytes()
+
+    def _opener(self, row: int) -> Callable[[], Raster]:
+        return self.opener(self.path(row))
+
+
+def labels_and_splits(
+    samples: Sequence[Sample],
+) -> tuple[list[Label | None], list[str | None]]:
+    """Of each image; of a table without making its samples."""
+    if not isinstance(samples, SampleTable):
+        return [sample.label for sample in samples], [sample.split for sample in samples]
+    return [*map(_known, _values(samples.labels))], _values(samples.splits)
+
+
+def ids_of(samples: Sequence[Sample]) -> list[str]:
+    """Of each image."""
+    if isinstance(samples, SampleTable):
+        return list(samples.ids.to_pylist())
+    return [sample.id for sample in samples]
+
+
+def select(samples: Sequence[Sample], rows: Sequence[int]) -> Sequence[Sample]:
+    """The images of these rows, which ascend; those of a table as a table."""
+    if len(rows) == len(samples):
+        return samples
+    return samples.select(rows) if isinstance(samples, SampleTable) else [samples[r] for r in rows]
+
+
+def _values(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[Any]:
+    """The values of a column, with one object for all that are equal."""
+    if isinstance(column, pyarrow.ChunkedArray):
+        return [value for chunk in column.chunks for value in _values(chunk)]
+    if not pyarrow.types.is_dictionary(column.type):
+        return list(column.to_pylist())
+    values = dict(enumerate(column.dictionary.to_pylist()))
+    return [values.get(number) for number in column.indices.to_pylist()]
+
+
+def _known(label: str | list[str] | None) -> Label | None:
+    return tuple(sorted(set(label))) if isinstance(label, list) else label
+
+
+def text_column(texts: Sequence[str | None]) -> pyarrow.Array:
+    """Strings as a column. pyarrow.array would import pandas, which takes a second."""
+    blocks = [pyarrow.nulls(0, pyarrow.large_string())]
+    for start in range(0, len(texts), BLOCK):
+        builder = pyarrow.lib.StringBuilder()
+        builder.append_values(texts[start : start + BLOCK])
+        blocks.append(builder.finish().cast(pyarrow.large_string()))
+    return pyarrow.concat_arrays(blocks)
 
 
 def label_column(labels: Sequence[Label | None]) -> pyarrow.Array:

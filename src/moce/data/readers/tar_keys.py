@@ -7,9 +7,8 @@ The parts of a sample share a key, the name up to its first dot. A later dot may
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import PurePosixPath
 
-from moce.data.readers.sample import is_image_name
+from moce.data.readers.sample import is_image_name, suffix_of
 
 LABEL_SUFFIXES = (".cls", ".json")
 _PARTS = "seg mask masks label labels gt depth normal alpha edge edges thumb"
@@ -42,7 +41,7 @@ def _parts(names: Iterable[str], anything: bool) -> dict[str, str]:
         if anything and "" in marks.values():
             parts |= {n for n, mark in marks.items() if mark and not _has_number(mark)}
         if len(parts) < len(members):
-            found |= {name: marks[name] + PurePosixPath(name).suffix.lower() for name in parts}
+            found |= {name: marks[name] + suffix_of(name).lower() for name in parts}
     return found
 
 
@@ -52,13 +51,13 @@ def _has_number(mark: str) -> bool:
 
 def key_of(name: str) -> str:
     """WebDataset's key: the path up to the first dot of the file name."""
-    path = PurePosixPath(name)
-    return str(path.with_name(path.name.split(".")[0] or path.name))
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + (last.split(".")[0] or last)
 
 
 def stem_of(name: str) -> str:
     """The path without its last suffix."""
-    return str(PurePosixPath(name).with_suffix(""))
+    return name.removesuffix(suffix_of(name))
 
 
 def label_names(name: str) -> list[str]:

@@ -133,7 +133,10 @@ def _plain(root: Path, annotations: Path | None) -> Layout | None:
         masks = _masks(root, kind)
         known = {mask.id for mask in masks}
         images = [sample for sample in image_samples(root) if sample.id not in known]
+    # Predictions have their classes.txt beside the folder of masks.
     classes = class_names(root)
+    if classes is None and annotations is not None:
+        classes = class_names(annotations.parent)
     number = IGNORE if classes is None else len(classes)
     table = table_of({value: value for value in range(number)})
     return Layout(list(_matched(images, masks)), classes, table)

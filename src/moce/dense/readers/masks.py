@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from moce.data.decode import Raster
+from moce.data.decode import Raster, upright_size
 from moce.data.readers.sample import error_line
 from moce.data.run_ahead import run_ahead
-from moce.dense.images import upright_size
 from moce.dense.readers.layouts import UNKNOWN, VALUES, Layout, find_layout
 from moce.dense.readers.objects import raise_above_share
 from moce.dense.readers.pairs import image_samples

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moce.data.decode import Raster
+from moce.data.decode import Raster, upright_size
 from moce.data.readers.sample import error_line
 from moce.data.run_ahead import run_ahead
 from moce.dense import rle
-from moce.dense.images import upright_size
 from moce.dense.types import DenseSample, DenseSource, Instances
 from moce.errors import MoceError
 from moce.runtime.progress import log, meter
