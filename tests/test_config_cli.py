@@ -36,6 +36,21 @@ def test_unknown_setting_suggests_the_nearest() -> None:
         moce.train("x", mae="m", clusters="c", out="o", num_expert=3)
 
 
+def test_a_value_of_two_types_is_one_mistake() -> None:
+    with pytest.raises(MoceError) as refusal:
+        moce.finetune("b", "d", out="o", freeze=-1)
+    expected = "setting 'freeze': input should be 'backbone' or greater than or equal to 0 (got -1)"
+    assert str(refusal.value) == expected
+
+
+def test_arguments_may_follow_flags(capsys) -> None:
+    words = ["finetune", "--steps", "1", "no-such-mae", "--workers", "0", "no-such-data"]
+    assert run_command([*words, "more"]) == 2
+    assert "unknown argument more" in capsys.readouterr().err
+    assert run_command(words) == 2
+    assert "error: --out is missing" in capsys.readouterr().err  # and neither BACKBONE nor DATA
+
+
 def test_all_mistakes_come_in_one_message() -> None:
     with pytest.raises(MoceError) as refusal:
         moce.pretrain("x", epochs="many", mask_ratio=1.5, batch_size=0, color=3)

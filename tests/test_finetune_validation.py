@@ -93,6 +93,7 @@ def test_frozen_parts_keep_their_weights(runs, tmp_path: Path, freeze: object) -
 def test_more_frozen_blocks_than_there_are_is_refused(runs, tmp_path: Path) -> None:
     with pytest.raises(MoceError, match="--freeze 99: the backbone has"):
         finetune(runs, tmp_path / "run", freeze=99)
+    assert not (tmp_path / "run").exists()
 
 
 def test_balanced_weights_are_inverse_to_the_images_of_a_class() -> None:

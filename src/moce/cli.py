@@ -165,10 +165,24 @@ class _Parser(argparse.ArgumentParser):
         if first.startswith("-") and first not in ALONE_FLAGS:
             self.error(f"expected a command before {words[0]}")
         options, unknown = self.parse_known_args(words, namespace)
+        if options.command and not any(word.startswith("-") for word in unknown):
+            unknown = _after_flags(options, unknown)
         if unknown:
             self.prog = f"{self.prog} {options.command}" if options.command else self.prog
             self.error(_describe_unknown(unknown, options.command))
         return options
+
+
+def _after_flags(options: argparse.Namespace, words: list[str]) -> list[str]:
+    """Take arguments that follow flags, which argparse leaves over where an earlier one may be missing.
+
+    `moce probe runs/mae --solver lbfgs birds/` names DATA, too. Returns the words nothing asks for.
+    """
+    for name in COMMANDS[options.command].positional:
+        if words and getattr(options, name, None) is None:
+            setattr(options, name, words[0])
+            words = words[1:]
+    return words
 
 
 def _describe_unknown(unknown: list[str], command: str | None) -> str:
@@ -256,7 +270,8 @@ def _metavar(field: FieldInfo) -> str:
         return "A,B,..."
     for kind in _types_of(field):
         if typing.get_origin(kind) is Literal:
-            return "{" + ",".join(typing.get_args(kind)) + "}"
+            number = ",N" if _holds(field, int) else ""
+            return "{" + ",".join(typing.get_args(kind)) + number + "}"
     metavars = {float: "X", int: "N", Path: "PATH", dict: "YAML"}
     return next((shown for kind, shown in metavars.items() if _holds(field, kind)), "NAME")
 

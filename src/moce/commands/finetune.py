@@ -39,6 +39,7 @@ from moce.runs.resume import recorded_settings, resumes
 from moce.runtime.distributed import run_on_rank0
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
+from moce.training.freeze import blocks_to_freeze
 from moce.training.trainer import fit, total_steps
 from moce.weights.export import Model
 from moce.weights.from_runs import Backbone, load_backbone
@@ -69,6 +70,7 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     if not (settings.lr_grid or settings.keep_best):
         refuse_unused(settings, ["val_share"], "only --lr-grid and --keep-best use it")
     backbone = load_backbone(settings.backbone)
+    blocks_to_freeze(backbone.vit, settings.freeze)  # refuses before anything is written
     settings = by_size(settings, backbone.vit)
     shape = input_shape(backbone.vit)
     settings = _without_policy_if_unusable(settings, shape[0])

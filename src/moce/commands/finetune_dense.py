@@ -27,6 +27,7 @@ from moce.runs.files import write_text
 from moce.runs.model import SKIPPED, write_model
 from moce.runtime.distributed import run_on_rank0
 from moce.runtime.progress import log
+from moce.training.freeze import blocks_to_freeze
 from moce.training.trainer import fit, total_steps
 from moce.weights.from_runs import load_backbone
 
@@ -44,6 +45,7 @@ def run(settings: FinetuneSettings) -> dict[str, Any]:
     if settings.strategy == "fsdp":
         raise MoceError("detectors and segmenters are not sharded: use --strategy ddp")
     backbone = load_backbone(settings.backbone)
+    blocks_to_freeze(backbone.vit, settings.freeze)  # refuses before anything is written
     source = _read(settings)
     config = network_config(backbone, source, settings)
     train, test = split(source, input_channels(backbone.vit))

@@ -50,7 +50,7 @@ def parse(kind: type[S], values: dict[str, Any], shown: Callable[[str], str] | N
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        mistakes = _without_consequences(error.errors())
+        mistakes = _one_per_choice(_without_consequences(error.errors()))
     lines, valid = [], {}
     for mistake in mistakes:
         *place, name = mistake["loc"]
@@ -85,6 +85,26 @@ def _without_consequences(mistakes: list[Any]) -> list[Any]:
         return mistake["type"] == "too_short" and inside
 
     return [mistake for mistake in mistakes if not follows(mistake)]
+
+
+def _one_per_choice(mistakes: list[Any]) -> list[Any]:
+    """Join the mistakes of a value that may be of several types: "backbone or a number" is one value."""
+    joined: dict[tuple[Any, ...], Any] = {}
+    for mistake in mistakes:
+        *place, last = mistake["loc"]
+        named = mistake["type"] in ("extra_forbidden", "missing")
+        chosen = (
+            isinstance(last, str)
+            and not named
+            and ("-" in last or "[" in last or last in ("int", "float"))
+        )
+        key = tuple(place) if place and chosen else mistake["loc"]
+        if key in joined:
+            message = mistake["msg"].removeprefix("Input should be ")
+            joined[key]["msg"] += f" or {message}"
+        else:
+            joined[key] = {**mistake, "loc": key}
+    return list(joined.values())
 
 
 def _names_at(kind: type[Settings], place: list[int | str]) -> list[str]:

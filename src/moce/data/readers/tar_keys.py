@@ -30,10 +30,12 @@ def usual_parts(names: Iterable[str]) -> dict[str, str]:
 
 
 def _parts(names: Iterable[str], anything: bool) -> dict[str, str]:
+    images = [name for name in names if is_image_name(name)]
+    dotted = {key_of(name) for name in images if name.rpartition("/")[2].count(".") > 1}
     by_key: dict[str, list[str]] = {}
-    for name in names:
-        if is_image_name(name):
-            by_key.setdefault(key_of(name), []).append(name)
+    for name in images if dotted else ():  # most sources have no such names
+        if (key := key_of(name)) in dotted:
+            by_key.setdefault(key, []).append(name)
     found: dict[str, str] = {}
     for key, members in by_key.items():
         marks = {name: stem_of(name)[len(key) :] for name in members}
