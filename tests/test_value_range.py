@@ -92,9 +92,10 @@ def test_packs_smaller_than_the_input_are_refused_as_tasks_too(runs, tmp_path, c
         run = runs.moce if command == "customize" else runs.backbone
         out = ["--out", tmp_path / command]
         capsys.readouterr()
-        assert run_command([command, run, tmp_path / "a.moce", *out, "--device", "cpu"]) == 2
-        assert "smaller than the 16x16 needed" in capsys.readouterr().err
-        assert not (tmp_path / command).exists()
+        for data in (tmp_path / "a.moce", f"{tmp_path / 'a.moce'},{runs.task}"):
+            assert run_command([command, run, data, *out, "--device", "cpu"]) == 2
+            assert "smaller than the 16x16 needed" in capsys.readouterr().err
+            assert not (tmp_path / command).exists()
     suite = tmp_path / "suite.yaml"
     tasks = [{"name": "t", "data": str(tmp_path / "a.moce")}]
     suite.write_text(json.dumps({"name": "s", "labels": 9, "tasks": tasks}))

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from moce.data.dataset import ImageDataset, Originals
 from moce.data.decode import to_pixels, upright_size
-from moce.data.readers.factory import open_source
-from moce.data.readers.packed import Packed, PixelReader, find_packed
+from moce.data.readers.factory import check_packs, open_source
+from moce.data.readers.packed import Packed, PixelReader, check_large_enough, find_packed
 from moce.data.readers.sample import Label, Sample, error_line
 from moce.data.readers.table import ids_of, labels_and_splits, select
 from moce.data.run_ahead import run_ahead
@@ -39,6 +39,7 @@ AHEAD_PER_THREAD = 16  # images: enough to keep threads busy, few enough for set
 TINY, MOST_TINY_BYTES = 64, 2**32  # pixels of a side; bytes of a set that is decoded at once
 LOOKED_AT = 16  # images, to find out the size of all
 REPORT_EVERY = 32  # images
+LISTED = "the list of images"
 BAR_AFTER = 2.0  # seconds
 Choose = Callable[[Sequence[Label | None], Sequence[str | None], str], list[int]]
 T = TypeVar("T")
@@ -55,6 +56,7 @@ def load_images(
     keep_tiny: bool = False,
     required: bool = True,
     choose: Choose | None = None,
+    name: str = LISTED,
 ) -> ImageDataset:
     """Decode all images of DATA, resized and cropped as `fit` says; a size (h, w): see `to_pixels`.
 
@@ -62,14 +64,15 @@ def load_images(
     not fit into memory go to `pixel_file`, a temporary file. Packed files are not decoded: their
     images keep their size, which must be at least that of `fit`. keep_tiny: images for training, too: if
     all are tiny and of one size, they keep it. choose: which rows to load, by labels, splits and the
-    name of the source. Raises MoceError if, unless `required` is False, no image is readable or more
-    than the share `max_skipped` is not, or if neither memory nor disk has room.
+    name of the source. name: of a list, for messages. Raises MoceError if, unless `required` is False,
+    no image is readable or more than the share `max_skipped` is not, or if neither memory nor disk has
+    room.
     """
     fit = fit if isinstance(fit, Fit) else Fit(fit)
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
         return _from_packed(packed, fit.size, channels, choose)
-    name, samples = _opened(data, choose)
+    name, samples = _opened(data, choose, fit.size, name)
     originals = Originals(samples, channels, max_skipped, required)
     own = _tiny_size(originals, None) if keep_tiny else None
     if own == fit.size and not fit.is_plain:
@@ -96,7 +99,7 @@ def open_images(
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
         return _from_packed(packed, fit.size, channels, choose)
-    name, samples = _opened(data, choose)
+    name, samples = _opened(data, choose, fit.size)
     originals = Originals(samples, channels, max_skipped)
     own = _tiny_size(originals, name)
     if own is not None:
@@ -106,10 +109,15 @@ def open_images(
     return _dataset(originals, None)
 
 
-def _opened(data: str | Sequence[Sample], choose: Choose | None) -> tuple[str, Sequence[Sample]]:
+def _opened(
+    data: str | Sequence[Sample], choose: Choose | None, size: tuple[int, int], name: str = LISTED
+) -> tuple[str, Sequence[Sample]]:
     """A name of the images for messages, and the images. Raises MoceError if there are none."""
-    name = data if isinstance(data, str) else "the list of images"
-    samples = open_source(data) if isinstance(data, str) else data
+    if isinstance(data, str):
+        check_packs(data, size)
+        name, samples = data, open_source(data)
+    else:
+        samples = data
     if not samples:
         raise MoceError(f"no images in {name}")
     if choose is not None:
@@ -357,16 +365,6 @@ def _decode_once_per_node(
     if launch().local_rank == 0:
         file.unlink()  # its space is freed when the processes end
     return pixels, result
-
-
-def check_large_enough(packed: Packed, size: tuple[int, int]) -> None:
-    """Raise MoceError if the images of a packed file are smaller than `size`, [h, w]."""
-    height, width = packed.shape[2:]
-    if height < size[0] or width < size[1]:
-        raise MoceError(
-            f"{packed.path} contains images of {height}x{width}, smaller than the "
-            f"{size[0]}x{size[1]} needed; pack them again with --size {size[0]}x{size[1]} or more"
-        )
 
 
 def _from_packed(

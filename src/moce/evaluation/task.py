@@ -10,8 +10,8 @@ import numpy as np
 
 from moce.data.dataset import ImageDataset
 from moce.data.divide import divide
-from moce.data.load import check_large_enough, load_images
-from moce.data.readers.factory import open_source
+from moce.data.load import load_images
+from moce.data.readers.factory import check_packs, open_source
 from moce.data.readers.labels import in_order
 from moce.data.readers.packed import find_packed
 from moce.data.readers.sample import Label
@@ -73,6 +73,7 @@ def load_task(
             channels=shape[0],
             max_skipped=max_skipped,
             keep_tiny=True,
+            name=data,
         )
 
     train, test = read("train"), read("test")
@@ -98,9 +99,8 @@ def _packed_as_needed(data: str, shape: tuple[int, int, int]) -> ImageDataset | 
 
     Raises MoceError if its images are smaller, as every command does.
     """
+    check_packs(data, shape[1:])
     packed = find_packed(data)
-    if packed is not None:
-        check_large_enough(packed, shape[1:])
     if packed is None or packed.shape[1:] != shape:
         return None
     return replace(load_images(data, shape[1:], channels=shape[0]), skipped=[])

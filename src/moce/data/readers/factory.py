@@ -20,7 +20,7 @@ from moce.data.readers.labels import label_of
 from moce.data.readers.lists import path_and_label, read_list
 from moce.data.readers.manifest import is_pack, packed_shards
 from moce.data.readers.numpy_arrays import read_arrays
-from moce.data.readers.packed import find_packed
+from moce.data.readers.packed import check_large_enough, find_packed
 from moce.data.readers.parquet import DEMO_PREFIX, demo_samples, read_parquet_files
 from moce.data.readers.remote import find_remote, is_url
 from moce.data.readers.sample import Encoded, Sample, as_text, is_image_name
@@ -163,6 +163,14 @@ def sources_of(data: str) -> list[Source]:
     if not all(names):
         raise MoceError(f"an empty name between the commas of '{data}'")
     return [source for name in names for source in _listed(name)]
+
+
+def check_packs(data: str, size: tuple[int, int]) -> None:
+    """Raise MoceError if a packed file among the sources of DATA has images smaller than `size` (h, w)."""
+    for source in sources_of(data):
+        packed = find_packed(source.data)
+        if packed is not None:
+            check_large_enough(packed, size)
 
 
 def _exists(path: Path) -> bool:

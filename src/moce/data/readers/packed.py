@@ -134,6 +134,16 @@ def _as_raster(pixels: np.ndarray) -> Image.Image | np.ndarray:
     return Image.fromarray(last) if len(pixels) == 3 else last
 
 
+def check_large_enough(packed: Packed, size: tuple[int, int]) -> None:
+    """Raise MoceError if the images of a packed file are smaller than `size`, [h, w]."""
+    height, width = packed.shape[2:]
+    if height < size[0] or width < size[1]:
+        raise MoceError(
+            f"{packed.path} contains images of {height}x{width}, smaller than the "
+            f"{size[0]}x{size[1]} needed; pack them again with --size {size[0]}x{size[1]} or more"
+        )
+
+
 def find_packed(data: str) -> Packed | None:
     """The packed file that DATA names, by suffix or content; None if it names something else.
 
