@@ -176,7 +176,9 @@ class _Tuner:
             rows, held = (
                 rows[part] for part in hold_out(labels, settings.val_share, settings.seed)
             )
-            log(f"training on {len(rows)} images; {len(held)} held out choose the best weights")
+            log(
+                f"training on {counted(len(rows), 'image')}; {len(held)} held out choose the best weights"
+            )
         images, labels = self.task.train.subset(rows.tolist()), self.task.train_labels[rows]
         objective = FinetuneObjective(vit, self.backbone.spec, images, labels, settings)
         if not len(held):

@@ -8,7 +8,7 @@ from pathlib import Path
 from moce.commands import predict_classes
 from moce.commands.setup import prepare, refuse_unused
 from moce.config import PredictSettings, expand
-from moce.errors import MoceError
+from moce.errors import MoceError, counted
 from moce.runs.folder import check_folder
 from moce.runs.model import read_info
 
@@ -24,7 +24,7 @@ class PredictResult:
 
     def summary(self) -> str:
         unread = f" ({self.skipped} unreadable)" if self.skipped else ""
-        return f"predicted {self.images} images{unread}: {self.out}"
+        return f"predicted {counted(self.images, 'image')}{unread}: {self.out}"
 
 
 def run(settings: PredictSettings) -> PredictResult:

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from moce.config import TrainingSettings
 from moce.config.usage import flag
 from moce.data.loader import Loading
+from moce.errors import counted
 from moce.models.encoder import input_size
 from moce.runtime.distributed import world_size
 from moce.runtime.progress import duration, log
@@ -57,7 +58,7 @@ def _header(
         f"{objective.name}: {name}, {total / 1e6:.3g} M parameters, on {count:,} images of "
         f"{height}x{width}, {device.type}, {settings.precision}{processes}",
         f"{steps:,} steps of {settings.batch_size} images ({epochs:.3g} epochs), rate {rate:.3g} "
-        f"(base_lr {settings.base_lr:g}), warm-up {round(settings.warmup * steps):,} steps; writes "
+        f"(base_lr {settings.base_lr:g}), warm-up {counted(round(settings.warmup * steps), 'step')}; writes "
         f"{settings.out}",
     ]
     if chosen:
