@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,9 +79,9 @@ def test_splits_and_labels_of_any_kind_are_kept(tmp_path: Path, monkeypatch) -> 
     assert torch.equal(
         packed.train.take(slice(None)), load_images(str(task / "train"), SIZE).pixels
     )
-    samples = open_source(str(task))
-    for sample, label in zip(samples, [("cat", "dog"), (), None], strict=False):
-        object.__setattr__(sample, "label", label)
+    samples = list(open_source(str(task)))
+    for row, label in enumerate([("cat", "dog"), (), None]):
+        samples[row] = replace(samples[row], label=label)
     monkeypatch.setattr("moce.commands.pack.open_source", lambda data: samples)
     moce.pack(task, size=16, out=tmp_path / "many.moce")
     assert load_images(str(tmp_path / "many.moce"), SIZE).labels[:3] == [("cat", "dog"), (), None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def _parts(settings: PredictSettings, classifier: Classifier) -> tuple[int, Iter
         return len(images), iter([images])
     samples = open_source(settings.data)
     return len(samples), (
-        load_images(samples[start : start + PART], fit, channels=channels, max_skipped=math.inf)
+        load_images(samples[start : start + PART], fit, channels=channels, required=False)
         for start in range(0, len(samples), PART)
     )
 
