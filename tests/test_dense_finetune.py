@@ -317,7 +317,8 @@ def test_mistakes_are_refused(
 
 def test_only_fine_tuned_models_predict(runs: Runs, tmp_path: Path, capsys) -> None:
     assert run_command(["predict", runs.mae, runs.task, "--out", tmp_path / "out"]) == 2
-    assert "kind 'mae': give a folder of moce finetune" in one_line(capsys.readouterr().err)
+    error = one_line(capsys.readouterr().err)
+    assert "(kind 'mae'), which moce cluster" in error and error.endswith("of moce finetune")
     assert not (tmp_path / "out").exists()
 
 

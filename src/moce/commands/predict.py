@@ -10,7 +10,7 @@ from moce.commands.setup import prepare, refuse_unused
 from moce.config import PredictSettings, expand
 from moce.errors import MoceError, counted
 from moce.runs.folder import check_folder
-from moce.runs.model import read_info
+from moce.runs.model import describe_kind, read_info
 
 
 @dataclass
@@ -39,7 +39,7 @@ def run(settings: PredictSettings) -> PredictResult:
     from moce.dense.predictor import KINDS  # its libraries take seconds to import
 
     if kind not in KINDS:
-        raise MoceError(f"{model} is a run of kind '{kind}': give a folder of moce finetune")
+        raise MoceError(f"{model} is {describe_kind(kind)}; give one of moce finetune")
     from moce.commands import predict_dense
 
     return PredictResult(settings.out, KINDS[kind], *predict_dense.run(settings, device, precision))

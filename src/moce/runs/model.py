@@ -36,7 +36,7 @@ TAKEN_BY = {  # what its user may have meant to do
     "clusters": "moce train and headroom take as --clusters",
     "moce": "moce customize and evaluate take; moce customize makes a backbone for a task of it",
     "token_moe": "moce probe, finetune and evaluate take as it is",
-    "classifier": "moce export, embed and probe take",
+    "classifier": "moce predict, export, embed and probe take",
 }
 HOLDS = {  # files of folders that are not runs, and what to do with them
     "selection.json": "is not a moce run but a backbone, which moce probe, embed, finetune and export take",
