@@ -10,7 +10,7 @@ TESTS := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       pre-train, cluster, train experts, customize for six tasks (about 8 minutes)"
+	@echo "make demo       pre-train, cluster, train experts, customize for six tasks (some minutes)"
 	@echo "make test       run the fast tests"
 	@echo "make test-slow  run the slow tests (end to end)"
 	@echo "make lint       check style (ruff)"

@@ -65,8 +65,7 @@ def write_table(demo: Path) -> None:
     seconds = sum(json.loads((demo / "demo.json").read_text())["seconds"].values())
     used = read_config(demo / "mae")
     origin = (
-        f"Revision {revision}, seed {used['seed']}, {seconds:.0f} s in {used['precision']}, while other "
-        "programs ran."
+        f"Revision {revision}, seed {used['seed']}, {seconds:.0f} s on a CPU in {used['precision']}."
     )
     table = results_table(read_rows(demo / "evaluation"))
     before, _, after = (DOCS.parent / "README.md").read_text().split(MARK)
