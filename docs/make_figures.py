@@ -64,9 +64,7 @@ def write_table(demo: Path) -> None:
     revision = read_info(demo / "moce")["git_revision"]
     seconds = sum(json.loads((demo / "demo.json").read_text())["seconds"].values())
     used = read_config(demo / "mae")
-    origin = (
-        f"Revision {revision}, seed {used['seed']}, {seconds:.0f} s on a CPU in {used['precision']}."
-    )
+    origin = f"Revision {revision}, seed {used['seed']}, {seconds:.0f} s on a CPU in {used['precision']}."
     table = results_table(read_rows(demo / "evaluation"))
     before, _, after = (DOCS.parent / "README.md").read_text().split(MARK)
     text = f"{before}{MARK}\n{table}\n\n{origin}\n{MARK}{after}"
