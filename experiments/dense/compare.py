@@ -118,10 +118,11 @@ def backbone_for(name: str, seed: int, task: Path, runs: Path, out: Path) -> Pat
 
 
 def linear(reference: Path, task: Path, seed: int, out: Path) -> dict[str, Any]:
-    """A linear layer on the frozen patch tokens; a value per random draw of training images.
+    """A linear layer on the frozen tokens of all blocks; a value per random draw of training images.
 
-    It is fitted to the shares of the classes in every patch, by L-BFGS. Its logits are resized to the
-    image, as those of moce's linear segmenter. Token MoE, which is no plain ViT, can be scored, too.
+    It is fitted to the shares of the classes in every patch, weighted by the inverse root of how
+    frequent they are, by L-BFGS. Its logits are resized to the image, as those of moce's linear
+    segmenter. Token MoE, which is no plain ViT, can be scored, too.
     """
     train, test, classes = images_of(str(task))
     height, width = train.read(0)[0].shape[1:]
@@ -161,13 +162,13 @@ def mask_of(target: Any) -> np.ndarray:
 
 
 class Features:
-    """Patch tokens of the last block, frozen, of images of one size (h, w)."""
+    """Frozen patch tokens after every block, of images of one size (h, w)."""
 
     def __init__(self, reference: Path, size: tuple[int, int]) -> None:
         backbone = load_backbone(str(reference))
         backbone.vit.set_input_size(img_size=size)  # resamples the position embedding
         self.patch = backbone.vit.patch_embed.patch_size[0]
-        self.network = VitFeatures(backbone.vit.eval(), [len(backbone.vit.blocks) - 1])
+        self.network = VitFeatures(backbone.vit.eval(), range(len(backbone.vit.blocks)))
         self.mean, self.std = (
             torch.tensor(values)[:, None, None]
             for values in (backbone.spec.mean, backbone.spec.std)
@@ -175,13 +176,13 @@ class Features:
 
     @torch.inference_mode()
     def __call__(self, images: DenseImages) -> Tensor:
-        """[n, width, h / patch, w / patch]."""
+        """[n, blocks * width, h / patch, w / patch]."""
         batches = []
         for start in range(0, len(images), 32):
             rows = range(start, min(start + 32, len(images)))
             pixels = torch.from_numpy(np.stack([images.read(row)[0] for row in rows]))
-            (found,) = self.network((pixels.float() / 255 - self.mean) / self.std)
-            batches.append(found)
+            maps = self.network((pixels.float() / 255 - self.mean) / self.std)
+            batches.append(torch.cat(maps, 1))
         return torch.cat(batches)
 
     def shares(self, images: DenseImages, classes: int) -> Tensor:
@@ -192,7 +193,8 @@ class Features:
 
 
 def fitted(features: Tensor, shares: Tensor) -> LinearHead:
-    """The layer of least cross entropy, with a small penalty on its weights."""
+    """The layer of least weighted cross entropy, with a small penalty on its weights."""
+    shares = shares * shares.mean((0, 2, 3), True).rsqrt()
     head = LinearHead(features.shape[1], shares.shape[1])
     nn.init.zeros_(head.classify.weight)
     nn.init.zeros_(head.classify.bias)  # type: ignore[arg-type]
