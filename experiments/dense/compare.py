@@ -1,11 +1,12 @@
 """Compare backbones of Mix-32 on dense tasks: MAE, MAE+, token MoE, MoCE's choice, adapted ones.
 
-    python -m experiments.dense.compare --runs runs/mix32_adapted --out runs/dense
+    python -m experiments.dense.compare --runs runs/mix32_adapted --out runs/dense --jobs 2
     python -m experiments.dense.draw
 
---runs is the folder of experiments.mix32.run with the recipe cpu_adapted. A finished row is passed
-over, so the same command goes on after an interruption, and with seeds that were not there before.
-Rows go to results/mix32.jsonl. See `PROTOCOLS` for what is measured.
+--runs is the folder of experiments.mix32.run with the recipe cpu_adapted. Rows go to
+results/mix32.jsonl; those that are there are passed over, so the same command goes on after an
+interruption, and with runs that were not there before. See `PROTOCOLS` for what is measured: detect,
+which takes ten minutes a row, runs on request only.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, astuple, dataclass, fields
 from functools import cache, partial
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +38,6 @@ from moce.dense.network import LinearHead, VitFeatures
 from moce.dense.readers import read_dense
 from moce.evaluation.results import read_rows as read_results
 from moce.runs.model import provenance
-from moce.runtime.progress import log
 from moce.weights.from_runs import load_backbone
 
 HERE = Path(__file__).parent
@@ -42,7 +46,6 @@ SIDE = 64  # pixels of an image
 TRAIN, VAL = 400, 200  # images of a composed task
 DRAWS, LABELS = 3, 200  # random draws of so many training images for the linear layer
 RIDGE = 1e-4
-SEEDS = (0, 1, 2)
 ADAPT_STEPS = 200
 
 # By name: the run of the seed, and what is made of it for a task.
@@ -66,18 +69,17 @@ DETECTOR_HEAD = {"dim": 32, "scales": (2, 1, 0.5), "anchor_scale": 4, "depth": 0
 # --- tasks --------------------------------------------------------------------------------------------
 
 
-def task_folder(out: Path, name: str, cache: Path) -> Path:
-    """The folder of a task, written now if it is not there."""
-    folder = out / "tasks" / name
-    if not folder.exists():
-        temporary = folder.with_name(f"{name}.part")
-        shutil.rmtree(temporary, ignore_errors=True)
-        if name in ("kinds", "digits"):
-            write_scenes(temporary, name, TRAIN, VAL, SIDE)  # type: ignore[arg-type]
-        else:
-            write_task(temporary, name, cache)
-        temporary.rename(folder)
-    return folder
+def write_once(folder: Path, name: str, cache: Path) -> None:
+    """Write a task unless it is there."""
+    if folder.exists():
+        return
+    temporary = folder.with_name(f"{name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if name in ("kinds", "digits"):
+        write_scenes(temporary, name, TRAIN, VAL, SIDE)  # type: ignore[arg-type]
+    else:
+        write_task(temporary, name, cache)
+    temporary.rename(folder)
 
 
 def folder_of_images(task: Path) -> Path:
@@ -240,7 +242,7 @@ def tuned(
 
 
 Protocol = Callable[[Path, Path, int, Path], dict[str, Any]]
-# By name: what is done with a backbone, on which tasks, with which of the backbones.
+# By name: what is done, on which tasks, with which backbones. The cheap and telling ones first.
 PROTOCOLS: dict[str, tuple[Protocol, tuple[str, ...], tuple[str, ...]]] = {
     "linear": (linear, ("kinds", "emoji", "nuclei"), tuple(BACKBONES)),
     "upernet": (partial(tuned, UPERNET, UPERNET_HEAD), ("kinds",), TUNED),
@@ -251,14 +253,41 @@ PROTOCOLS: dict[str, tuple[Protocol, tuple[str, ...], tuple[str, ...]]] = {
 # --- the run ------------------------------------------------------------------------------------------
 
 
-def plan(protocols: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int, str]]:
-    """Protocol, task, seed and backbone of every row, the cheap and telling ones first."""
-    for protocol in protocols:
-        _, tasks, backbones = PROTOCOLS[protocol]
-        for seed in seeds:
-            for task in tasks:
-                for backbone in backbones:
-                    yield protocol, task, seed, backbone
+@dataclass(frozen=True)
+class Cell:
+    """What a row measures."""
+
+    protocol: str
+    task: str
+    seed: int
+    backbone: str
+
+
+def cells(protocol: str, seeds: Iterable[int]) -> Iterator[Cell]:
+    _, tasks, backbones = PROTOCOLS[protocol]
+    for seed, task, backbone in product(seeds, tasks, backbones):
+        yield Cell(protocol, task, seed, backbone)
+
+
+def measure(cell: Cell, runs: Path, out: Path) -> dict[str, Any] | None:
+    """The row of a cell; None if the run that it needs is not there yet."""
+    torch.set_num_threads(1)
+    start = time.process_time()
+    task = out / "tasks" / cell.task
+    reference = backbone_for(cell.backbone, cell.seed, task, runs, out)
+    if reference is None:
+        return None
+    folder = out / cell.protocol / str(cell.seed) / cell.backbone / cell.task
+    found = PROTOCOLS[cell.protocol][0](reference, task, cell.seed, folder)
+    return {
+        **asdict(cell),
+        **found,
+        "values": [round(value, 6) for value in found["values"]],
+        "figures": {name: round(value, 4) for name, value in found["figures"].items()},
+        "cpu_seconds": round(time.process_time() - start, 1),
+        "revision": provenance()["git_revision"],
+        "command": f"experiments.dense.compare --protocols {cell.protocol} --seeds {cell.seed}",
+    }
 
 
 def main() -> None:
@@ -267,41 +296,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/dense"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=Path("runs/mix32/cache"), help="of packages")
-    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=["linear", "upernet"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    done = {key_of(row) for row in read_rows(given.results)}
-    for key in plan(given.protocols, given.seeds):
-        if key in done:
-            continue
-        protocol, name, seed, backbone = key
-        start = time.process_time()
-        task = task_folder(given.out, name, given.cache)
-        reference = backbone_for(backbone, seed, task, given.runs, given.out)
-        if reference is None:
-            log(f"passed over, its run is not there yet: {backbone}, seed {seed}")
-            continue
-        folder = given.out / protocol / str(seed) / backbone / name
-        found = PROTOCOLS[protocol][0](reference, task, seed, folder)
-        mark = {"task": name, "seed": seed, "backbone": backbone, "protocol": protocol}
-        about = {
-            "cpu_seconds": round(time.process_time() - start, 1),
-            "revision": provenance()["git_revision"],
-            "command": f"experiments.dense.compare --protocols {protocol} --seeds {seed}",
-        }
-        merge(given.results, [{**mark, **rounded(found), **about}])
-        values = " ".join(f"{100 * value:.1f}" for value in found["values"])
-        log(f"{protocol}, {name}, seed {seed}, {backbone}: {found['metric']} {values}")
-
-
-def key_of(row: dict[str, Any]) -> tuple[str, str, int, str]:
-    return row["protocol"], row["task"], row["seed"], row["backbone"]
-
-
-def rounded(found: dict[str, Any]) -> dict[str, Any]:
-    figures = {name: round(value, 4) for name, value in found["figures"].items()}
-    return {**found, "values": [round(v, 6) for v in found["values"]], "figures": figures}
+    done = {tuple(row[f.name] for f in fields(Cell)) for row in read_rows(given.results)}
+    for protocol in given.protocols:  # a later one takes the backbones that an earlier one adapted
+        todo = [cell for cell in cells(protocol, given.seeds) if astuple(cell) not in done]
+        for task in {cell.task for cell in todo}:
+            write_once(given.out / "tasks" / task, task, given.cache)
+        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(measure, cell, given.runs, given.out): cell for cell in todo}
+            for future in as_completed(running):
+                row = future.result()
+                if row is None:
+                    print(f"passed over, its run is not there yet: {running[future]}", flush=True)
+                else:
+                    merge(given.results, [row])
+                    print(running[future], row["values"], flush=True)
 
 
 if __name__ == "__main__":
