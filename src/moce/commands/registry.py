@@ -13,6 +13,7 @@ from moce.config.signature import docstring_of, signature_of
 from moce.errors import MoceError
 from moce.runs.lock import locks_released
 from moce.runtime.launch import launch
+from moce.runtime.light_imports import defer_imports
 
 if TYPE_CHECKING:
     from moce.commands.cluster import ClusterResult
@@ -70,6 +71,7 @@ class Command:
                 f"moce {self.name} runs in one process, but {launch().by} started "
                 f"{launch().world_size}; run it without {launch().by}"
             )
+        defer_imports()
         with locks_released():
             return self.work(settings)
 
