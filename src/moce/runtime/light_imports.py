@@ -62,7 +62,7 @@ def stand_ins() -> Iterator[None]:
     disable = torch.compiler.disable
     sys.modules.update(placed)
     # As a decorator it imports the compiler; torch's own, which does not, waits for the first call.
-    torch.compiler.disable = _disable  # type: ignore[assignment]
+    torch.compiler.disable = _disable
     try:
         yield
     finally:
