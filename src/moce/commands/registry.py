@@ -230,6 +230,7 @@ def convert(settings: config.ConvertSettings) -> ConvertResult:
     config.EmbedSettings,
     ("backbone", "data"),
     "moce embed backbones/birds birds/ --out birds.parquet",
+    distributed=True,
 )
 def embed(settings: config.EmbedSettings) -> EmbedResult:
     from moce.commands.embed import run
@@ -264,6 +265,7 @@ def predict(settings: config.PredictSettings) -> PredictResult:
     config.ProbeSettings,
     ("backbone", "data"),
     "moce probe backbones/birds birds/ --kind linear --draws 3 --num-labels 200",
+    distributed=True,
 )
 def probe(settings: config.ProbeSettings) -> ProbeResult:
     from moce.commands.probe import run
@@ -276,6 +278,7 @@ def probe(settings: config.ProbeSettings) -> ProbeResult:
     ("suite",),
     "moce evaluate recipes/suites/paper11.yaml --out runs/eval "
     "--backbones mae+=runs/mae_plus,moce=runs/moce",
+    distributed=True,
 )
 def evaluate(settings: config.EvaluateSettings) -> EvaluateResult:
     from moce.commands.evaluate import run
