@@ -291,7 +291,7 @@ def distill(
     epochs: float | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
-    micro_batch_size: int | None = None,
+    micro_batch_size: Literal["auto"] | int | None = "auto",
     base_lr: float = 0.001,
     weight_decay: float = 0.05,
     beta2: float = 0.95,
@@ -335,8 +335,9 @@ def distill(
         steps (int | None, default None): optimizer steps (default: from epochs)
         batch_size (int | None, default None): images per optimizer step, over all processes and
             micro-batches (default: 256, fewer for few images)
-        micro_batch_size (int | None, default None): images per forward pass of each process;
-            gradients are accumulated over a batch (default: all)
+        micro_batch_size (Literal['auto'] | int | None, default 'auto'): images per forward pass of
+            each process; gradients are accumulated over a batch. auto: as many as a GPU's memory
+            holds, found by trying and recorded; 256 on a CPU and with fsdp
         base_lr (float, default 0.001): learning rate per 256 images; the rate is base_lr *
             batch_size / 256
         weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
@@ -539,7 +540,7 @@ def finetune(
     epochs: float = 100,
     steps: int | None = None,
     batch_size: int = 1024,
-    micro_batch_size: int | None = 256,
+    micro_batch_size: Literal["auto"] | int | None = "auto",
     base_lr: float = 0.0005,
     weight_decay: float = 0.05,
     beta2: float = 0.999,
@@ -615,8 +616,9 @@ def finetune(
         epochs (float, default 100): passes over the images, fractions allowed; 50 from ViT-L on
         steps (int | None, default None): optimizer steps (default: from epochs)
         batch_size (int, default 1024): images per optimizer step, over all micro-batches
-        micro_batch_size (int | None, default 256): images per forward pass; gradients are
-            accumulated over a batch
+        micro_batch_size (Literal['auto'] | int | None, default 'auto'): images per forward pass of
+            each process; gradients are accumulated over a batch. auto: as many as a GPU's memory
+            holds, found by trying and recorded; 256 on a CPU and with fsdp
         base_lr (float, default 0.0005): learning rate per 256 images; the rate is base_lr *
             batch_size / 256; 1e-3 from ViT-L on
         weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
@@ -702,7 +704,7 @@ def headroom(
     epochs: float = 400,
     steps: int | None = 800,
     batch_size: int = 256,
-    micro_batch_size: int | None = None,
+    micro_batch_size: Literal["auto"] | int | None = "auto",
     base_lr: float = 0.00015,
     weight_decay: float = 0.05,
     beta2: float = 0.95,
@@ -758,8 +760,9 @@ def headroom(
             share of them
         batch_size (int, default 256): images per optimizer step, over all processes and
             micro-batches
-        micro_batch_size (int | None, default None): images per forward pass of each process;
-            gradients are accumulated over a batch (default: all)
+        micro_batch_size (Literal['auto'] | int | None, default 'auto'): images per forward pass of
+            each process; gradients are accumulated over a batch. auto: as many as a GPU's memory
+            holds, found by trying and recorded; 256 on a CPU and with fsdp
         base_lr (float, default 0.00015): learning rate per 256 images; the rate is base_lr *
             batch_size / 256
         weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
@@ -881,7 +884,7 @@ def pretrain(
     epochs: float | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
-    micro_batch_size: int | None = None,
+    micro_batch_size: Literal["auto"] | int | None = "auto",
     base_lr: float | None = None,
     weight_decay: float = 0.05,
     beta2: float = 0.95,
@@ -936,8 +939,9 @@ def pretrain(
         steps (int | None, default None): optimizer steps (default: from epochs)
         batch_size (int | None, default None): images per optimizer step, over all processes and
             micro-batches (default: 256, fewer for few images)
-        micro_batch_size (int | None, default None): images per forward pass of each process;
-            gradients are accumulated over a batch (default: all)
+        micro_batch_size (Literal['auto'] | int | None, default 'auto'): images per forward pass of
+            each process; gradients are accumulated over a batch. auto: as many as a GPU's memory
+            holds, found by trying and recorded; 256 on a CPU and with fsdp
         base_lr (float | None, default None): learning rate per 256 images; the rate is base_lr *
             batch_size / 256 (default: from the size of the model and the weights it starts from)
         weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)
@@ -1146,7 +1150,7 @@ def train(
     epochs: float | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
-    micro_batch_size: int | None = None,
+    micro_batch_size: Literal["auto"] | int | None = "auto",
     base_lr: float | None = None,
     weight_decay: float = 0.05,
     beta2: float = 0.95,
@@ -1218,8 +1222,9 @@ def train(
         steps (int | None, default None): optimizer steps (default: from epochs)
         batch_size (int | None, default None): images per optimizer step, over all processes and
             micro-batches (default: 256, fewer for few images)
-        micro_batch_size (int | None, default None): images per forward pass of each process;
-            gradients are accumulated over a batch (default: all)
+        micro_batch_size (Literal['auto'] | int | None, default 'auto'): images per forward pass of
+            each process; gradients are accumulated over a batch. auto: as many as a GPU's memory
+            holds, found by trying and recorded; 256 on a CPU and with fsdp
         base_lr (float | None, default None): learning rate per 256 images; the rate is base_lr *
             batch_size / 256 (default: from the size of the model and the weights it starts from)
         weight_decay (float, default 0.05): AdamW weight decay (none on biases, norms)

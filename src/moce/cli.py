@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from moce.commands.registry import COMMANDS, Command
 from moce.config.load import closest, read_recipe, read_yaml, renamed
 from moce.config.usage import flag, replaced_by
-from moce.errors import MoceError, signal_of
+from moce.errors import MoceError, is_out_of_memory, signal_of
 from moce.runtime.launch import ALONE, first_to_fail, is_rank0, launch, leave
 from moce.runtime.signals import terminable
 
@@ -121,7 +121,7 @@ def _exit_status(error: BaseException) -> int | None:
         return INTERRUPTED + signal_of(error)
     if isinstance(error, MoceError):
         return getattr(error, "exit_status", MISTAKE)
-    return FAILED if isinstance(error, OSError) or _is_out_of_memory(error) else None
+    return FAILED if isinstance(error, OSError) or is_out_of_memory(error) else None
 
 
 def _one_line(error: BaseException, command: Command) -> str:
@@ -130,18 +130,12 @@ def _one_line(error: BaseException, command: Command) -> str:
         return "interrupted; resume with --resume" if "resume" in settings else "interrupted"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         sizes = {"micro_batch_size", "batch_size"} & settings.keys()
         smaller = f"; try a smaller {flag(max(sizes))}" if sizes else ""
         on_gpu = "CUDA" in str(error) and "cache_on_gpu" in settings
         return f"out of memory{smaller}{', or --no-cache-on-gpu' if on_gpu else ''}"
     return " ".join(str(error).split())
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Python's error, torch's on accelerators (by its name: torch is not imported) and on CPUs."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 # --- flags ----------------------------------------------------------------------------------------

@@ -18,6 +18,18 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+class OutOfMemory(MoceError):
+    """Training has run out of memory; the message says what takes less."""
+
+    exit_status = 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's error, torch's on accelerators (by its name: torch is not imported) and on CPUs."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 class Unreachable(MoceError):
     """A remote file cannot be read: no fault of one image, so the run stops."""
 

@@ -23,6 +23,7 @@ from moce.runs.files import write_json
 from moce.runs.model import STATE, last_metrics, provenance
 from moce.training.announce import announce
 from moce.training.distillation import DistillObjective, size_of
+from moce.training.micro_batch import settle_micro_batch
 from moce.training.trainer import fit
 from moce.weights.export import TIMM, Model
 from moce.weights.from_runs import load_backbone
@@ -61,6 +62,7 @@ def run(settings: DistillSettings) -> DistillResult:
     settings = choose(asked, len(images), net, device)
     start_run(settings, images)
     objective = DistillObjective(student, size, teacher, images, settings, device)
+    settings = settle_micro_batch(objective, settings, device)
     announce(objective, settings, device, spec.name, teacher.vit, changed(asked, settings))
     fit(objective, settings, device, settings.precision)
     return _save(settings, student.net.cpu().eval(), spec, size, images)

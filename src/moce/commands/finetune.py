@@ -41,6 +41,7 @@ from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
 from moce.training.freeze import blocks_to_freeze
 from moce.training.lora import ADAPTER, add_lora, check_lora, merge, write_adapter
+from moce.training.micro_batch import settle_micro_batch
 from moce.training.trainer import fit, total_steps
 from moce.weights.export import Model
 from moce.weights.from_runs import Backbone, load_backbone
@@ -203,6 +204,7 @@ class _Tuner:
             )
         images, labels = self.task.train.subset(rows.tolist()), self.task.train_labels[rows]
         objective = FinetuneObjective(vit, self.backbone.spec, images, labels, settings)
+        settings = settle_micro_batch(objective, settings, self.device)
         if not len(held):
             fit(objective, settings, self.device, settings.precision)
             return _Tuned(vit, None, adapted)

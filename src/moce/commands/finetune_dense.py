@@ -28,6 +28,7 @@ from moce.runs.model import SKIPPED, write_model
 from moce.runtime.distributed import run_on_rank0
 from moce.runtime.progress import log
 from moce.training.freeze import blocks_to_freeze
+from moce.training.micro_batch import settle_micro_batch
 from moce.training.trainer import fit, total_steps
 from moce.weights.from_runs import load_backbone
 
@@ -56,7 +57,9 @@ def run(settings: FinetuneSettings) -> dict[str, Any]:
     hint_few_steps(settings, total_steps(settings, len(train)), f"see {RECIPES[source.task]}")
     torch.manual_seed(settings.seed)  # the new head is the same, whatever ran before
     network = new_network(config, backbone, settings.drop_path)
-    fit(DenseObjective(network, config, train, settings), settings, device, settings.precision)
+    objective = DenseObjective(network, config, train, settings)
+    settings = settle_micro_batch(objective, settings, device)
+    fit(objective, settings, device, settings.precision)
     predictor = Predictor(network, config, source.classes, device, settings.precision)
     figures = evaluate(predictor, test, TEST_BATCH)
     row = _row(settings, source, figures, len(train))

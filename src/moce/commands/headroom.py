@@ -26,6 +26,7 @@ from moce.inference.reconstruction_error import reconstruction_error
 from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE
 from moce.runs.files import write_json
+from moce.training.micro_batch import settle_micro_batch
 from moce.training.objectives import MAEObjective
 from moce.training.trainer import fit, total_steps
 from moce.weights.from_runs import load_clusters
@@ -171,6 +172,7 @@ class _Trainer:
         folder.mkdir(exist_ok=True)
         images = self.images.subset(rows.tolist())
         objective = MAEObjective(name, mae, self.spec, images, settings)
+        settings = settle_micro_batch(objective, settings, self.device)
         fit(objective, settings, self.device, settings.precision)
         return mae
 

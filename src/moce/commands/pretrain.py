@@ -24,6 +24,7 @@ from moce.training.defaults import (
     default_lr,
     official_weights_here,
 )
+from moce.training.micro_batch import settle_micro_batch
 from moce.training.objectives import MAEObjective
 from moce.training.trainer import fit
 from moce.weights.resolve import check_arguments, from_timm, overrides_of, start_from
@@ -53,6 +54,7 @@ def run(settings: PretrainSettings) -> PretrainResult:
     settings = choose(settings, len(images), mae.encoder, device, rate)
     start_run(settings, images)
     objective = MAEObjective("pretrain", mae, spec.encoder, images, settings)
+    settings = settle_micro_batch(objective, settings, device)
     announce(objective, settings, device, spec.encoder.name, mae.encoder, changed(asked, settings))
     fit(objective, settings, device, settings.precision)
     return save_mae(settings.out, spec, mae, images)

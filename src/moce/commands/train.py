@@ -35,6 +35,7 @@ from moce.runs.model import last_metrics, write_model
 from moce.runtime.progress import log
 from moce.training.announce import announce
 from moce.training.defaults import default_lr
+from moce.training.micro_batch import settle_micro_batch
 from moce.training.objectives import MAEObjective, MoCEObjective, TokenMoEObjective
 from moce.training.trainer import Objective, fit, total_steps
 from moce.training.upcycling import check_experts, upcycle, upcycle_by_token
@@ -100,8 +101,9 @@ class _Job:
         """Train the objective's model and move it back to the CPU."""
         start_run(self.settings, self.images)
         name, encoder = self.spec.encoder.name, self.mae.encoder
-        announce(objective, self.settings, self.device, name, encoder, self.chosen)
-        fit(objective, self.settings, self.device, self.settings.precision)
+        settings = settle_micro_batch(objective, self.settings, self.device)
+        announce(objective, settings, self.device, name, encoder, self.chosen)
+        fit(objective, settings, self.device, settings.precision)
         objective.model.cpu()
 
 

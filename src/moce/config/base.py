@@ -58,6 +58,7 @@ NonNegative = Annotated[float, Field(ge=0, le=MOST)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Index = Annotated[int, Field(ge=0, le=2**62)]
 Steps = Literal["auto"] | Count
+MicroBatch = Literal["auto"] | Count
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Numbers = Accepts("float | Sequence[float]")
@@ -174,10 +175,11 @@ class TrainingSettings(RunSettings, CacheSettings):
     batch_size: Count = setting(
         256, "images per optimizer step, over all processes and micro-batches"
     )
-    micro_batch_size: Count | None = setting(
-        None,
-        "images per forward pass of each process; gradients are accumulated over a batch "
-        "(default: all)",
+    micro_batch_size: MicroBatch | None = setting(
+        "auto",
+        "images per forward pass of each process; gradients are accumulated over a batch. auto: as "
+        "many as a GPU's memory holds, found by trying and recorded; 256 on a CPU and with fsdp",
+        before=None,
     )
     base_lr: Positive = setting(
         1.5e-4, "learning rate per 256 images; the rate is base_lr * batch_size / 256"
@@ -212,6 +214,11 @@ class TrainingSettings(RunSettings, CacheSettings):
         may_change=True,
     )
     tensorboard: bool = setting(False, "the same as --logger tensorboard", may_change=True)
+
+    @property
+    def images_per_pass(self) -> int | None:
+        """Of each process; None: all of its share of a batch."""
+        return None if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
     def loggers(self) -> tuple[LoggerName, ...]:

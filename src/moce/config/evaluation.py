@@ -155,9 +155,6 @@ class FinetuneSettings(TrainingSettings, DenseTaskSettings):
     )
     epochs: Positive = setting(100, "passes over the images, fractions allowed; 50 from ViT-L on")
     batch_size: Count = setting(1024, "images per optimizer step, over all micro-batches")
-    micro_batch_size: Count | None = setting(
-        256, "images per forward pass; gradients are accumulated over a batch"
-    )
     base_lr: Positive = setting(
         5e-4,
         "learning rate per 256 images; the rate is base_lr * batch_size / 256; 1e-3 from ViT-L on",

@@ -23,6 +23,7 @@ from moce.models.encoder import EncoderSpec
 from moce.models.mae import MAE, MAESpec
 from moce.runtime.progress import duration, log
 from moce.training.announce import seconds_per_image
+from moce.training.micro_batch import settle_micro_batch
 from moce.training.objectives import MAEObjective
 from moce.training.trainer import fit
 
@@ -81,8 +82,9 @@ def adapt(
     if held_out:
         before = watch()["held_out"]  # the state to beat
         objective.diagnostics = watch
+    settings = settle_micro_batch(objective, settings, device)
     size = settings.batch_size
-    count = min(size, settings.micro_batch_size or size)
+    count = min(size, settings.images_per_pass or size)
     seconds = (settings.steps or 0) * size * seconds_per_image(objective, settings, device, count)
     log(
         f"adapting to {len(own)} task images and {num_pool} related ones, {len(held_out)} held out: "

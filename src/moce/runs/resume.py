@@ -38,7 +38,7 @@ def resumes(settings: RunSettings) -> bool:
 def recorded_settings(settings: R) -> R:
     """The settings in config.yaml, overridden by those given now."""
     given = settings.model_dump(mode="json", include=settings.model_fields_set)
-    for name in ("device", "precision"):
+    for name in ("device", "precision", "micro_batch_size"):
         if given.get(name) == "auto":
             del given[name]
     return parse(type(settings), {**_recorded(settings), **given})

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from contextlib import closing
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moce.config import TrainingSettings
 from moce.config.usage import flag
-from moce.data.loader import Loading
 from moce.errors import counted
 from moce.models.encoder import input_size
 from moce.runtime.distributed import world_size
 from moce.runtime.progress import duration, log
-from moce.training.trainer import Objective, Step, total_steps
+from moce.training.memory import advise_on_memory
+from moce.training.trainer import Objective, total_steps
+from moce.training.trial import trial
 
 PASSES = 3  # of which the fastest counts
 MOST_MEASURED = {"cpu": 32}  # images; on accelerators a whole micro-batch, up to
@@ -95,29 +95,21 @@ def _seconds(
     """How long the steps will take; None if they are few, or the model is sharded."""
     share = -(-settings.batch_size // world_size())
     most = MOST_MEASURED.get(device.type, MOST_ON_GPU)
-    measured = min(share, settings.micro_batch_size or share, most)
+    measured = min(share, settings.images_per_pass or share, most)
     if steps * share < WORTH_MEASURING * measured or settings.strategy == "fsdp":
         return None
-    return steps * share * seconds_per_image(objective, settings, device, measured)
+    with advise_on_memory(settings, device):
+        return steps * share * seconds_per_image(objective, settings, device, measured)
 
 
 def seconds_per_image(
     objective: Objective, settings: TrainingSettings, device: torch.device, count: int
 ) -> float:
-    """Time of a forward and backward pass over `count` images, which leaves no trace in the model."""
-    objective.model.to(device)
-    rows = torch.arange(count) % len(objective.images)
-    order = [(rows, torch.zeros_like(rows))]
-    with closing(objective.batches(order, device, Loading(workers=0))) as batches:
-        batch = next(batches)
-    step = Step(-1, rows)  # what a loss keeps for one step must not be kept for the first
+    """Time of a forward and backward pass over `count` images, which leaves no trace."""
     seconds = []
-    for _ in range(PASSES):
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = objective.loss(objective.model, batch, step)["loss"]
-        loss.backward()
-        float(loss.detach())  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    objective.model.zero_grad(set_to_none=True)
+    with trial(objective, settings, device, count) as one_pass:
+        for _ in range(PASSES):
+            start = time.perf_counter()
+            one_pass()
+            seconds.append(time.perf_counter() - start)
     return min(seconds) / count

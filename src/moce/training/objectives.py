@@ -152,6 +152,10 @@ class TokenMoEObjective(Objective):
         super().__init__("token_moe", model, images, groups, None, ExpertStats(model), views)
         self._token_moe, self._spec, self._settings = model, spec, settings
 
+    @property
+    def collective(self) -> bool:
+        return True
+
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
         settings, mae = self._settings, self._token_moe.mae
         output = model(

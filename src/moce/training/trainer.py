@@ -37,6 +37,7 @@ from moce.runtime.signals import stop_request
 from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from moce.training.gate_stats import Diagnostics
 from moce.training.idle_experts import IdleExperts
+from moce.training.memory import advise_on_memory
 from moce.training.metrics import MetricLog, Window
 from moce.training.optimizer import ParameterGroup, adamw, learning_rate, set_learning_rate
 from moce.training.thread_parallel import Losses, ThreadParallel, has_dropout
@@ -111,6 +112,11 @@ class Objective(ABC):
         return view_batches(self.images, order, device, self.views, loading)
 
     @property
+    def collective(self) -> bool:
+        """Whether several processes exchange values in `loss`."""
+        return False
+
+    @property
     def uses_mixup(self) -> bool:
         """Whether `loss` mixes every image with the one before it.
 
@@ -135,8 +141,10 @@ def fit(
 
     Raises NotFinite when the loss or the weights are not finite; the last good state is on disk.
     Raises Interrupted when the user or the system asks to stop; the current state is on disk.
+    Raises OutOfMemory, with what takes less.
     """
-    _Trainer(objective, settings, device, precision).run()
+    with advise_on_memory(settings, device):
+        _Trainer(objective, settings, device, precision).run()
 
 
 class _Trainer:
@@ -186,7 +194,7 @@ class _Trainer:
         self.model.train()
         leading = self.objective.uses_mixup and world_size() > 1
         rows = self.order.micro_batches(
-            self.done, self.total, self.settings.micro_batch_size, leading
+            self.done, self.total, self.settings.images_per_pass, leading
         )
         with (
             closing(self._open_log()) as metric_log,
@@ -312,7 +320,7 @@ class _Trainer:
         rows, _ = self.order(number)
         leading = int(self.objective.uses_mixup and world_size() > 1)
         step = Step(number, rows, num_leading=leading)
-        micro_batches = shard_micro_batches(len(rows), self.settings.micro_batch_size)
+        micro_batches = shard_micro_batches(len(rows), self.settings.images_per_pass)
         for step.micro_batch, own in enumerate(micro_batches):
             with self.window.waiting():
                 batch = next(batches)
@@ -364,7 +372,7 @@ def _note(row: dict[str, Any], times: dict[str, Any]) -> str:
 
 def check_batch_size(settings: TrainingSettings) -> None:
     """Raise MoceError if a process would get no image in some forward pass."""
-    size, micro = settings.batch_size, settings.micro_batch_size
+    size, micro = settings.batch_size, settings.images_per_pass
     own = shard_micro_batches(size, micro)
     shortest = torch.tensor(min(part.stop - part.start for part in own))
     if int(all_reduce((shortest == 0).long())):
