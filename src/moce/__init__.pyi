@@ -886,6 +886,8 @@ def pretrain(
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
+    monitor: Sequence[str] = (),
+    monitor_every: int | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -949,6 +951,13 @@ def pretrain(
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
             mlflow.db beside the run); several with commas
         tensorboard (bool, default False): the same as --logger tensorboard
+        monitor (Sequence[str], default ()): tasks (DATA arguments with labels, e.g. birds/,cars/)
+            to score the frozen encoder on while it trains, by k-NN and by a linear probe; test
+            images are scored as by moce probe
+        monitor_every (int | None, default None): steps between measurements: of the tasks of
+            --monitor, of the rank of the features (RankMe) and of pictures of reconstructions
+            (default: ten in a run; without --monitor fewer or none, to cost 1 % of the time at
+            most)
         model (str | None, default None): encoder: any plain timm ViT (default: one that fits the
             images and the device)
         model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
@@ -1151,6 +1160,8 @@ def train(
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
+    monitor: Sequence[str] = (),
+    monitor_every: int | None = None,
     clusters: str | Path | None = None,
     method: Literal["moce", "mae", "token_moe", "sdr", "subset"] = "moce",
     task: Data | None = None,
@@ -1231,6 +1242,13 @@ def train(
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
             mlflow.db beside the run); several with commas
         tensorboard (bool, default False): the same as --logger tensorboard
+        monitor (Sequence[str], default ()): tasks (DATA arguments with labels, e.g. birds/,cars/)
+            to score the frozen encoder on while it trains, by k-NN and by a linear probe; test
+            images are scored as by moce probe
+        monitor_every (int | None, default None): steps between measurements: of the tasks of
+            --monitor, of the rank of the features (RankMe) and of pictures of reconstructions
+            (default: ten in a run; without --monitor fewer or none, to cost 1 % of the time at
+            most)
         clusters (str | Path | None, default None): run folder of moce cluster (not for methods mae
             and token_moe)
         method (Literal['moce', 'mae', 'token_moe', 'sdr', 'subset'], default 'moce'): moce:

@@ -34,10 +34,16 @@ from moce.runtime.fsdp import full_state
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log, meter
 from moce.runtime.signals import stop_request
-from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from moce.training.checkpoint import (
+    Checkpoint,
+    check_agreed,
+    load_checkpoint,
+    save_checkpoint,
+)
 from moce.training.gate_stats import Diagnostics
 from moce.training.idle_experts import IdleExperts
-from moce.training.metrics import MetricLog, Window
+from moce.training.metrics import MetricLog, Window, note_of
+from moce.training.monitoring import Measured, Monitor
 from moce.training.optimizer import ParameterGroup, adamw, learning_rate, set_learning_rate
 from moce.training.thread_parallel import Losses, ThreadParallel, has_dropout
 from moce.training.unreadable import UnreadableImages
@@ -71,6 +77,7 @@ class Objective(ABC):
         parameter_groups: for AdamW; `lr_scale` is a factor of the learning rate.
         chunk_size: images per chunk for `ThreadParallel`. None: the loss must not be chunked.
         diagnostics: values to log beside the losses.
+        monitor: measures the network at some of the rows.
         ema: decay of an average of the weights, which then is what is evaluated and kept; 0: none.
         views: what `loss` asks a batch for: random crops of the images, or what a policy makes of
             those. None: batches are whole images.
@@ -82,6 +89,7 @@ class Objective(ABC):
     parameter_groups: list[ParameterGroup]
     chunk_size: int | None = None
     diagnostics: Diagnostics | None = None
+    monitor: Monitor | None = field(default=None, init=False)
     views: Views | None = None
     ema: float = 0.0
     average: WeightAverage | None = field(default=None, init=False)  # set by the trainer
@@ -195,6 +203,9 @@ class _Trainer:
             stop_request() as stop,
             self._thread_parallel() as self.thread_parallel,
         ):
+            if not self.done and (measured := self._measure(0)).row:
+                metric_log.write({"step": 0, "epoch": 0.0, **measured.row}, None, measured.picture)
+                self.window.reset()
             end = self.done if self.done and self._converged() else self.total
             for number in range(self.done, end):
                 rate = self._set_rate(number)
@@ -232,9 +243,24 @@ class _Trainer:
         self.window.collect()
         row = self.window.row(step, self.count, self.settings.batch_size, rate)
         times = self.window.times(step, self.settings.batch_size)
-        self.window.reset()
-        metric_log.write(row | self._diagnostics(), times)
-        return _note(row, times)
+        row |= self._diagnostics()
+        measured = self._measure(step)
+        metric_log.write(row | measured.row, times, measured.picture)
+        self.window.reset()  # measuring is no part of a step
+        monitor = self.objective.monitor
+        return note_of(row, times) + (f", {monitor.note}" if monitor and monitor.note else "")
+
+    def _measure(self, step: int) -> Measured:
+        """What the monitor finds after a step, if it is due: on rank 0, the others wait."""
+        monitor, measured = self.objective.monitor, Measured()
+        if monitor is None or not monitor.due(step):
+            return measured
+        if self.sharded:
+            self._update_model()
+        if is_rank0():
+            measured = monitor.measure(step)
+        barrier()
+        return measured
 
     def _diagnostics(self) -> dict[str, Any]:
         """On rank 0, which alone writes the row."""
@@ -356,12 +382,6 @@ class _Trainer:
         return self.thread_parallel.backward(loss, len(batch.rows), size, scale)
 
 
-def _note(row: dict[str, Any], times: dict[str, Any]) -> str:
-    """The summary beside the progress bar."""
-    wait = 100 * times["data_wait_s"] / max(times["step_s"], 1e-9)
-    return f"loss {row['loss']:.4f}, {times['images_per_s']:.0f} images/s, data wait {wait:.1f}%"
-
-
 def check_batch_size(settings: TrainingSettings) -> None:
     """Raise MoceError if a process would get no image in some forward pass."""
     size, micro = settings.batch_size, settings.micro_batch_size
@@ -372,15 +392,4 @@ def check_batch_size(settings: TrainingSettings) -> None:
         raise MoceError(
             f"a batch of {size} images{of} leaves some of {world_size()} processes without an image in a "
             "forward pass; start fewer processes, or give another batch_size or micro_batch_size"
-        )
-
-
-def check_agreed(done: int) -> None:
-    """Raise MoceError if the processes have found different checkpoints to resume from."""
-    total = int(all_reduce(torch.tensor(done)))
-    differ = int(all_reduce(torch.tensor(int(total != done * world_size()))))
-    if differ:
-        raise MoceError(
-            "the processes find different checkpoints; the output folder has to be on a disk that all "
-            "nodes share"
         )
