@@ -119,7 +119,9 @@ def test_scores_are_those_of_a_probe(
     """Of the encoder, and of the backbone that a mixture gives the task."""
     backbone = tmp_path / "backbone"
     choice = customize(monitored["moce"], runs.task, out=backbone)
-    assert read_metrics(monitored["moce"])[-1]["monitor"]["task"]["strategy"] == choice.choice.strategy
+    assert (
+        read_metrics(monitored["moce"])[-1]["monitor"]["task"]["strategy"] == choice.choice.strategy
+    )
     for run, reference in (("pretrain", monitored["pretrain"]), ("moce", backbone)):
         last = read_metrics(monitored[run])[-1]["monitor"]["task"]
         for kind in ("knn", "linear"):
@@ -279,3 +281,30 @@ def test_a_task_inside_the_output_is_not_overwritten(runs: Runs, tmp_path: Path,
     assert run_command(world.pretrain(None, "--monitor", out / "task", "--overwrite")) == 2
     assert "holds the input monitor" in one_line(capsys.readouterr().err)
     assert (out / "task").is_dir() and json.loads((out / "model.json").read_text())
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def test_the_report_shows_curves_and_three_pictures(
+    monitored: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "report.html"
+    moce.report(*monitored.values(), out=out)
+    page = out.read_text()
+    assert "While training" in page and "Task task" in page and "Rank of the features" in page
+    for run, label in (("pretrain", "MAE"), ("moce", "MoCE")):
+        last = read_metrics(monitored[run])[-1]["monitor"]["task"]
+        scores = f"{label}: k-NN {100 * last['knn']:.1f} %, linear {100 * last['linear']:.1f} %"
+        assert scores in page
+        for step in (0, 4, 8):
+            assert f"filled in by {label} at step {step:09d}" in page
+
+
+def test_the_report_marks_the_weights_that_are_kept(runs: Runs, tmp_path: Path) -> None:
+    train("finetune", runs, tmp_path / "tuned", epochs=3, keep_best=True)
+    moce.report(tmp_path / "tuned", out=tmp_path / "report.html")
+    rows = [row for row in read_metrics(tmp_path / "tuned") if "val" in row]
+    best = max(rows, key=lambda row: row["val"])
+    expected = f"{100 * best['val']:.1f} % after epoch {best['epoch']:g}."
+    assert expected in (tmp_path / "report.html").read_text()

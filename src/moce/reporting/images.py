@@ -82,11 +82,15 @@ def montage(pixels: Tensor, columns: int, alt: str) -> Markup:
     """Images [n, c, h, w] uint8 in rows of `columns`, inlined as WebP."""
     height, width = pixels.shape[2:]
     canvas = tiled(pixels, columns, gap=max(1, height // 16))
-    lossless = max(height, width) <= LOSSLESS_UP_TO
+    return webp(Image.fromarray(canvas), alt, lossless=max(height, width) <= LOSSLESS_UP_TO)
+
+
+def webp(picture: Image.Image, alt: str, *, lossless: bool) -> Markup:
+    """A picture inlined as WebP."""
     buffer = io.BytesIO()
-    Image.fromarray(canvas).save(buffer, "WEBP", lossless=lossless, quality=85, method=6)
+    picture.save(buffer, "WEBP", lossless=lossless, quality=85, method=6)
     uri = data_uri("image/webp", buffer.getvalue())
-    return html.picture(uri, alt, canvas.shape[1], canvas.shape[0], pixelated=lossless)
+    return html.picture(uri, alt, *picture.size, pixelated=lossless)
 
 
 def data_uri(media_type: str, content: bytes) -> str:
