@@ -106,6 +106,32 @@ def test_balanced_weights_are_inverse_to_the_images_of_a_class() -> None:
     assert criterion.weight.tolist() == pytest.approx([8 / 12, 8 / 4])
 
 
+def test_balanced_sampling_trains_on_as_many_of_each_class(runs, tmp_path: Path) -> None:
+    """Of one class only three images: without it the loss hardly sees them."""
+    task = tmp_path / "task"
+    shutil.copytree(runs.task, task)
+    rare = sorted((task / "train").iterdir())[0]
+    for path in sorted(rare.iterdir())[3:]:
+        path.unlink()
+    finetune(runs, tmp_path / "shuffled", data=task, epochs=1)
+    finetune(runs, tmp_path / "balanced", data=task, epochs=1, sampling="balanced")
+    assert any(
+        not torch.equal(value, weights(tmp_path / "shuffled")[name])
+        for name, value in weights(tmp_path / "balanced").items()
+    )
+
+
+def test_balance_of_several_labels_is_refused(runs, tmp_path: Path) -> None:
+    labels = {f"{n}.png": ["a", "b"] if n % 2 else ["a"] for n in range(8)}
+    for name in labels:
+        Image.new("RGB", (16, 16), (int(name[0]) * 30, 90, 60)).save(tmp_path / name)
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    for setting in ({"sampling": "balanced"}, {"class_weights": "balanced"}):
+        with pytest.raises(MoceError, match="may have several classes each.*leave out"):
+            finetune(runs, tmp_path / "run", data=tmp_path, **setting)
+    assert not (tmp_path / "run").exists()
+
+
 def test_patience_and_val_share_need_something_to_hold_out_for(runs, tmp_path: Path) -> None:
     with pytest.raises(MoceError, match="--keep-best uses"):
         finetune(runs, tmp_path / "run", patience=2)
