@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +79,7 @@ def test_a_network_trains_on_as_it_did() -> None:
 
 @pytest.mark.parametrize(("command", "rows"), [("pretrain", 3), ("moce", 6)])
 def test_a_resumed_run_measures_once_what_it_would_have(
-    command: str, rows: int, runs: Runs, monitored: dict[str, Path], tmp_path: Path
+    command: str, rows: int, runs: Runs, monitored: dict[str, Path], tmp_path: Path, capfd
 ) -> None:
     """Stopped before its first checkpoint is due, and after a measurement."""
     out, task = tmp_path / "stopped", (str(runs.task),)
@@ -86,6 +87,10 @@ def test_a_resumed_run_measures_once_what_it_would_have(
     with pytest.raises(Interrupted):
         train(command, runs, out, monitor=task, **GIVEN)
     watcher.join()
+    told = capfd.readouterr().err
+    assert re.search(
+        r"stopping after (step \d of 8|measuring at step \d), then saving; Ctrl-C again", told
+    )
     train(command, runs, out, resume=True, **GIVEN)  # the task is recorded
     straight = monitored[command]
     same_weights(straight, out)

@@ -564,7 +564,11 @@ def finetune(
     patience: int | None = None,
     ema: float = 0.0,
     freeze: Literal["backbone"] | int = 0,
+    lora: int | None = None,
+    lora_alpha: int | None = None,
+    lora_targets: Sequence[Literal["attn", "mlp"]] = ("attn", "mlp"),
     class_weights: Literal["none", "balanced"] = "none",
+    sampling: Literal["shuffled", "balanced"] = "shuffled",
     layer_decay: float = 0.65,
     drop_path: float = 0.1,
     rand_augment: str = "rand-m9-mstd0.5-inc1",
@@ -654,8 +658,17 @@ def finetune(
             scored and saved (0: none), e.g. 0.998
         freeze (Literal['backbone'] | int, default 0): train only what follows the first N blocks;
             backbone: only the new head
+        lora (int | None, default None): train adapters of this rank (LoRA) beside the linear layers
+            of the frozen blocks, and the head; base_lr then is 5e-3 and layer_decay 1 unless given
+        lora_alpha (int | None, default None): the adapters' product is scaled by lora_alpha / lora
+            (default: by 1)
+        lora_targets (Sequence[Literal['attn', 'mlp']], default ('attn', 'mlp')): which linear
+            layers of a block have adapters: attn, mlp or both
         class_weights (Literal['none', 'balanced'], default 'none'): weight of a class in the loss
             (one label per image); balanced: inverse to its images
+        sampling (Literal['shuffled', 'balanced'], default 'shuffled'): shuffled: every training
+            image once an epoch; balanced: as many images of each class as of any other (one label
+            per image)
         layer_decay (float, default 0.65): learning rate of a block over that of the next; 0.75 from
             ViT-L on
         drop_path (float, default 0.1): stochastic depth rate of the last block; ViT-L 0.2, ViT-H

@@ -19,6 +19,7 @@ from moce.data.loader import (
     Batch,
     BatchOrder,
     Loading,
+    check_batch_size,
     shard_micro_batches,
     view_batches,
 )
@@ -78,6 +79,8 @@ class Objective(ABC):
         chunk_size: images per chunk for `ThreadParallel`. None: the loss must not be chunked.
         diagnostics: values to log beside the losses.
         monitor: measures the network at some of the rows.
+        classes: [n] int64; as many images are drawn of each class as of any other (None: every
+            image once an epoch).
         ema: decay of an average of the weights, which then is what is evaluated and kept; 0: none.
         views: what `loss` asks a batch for: random crops of the images, or what a policy makes of
             those. None: batches are whole images.
@@ -90,6 +93,7 @@ class Objective(ABC):
     chunk_size: int | None = None
     diagnostics: Diagnostics | None = None
     monitor: Monitor | None = field(default=None, init=False)
+    classes: Tensor | None = field(default=None, init=False)
     views: Views | None = None
     ema: float = 0.0
     average: WeightAverage | None = field(default=None, init=False)  # set by the trainer
@@ -158,12 +162,14 @@ class _Trainer:
         self.unreadable = UnreadableImages(objective.images, settings.out)
         self.total = total_steps(settings, self.count)
         far = getattr(objective.images, "far_files", None)  # not of dense tasks
-        self.order = BatchOrder(self.count, settings.batch_size, settings.seed, far)
+        self.order = BatchOrder(
+            self.count, settings.batch_size, settings.seed, far, objective.classes
+        )
         self.sharded = settings.strategy == "fsdp" and world_size() > 1
         self.fabric = open_fabric(device, precision, "fsdp" if self.sharded else "ddp")
         choose_attention(objective.model, device, precision)
         set_checkpointing(objective.model, settings.grad_checkpointing)
-        check_batch_size(settings)
+        check_batch_size(settings.batch_size, settings.micro_batch_size)
         self.model, self.optimizer = self._setup()
         if objective.ema:
             if self.sharded:
@@ -200,7 +206,7 @@ class _Trainer:
             closing(self._open_log()) as metric_log,
             meter(self.objective.name, self.total, self.done) as progress,
             closing(self._batches(rows)) as batches,
-            stop_request() as stop,
+            stop_request("the first step") as self.stop,
             self._thread_parallel() as self.thread_parallel,
         ):
             if not self.done and (measured := self._measure(0)).row:
@@ -208,16 +214,17 @@ class _Trainer:
                 self.window.reset()
             end = self.done if self.done and self._converged() else self.total
             for number in range(self.done, end):
+                self.stop.waits_for = f"step {number + 1:,} of {self.total:,}"
                 rate = self._set_rate(number)
                 self._step(number, batches)
-                # Read once: a later signal is for the next step.
-                received = agreed_signal(stop.received)
                 last = number + 1 == self.total
                 note = None
                 # Rows are where an uninterrupted run has them: asking to stop makes none.
                 if last or (number + 1) % self.settings.log_every == 0:
                     note = self._log(metric_log, number + 1, rate)
                     last = last or self._converged()
+                # Read once: a later signal is for the next step.
+                received = agreed_signal(self.stop.received)
                 if last or received is not None or (number + 1) % self.settings.save_every == 0:
                     self._save(number + 1)
                 progress.advance(note)
@@ -255,6 +262,7 @@ class _Trainer:
         monitor, measured = self.objective.monitor, Measured()
         if monitor is None or not monitor.due(step):
             return measured
+        self.stop.waits_for = f"measuring at step {step:,}"
         if self.sharded:
             self._update_model()
         if is_rank0():
@@ -380,16 +388,3 @@ class _Trainer:
             batch = batch.take(order)
         loss = lambda model, chunk: objective.loss(model, batch.take(chunk), step)  # noqa: E731
         return self.thread_parallel.backward(loss, len(batch.rows), size, scale)
-
-
-def check_batch_size(settings: TrainingSettings) -> None:
-    """Raise MoceError if a process would get no image in some forward pass."""
-    size, micro = settings.batch_size, settings.micro_batch_size
-    own = shard_micro_batches(size, micro)
-    shortest = torch.tensor(min(part.stop - part.start for part in own))
-    if int(all_reduce((shortest == 0).long())):
-        of = f", {micro} a pass" if micro else ""
-        raise MoceError(
-            f"a batch of {size} images{of} leaves some of {world_size()} processes without an image in a "
-            "forward pass; start fewer processes, or give another batch_size or micro_batch_size"
-        )
