@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -69,8 +69,12 @@ def feature_batches(
     pooling: str = "mean",
     batch_size: int = 256,
     rows: slice | None = None,
+    quiet: bool = False,
 ) -> Generator[Tensor]:
-    """`extract_features` batch by batch, [b, width], of all images or a slice of them."""
+    """`extract_features` batch by batch, [b, width], of all images or a slice of them.
+
+    quiet: without a progress bar, for a caller that shows progress itself.
+    """
     vit = vit.to(device).eval()
     choose_attention(vit, device, precision)
     count = rows.stop - rows.start if rows else len(images)
@@ -81,12 +85,13 @@ def feature_batches(
             return _features(vit, inputs, pooling)
 
     with (
-        meter("features", -(-count // batch_size)) as progress,
+        nullcontext() if quiet else meter("features", -(-count // batch_size)) as progress,
         closing(in_order(images, batch_size, device, fit_of(vit), rows)) as batches,
     ):
         for batch in to_cpu(map(features, batches)):
             yield batch
-            progress.advance()
+            if progress is not None:
+                progress.advance()
 
 
 def _features(vit: VisionTransformer, inputs: Tensor, pooling: str) -> Tensor:

@@ -108,7 +108,7 @@ def _row(name: str, ids: list[str], source: Source, models: list[Model]) -> list
         prediction, removed = model.predict(images, noise, stored)
         shown.setdefault("Masked", hide(pixels.float() / 255, removed, mae.patch_size))
         painted = paste(prediction, removed, images, mae.patch_size, model.mae.norm_pix)
-        shown[model.label] = _to_bytes(denormalize(painted, mean, std))
+        shown[model.label] = to_bytes(denormalize(painted, mean, std))
     pictures = [montage(p, COLUMNS, f"{what}: {name or 'images'}") for what, p in shown.items()]
     return [name, *pictures]
 
@@ -134,8 +134,9 @@ def hide(images: Tensor, removed: Tensor, patch: tuple[int, int]) -> Tensor:
     patches = patchify(images, patch)
     gray = torch.full_like(take(patches, removed), GRAY)
     hidden = put(patches, removed, gray)
-    return _to_bytes(unpatchify(hidden, patch, (images.shape[2], images.shape[3])))
+    return to_bytes(unpatchify(hidden, patch, (images.shape[2], images.shape[3])))
 
 
-def _to_bytes(images: Tensor) -> Tensor:
+def to_bytes(images: Tensor) -> Tensor:
+    """0..1 to uint8."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
