@@ -25,13 +25,13 @@ import moce
 from moce.commands import explore
 from moce.config import ExploreSettings
 from moce.data.readers.sample import Encoded, Sample
-from moce.data.rng import Stream, keyed_uniform
 from moce.explorer import projection
 from moce.explorer.embedding import Embedder
 from moce.explorer.explorer import Explorer, file_name
 from moce.explorer.pictures import thumbnail
 from moce.explorer.projection import nearest, place, project
 from moce.explorer.server import POLICY, Server, Status
+from moce.inference.reconstructions import fixed_noise
 from moce.models.encoder import patchify
 from moce.models.mae import random_mask
 from moce.runs.assignments import read_assignments
@@ -252,8 +252,7 @@ def test_models_fill_in_a_masked_image(explorer: Explorer, runs: Runs) -> None:
     assert [p.label for p in shown][:3] == ["image", "masked", "MAE"]
     assert len(shown) == 3 + len(routes) and len({p.label for p in shown}) == len(shown)
     _, mae = load_mae(runs.mae)
-    zero = torch.zeros(1, dtype=torch.int64)
-    noise = keyed_uniform(0, Stream.MASK, zero, zero, mae.encoder.patch_embed.num_patches)
+    noise = fixed_noise(torch.zeros(1, dtype=torch.int64), mae)
     kept, removed = (rows[0] for rows in random_mask(noise, mae.mask_ratio))
     patches = [patchify(p.pixels[None], mae.patch_size)[0].int() for p in shown]
     for found in patches[2:]:  # what the models see stays as it is

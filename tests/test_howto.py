@@ -77,6 +77,12 @@ def detect_and_segment(folder: Path, runs: Runs) -> None:
     shutil.copytree(PAGES.parents[1] / "recipes", folder / "recipes")
 
 
+def fine_tune(folder: Path, runs: Runs) -> None:
+    """`backbones/birds` and the images of a task, `birds/`."""
+    shutil.copytree(runs.backbone, folder / "backbones" / "birds")
+    shutil.copytree(runs.task, folder / "birds")
+
+
 def own_images(folder: Path, runs: Runs) -> None:
     """A folder, a parquet file, a list of both, shards and a saved data set."""
     shutil.copytree(runs.data, folder / "photos")
@@ -106,6 +112,7 @@ def photos(folder: Path, runs: Runs) -> None:
 
 
 PREPARE: dict[str, Callable[[Path, Runs], None]] = {
+    "fine-tune": fine_tune,
     "detect-and-segment": detect_and_segment,
     "official-weights": official_weights,
     "load-elsewhere": load_elsewhere,

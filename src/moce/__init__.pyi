@@ -248,6 +248,7 @@ def demo(
     num_experts: int = 8,
     num_labels: int = 150,
     draws: int = 3,
+    adapt_steps: int = 300,
     finetune_epochs: float = 16,
 ) -> DemoResult:
     """Run every stage on the embedded images and compare MAE, MAE+ and MoCE on six tasks.
@@ -270,7 +271,8 @@ def demo(
         num_clusters (int, default 96): clusters K
         num_experts (int, default 8): experts E per MoE block
         num_labels (int, default 150): labeled images per draw
-        draws (int, default 3): draws of labels per probe
+        draws (int, default 3): draws of labels per probe and fine-tune
+        adapt_steps (int, default 300): steps of each adaptation to a task
         finetune_epochs (float, default 16): epochs of each fine-tune
     """
 
@@ -606,6 +608,9 @@ def finetune(
     patience: int | None = None,
     ema: float = 0.0,
     freeze: Literal["backbone"] | int = 0,
+    lora: int | None = None,
+    lora_alpha: int | None = None,
+    lora_targets: Sequence[Literal["attn", "mlp"]] = ("attn", "mlp"),
     class_weights: Literal["none", "balanced"] = "none",
     layer_decay: float = 0.65,
     drop_path: float = 0.1,
@@ -696,6 +701,12 @@ def finetune(
             scored and saved (0: none), e.g. 0.998
         freeze (Literal['backbone'] | int, default 0): train only what follows the first N blocks;
             backbone: only the new head
+        lora (int | None, default None): train adapters of this rank (LoRA) beside the linear layers
+            of the frozen blocks, and the head; base_lr then is 5e-3 and layer_decay 1 unless given
+        lora_alpha (int | None, default None): the adapters' product is scaled by lora_alpha / lora
+            (default: by 1)
+        lora_targets (Sequence[Literal['attn', 'mlp']], default ('attn', 'mlp')): which linear
+            layers of a block have adapters: attn, mlp or both
         class_weights (Literal['none', 'balanced'], default 'none'): weight of a class in the loss
             (one label per image); balanced: inverse to its images
         layer_decay (float, default 0.65): learning rate of a block over that of the next; 0.75 from

@@ -6,19 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from moce.customization.bank import Bank
 from moce.customization.selection import Choice, route_name
-from moce.data.augment import denormalize, normalize
 from moce.data.load import try_decode
 from moce.data.readers.sample import Sample
-from moce.data.rng import Stream, keyed_uniform
 from moce.errors import MoceError
+from moce.inference.reconstructions import reconstruct
 from moce.models.encoder import EncoderSpec, fit_of, input_channels, input_shape
 from moce.models.mae import MAE
-from moce.reporting.reconstructions import hide, paste, to_bytes
 from moce.runs.model import read_config
 from moce.weights.from_runs import load_mae
 
@@ -75,33 +72,27 @@ class Reconstructor:
         for route in [route for route in bank.routes if route != own][:MOST_ROUTES]:
             yield f"route {route_name(route)}", spec, bank.mae(bank.route_choice(route))
 
-    @torch.inference_mode()
     def fill_in(self, sample: Sample, choice: Choice | None) -> list[Picture]:
         """The image, masked, and filled in by each model. Raises MoceError if it cannot be read."""
         pictures: list[Picture] = []
         for label, spec, mae in self.models(choice):
             if not pictures:
-                pixels, noise = _read(sample, mae)
+                pixels = _read(sample, mae)
                 pictures.append(Picture("image", pixels[0]))
-            images = normalize(pixels, spec.mean, spec.std)
-            found = mae.eval()(images, noise)
+            found = reconstruct(mae.eval(), spec, pixels)
             if len(pictures) == 1:
-                hidden = hide(pixels.float() / 255, found.removed, mae.patch_size)
-                pictures.append(Picture("masked", hidden[0]))
-            whole = paste(found.prediction, found.removed, images, mae.patch_size, mae.norm_pix)
-            painted = to_bytes(denormalize(whole, spec.mean, spec.std))
-            pictures.append(Picture(label, painted[0], found.loss.item()))
+                pictures.append(Picture("masked", found.masked[0]))
+            pictures.append(Picture(label, found.filled[0], found.error))
         return pictures
 
 
-def _read(sample: Sample, mae: MAE) -> tuple[Tensor, Tensor]:
-    """An image as a model takes it, [1, c, h, w] uint8, and the noise that masks it, [1, patches]."""
+def _read(sample: Sample, mae: MAE) -> Tensor:
+    """An image as a model takes it, [1, c, h, w] uint8."""
     vit = mae.encoder
     pixels, reasons = try_decode([sample], input_channels(vit), fit_of(vit))
     if reasons:
         raise MoceError(f"cannot read {sample.id}: {reasons[0]}")
-    zero = torch.zeros(1, dtype=torch.int64)
-    return pixels, keyed_uniform(0, Stream.MASK, zero, zero, vit.patch_embed.num_patches)
+    return pixels
 
 
 def name_of(choice: Choice) -> str:
