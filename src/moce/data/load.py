@@ -231,10 +231,7 @@ def decode_all(
 
 
 def decode_rows(images: ImageDataset, rows: Sequence[int], fit: Fit) -> Tensor:
-    """Images decoded from their originals once more, [n, c, *fit.size] uint8, in threads.
-
-    Raises MoceError if one cannot be read.
-    """
+    """Images decoded once more, [n, c, *fit.size] uint8. Raises MoceError if one cannot be read."""
     samples = [images.original(row) for row in rows]
     pixels, reasons = try_decode(samples, images.originals.channels if images.originals else 3, fit)
     for row, reason in reasons.items():
@@ -246,9 +243,8 @@ def try_decode(samples: Sequence[Sample], channels: int, fit: Fit) -> tuple[Tens
     """A few images, [n, channels, *fit.size] uint8, and why some of them cannot be read."""
     pixels = np.empty((len(samples), channels, *fit.size), np.uint8)
     jobs = (partial(_decode_one, pixels, row, sample, fit) for row, sample in enumerate(samples))
-    results = enumerate(run_ahead(jobs, worker_threads(), len(samples)))
-    reasons = {row: reason for row, (reason, _) in results if reason is not None}
-    return torch.from_numpy(pixels), reasons
+    found = enumerate(run_ahead(jobs, worker_threads(), len(samples)))
+    return torch.from_numpy(pixels), {row: why for row, (why, _) in found if why is not None}
 
 
 def _decode_one(
