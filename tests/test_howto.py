@@ -101,6 +101,19 @@ def long_jobs(folder: Path, runs: Runs) -> None:
     shutil.copytree(runs.clusters, folder / "runs" / "clusters")
 
 
+def watch_training(folder: Path, runs: Runs) -> None:
+    """As for long jobs, and two tasks."""
+    long_jobs(folder, runs)
+    for name in ("birds", "signs"):
+        shutil.copytree(runs.task, folder / name)
+
+
+def explore(folder: Path, runs: Runs) -> None:
+    """`runs/moce` and labeled images, `birds/`."""
+    load_elsewhere(folder, runs)
+    (folder / "task").rename(folder / "birds")
+
+
 def photos(folder: Path, runs: Runs) -> None:
     shutil.copytree(runs.data, folder / "photos")
 
@@ -111,11 +124,13 @@ PREPARE: dict[str, Callable[[Path, Runs], None]] = {
     "official-weights": official_weights,
     "load-elsewhere": load_elsewhere,
     "compare-backbones": compare_backbones,
+    "explore": explore,
     "own-images": own_images,
     "multi-channel": lambda folder, runs: None,
     "fast-images": photos,
     "several-processes": photos,
     "long-jobs": long_jobs,
+    "watch-training": watch_training,
 }
 
 

@@ -48,9 +48,12 @@ def room(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("count", [1, 2, 7, 32, 100])
 def test_the_most_of_equal_passes_is_found_by_few_trials(count: int) -> None:
-    for room in range(1, count + 2):
+    def found_and_tried(room: int) -> tuple[int | None, list[int]]:
         tried: list[int] = []
-        found = most_that_fit(count, lambda size: tried.append(size) or size <= room)
+        return most_that_fit(count, lambda size: tried.append(size) or size <= room), tried
+
+    for room in range(1, count + 2):
+        found, tried = found_and_tried(room)
         possible = {-(-count // passes) for passes in range(1, count + 1)}
         assert found == max(size for size in possible if size <= room)
         assert len(tried) <= 2 * count.bit_length() + 1
