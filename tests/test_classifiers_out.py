@@ -48,9 +48,9 @@ def logits_of(run: Path, images: torch.Tensor) -> torch.Tensor:
 def test_a_fine_tuned_model_leaves_in_every_format(kind: str, tuned: Path, tmp_path: Path) -> None:
     folder = moce.export(tuned, format=kind, out=tmp_path / "out").folder
     card = (folder / "README.md").read_text()
-    images, _, _ = batch(4)
-    found = torch.as_tensor(run_code(card, folder, images)["logits"])
-    assert_close(found, logits_of(tuned, images), **CLOSE)
+    names = run_code(card, folder)
+    found = torch.as_tensor(names["logits"])
+    assert_close(found, logits_of(tuned, names["images"]), **CLOSE)
     assert ModelCard.load(folder / "README.md").data.pipeline_tag == "image-classification"
     classes = json.loads((tuned / "model.json").read_text())["classes"]
     assert f"- {len(classes)} classes: {', '.join(classes)}" in card
@@ -63,8 +63,8 @@ def test_a_fine_tuned_model_leaves_in_every_format(kind: str, tuned: Path, tmp_p
 
 def test_the_run_itself_has_a_card_whose_code_runs(tuned: Path) -> None:
     card = (tuned / "README.md").read_text()
-    images, _, _ = batch(2)
-    assert_close(run_code(card, tuned, images)["logits"], logits_of(tuned, images), **CLOSE)
+    names = run_code(card, tuned)
+    assert_close(names["logits"], logits_of(tuned, names["images"]), **CLOSE)
     row = json.loads((tuned / "rows.jsonl").read_text())
     assert f"accuracy {100 * row['values'][0]:.1f} % on its test images" in card
 

@@ -10,6 +10,7 @@ import torch
 from builders import RUNTIME, batch
 from commands import one_line, run_command
 from safetensors.torch import load_file
+from test_cards import run_code
 from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
 
@@ -68,7 +69,10 @@ def test_the_folder_loads_in_timm_and_keeps_no_checkpoint(runs, tmp_path: Path) 
     images, _, _ = batch(3)
     with torch.no_grad():
         assert_close(vit(images), features(load_backbone(str(out)).vit, images))
-    assert "distilled by moce" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "distilled by moce" in card and "![chart](chart.png)" in card
+    assert (out / "chart.png").is_file()
+    run_code(card, out)
 
 
 def test_any_timm_model_can_be_a_student(runs, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import chdir
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import timm
 import torch
 from builders import RUNTIME, batch
 from commands import World, one_line, run_command
+from huggingface_hub import ModelCard
 from launched import moce_words, torchrun
 from peft import PeftModel
 from torch.testing import assert_close
@@ -80,6 +83,22 @@ def test_only_adapters_and_the_head_train(runs, adapted: Path) -> None:
     assert len(saved) == 2 * len(moved) + 4
     recorded = read_config(adapted)
     assert (recorded["layer_decay"], recorded["base_lr"]) == (1.0, 5e-2)
+
+
+def test_the_cards_code_runs_as_it_stands(adapted: Path) -> None:
+    """In its folder, on the images that it makes; with the adapters it is the merged model's."""
+    merged = timm.create_model(f"local-dir:{adapted}", pretrained=True).eval()
+    for folder, library in ((adapted, "timm"), (adapted / "adapter", "peft")):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == library
+        assert card.data.pipeline_tag == "image-classification"
+        (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+        names: dict = {}
+        with chdir(folder), torch.no_grad():
+            exec(code, names)
+            assert_close(names["logits"], merged(names["images"]), **CLOSE)
+    assert "![chart](chart.png)" in (adapted / "README.md").read_text()
+    assert (adapted / "chart.png").is_file()
 
 
 def test_targets_and_scale_are_those_given(runs, tmp_path: Path) -> None:

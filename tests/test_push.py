@@ -122,15 +122,17 @@ def test_a_backbone_arrives_with_a_card_that_loads_it_from_there(hub: Hub, runs,
     assert hub.created[0]["name"] == "birds" and hub.created[0]["organization"] == "somebody"
     (created,) = hub.created
     assert created.get("visibility") == "private" or created["private"]
-    assert hub.files.keys() == {"README.md", "config.json", "model.safetensors", "selection.json"}
+    assert hub.files.keys() == {
+        *("README.md", "config.json", "model.safetensors", "selection.json", "chart.png")
+    }
     weights = (runs.backbone / "model.safetensors").read_bytes()
     assert hub.files["model.safetensors"] == weights
     card = ModelCard(hub.files["README.md"].decode())
     assert card.data.license == "mit" and card.data.library_name == "timm"
     assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in card.text
-    assert "THIS_FOLDER" not in card.text
+    assert "local-dir" not in card.text
     assert hub.validated == [hub.files["README.md"].decode()]
-    assert "THIS_FOLDER" in (runs.backbone / "README.md").read_text(), "the folder is unchanged"
+    assert "local-dir:." in (runs.backbone / "README.md").read_text(), "the folder is unchanged"
 
 
 @pytest.mark.parametrize(

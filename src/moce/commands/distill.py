@@ -14,13 +14,14 @@ from torch import nn
 
 from moce.commands.setup import changed, choose, resolve, start_run, training_images
 from moce.config import DistillSettings
-from moce.customization.model_card import write_card, write_with_card
+from moce.customization.chart import write_curve
+from moce.customization.model_card import size_facts, write_card, write_with_card
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec, input_channels, input_size
 from moce.models.student import Student, build_student
 from moce.runs.files import write_json
-from moce.runs.model import STATE, last_metrics, provenance
+from moce.runs.model import STATE, last_metrics, provenance, read_metrics
 from moce.training.announce import announce
 from moce.training.distillation import DistillObjective, size_of
 from moce.training.micro_batch import settle_micro_batch
@@ -80,9 +81,13 @@ def _save(
     similarity = 1 - last["pooled"]
     facts = [
         f"teacher: {Path(settings.backbone).name}",
+        *size_facts(Path(settings.backbone)),
         f"trained on: {len(images)} unlabeled images",
         f"mean cosine of pooled features to the teacher's: {similarity:.3f}",
     ]
+    rows = read_metrics(settings.out)
+    cosines = [1 - row["pooled"] for row in rows]
+    write_curve(settings.out, [row["step"] for row in rows], cosines, "cosine to the teacher's")
     title = f"{spec.name}, distilled by moce from {Path(settings.backbone).name}"
     if isinstance(net, VisionTransformer):
         load_it = write_with_card(settings.out, "timm", Model(spec, net), title, facts)

@@ -8,7 +8,12 @@ from pathlib import Path
 from moce.commands.setup import open_output
 from moce.config import ExportSettings
 from moce.customization.bank import Bank, load
-from moce.customization.model_card import clusters_of, fine_tuning_facts, write_with_card
+from moce.customization.model_card import (
+    clusters_of,
+    fine_tuning_facts,
+    size_facts,
+    write_with_card,
+)
 from moce.customization.selection import Choice, route_name
 from moce.errors import MoceError
 from moce.evaluation.results import read_rows
@@ -56,7 +61,10 @@ def _model(settings: ExportSettings) -> tuple[Model, list[str]]:
         raise MoceError(f"{settings.run} has no experts: leave out --route and --strategy")
     if run and kind == "mae":
         spec, mae = load_mae(run)
-        return Model(spec.encoder, mae.encoder.eval(), mae.eval()), [f"source: {run.name}, MAE"]
+        return Model(spec.encoder, mae.encoder.eval(), mae.eval()), [
+            f"source: {run.name}, MAE",
+            *size_facts(run),
+        ]
     if run and kind != "classifier":
         raise MoceError(f"{run} is {describe_kind(kind)}: no dense ViT is equivalent to export")
     if run is None:
@@ -87,7 +95,7 @@ def _of_experts(settings: ExportSettings, run: Path) -> tuple[Model, list[str]]:
             f"clusters: {clusters_of(choice)}",
         ]
     model = Model(bank.encoder_spec, bank.backbone(choice).eval())
-    return model, [f"source: {run.name}", *facts]
+    return model, [f"source: {run.name}", *size_facts(run), *facts]
 
 
 def _choice(bank: Bank, settings: ExportSettings) -> Choice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,13 @@ from timm.models.vision_transformer import VisionTransformer
 from moce.commands.setup import hint_few_steps, pixel_file, refuse_unused, resolve, start_run
 from moce.config import FinetuneSettings
 from moce.config.dense import Task as TaskName
-from moce.customization.model_card import fine_tuning_facts, write_with_card
+from moce.customization.chart import write_bars
+from moce.customization.model_card import (
+    fine_tuning_facts,
+    size_facts,
+    write_card,
+    write_with_card,
+)
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError, NotFinite, counted
 from moce.evaluation.finetune import (
@@ -27,7 +34,7 @@ from moce.evaluation.finetune import (
     hold_out,
     predict_scores,
 )
-from moce.evaluation.metrics import choose_metric, confusion_counts, score
+from moce.evaluation.metrics import choose_metric, confusion_counts, recalls, score
 from moce.evaluation.rand_augment import read_policy
 from moce.evaluation.results import make_row, write_rows
 from moce.evaluation.task import Task, draw_labels, load_task
@@ -45,6 +52,7 @@ from moce.training.micro_batch import settle_micro_batch
 from moce.training.trainer import fit, total_steps
 from moce.weights.export import Model
 from moce.weights.from_runs import Backbone, load_backbone
+from moce.weights.types import MODEL_CONFIG
 
 
 @dataclass
@@ -104,8 +112,7 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
     vit, best = tuned.vit, tuned.best
     if tuned.adapted is not None:
         if is_rank0():
-            name = Path(settings.backbone).name
-            write_adapter(settings.out / ADAPTER, tuned.adapted, name)
+            _write_adapter(settings, tuned, backbone, task.classes)
         merge(tuned.adapted)
     scores = tuner.scores(vit, task.test, settings)
     value = score(metric, scores, task.test_labels)
@@ -266,6 +273,35 @@ class _Tuner:
         return score(self.metric, scores, self.task.train_labels[held])
 
 
+PEFT = """import timm
+from peft import PeftModel
+base = timm.create_model(
+    "{base}", pretrained=True, num_classes={classes}, global_pool="avg", fc_norm=True
+)
+model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()
+logits = model(images)"""
+
+
+def _write_adapter(
+    settings: FinetuneSettings, tuned: _Tuned, backbone: Backbone, classes: list[str]
+) -> None:
+    """Write the adapters as peft does, with a card."""
+    folder, given = settings.out / ADAPTER, Path(settings.backbone)
+    write_adapter(folder, tuned.adapted, given.name)
+    facts = [f"backbone: {given.name}", f"rank: {settings.lora}"]
+    if (given / MODEL_CONFIG).is_file():
+        base = f"local-dir:{os.path.relpath(given, folder)}"
+    elif given.exists():
+        base = "local-dir:BACKBONE"
+        facts.append(f"BACKBONE: what moce export {given.name} --out BACKBONE writes")
+    else:
+        base = settings.backbone
+    shape, spec = input_shape(backbone.vit), backbone.spec
+    code = PEFT.format(base=base, classes=len(classes))
+    title, task = "Adapters (LoRA) of a classifier, by moce", "image-classification"
+    write_card(folder, "torch", code, shape, spec, title, facts, task, library="peft")
+
+
 def _write(
     folder: Path, vit: VisionTransformer, backbone: Backbone, row: dict[str, Any], multi_label: bool
 ) -> None:
@@ -276,7 +312,11 @@ def _write(
     write_rows(folder, [row])
     if backbone.dense and is_rank0():
         model = Model(backbone.spec, vit, classes=row["classes"], multi_label=multi_label)
-        facts = [f"source: {Path(row['reference']).name}", *fine_tuning_facts(model, row)]
+        source = Path(row["reference"])
+        facts = [f"source: {source.name}", *size_facts(source), *fine_tuning_facts(model, row)]
+        if row["confusion"] is not None:
+            right = recalls(row["confusion"], row["classes"])
+            write_bars(folder, right, "test images of a class found to be of it, in %")
         write_with_card(folder, "timm", model, "Classifier fine-tuned by moce", facts)
     info = {
         "spec": backbone.spec.to_dict(),

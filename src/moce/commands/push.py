@@ -16,14 +16,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from moce.config import PushSettings
+from moce.customization.chart import CHART
 from moce.errors import MoceError
 from moce.runs.model import WEIGHTS
 from moce.runtime.progress import log
 
 CARD = "README.md"
-PUSHED = (CARD, "*.json", "*.safetensors", "*.onnx", "*.onnx.data")
+PUSHED = (CARD, "*.json", "*.safetensors", "*.onnx", "*.onnx.data", CHART)
 PRIVATE = {"export.json", "inputs.json", "model.json"}  # paths of this machine, not of the model
-THIS_FOLDER = "THIS_FOLDER"  # in the code of a card
 SNAPSHOT = "from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({repo!r})\n"
 
 
@@ -95,12 +95,14 @@ def _card(settings: PushSettings) -> ModelCard:
 
 
 def _of_the_hub(text: str, repo: str) -> str:
-    """The code of a card, which loads THIS_FOLDER, with the name of the model on the hub."""
-    text = text.replace(f"local-dir:{THIS_FOLDER}", f"hf-hub:{repo}")
-    text = text.replace(f'from_pretrained("{THIS_FOLDER}"', f'from_pretrained("{repo}"')
-    if THIS_FOLDER not in text:
+    """The code of a card, which loads the folder that it is in, with the name of the model on the hub."""
+    text = text.replace("THIS_FOLDER", ".")  # cards of earlier versions
+    text = text.replace('"local-dir:."', f'"hf-hub:{repo}"')
+    text = text.replace('from_pretrained("."', f'from_pretrained("{repo}"')
+    text = text.replace('from_pretrained(base, "."', f'from_pretrained(base, "{repo}"')
+    if '"./' not in text:
         return text
-    text = text.replace(f'"{THIS_FOLDER}/', 'folder + "/')
+    text = text.replace('"./', 'folder + "/')
     return text.replace("```python\n", "```python\n" + SNAPSHOT.format(repo=repo), 1)
 
 

@@ -82,7 +82,7 @@ BACKBONE = (
 )
 
 EXPORTED = frozenset(  # what a folder for another library may hold
-    {"config.json", "README.md", "architecture.json", "model.onnx"}
+    {"config.json", "README.md", "architecture.json", "model.onnx", "chart.png"}
     | {"preprocessing.json", "preprocessor_config.json"}
 )
 

@@ -11,11 +11,13 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from moce.config.base import Format
 from moce.customization.adaptation import ADAPTATION, Adaptation
+from moce.customization.chart import CHART, write_bars
 from moce.customization.selection import FOREIGN, Choice, route_name
 from moce.errors import counted
 from moce.models.encoder import EncoderSpec, input_shape
 from moce.runs.files import write_json, write_text
-from moce.runs.model import STATE
+from moce.runs.model import STATE, versions
+from moce.runs.resume import training_size
 from moce.weights.export import Model, write_model_folder
 
 MAX_CLUSTERS, MAX_CLASSES = 12, 20  # on a card
@@ -41,10 +43,14 @@ def write_backbone(
     source: the run that it comes from. Returns the Python that loads it. adaptation.json is written
     last: with it, an adaptation is finished, and its checkpoints are removed.
     """
-    facts = [f"source: {source.name}"]
+    facts = [f"source: {source.name}", *size_facts(source)]
     facts += [] if choice is None else choice_facts(choice)
     facts += [] if adaptation is None else adaptation_facts(adaptation)
     done = "adapted" if choice is None else "customized"
+    if choice is not None:
+        votes = sorted(choice.votes.items(), key=lambda item: -item[1])
+        bars = {route_name(route): float(count) for route, count in votes if count}
+        write_bars(folder, bars, "votes of the task's images, by route")
     snippet = write_with_card(
         folder, kind, model, f"Backbone {done} by moce from {source.name}", facts
     )
@@ -54,6 +60,12 @@ def write_backbone(
         write_json(folder / ADAPTATION, asdict(adaptation))
         shutil.rmtree(folder / STATE, ignore_errors=True)  # three times the weights
     return snippet
+
+
+def size_facts(run: Path) -> list[str]:
+    """On how many images a run was trained, where it is known."""
+    count = training_size(run)
+    return [] if count is None else [f"{run.name} was trained on {counted(count, 'image')}"]
 
 
 def choice_facts(choice: Choice) -> list[str]:
@@ -147,20 +159,37 @@ def write_card(
     title: str,
     facts: list[str],
     task: str = "image-feature-extraction",
+    library: str | None = None,
 ) -> str:
     """Write the card of a model, which `snippet` loads from THIS_FOLDER; returns that Python.
 
-    shape: (channels, height, width) of its images; task: by its name on the Hugging Face hub.
+    The card's own code runs in the folder, on random images. A chart that is there is shown.
+    shape: (channels, height, width) of its images; task, library: by their names on the Hugging Face
+    hub.
     """
     channels, height, width = shape
     preprocessing = (
         f"images: {channels} channels of {height}x{width} pixels from 0 to 1 (the middle, resized by "
         f"the shorter side), less {list(spec.mean)}, over {list(spec.std)}"
     )
-    items = "\n".join(f"- {fact}" for fact in (*facts, f"format: {kind}", preprocessing))
-    text = f"# {title}\n\n{items}\n\n```python\n{snippet}\n```\n"
-    write_text(folder / "README.md", f"{_card(kind, text, task)}")
+    made_by = ", ".join(f"{name} {number}" for name, number in versions().items())
+    facts = [*facts, f"format: {kind}", preprocessing, f"made by {made_by}"]
+    items = "\n".join(f"- {fact}" for fact in facts)
+    chart = f"![chart]({CHART})\n\n" if (folder / CHART).is_file() else ""
+    code = f"{_input_code(shape, spec)}\n{snippet.replace('THIS_FOLDER', '.')}"
+    text = f"# {title}\n\n{chart}{items}\n\n```python\n{code}\n```\n"
+    write_text(folder / "README.md", f"{_card(library or LIBRARY[kind], text, task)}")
     return snippet.replace("THIS_FOLDER", str(folder))
+
+
+def _input_code(shape: tuple[int, int, int], spec: EncoderSpec) -> str:
+    """Python that makes `images`, an input of the model."""
+    return (
+        "import torch\n"
+        f"images = torch.rand(2, {', '.join(map(str, shape))})  # pixels from 0 to 1: yours\n"
+        f"mean, std = torch.tensor({list(spec.mean)}), torch.tensor({list(spec.std)})\n"
+        "images = (images - mean[:, None, None]) / std[:, None, None]"
+    )
 
 
 def _output_fact(kind: Format, model: Model) -> str:
@@ -175,9 +204,9 @@ def _output_fact(kind: Format, model: Model) -> str:
     return f"feature: the mean of the patch tokens after the last norm{where}"
 
 
-def _card(kind: Format, text: str, task: str) -> ModelCard:
+def _card(library: str, text: str, task: str) -> ModelCard:
     """A model card with metadata for the Hugging Face hub, and no license: moce knows of none."""
-    data = ModelCardData(library_name=LIBRARY[kind], pipeline_tag=task, tags=TAGS)
+    data = ModelCardData(library_name=library, pipeline_tag=task, tags=TAGS)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 

@@ -92,3 +92,11 @@ def confusion_counts(draws: Sequence[np.ndarray], task: Task) -> list[list[int]]
         return None
     counts = [confusion(scores, task.test_labels, len(task.classes)) for scores in draws]
     return np.sum(counts, axis=0).tolist()
+
+
+def recalls(counts: list[list[int]], classes: Sequence[str]) -> dict[str, float]:
+    """Test images of a class found to be of it, in %, by its name. counts: of `confusion_counts`."""
+    return {
+        name: 100 * row[number] / max(1, sum(row))
+        for number, (name, row) in enumerate(zip(classes, counts, strict=True))
+    }

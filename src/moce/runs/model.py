@@ -109,9 +109,13 @@ def _why_no_run(folder: Path) -> str:
 
 def provenance() -> dict[str, Any]:
     """Versions and git revision, recorded with every result."""
-    packages = ("moce", "torch", "timm", "numpy")
-    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
-    return {"versions": versions, "git_revision": _git_revision()}
+    python = {"python": platform.python_version()}
+    return {"versions": {**versions(), **python}, "git_revision": _git_revision()}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that results depend on most."""
+    return {name: version(name) for name in ("moce", "torch", "timm", "numpy")}
 
 
 def _git_revision() -> str | None:

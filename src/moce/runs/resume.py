@@ -107,6 +107,15 @@ def write_inputs(folder: Path, inputs: dict[str, str]) -> None:
     write_json(folder / STATE / FILE, inputs)
 
 
+def training_size(run: Path) -> int | None:
+    """How many images a run was started with; None for what is no such run."""
+    try:
+        described = json.loads((run / STATE / FILE).read_text(encoding="utf-8"))["data"]
+        return int(described.split()[0])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
 def check_inputs(folder: Path, now: dict[str, str]) -> None:
     """Raise MoceError, showing the difference, if a run was started with other inputs."""
     path = folder / STATE / FILE
