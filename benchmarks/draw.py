@@ -14,6 +14,8 @@ from benchmarks.mae_step import LIMIT
 from benchmarks.mae_step import RESULTS as MAE_STEP
 from benchmarks.moce_step import DENSE
 from benchmarks.moce_step import RESULTS as MOCE_STEP
+from benchmarks.probe import OURS, WIDTH
+from benchmarks.probe import RESULTS as PROBE
 from benchmarks.selection import BARE, BRUTE, SELECT
 from benchmarks.selection import RESULTS as SELECTION
 from benchmarks.startup import BARE as BARE_PYTHON
@@ -156,6 +158,34 @@ def selection(result: dict) -> str:
     return "\n\n".join(lines)
 
 
+def probe(result: dict) -> str:
+    lines = []
+    for part in result["parts"].values():
+        for key, group in grouped(part["rows"], "images", "classes", "choose", "threads").items():
+            images, classes, choose, threads = key
+            best = min(median(found) for name, found in group.items() if name != OURS)
+            accuracy = {
+                row["candidate"]: row["accuracy"]
+                for row in part["rows"]
+                if (row["images"], row["classes"], row["choose"]) == (images, classes, choose)
+            }
+            rows = [
+                [
+                    name,
+                    f"{median(found):.2f}",
+                    f"{min(found):.2f} to {max(found):.2f}",
+                    f"{median(found) / best:.2f}",
+                    f"{100 * accuracy[name]:.1f}",
+                ]
+                for name, found in group.items()
+            ]
+            what = "a whole probe" if choose else "one fit"
+            head = [what, "seconds", "range", "× the best of the others", "accuracy, %"]
+            title = f"### {images:,} × {WIDTH}, {classes:,} classes, {threads} threads"
+            lines += [title, conditions(part), markdown(head, rows)]
+    return "\n\n".join(lines)
+
+
 def startup(result: dict) -> str:
     lines = []
     for part in result["parts"].values():
@@ -174,6 +204,7 @@ SECTIONS: dict[str, tuple[Path, Callable[[dict], str]]] = {
     "mae_step": (MAE_STEP, mae_step),
     "moce_step": (MOCE_STEP, moce_step),
     "selection": (SELECTION, selection),
+    "probe": (PROBE, probe),
     "startup": (STARTUP, startup),
     "clustering": (clustering.RESULTS, clustering.tables),
 }
