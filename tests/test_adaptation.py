@@ -29,7 +29,6 @@ from moce.data.load import load_images
 from moce.data.readers.sample import Sample
 from moce.runs.files import read_tensors
 from moce.runs.model import read_config, read_metrics
-from moce.runtime.launch import Launch
 from moce.training import trainer
 
 QUICK = {"adapt_steps": 8, "adapt_batch_size": 16, **RUNTIME}
@@ -302,11 +301,3 @@ def test_two_processes_adapt_as_one_does(runs: Runs, tmp_path: Path) -> None:
     assert done == pytest.approx(asdict(one.adaptation), abs=1e-4)
     names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert names[0] == names[1]
-
-
-def test_several_processes_do_not_only_choose(runs: Runs, tmp_path: Path, monkeypatch) -> None:
-    started = Launch(2, 0, 2, 0, 0, "torchrun")
-    monkeypatch.setattr("moce.commands.customize.launch", lambda: started)
-    with pytest.raises(moce.MoceError, match="several processes share the work of --adapt-steps"):
-        moce.customize(runs.moce, runs.task, out=tmp_path / "two", **RUNTIME)
-    assert not (tmp_path / "two").exists()

@@ -309,14 +309,14 @@ def test_a_run_stopped_by_sigterm_is_resumed(strategy: str, made: Made, tmp_path
     [
         ("pretrain", {"data": "nowhere"}, "no such images"),
         ("pretrain", {"batch_size": 5, "micro_batch_size": 2, "steps": 2}, "without an image"),
-        ("probe", {}, "runs in one process, but torchrun started 2"),
+        ("pack", {}, "runs in one process, but torchrun started 2"),
     ],
 )
 def test_a_mistake_is_told_once(
     command: str, update: dict, line: str, runs, tmp_path: Path
 ) -> None:
     settings = {**PRETRAIN, "data": str(runs.data)} if command == "pretrain" else {}
-    settings = settings or {"backbone": str(runs.mae), "data": str(runs.task)}
+    settings = settings or {"data": str(runs.task)}
     going = torchrun(*moce_words(command, {**settings, **update, "out": tmp_path / "run"}))
     _, output = going.communicate(timeout=600)
     assert going.returncode != 0

@@ -13,6 +13,7 @@ from moce.config.signature import docstring_of, signature_of
 from moce.errors import MoceError
 from moce.runs.lock import locks_released
 from moce.runtime.launch import launch
+from moce.runtime.light_imports import defer_imports
 
 if TYPE_CHECKING:
     from moce.commands.cluster import ClusterResult
@@ -70,6 +71,7 @@ class Command:
                 f"moce {self.name} runs in one process, but {launch().by} started "
                 f"{launch().world_size}; run it without {launch().by}"
             )
+        defer_imports()
         with locks_released():
             return self.work(settings)
 
@@ -228,6 +230,7 @@ def convert(settings: config.ConvertSettings) -> ConvertResult:
     config.EmbedSettings,
     ("backbone", "data"),
     "moce embed backbones/birds birds/ --out birds.parquet",
+    distributed=True,
 )
 def embed(settings: config.EmbedSettings) -> EmbedResult:
     from moce.commands.embed import run
@@ -262,6 +265,7 @@ def predict(settings: config.PredictSettings) -> PredictResult:
     config.ProbeSettings,
     ("backbone", "data"),
     "moce probe backbones/birds birds/ --kind linear --draws 3 --num-labels 200",
+    distributed=True,
 )
 def probe(settings: config.ProbeSettings) -> ProbeResult:
     from moce.commands.probe import run
@@ -274,6 +278,7 @@ def probe(settings: config.ProbeSettings) -> ProbeResult:
     ("suite",),
     "moce evaluate recipes/suites/paper11.yaml --out runs/eval "
     "--backbones mae+=runs/mae_plus,moce=runs/moce",
+    distributed=True,
 )
 def evaluate(settings: config.EvaluateSettings) -> EvaluateResult:
     from moce.commands.evaluate import run

@@ -81,8 +81,8 @@ class Bank:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The cluster of every image, [n] int64, and its cosine similarity to the centroid, [n].
 
-        images, rule: see `select`. choose: which images of DATA (default: all). Raises MoceError
-        if there are no images.
+        images, rule: see `select`. choose: which images of DATA (default: all). Several processes
+        share the work. Raises MoceError if there are no images.
         """
         encoder = self.clusters.encoder
         features = extract_features(
@@ -93,6 +93,7 @@ class Bank:
             precision=self.precision,
             pooling=self.clusters.pooling,
             batch_size=batch_size,
+            shared=True,
         )
         return self.clusters.assign(self.clusters.normalize(features), rule)
 

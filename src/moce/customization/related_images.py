@@ -73,9 +73,8 @@ class RelatedImages:
     def _assign(self, samples: list[Sample]) -> tuple[dict[str, int], list[tuple[str, str]]]:
         """The cluster of every image that can be read, by id; (id, reason) of the others."""
         images = self.load(samples, self.clusters.encoder)
-        clusters = run_on_rank0(  # the same for all processes
-            lambda: assign(images, self.clusters, self.device, self.precision)
-        )
+        clusters = assign(images, self.clusters, self.device, self.precision)
+        clusters = run_on_rank0(lambda: clusters)  # the same for all processes
         return dict(zip(images.ids, clusters.tolist(), strict=True)), images.skipped
 
 

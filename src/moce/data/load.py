@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from moce.data.run_ahead import run_ahead
 from moce.data.value_range import check_values
 from moce.errors import MoceError, Unreachable
 from moce.models.fit import Fit
-from moce.runtime.distributed import barrier, run_on_local_rank0, world_size
+from moce.runtime.distributed import all_gather, barrier, run_on_local_rank0, world_size
 from moce.runtime.launch import launch
 from moce.runtime.progress import meter
 from moce.runtime.system import free_memory, worker_threads
@@ -42,7 +42,6 @@ REPORT_EVERY = 32  # images
 LISTED = "the list of images"
 BAR_AFTER = 2.0  # seconds
 Choose = Callable[[Sequence[Label | None], Sequence[str | None], str], list[int]]
-T = TypeVar("T")
 Reasons = dict[int, str]  # by row, why an image could not be decoded
 
 
@@ -188,17 +187,13 @@ def _decoded(originals: Originals, fit: Fit, pixel_file: Path | None, name: str)
     samples = originals.samples
     shape = (len(samples), originals.channels, *fit.size)
 
-    def decode(pixels: np.ndarray) -> tuple[Reasons, bool]:
-        reasons, resized = decode_all(samples, pixels, fit)
-        if originals.required:
-            _check_skipped(samples, reasons, originals.max_skipped, name)
-        return reasons, resized
-
     if world_size() > 1 and pixel_file is not None:
-        pixels, (reasons, resized) = _decode_once_per_node(decode, shape, pixel_file)
+        pixels, (reasons, resized) = _decode_once_per_node(samples, shape, fit, pixel_file)
     else:
         pixels = _allocate(shape, pixel_file)
-        reasons, resized = decode(pixels)
+        reasons, resized = decode_all(samples, pixels, fit)
+    if originals.required:
+        _check_skipped(samples, reasons, originals.max_skipped, name)
     images = _dataset(originals, torch.from_numpy(pixels))
     images.skipped = [(samples[row].id, reason) for row, reason in reasons.items()]
     if not resized and fit.is_plain:
@@ -208,27 +203,30 @@ def _decoded(originals: Originals, fit: Fit, pixel_file: Path | None, name: str)
     return images.subset([row for row in range(len(samples)) if row not in reasons])
 
 
-def decode_all(samples: Sequence[Sample], pixels: np.ndarray, fit: Fit) -> tuple[Reasons, bool]:
-    """Decode each image into its row of `pixels`, [n, c, *fit.size] uint8, in threads.
+def decode_all(
+    samples: Sequence[Sample], pixels: np.ndarray, fit: Fit, rows: slice = slice(None)
+) -> tuple[Reasons, bool]:
+    """Decode each image, or those of some rows, into its row of `pixels`, [n, c, *fit.size] uint8.
 
-    Returns the reasons of unreadable images, and whether any image had another size.
+    In threads. Returns the reasons of unreadable images, and whether any image had another size.
     """
     reasons: Reasons = {}
     resized = False
-    threads = worker_threads()
-    jobs = (partial(_decode_one, pixels, row, sample, fit) for row, sample in enumerate(samples))
+    threads = max(1, worker_threads() // launch().local)
+    numbers = range(len(samples))[rows]
+    jobs = (partial(_decode_one, pixels, row, samples[row], fit) for row in numbers)
     with (
-        meter("read images", len(samples), wait=BAR_AFTER) as progress,
+        meter("read images", len(numbers), wait=BAR_AFTER) as progress,
         closing(run_ahead(jobs, threads, AHEAD_PER_THREAD * threads)) as results,
     ):
-        for row, (reason, size) in enumerate(results):
+        for row, (reason, size) in zip(numbers, results, strict=True):
             if reason is not None:
                 reasons[row] = reason
             elif size != pixels.shape[2:]:
                 resized = True
             if row % REPORT_EVERY == REPORT_EVERY - 1:
                 progress.advance(f"{len(reasons)} unreadable", REPORT_EVERY)
-        progress.advance(count=len(samples) % REPORT_EVERY)
+        progress.advance(count=len(numbers) % REPORT_EVERY)
     return reasons, resized
 
 
@@ -342,29 +340,35 @@ def _reserve(file: BinaryIO, needed: int, pixel_file: Path) -> None:
 
 
 def _decode_once_per_node(
-    decode: Callable[[np.ndarray], T], shape: tuple[int, ...], pixel_file: Path
-) -> tuple[np.ndarray, T]:
-    """Decode into a file in the first process of each node, and map it in all of them.
+    samples: Sequence[Sample], shape: tuple[int, ...], fit: Fit, pixel_file: Path
+) -> tuple[np.ndarray, tuple[Reasons, bool]]:
+    """Decode into a file of each node, of which each process there makes its share, and map it in all.
 
     A file even if memory has room: the system caches it once for all processes.
     """
-    file = pixel_file.with_name(f"{pixel_file.name}.{launch().node}")
 
-    def decode_to_file() -> T:
+    def make_file() -> Path:
+        file = pixel_file.with_name(f"{pixel_file.name}.{launch().node}")
         file.unlink(missing_ok=True)  # of a run that was killed
-        pixels = _allocate_file(shape, file)
-        try:
-            return decode(pixels)
-        except BaseException:
-            file.unlink()
-            raise
+        _allocate_file(shape, file)
+        return file
 
-    result = run_on_local_rank0(decode_to_file)
+    file = run_on_local_rank0(make_file)
+    here, local, count = launch().local_rank, launch().local, len(samples)
+    own = slice(count * here // local, count * (here + 1) // local)
+    try:
+        pixels = np.memmap(file, np.uint8, "r+", shape=shape)
+        gathered = all_gather((launch().node, *decode_all(samples, pixels, fit, own)))
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
     pixels = np.memmap(file, np.uint8, "c", shape=shape)  # copy-on-write
     barrier()
-    if launch().local_rank == 0:
+    if here == 0:
         file.unlink()  # its space is freed when the processes end
-    return pixels, result
+    of_node = [(found, resized) for node, found, resized in gathered if node == launch().node]
+    reasons = {row: why for found, _ in of_node for row, why in found.items()}
+    return pixels, (reasons, any(resized for _, resized in of_node))
 
 
 def _from_packed(

@@ -199,13 +199,15 @@ def in_order(
     device: torch.device,
     fit: tuple[int, int] | Fit,
     rows: slice | None = None,
+    share: slice = slice(None),
 ) -> Generator[Tensor]:
     """All images, or a slice, once and in order: batches [b, c, h, w] uint8 on `device`.
 
-    A thread reads them while the previous ones are used.
+    share: which of the batches. A thread reads them while the previous ones are used.
     """
     first, end = (rows.start, rows.stop) if rows else (0, len(images))
-    slices = (slice(start, min(start + batch_size, end)) for start in range(first, end, batch_size))
+    starts = range(first, end, batch_size)[share]
+    slices = (slice(start, min(start + batch_size, end)) for start in starts)
     fit = fit if isinstance(fit, Fit) else Fit(fit)
     jobs = (partial(_read, images, where, fit, device) for where in slices)
     with closing(run_ahead(jobs, 1, PREFETCHED)) as batches:
