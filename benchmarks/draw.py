@@ -9,6 +9,8 @@ from statistics import median
 
 from benchmarks import clustering
 from benchmarks.candidates import AS_IT_COMES, SIZES
+from benchmarks.finetune_step import CHUNKS, WHOLE
+from benchmarks.finetune_step import RESULTS as FINETUNE_STEP
 from benchmarks.images import RESULTS as IMAGES
 from benchmarks.mae_step import LIMIT
 from benchmarks.mae_step import RESULTS as MAE_STEP
@@ -123,6 +125,24 @@ def mae_memory(part: dict) -> list[str]:
     return [heading, conditions(part), markdown(head, lines)]
 
 
+def finetune_step(result: dict) -> str:
+    """Speed of both ways, and how many times as fast chunks are in the same turn."""
+    lines = []
+    for name, part in result["parts"].items():
+        cases = grouped(part["rows"], "batch", "threads")
+        head = ["images/s", *(f"batch {batch}, {threads} threads" for batch, threads in cases)]
+        rows = [
+            [way, *(f"{batch / median(group[way]):.1f}" for (batch, _), group in cases.items())]
+            for way in (WHOLE, CHUNKS)
+        ]
+        rows += [
+            ["times as fast", *(f"{ratio(g, WHOLE, CHUNKS):.2f}" for g in cases.values())],
+            ["half the range of turns", *(f"± {spread(g[CHUNKS]):.0%}" for g in cases.values())],
+        ]
+        lines += [f"### {name}", conditions(part), markdown(head, rows)]
+    return "\n\n".join(lines)
+
+
 def moce_step(result: dict) -> str:
     """Training of every size, then encoding by a customized expert."""
     parts = dict(result["parts"])
@@ -202,6 +222,7 @@ def startup(result: dict) -> str:
 SECTIONS: dict[str, tuple[Path, Callable[[dict], str]]] = {
     "images": (IMAGES, images),
     "mae_step": (MAE_STEP, mae_step),
+    "finetune_step": (FINETUNE_STEP, finetune_step),
     "moce_step": (MOCE_STEP, moce_step),
     "selection": (SELECTION, selection),
     "probe": (PROBE, probe),

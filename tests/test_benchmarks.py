@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from benchmarks import draw, mae_step, measure, moce_step, probe, selection, startup
+from benchmarks import draw, finetune_step, mae_step, measure, moce_step, probe, selection, startup
 from benchmarks.candidates import CONTENDERS, Case
 
 TIMED = {"candidate", "repeat", "seconds"}
@@ -48,6 +48,12 @@ def test_counted_operations_are_those_of_the_linear_layers_and_some() -> None:
     case = Case("test", 8)
     assert 3 * mae_step.product_flops(case) * 0.9 < mae_step.step_flops(case)
     assert mae_step.step_flops(Case("test", 16)) == 2 * mae_step.step_flops(case)
+
+
+def test_finetune_step(tmp_path: Path) -> None:
+    rows = rows_of(finetune_step, "test", tmp_path)
+    assert names(rows) == {finetune_step.WHOLE, finetune_step.CHUNKS}
+    assert all(row.keys() >= TIMED | CASE | {"images_per_s"} for row in rows)
 
 
 def test_moce_step(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     TOKEN = 8
     MIX = 9
     REPLACEMENT = 10
+    DROP_PATH = 11
 
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
