@@ -108,6 +108,7 @@ class FinetuneObjective(Objective):
         views = tuning_views(settings, spec, vit.patch_embed.img_size)
         super().__init__("finetune", vit, images, groups, views=views, ema=settings.ema)
         self._seed, self._targets = settings.seed, torch.from_numpy(labels)
+        self.classes = self._targets if settings.sampling == "balanced" else None
         self._inputs = Inputs(settings, spec, views)
         self._mix = _mixer(settings, vit.num_classes)
         self._criterion = _criterion(labels, vit.num_classes, settings)
