@@ -17,6 +17,7 @@ from moce.data.loader import shard_micro_batches
 from moce.errors import MoceError, counted, is_out_of_memory
 from moce.models.activation_checkpoint import set_checkpointing
 from moce.models.encoder import choose_attention
+from moce.models.token_moe import TokenExpertFFN
 from moce.runtime.distributed import all_reduce, world_size
 from moce.runtime.progress import log
 from moce.training.trainer import Objective
@@ -37,7 +38,8 @@ def settle_micro_batch(objective: Objective, settings: S, device: torch.device) 
     """
     if settings.micro_batch_size != "auto":
         return settings
-    together = settings.strategy == "fsdp" or objective.collective
+    shared = any(isinstance(module, TokenExpertFFN) for module in objective.model.modules())
+    together = settings.strategy == "fsdp" or shared
     if device.type not in TRIED_ON or (together and world_size() > 1):
         return settings.model_copy(update={"micro_batch_size": UNTRIED})
     share = -(-settings.batch_size // world_size())

@@ -27,10 +27,11 @@ def trial(
     with closing(objective.batches(order, device, Loading(workers=0))) as batches:
         batch = next(batches)
     step = Step(-1, rows)  # what a loss keeps for one step must not be kept for the first
+    prepared = objective.prepared(batch, step)
 
     def one_pass() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = objective.loss(model, batch, step)["loss"]
+            loss = objective.loss(model, prepared, step)["loss"]
         loss.backward()
         float(loss.detach())  # waits for the device
 
