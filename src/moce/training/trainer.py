@@ -146,9 +146,8 @@ def fit(
 ) -> None:
     """Train `objective.model` in place; config, metrics and checkpoints go to `settings.out`.
 
-    Raises NotFinite when the loss or the weights are not finite; the last good state is on disk.
+    Raises NotFinite or OutOfMemory: the last good state is on disk, and the message says what helps.
     Raises Interrupted when the user or the system asks to stop; the current state is on disk.
-    Raises OutOfMemory, which names the settings that take less.
     """
     with advise_on_memory(settings, device):
         _Trainer(objective, settings, device, precision).run()
