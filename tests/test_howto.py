@@ -108,6 +108,12 @@ def watch_training(folder: Path, runs: Runs) -> None:
         shutil.copytree(runs.task, folder / name)
 
 
+def explore(folder: Path, runs: Runs) -> None:
+    """`runs/moce` and labeled images, `birds/`."""
+    load_elsewhere(folder, runs)
+    (folder / "task").rename(folder / "birds")
+
+
 def photos(folder: Path, runs: Runs) -> None:
     shutil.copytree(runs.data, folder / "photos")
 
@@ -118,6 +124,7 @@ PREPARE: dict[str, Callable[[Path, Runs], None]] = {
     "official-weights": official_weights,
     "load-elsewhere": load_elsewhere,
     "compare-backbones": compare_backbones,
+    "explore": explore,
     "own-images": own_images,
     "multi-channel": lambda folder, runs: None,
     "fast-images": photos,

@@ -12,6 +12,7 @@ from moce.commands.distill import DistillResult
 from moce.commands.doctor import DoctorResult
 from moce.commands.embed import EmbedResult
 from moce.commands.evaluate import EvaluateResult
+from moce.commands.explore import ExploreResult
 from moce.commands.export import ExportResult
 from moce.commands.finetune import FinetuneResult
 from moce.commands.headroom import HeadroomResult
@@ -470,6 +471,49 @@ def evaluate(
         adapt_lr (float | None, default None): base learning rate of adaptation per 256 images
             (default: half of the run's; 7.5e-5 for other weights)
         resume (bool, default False): resume an interrupted evaluation
+    """
+
+def explore(
+    run: str | Path,
+    images: Data | None = None,
+    *,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    host: str = "127.0.0.1",
+    port: int = 8321,
+    max_images: int = 100000,
+    projection: Literal["tsne", "pca"] = "tsne",
+    batch_size: int = 128,
+    prepare: bool = False,
+) -> ExploreResult:
+    """Show a map of a run's images in the browser, and what its experts make of yours.
+
+    Args:
+        run (str | Path): run of moce train or moce cluster
+        images (Data | None, default None): images of the map (default: those the run was made from)
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        out (str | Path | None, default None): folder for features, the map and exported backbones
+            (default: RUN/explore)
+        overwrite (bool, default False): compute features and map again, even if they are in the
+            folder
+        host (str, default '127.0.0.1'): address to serve the page on; others can reach 0.0.0.0
+        port (int, default 8321): port of the page (0: any free one)
+        max_images (int, default 100000): images on the map; of more, so many are drawn at random
+        projection (Literal['tsne', 'pca'], default 'tsne'): from features to the map: tsne keeps
+            neighbors together; pca is faster
+        batch_size (int, default 128): images per forward pass
+        prepare (bool, default False): make the map and stop, e.g. on a machine with a GPU; the page
+            then opens at once
     """
 
 def export(
