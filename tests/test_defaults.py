@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import socket
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from builders import PRETRAIN, RUNTIME
 from commands import run_command
 from huggingface_hub import constants
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -238,6 +240,20 @@ def test_without_a_hub_its_weights_are_refused_at_once(
 )
 def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_narrow_terminal_shows_count_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long note is cut off, and nothing else; a second bar inside the first is no error."""
+    screen = io.StringIO()
+    narrow = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(progress, "console", narrow)
+    with meter("pretrain", 4_000) as bar:
+        bar.advance("loss 0.5123, " + "k-NN 41.2 %, linear 55.3 %, " * 4)
+        with meter("features", 3) as inner:
+            inner.advance()
+        bar.advance()
+    last = [line for line in re.split(r"[\r\n]", screen.getvalue()) if "2/4000" in line][-1]
+    assert "pretrain" in last and "left" in last and "loss 0.5123, " in last and "…" in last
 
 
 def test_a_log_without_terminal_has_lines_with_the_time_left(
