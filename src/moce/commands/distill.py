@@ -99,7 +99,7 @@ def _save(
         f"trained on: {len(images)} unlabeled images",
         f"mean cosine of pooled features to the teacher's: {similarity:.3f}",
     ]
-    rows = read_metrics(settings.out)
+    rows = [row for row in read_metrics(settings.out) if "pooled" in row]  # not a monitor's first
     cosines = [1 - row["pooled"] for row in rows]
     write_curve(settings.out, [row["step"] for row in rows], cosines, "cosine to the teacher's")
     title = f"{spec.name}, distilled by moce from {Path(settings.backbone).name}"
