@@ -13,6 +13,7 @@ from moce.config.signature import docstring_of, signature_of
 from moce.errors import MoceError
 from moce.runs.lock import locks_released
 from moce.runtime.launch import launch
+from moce.runtime.light_imports import defer_imports
 
 if TYPE_CHECKING:
     from moce.commands.cluster import ClusterResult
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from moce.commands.doctor import DoctorResult
     from moce.commands.embed import EmbedResult
     from moce.commands.evaluate import EvaluateResult
+    from moce.commands.explore import ExploreResult
     from moce.commands.export import ExportResult
     from moce.commands.finetune import FinetuneResult
     from moce.commands.headroom import HeadroomResult
@@ -70,6 +72,7 @@ class Command:
                 f"moce {self.name} runs in one process, but {launch().by} started "
                 f"{launch().world_size}; run it without {launch().by}"
             )
+        defer_imports()
         with locks_released():
             return self.work(settings)
 
@@ -291,6 +294,13 @@ def evaluate(settings: config.EvaluateSettings) -> EvaluateResult:
 )
 def report(settings: config.ReportSettings) -> ReportResult:
     from moce.commands.report import run
+
+    return run(settings)
+
+
+@command(config.ExploreSettings, ("run", "images"), "moce explore runs/moce")
+def explore(settings: config.ExploreSettings) -> ExploreResult:
+    from moce.commands.explore import run
 
     return run(settings)
 

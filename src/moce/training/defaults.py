@@ -9,8 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-
 from moce.config import ChosenSettings, expand
 from moce.runs.model import read_config
 from moce.weights.resolve import moce_run
@@ -105,5 +103,7 @@ def default_lr(weights: Path | str) -> float:
 
 def official_weights_here() -> bool:
     """Whether the official MAE weights are in the hub's cache on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
     found = try_to_load_from_cache(f"timm/{OFFICIAL}", "model.safetensors")
     return isinstance(found, str)

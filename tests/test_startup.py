@@ -1,0 +1,85 @@
+"""What a command imports: a process that trains alone loads nothing that only others need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+HEAVY = {
+    *(
+        "datasets",
+        "jinja2",
+        "lightning_fabric",
+        "matplotlib",
+        "pandas",
+        "pytorch_lightning",
+        "scipy",
+    ),
+    *("sklearn", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp"),
+    *("torchvision.models", "torchvision.transforms.v2", "transformers", "wandb"),
+    *("huggingface_hub.hf_api", "huggingface_hub.file_download"),
+}
+SMALL = {"patch_size": 8, "img_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+ENDING = "; import json, sys; print(json.dumps(sorted(sys.modules)))"
+
+
+def modules_after(code: str) -> set[str]:
+    """All modules of a fresh process that has run the code."""
+    command = [sys.executable, "-c", code + ENDING]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500)
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def of_pretrain(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Modules after two steps of pretraining on a folder, with a checkpoint between them."""
+    folder = tmp_path_factory.mktemp("startup")
+    (folder / "images").mkdir()
+    for number in range(4):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(folder / "images" / f"{number}.png")
+    settings = {"model": "vit_tiny_patch16_224", "model_args": SMALL, "decoder_dim": 16,
+                "decoder_depth": 1, "decoder_heads": 2, "steps": 2, "save_every": 1, "batch_size": 4,
+                "device": "cpu", "out": str(folder / "run")}  # fmt: skip
+    return modules_after(f"import moce; moce.pretrain({str(folder / 'images')!r}, **{settings!r})")
+
+
+def test_pretrain_imports_no_heavy_module_that_it_does_not_need(of_pretrain: set[str]) -> None:
+    assert {"torch", "timm", "moce.training.trainer"} <= of_pretrain
+    assert not HEAVY & of_pretrain
+
+
+def test_import_moce_is_light() -> None:
+    assert not {"torch", "numpy", "pydantic", "timm"} & modules_after("import moce")
+
+
+def test_help_is_light() -> None:
+    found = modules_after("import moce.cli; moce.cli.build_parser().format_help()")
+    assert not {"torch", "numpy", "timm", "PIL", "rich"} & found
+
+
+def test_timm_is_whole_after_a_light_import() -> None:
+    """What timm's import left out comes with its first use, from the real modules."""
+    code = """
+from moce.runtime.light_imports import StandIn, defer_imports
+defer_imports()
+import sys, timm, torch
+assert not any(isinstance(module, StandIn) for module in sys.modules.values())
+assert "torch._dynamo" not in sys.modules and "torchvision.models" not in sys.modules
+from timm.layers import create_feature_extractor
+net = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+features = create_feature_extractor(net, ["blocks.0"])(torch.zeros(1, 3, 16, 16))
+assert features["blocks.0"].shape == (1, 5, 16)
+import torchvision
+assert torchvision.models.resnet18(num_classes=2).fc.out_features == 2
+from torchvision.ops import roi_align
+assert roi_align(torch.ones(1, 1, 4, 4), [torch.tensor([[0.0, 0, 2, 2]])], 1).item() == 1
+import torch.compiler, torch._dynamo
+assert torch.compiler.disable.__module__ == "torch.compiler"
+from timm.models._hub import hf_hub_download, has_hf_hub
+assert has_hf_hub() and hf_hub_download.func.__name__
+"""
+    assert "torch._dynamo" in modules_after(code + "pass")
