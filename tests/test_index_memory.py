@@ -14,7 +14,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import moce.data.readers.factory as factory
 import moce.data.readers.folder as folder
 import moce.data.readers.packed as packed
 import moce.data.readers.tar as tar
@@ -25,7 +24,7 @@ from moce.data.loader import BatchOrder
 from moce.data.readers.label_tables import Entry
 from moce.data.readers.packed import HEADER_BYTES
 
-ROWS, MOST = 10_000, 100  # images, bytes
+ROWS, MOST = 5_000, 100  # images, bytes
 CLASSES = 100
 NAMES = [f"n{row % CLASSES:08d}/n{row % CLASSES:08d}_{row:05d}.JPEG" for row in range(ROWS)]
 
@@ -69,15 +68,6 @@ def several_classes(root: Path) -> Source:
         patch.setattr(folder, "find_entries", lambda *_: entries)
 
     return Source(str(root), prepare)
-
-
-def a_list(root: Path) -> Source:
-    (root / "list.txt").write_text("\n".join(NAMES))
-
-    def prepare(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(factory, "_is_file", lambda path: True)
-
-    return Source(f"@{root}/list.txt", prepare)
 
 
 def parquet(root: Path) -> Source:
@@ -129,7 +119,6 @@ SOURCES = {
         with_test_images,
         two_folders,
         several_classes,
-        a_list,
         parquet,
         tar_shards,
         arrays,
