@@ -9,12 +9,16 @@ from statistics import median
 
 from benchmarks import clustering
 from benchmarks.candidates import AS_IT_COMES, SIZES
+from benchmarks.finetune_step import CHUNKS, WHOLE
+from benchmarks.finetune_step import RESULTS as FINETUNE_STEP
 from benchmarks.images import CASES, Case
 from benchmarks.images import RESULTS as IMAGES
 from benchmarks.mae_step import LIMIT
 from benchmarks.mae_step import RESULTS as MAE_STEP
 from benchmarks.moce_step import DENSE
 from benchmarks.moce_step import RESULTS as MOCE_STEP
+from benchmarks.probe import OURS, WIDTH
+from benchmarks.probe import RESULTS as PROBE
 from benchmarks.selection import BARE, BRUTE, SELECT
 from benchmarks.selection import RESULTS as SELECTION
 from benchmarks.startup import BARE as BARE_PYTHON
@@ -134,6 +138,24 @@ def mae_memory(part: dict) -> list[str]:
     return [heading, conditions(part), markdown(head, lines)]
 
 
+def finetune_step(result: dict) -> str:
+    """Speed of both ways, and how many times as fast chunks are in the same turn."""
+    lines = []
+    for name, part in result["parts"].items():
+        cases = grouped(part["rows"], "batch", "threads")
+        head = ["images/s", *(f"batch {batch}, {threads} threads" for batch, threads in cases)]
+        rows = [
+            [way, *(f"{batch / median(group[way]):.1f}" for (batch, _), group in cases.items())]
+            for way in (WHOLE, CHUNKS)
+        ]
+        rows += [
+            ["times as fast", *(f"{ratio(g, WHOLE, CHUNKS):.2f}" for g in cases.values())],
+            ["half the range of turns", *(f"± {spread(g[CHUNKS]):.0%}" for g in cases.values())],
+        ]
+        lines += [f"### {name}", conditions(part), markdown(head, rows)]
+    return "\n\n".join(lines)
+
+
 def moce_step(result: dict) -> str:
     """Training of every size, then encoding by a customized expert."""
     parts = dict(result["parts"])
@@ -169,6 +191,34 @@ def selection(result: dict) -> str:
     return "\n\n".join(lines)
 
 
+def probe(result: dict) -> str:
+    lines = []
+    for part in result["parts"].values():
+        for key, group in grouped(part["rows"], "images", "classes", "choose", "threads").items():
+            images, classes, choose, threads = key
+            best = min(median(found) for name, found in group.items() if name != OURS)
+            accuracy = {
+                row["candidate"]: row["accuracy"]
+                for row in part["rows"]
+                if (row["images"], row["classes"], row["choose"]) == (images, classes, choose)
+            }
+            rows = [
+                [
+                    name,
+                    f"{median(found):.2f}",
+                    f"{min(found):.2f} to {max(found):.2f}",
+                    f"{median(found) / best:.2f}",
+                    f"{100 * accuracy[name]:.1f}",
+                ]
+                for name, found in group.items()
+            ]
+            what = "a whole probe" if choose else "one fit"
+            head = [what, "seconds", "range", "× the best of the others", "accuracy, %"]
+            title = f"### {images:,} × {WIDTH}, {classes:,} classes, {threads} threads"
+            lines += [title, conditions(part), markdown(head, rows)]
+    return "\n\n".join(lines)
+
+
 def startup(result: dict) -> str:
     lines = []
     for part in result["parts"].values():
@@ -185,8 +235,10 @@ def startup(result: dict) -> str:
 SECTIONS: dict[str, tuple[Path, Callable[[dict], str]]] = {
     "images": (IMAGES, images),
     "mae_step": (MAE_STEP, mae_step),
+    "finetune_step": (FINETUNE_STEP, finetune_step),
     "moce_step": (MOCE_STEP, moce_step),
     "selection": (SELECTION, selection),
+    "probe": (PROBE, probe),
     "startup": (STARTUP, startup),
     "clustering": (clustering.RESULTS, clustering.tables),
 }
