@@ -263,7 +263,7 @@ def demo(
         overwrite (bool, default False): replace the contents of the output folder
         reuse (bool, default False): show the existing results if settings and version are the same,
             else run again
-        dense (bool, default False): show segmentation instead, in a few minutes: an MAE, then a
+        dense (bool, default False): show segmentation instead, in two minutes: an MAE, then a
             segmenter of digits and clothes pasted on photographs
         tasks (Sequence[str], default ()): tasks to run (default: all embedded ones)
         pretrain_epochs (float, default 18): epochs of the MAE
