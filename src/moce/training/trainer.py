@@ -256,8 +256,7 @@ class _Trainer:
         measured = self._measure(step)
         metric_log.write(row | measured.row, times, measured.picture)
         self.window.reset()  # measuring is no part of a step
-        monitor = self.objective.monitor
-        return note_of(row, times) + (f", {monitor.note}" if monitor and monitor.note else "")
+        return note_of(row, times, self.objective.monitor.note if self.objective.monitor else "")
 
     def _measure(self, step: int) -> Measured:
         """What the monitor finds after a step, if it is due: on rank 0, the others wait."""
