@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from builders import PRETRAIN, RUNTIME
+from builders import PRETRAIN, RUNTIME, tiny_encoder
 from commands import run_command
+from experiments.rates import run as rates
 from huggingface_hub import constants
 from rich.console import Console
 from safetensors.torch import load_file
@@ -21,11 +23,16 @@ from torch.testing import assert_close
 
 import moce
 from moce.cli import build_parser, settings_of
+from moce.commands import pretrain
 from moce.commands.registry import COMMANDS
+from moce.commands.setup import training_images
 from moce.config import PretrainSettings, TrainSettings
 from moce.config.load import parse
+from moce.data.readers import folder
+from moce.data.readers.left_out import LeftOut
 from moce.data.sample_sizes import count_and_side
 from moce.errors import MoceError
+from moce.runs.files import read_lines
 from moce.runtime import hub, progress
 from moce.runtime.progress import duration, meter
 from moce.training import announce
@@ -86,6 +93,25 @@ def test_count_and_size_of_images(runs, tmp_path: Path) -> None:
         count_and_side(str(tmp_path / "broken"))
 
 
+def test_a_folder_is_listed_once(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the model is chosen by the images."""
+    times: list[Path] = []
+    listing = folder._files
+
+    def counted(root: Path, left_out: LeftOut) -> list[str]:
+        times.append(root)
+        return listing(root, left_out)
+
+    monkeypatch.setattr(folder, "_files", counted)
+    settings = PretrainSettings(data=str(runs.data), out=tmp_path / "run")
+    chosen, samples = pretrain._with_model(settings, torch.device("cpu"))
+    assert chosen.model is not None and samples is not None
+    vit = tiny_encoder().build()
+    images = training_images(chosen, chosen.data, vit, samples)
+    assert times == [runs.data]
+    assert images.ids == training_images(chosen, chosen.data, vit).ids
+
+
 # --- length, batch, rate --------------------------------------------------------------------------
 
 
@@ -132,6 +158,19 @@ def test_a_rate_that_was_not_measured_says_so(parameters: float, rate: float, gu
     found, told = rate_for(int(parameters))
     assert found == rate
     assert told is None if guess is None else guess in told
+
+
+@pytest.mark.slow
+def test_the_study_of_rates_keeps_a_row_for_each(tmp_path: Path, monkeypatch) -> None:
+    results = tmp_path / "rates.jsonl"
+    words = ["--out", tmp_path, "--results", results, "--steps", 1, "--rates", "2e-3", "4e-3"]
+    words += ["--models", "vit_tiny_patch16_224"]
+    monkeypatch.setattr(sys, "argv", ["rates", *map(str, words)])
+    rates.main()
+    rows = read_lines(results)
+    assert [row["base_lr"] for row in rows] == [2e-3, 4e-3]
+    assert rows[0]["values"] == rows[1]["values"]  # the first step's loss comes before its rate
+    assert rows[0]["values"][0] > 0.5
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 16), (300, 32), (2_047, 128), (2_048, 256)])
