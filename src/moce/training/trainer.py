@@ -34,7 +34,7 @@ from moce.runtime.fsdp import full_state
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log, meter
 from moce.runtime.signals import stop_request
-from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from moce.training.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint
 from moce.training.gate_stats import Diagnostics
 from moce.training.idle_experts import IdleExperts
 from moce.training.metrics import MetricLog, Window
@@ -194,11 +194,13 @@ class _Trainer:
             closing(self._batches(rows)) as batches,
             stop_request() as stop,
             self._thread_parallel() as self.thread_parallel,
+            CheckpointWriter(self.folder) as checkpoints,
         ):
             end = self.done if self.done and self._converged() else self.total
             for number in range(self.done, end):
                 rate = self._set_rate(number)
                 self._step(number, batches)
+                checkpoints.check()
                 # Read once: a later signal is for the next step.
                 received = agreed_signal(stop.received)
                 last = number + 1 == self.total
@@ -208,7 +210,10 @@ class _Trainer:
                     note = self._log(metric_log, number + 1, rate)
                     last = last or self._converged()
                 if last or received is not None or (number + 1) % self.settings.save_every == 0:
-                    self._save(number + 1)
+                    self._save(checkpoints, number + 1)
+                if last or received is not None:
+                    checkpoints.wait()
+                    barrier()
                 progress.advance(note)
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
@@ -280,7 +285,7 @@ class _Trainer:
             self.objective.average.load(found.average)
         return found.step
 
-    def _save(self, step: int) -> None:
+    def _save(self, checkpoints: CheckpointWriter, step: int) -> None:
         self.window.collect()
         self.window.check_finite(self.folder)
         self.unreadable.write()
@@ -292,8 +297,7 @@ class _Trainer:
             diagnostics.state if diagnostics else {},
             average.state() if average else {},
         )
-        save_checkpoint(self.folder, state, self.model.module, self.optimizer)
-        barrier()
+        checkpoints.save(state, self.model.module, self.optimizer)
 
     def _set_rate(self, number: int) -> float:
         settings = self.settings
