@@ -103,7 +103,7 @@ def test_a_run_killed_while_a_checkpoint_is_written_goes_on(runs: Runs, tmp_path
         "write = checkpoint.write_tensors\n"
         "def slow(path, *given):\n"
         "    if path.stem == 'step_000000006':\n"
-        "        path.with_name('.step_000000006.safetensors.0').write_bytes(b'half')\n"
+        "        path.with_name('.step_000000006.safetensors.0123abcd').write_bytes(b'half')\n"
         "        time.sleep(3600)\n"
         "    write(path, *given)\n"
         "checkpoint.write_tensors = slow"
