@@ -6,8 +6,9 @@
 
 The code is that of the commands; images and features are simulated. Images of 72 x 72, too large to be
 cached on opening, are an array in a sparse file. Features [n, 64] lie around 64 planted centers. Each
-measurement has a process of its own, which has done the same for 500 images before. Memory is the peak above what was there
-before, without the features. An exponent is the slope of a line through the logarithms of all sizes.
+measurement has a process of its own, which has done the same for 500 images before. Memory is the peak
+above what was there before, without the features. An exponent is the slope of a line through the
+logarithms of all sizes.
 """
 
 from __future__ import annotations
