@@ -126,8 +126,13 @@ def test_a_frozen_backbone_stays_as_it_was(runs: Runs, classes: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_two_processes_segment_as_one(runs: Runs, classes: Path, tmp_path: Path) -> None:
-    given = {**SEGMENT, "backbone": runs.mae, "data": classes, "drop_path": 0.0}
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_two_processes_train_as_one(
+    task: str, runs: Runs, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    data = request.getfixturevalue("boxes" if task == "detect" else "classes")
+    settings = DETECT if task == "detect" else SEGMENT
+    given = {**settings, "backbone": runs.mae, "data": data, "drop_path": 0.0}
     alone, together = tmp_path / "alone", tmp_path / "together"
     moce.finetune(**given, out=alone)
     process = torchrun(*moce_words("finetune", {**given, "out": together}))
@@ -300,6 +305,7 @@ def test_suites_have_dense_tasks_beside_classification(
     [
         (["--strategy", "fsdp"], "not sharded: use --strategy ddp"),
         (["--mixup", 0.5], "leave out --mixup: task detect does not use it"),
+        (["--lr-grid", "1e-3,1e-2"], "leave out --lr-grid: task detect does not use it"),
         (["--image-size", 30], "no multiple of two patches of 4 pixels; give 24 or 32"),
         (["--head-args", "{dims: 3}"], "head_args: unknown setting 'dims'"),
         (["--task", "segment"], "no masks of pixels in"),

@@ -62,6 +62,15 @@ def test_several_labels_go_through_every_protocol(several, runs, tmp_path: Path)
         assert all(0 < value <= 1 for value in probed.values)
 
 
+@pytest.mark.parametrize("name", ["sampling", "class_weights"])
+def test_several_labels_cannot_be_balanced(several, runs, tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        MoceError, match=f"may have several classes each.*--{name.replace('_', '-')}"
+    ):
+        moce.finetune(runs.backbone, runs.task, out=tmp_path / "run", **{name: "balanced"}, **QUICK)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_metric_for_other_labels_is_refused(several, runs, tmp_path: Path) -> None:
     with pytest.raises(MoceError, match="map11"):
         moce.probe(runs.backbone, runs.task, metric="accuracy", **RUNTIME)

@@ -31,6 +31,7 @@ FUNCTIONS = (
         "doctor",
         "embed",
         "evaluate",
+        "explore",
         "export",
     ),
     *("finetune", "headroom", "pack", "predict", "pretrain", "probe", "push", "report", "run"),

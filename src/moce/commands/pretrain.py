@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+from moce.commands.monitoring import set_monitor
 from moce.commands.setup import changed, choose, resolve, start_run, training_images
 from moce.config import PretrainSettings
 from moce.data.dataset import ImageDataset
 from moce.data.sample_sizes import count_and_side
 from moce.errors import counted
+from moce.evaluation.monitor import Dense
 from moce.models.encoder import RGB, EncoderSpec, per_channel
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import last_metrics, write_model
@@ -51,8 +53,9 @@ def run(settings: PretrainSettings) -> PretrainResult:
     images = training_images(settings, settings.data, mae.encoder)
     rate = None if settings.init is None else default_lr(settings.init)
     settings = choose(settings, len(images), mae.encoder, device, rate)
-    start_run(settings, images)
     objective = MAEObjective("pretrain", mae, spec.encoder, images, settings)
+    set_monitor(objective, settings, images, Dense(mae, mae.encoder, spec.encoder, mae), device)
+    start_run(settings, images)
     announce(objective, settings, device, spec.encoder.name, mae.encoder, changed(asked, settings))
     fit(objective, settings, device, settings.precision)
     return save_mae(settings.out, spec, mae, images)

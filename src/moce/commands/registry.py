@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moce.commands.doctor import DoctorResult
     from moce.commands.embed import EmbedResult
     from moce.commands.evaluate import EvaluateResult
+    from moce.commands.explore import ExploreResult
     from moce.commands.export import ExportResult
     from moce.commands.finetune import FinetuneResult
     from moce.commands.headroom import HeadroomResult
@@ -293,6 +294,13 @@ def evaluate(settings: config.EvaluateSettings) -> EvaluateResult:
 )
 def report(settings: config.ReportSettings) -> ReportResult:
     from moce.commands.report import run
+
+    return run(settings)
+
+
+@command(config.ExploreSettings, ("run", "images"), "moce explore runs/moce")
+def explore(settings: config.ExploreSettings) -> ExploreResult:
+    from moce.commands.explore import run
 
     return run(settings)
 

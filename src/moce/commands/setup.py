@@ -130,8 +130,9 @@ def inputs_of(settings: Settings) -> list[tuple[str, Path]]:
     for name, facts in facts_of(settings).items():
         value = getattr(settings, name)
         if value is not None and "input" in facts:
-            paths = paths_of(value) if facts["input"] == "images" else [Path(value)]
-            found += [(name, path) for path in paths]
+            for one in value if isinstance(value, tuple) else (value,):
+                paths = paths_of(one) if facts["input"] == "images" else [Path(one)]
+                found += [(name, path) for path in paths]
     return found
 
 

@@ -129,6 +129,9 @@ def _describe(mistake: Any, near: str | None, shown: Callable[[str], str] | None
         return f"setting '{name}': {mistake['msg'].lower()} (got {_shown.repr(mistake['input'])})"
     if name in renamed():
         return f"setting '{name}' is now '{renamed()[name]}'"
+    if ":" in name and mistake["input"] is None:
+        key, _, value = name.partition(":")
+        return f"'{name}' needs a space after the colon: '{key}: {value}'"
     return f"unknown setting '{name}'" + (f" (did you mean '{near}'?)" if near else "")
 
 

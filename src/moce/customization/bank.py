@@ -126,9 +126,9 @@ class Bank:
         """Like `select`, given the images per cluster, [K], and their mean similarity."""
         return choose(
             histogram,
-            self.model.routes(),
-            self.model.gains(),
-            self.model.cluster_sizes,
+            self.model.routes().cpu(),  # the model may be on a GPU, where it trains
+            self.model.gains().cpu(),
+            self.model.cluster_sizes.cpu(),
             (similarity, self.clusters.similarity),
             strategy,
             threshold,

@@ -155,7 +155,7 @@ def _tiny_size(originals: Originals, name: str | None) -> tuple[int, int] | None
         except Exception as error:  # decoders raise errors of any type
             reasons[place] = error_line(error)
     if name is not None and (len(reasons) == len(rows) or count <= LOOKED_AT):
-        _check_skipped(looked_at, reasons, originals.max_skipped, name)
+        check_reasons(looked_at, reasons, originals.max_skipped, name)
     if len(sizes) != 1:
         return None
     (size,) = sizes
@@ -193,7 +193,7 @@ def _decoded(originals: Originals, fit: Fit, pixel_file: Path | None, name: str)
         pixels = _allocate(shape, pixel_file)
         reasons, resized = decode_all(samples, pixels, fit)
     if originals.required:
-        _check_skipped(samples, reasons, originals.max_skipped, name)
+        check_reasons(samples, reasons, originals.max_skipped, name)
     images = _dataset(originals, torch.from_numpy(pixels))
     images.skipped = [(samples[row].id, reason) for row, reason in reasons.items()]
     if not resized and fit.is_plain:
@@ -231,19 +231,20 @@ def decode_all(
 
 
 def decode_rows(images: ImageDataset, rows: Sequence[int], fit: Fit) -> Tensor:
-    """Images decoded from their originals once more, [n, c, *fit.size] uint8, in threads.
-
-    Raises MoceError if one cannot be read.
-    """
+    """Images decoded once more, [n, c, *fit.size] uint8. Raises MoceError if one cannot be read."""
     samples = [images.original(row) for row in rows]
-    channels = images.originals.channels if images.originals else 3
+    pixels, reasons = try_decode(samples, images.originals.channels if images.originals else 3, fit)
+    for row, reason in reasons.items():
+        raise MoceError(f"cannot read {samples[row].id}: {reason}")
+    return pixels
+
+
+def try_decode(samples: Sequence[Sample], channels: int, fit: Fit) -> tuple[Tensor, Reasons]:
+    """A few images, [n, channels, *fit.size] uint8, and why some of them cannot be read."""
     pixels = np.empty((len(samples), channels, *fit.size), np.uint8)
-    threads = worker_threads()
     jobs = (partial(_decode_one, pixels, row, sample, fit) for row, sample in enumerate(samples))
-    for sample, (reason, _) in zip(samples, run_ahead(jobs, threads, len(samples)), strict=True):
-        if reason is not None:
-            raise MoceError(f"cannot read {sample.id}: {reason}")
-    return torch.from_numpy(pixels)
+    found = enumerate(run_ahead(jobs, worker_threads(), len(samples)))
+    return torch.from_numpy(pixels), {row: why for row, (why, _) in found if why is not None}
 
 
 def _decode_one(
@@ -267,7 +268,7 @@ def decode_into(pixels: np.ndarray, row: int, sample: Sample) -> str | None:
     return _decode_one(pixels, row, sample, Fit((pixels.shape[2], pixels.shape[3])))[0]
 
 
-def _check_skipped(samples: Sequence[Sample], reasons: Reasons, most: float, name: str) -> None:
+def check_reasons(samples: Sequence[Sample], reasons: Reasons, most: float, name: str) -> None:
     """Raise MoceError, with the most frequent reason, if too many images are skipped, or all."""
     skipped, count = len(reasons), len(samples)
     if not skipped or (skipped < count and skipped <= most * count):

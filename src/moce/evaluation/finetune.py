@@ -37,16 +37,20 @@ LARGER_SIZES: tuple[tuple[int, int, dict[str, Any]], ...] = (
     (32, 1280, {**_LARGE, "drop_path": 0.3}),
     (24, 1024, {**_LARGE, "drop_path": 0.2}),
 )
+# Adapters start from nothing and are few: they take ten times the rate, the same in every block.
+LORA: dict[str, Any] = {"base_lr": 5e-3, "layer_decay": 1.0}
 
 
 def by_size(settings: FinetuneSettings, vit: VisionTransformer) -> FinetuneSettings:
-    """Replace defaults by the published values for the encoder's size."""
-    for depth, width, published in LARGER_SIZES:
-        if len(vit.blocks) >= depth and vit.embed_dim >= width:
-            given = settings.model_fields_set
-            left = {name: value for name, value in published.items() if name not in given}
-            return settings.model_copy(update=left)
-    return settings
+    """Replace defaults by the published values for the encoder's size, and by those for LoRA."""
+    fitting = (
+        published
+        for depth, width, published in LARGER_SIZES
+        if len(vit.blocks) >= depth and vit.embed_dim >= width
+    )
+    values = next(fitting, {}) | (LORA if settings.lora else {})
+    given = settings.model_fields_set
+    return settings.model_copy(update={k: v for k, v in values.items() if k not in given})
 
 
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,6 +108,7 @@ class FinetuneObjective(Objective):
         views = tuning_views(settings, spec, vit.patch_embed.img_size)
         super().__init__("finetune", vit, images, groups, views=views, ema=settings.ema)
         self._seed, self._targets = settings.seed, torch.from_numpy(labels)
+        self.classes = self._targets if settings.sampling == "balanced" else None
         self._inputs = Inputs(settings, spec, views)
         self._mix = _mixer(settings, vit.num_classes)
         self._criterion = _criterion(labels, vit.num_classes, settings)

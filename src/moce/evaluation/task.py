@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +40,17 @@ class Task:
     @property
     def skipped(self) -> list[tuple[str, str]]:
         return self.train.skipped + self.test.skipped
+
+
+def by_name(tasks: Iterable[str]) -> dict[str, str]:
+    """DATA arguments by the names of the tasks. Raises MoceError if two share one."""
+    found: dict[str, str] = {}
+    for data in tasks:
+        name = Path(data.rstrip("/").partition(":")[2] or data).stem
+        if name in found:
+            raise MoceError(f"two tasks are named {name}: {found[name]} and {data}")
+        found[name] = data
+    return found
 
 
 def load_task(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -75,10 +75,11 @@ def feature_batches(
     batch_size: int = 256,
     rows: slice | None = None,
     share: slice = slice(None),
+    quiet: bool = False,
 ) -> Generator[Tensor]:
     """`extract_features` batch by batch, [b, width], of all images or a slice of them.
 
-    share: which of the batches.
+    share: which of the batches. quiet: without a bar, for a caller that shows progress itself.
     """
     vit = vit.to(device).eval()
     choose_attention(vit, device, precision)
@@ -91,12 +92,13 @@ def feature_batches(
             return _features(vit, inputs, pooling)
 
     with (
-        meter("features", len(batches_of_all[share])) as progress,
+        nullcontext() if quiet else meter("features", len(batches_of_all[share])) as progress,
         closing(in_order(images, batch_size, device, fit_of(vit), rows, share)) as batches,
     ):
         for batch in to_cpu(map(features, batches)):
             yield batch
-            progress.advance()
+            if progress is not None:
+                progress.advance()
 
 
 def shared_feature_batches(

@@ -20,11 +20,12 @@ GRAY = 0.82  # of a removed patch, 0..1
 class Reconstructed:
     """masked: images whose removed patches are gray; filled: with the prediction pasted in.
 
-    Both [b, c, h, w] uint8.
+    Both [b, c, h, w] uint8. error: mean loss of the removed patches.
     """
 
     masked: Tensor
     filled: Tensor
+    error: float
 
 
 @torch.no_grad()
@@ -43,7 +44,8 @@ def reconstruct(
     output = mae(images, noise, routings)
     painted = paste(output.prediction, output.removed, images, mae.patch_size, mae.norm_pix)
     masked = hide(pixels.float() / 255, output.removed, mae.patch_size)
-    return Reconstructed(masked, _to_bytes(denormalize(painted, spec.mean, spec.std)))
+    filled = _to_bytes(denormalize(painted, spec.mean, spec.std))
+    return Reconstructed(masked, filled, output.loss.item())
 
 
 def fixed_noise(rows: Tensor, mae: MAE) -> Tensor:
@@ -74,6 +76,11 @@ def hide(images: Tensor, removed: Tensor, patch: tuple[int, int]) -> Tensor:
     gray = torch.full_like(take(patches, removed), GRAY)
     hidden = put(patches, removed, gray)
     return _to_bytes(unpatchify(hidden, patch, (images.shape[2], images.shape[3])))
+
+
+def as_rgb(pixels: Tensor) -> Tensor:
+    """Images [n, c, h, w] to look at, [n, 3, h, w]: the first three channels, or the first one in gray."""
+    return pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
 
 
 def _to_bytes(images: Tensor) -> Tensor:

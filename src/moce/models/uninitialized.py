@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
+# What initialization draws and transforms. A mode sees only the outermost of nested calls.
 RANDOM = {
-    Tensor.uniform_,
-    Tensor.normal_,
-    Tensor.erfinv_,
-}  # what initialization draws and transforms
+    *(Tensor.uniform_, Tensor.normal_, Tensor.erfinv_),
+    *(init.uniform_, init.normal_, init.trunc_normal_),
+    *(init.kaiming_uniform_, init.kaiming_normal_, init.xavier_uniform_, init.xavier_normal_),
+}
 
 
 class Uninitialized(TorchFunctionMode):
@@ -23,4 +25,7 @@ class Uninitialized(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return args[0] if func in RANDOM else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

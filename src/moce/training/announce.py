@@ -73,6 +73,8 @@ def _header(
     seconds = _seconds(objective, settings, device, steps)
     if seconds is not None:
         lines.append(f"takes about {duration(seconds)}{_first_look(settings, steps, seconds)}")
+    if objective.monitor is not None:
+        lines += objective.monitor.header(seconds)
     return lines
 
 

@@ -24,7 +24,7 @@ from moce.runs.files import (
     writing,
 )
 from moce.runs.model import STATE
-from moce.runtime.distributed import all_reduce
+from moce.runtime.distributed import all_reduce, world_size
 from moce.runtime.fsdp import full_optimizer_state, full_state, is_sharded, load_full_state
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
@@ -174,6 +174,22 @@ def load_checkpoint(
     step = int(path.stem.removeprefix("step_"))
     parts = (_under(prefix, tensors) for prefix in ("window.", "memory.", "average."))
     return Checkpoint(step, *parts)
+
+
+def check_agreed(done: int) -> None:
+    """Raise MoceError if the processes have found different checkpoints to resume from."""
+    total = int(all_reduce(torch.tensor(done)))
+    differ = int(all_reduce(torch.tensor(int(total != done * world_size()))))
+    if differ:
+        raise MoceError(
+            "the processes find different checkpoints; the output folder has to be on a disk that all "
+            "nodes share"
+        )
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has a state to resume from."""
+    return bool(_checkpoints(folder))
 
 
 def _newest_sound(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:

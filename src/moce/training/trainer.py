@@ -19,6 +19,7 @@ from moce.data.loader import (
     Batch,
     BatchOrder,
     Loading,
+    check_batch_size,
     shard_micro_batches,
     view_batches,
 )
@@ -34,10 +35,16 @@ from moce.runtime.fsdp import full_state
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log, meter
 from moce.runtime.signals import stop_request
-from moce.training.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint
+from moce.training.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    check_agreed,
+    load_checkpoint,
+)
 from moce.training.gate_stats import Diagnostics
 from moce.training.idle_experts import IdleExperts
-from moce.training.metrics import MetricLog, Window
+from moce.training.metrics import MetricLog, Window, note_of
+from moce.training.monitoring import Measured, Monitor
 from moce.training.optimizer import ParameterGroup, adamw, learning_rate, set_learning_rate
 from moce.training.thread_parallel import Losses, ThreadParallel, has_dropout
 from moce.training.unreadable import UnreadableImages
@@ -71,6 +78,9 @@ class Objective(ABC):
         parameter_groups: for AdamW; `lr_scale` is a factor of the learning rate.
         chunk_size: images per chunk for `ThreadParallel`. None: the loss must not be chunked.
         diagnostics: values to log beside the losses.
+        monitor: measures the network at some of the rows.
+        classes: [n] int64; as many images are drawn of each class as of any other (None: every
+            image once an epoch).
         ema: decay of an average of the weights, which then is what is evaluated and kept; 0: none.
         views: what `loss` asks a batch for: random crops of the images, or what a policy makes of
             those. None: batches are whole images.
@@ -82,6 +92,8 @@ class Objective(ABC):
     parameter_groups: list[ParameterGroup]
     chunk_size: int | None = None
     diagnostics: Diagnostics | None = None
+    monitor: Monitor | None = field(default=None, init=False)
+    classes: Tensor | None = field(default=None, init=False)
     views: Views | None = None
     ema: float = 0.0
     average: WeightAverage | None = field(default=None, init=False)  # set by the trainer
@@ -150,12 +162,14 @@ class _Trainer:
         self.unreadable = UnreadableImages(objective.images, settings.out)
         self.total = total_steps(settings, self.count)
         far = getattr(objective.images, "far_files", None)  # not of dense tasks
-        self.order = BatchOrder(self.count, settings.batch_size, settings.seed, far)
+        self.order = BatchOrder(
+            self.count, settings.batch_size, settings.seed, far, objective.classes
+        )
         self.sharded = settings.strategy == "fsdp" and world_size() > 1
         self.fabric = open_fabric(device, precision, "fsdp" if self.sharded else "ddp")
         choose_attention(objective.model, device, precision)
         set_checkpointing(objective.model, settings.grad_checkpointing)
-        check_batch_size(settings)
+        check_batch_size(settings.batch_size, settings.micro_batch_size)
         self.model, self.optimizer = self._setup()
         if objective.ema:
             if self.sharded:
@@ -192,23 +206,27 @@ class _Trainer:
             closing(self._open_log()) as metric_log,
             meter(self.objective.name, self.total, self.done) as progress,
             closing(self._batches(rows)) as batches,
-            stop_request() as stop,
+            stop_request("the first step") as self.stop,
             self._thread_parallel() as self.thread_parallel,
             CheckpointWriter(self.folder) as checkpoints,
         ):
+            if not self.done and (measured := self._measure(0)).row:
+                metric_log.write({"step": 0, "epoch": 0.0, **measured.row}, None, measured.picture)
+                self.window.reset()
             end = self.done if self.done and self._converged() else self.total
             for number in range(self.done, end):
+                self.stop.waits_for = f"step {number + 1:,} of {self.total:,}"
                 rate = self._set_rate(number)
                 self._step(number, batches)
                 checkpoints.check()
-                # Read once: a later signal is for the next step.
-                received = agreed_signal(stop.received)
                 last = number + 1 == self.total
                 note = None
                 # Rows are where an uninterrupted run has them: asking to stop makes none.
                 if last or (number + 1) % self.settings.log_every == 0:
                     note = self._log(metric_log, number + 1, rate)
                     last = last or self._converged()
+                # Read once: a later signal is for the next step.
+                received = agreed_signal(self.stop.received)
                 if last or received is not None or (number + 1) % self.settings.save_every == 0:
                     self._save(checkpoints, number + 1)
                 if last or received is not None:
@@ -237,9 +255,25 @@ class _Trainer:
         self.window.collect()
         row = self.window.row(step, self.count, self.settings.batch_size, rate)
         times = self.window.times(step, self.settings.batch_size)
-        self.window.reset()
-        metric_log.write(row | self._diagnostics(), times)
-        return _note(row, times)
+        row |= self._diagnostics()
+        measured = self._measure(step)
+        metric_log.write(row | measured.row, times, measured.picture)
+        self.window.reset()  # measuring is no part of a step
+        monitor = self.objective.monitor
+        return note_of(row, times) + (f", {monitor.note}" if monitor and monitor.note else "")
+
+    def _measure(self, step: int) -> Measured:
+        """What the monitor finds after a step, if it is due: on rank 0, the others wait."""
+        monitor, measured = self.objective.monitor, Measured()
+        if monitor is None or not monitor.due(step):
+            return measured
+        self.stop.waits_for = f"measuring at step {step:,}"
+        if self.sharded:
+            self._update_model()
+        if is_rank0():
+            measured = monitor.measure(step)
+        barrier()
+        return measured
 
     def _diagnostics(self) -> dict[str, Any]:
         """On rank 0, which alone writes the row."""
@@ -358,33 +392,3 @@ class _Trainer:
             batch = batch.take(order)
         loss = lambda model, chunk: objective.loss(model, batch.take(chunk), step)  # noqa: E731
         return self.thread_parallel.backward(loss, len(batch.rows), size, scale)
-
-
-def _note(row: dict[str, Any], times: dict[str, Any]) -> str:
-    """The summary beside the progress bar."""
-    wait = 100 * times["data_wait_s"] / max(times["step_s"], 1e-9)
-    return f"loss {row['loss']:.4f}, {times['images_per_s']:.0f} images/s, data wait {wait:.1f}%"
-
-
-def check_batch_size(settings: TrainingSettings) -> None:
-    """Raise MoceError if a process would get no image in some forward pass."""
-    size, micro = settings.batch_size, settings.micro_batch_size
-    own = shard_micro_batches(size, micro)
-    shortest = torch.tensor(min(part.stop - part.start for part in own))
-    if int(all_reduce((shortest == 0).long())):
-        of = f", {micro} a pass" if micro else ""
-        raise MoceError(
-            f"a batch of {size} images{of} leaves some of {world_size()} processes without an image in a "
-            "forward pass; start fewer processes, or give another batch_size or micro_batch_size"
-        )
-
-
-def check_agreed(done: int) -> None:
-    """Raise MoceError if the processes have found different checkpoints to resume from."""
-    total = int(all_reduce(torch.tensor(done)))
-    differ = int(all_reduce(torch.tensor(int(total != done * world_size()))))
-    if differ:
-        raise MoceError(
-            "the processes find different checkpoints; the output folder has to be on a disk that all "
-            "nodes share"
-        )
