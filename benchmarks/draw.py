@@ -11,11 +11,15 @@ from benchmarks import clustering
 from benchmarks.candidates import AS_IT_COMES, SIZES
 from benchmarks.checkpoints import RESULTS as CHECKPOINTS
 from benchmarks.checkpoints import WAITS
+from benchmarks.finetune_step import CHUNKS, WHOLE
+from benchmarks.finetune_step import RESULTS as FINETUNE_STEP
 from benchmarks.images import RESULTS as IMAGES
 from benchmarks.mae_step import LIMIT
 from benchmarks.mae_step import RESULTS as MAE_STEP
 from benchmarks.moce_step import DENSE
 from benchmarks.moce_step import RESULTS as MOCE_STEP
+from benchmarks.probe import OURS, WIDTH
+from benchmarks.probe import RESULTS as PROBE
 from benchmarks.scaling import RESULTS as SCALING
 from benchmarks.scaling import exponent
 from benchmarks.selection import BARE, BRUTE, SELECT
@@ -126,6 +130,24 @@ def mae_memory(part: dict) -> list[str]:
     return [heading, conditions(part), markdown(head, lines)]
 
 
+def finetune_step(result: dict) -> str:
+    """Speed of both ways, and how many times as fast chunks are in the same turn."""
+    lines = []
+    for name, part in result["parts"].items():
+        cases = grouped(part["rows"], "batch", "threads")
+        head = ["images/s", *(f"batch {batch}, {threads} threads" for batch, threads in cases)]
+        rows = [
+            [way, *(f"{batch / median(group[way]):.1f}" for (batch, _), group in cases.items())]
+            for way in (WHOLE, CHUNKS)
+        ]
+        rows += [
+            ["times as fast", *(f"{ratio(g, WHOLE, CHUNKS):.2f}" for g in cases.values())],
+            ["half the range of turns", *(f"± {spread(g[CHUNKS]):.0%}" for g in cases.values())],
+        ]
+        lines += [f"### {name}", conditions(part), markdown(head, rows)]
+    return "\n\n".join(lines)
+
+
 def moce_step(result: dict) -> str:
     """Training of every size, then encoding by a customized expert."""
     parts = dict(result["parts"])
@@ -158,6 +180,34 @@ def selection(result: dict) -> str:
               for other in (SELECT, BRUTE)),
         ]  # fmt: skip
         lines += [f"### {title(name)}", conditions(part), markdown(head, rows)]
+    return "\n\n".join(lines)
+
+
+def probe(result: dict) -> str:
+    lines = []
+    for part in result["parts"].values():
+        for key, group in grouped(part["rows"], "images", "classes", "choose", "threads").items():
+            images, classes, choose, threads = key
+            best = min(median(found) for name, found in group.items() if name != OURS)
+            accuracy = {
+                row["candidate"]: row["accuracy"]
+                for row in part["rows"]
+                if (row["images"], row["classes"], row["choose"]) == (images, classes, choose)
+            }
+            rows = [
+                [
+                    name,
+                    f"{median(found):.2f}",
+                    f"{min(found):.2f} to {max(found):.2f}",
+                    f"{median(found) / best:.2f}",
+                    f"{100 * accuracy[name]:.1f}",
+                ]
+                for name, found in group.items()
+            ]
+            what = "a whole probe" if choose else "one fit"
+            head = [what, "seconds", "range", "× the best of the others", "accuracy, %"]
+            title = f"### {images:,} × {WIDTH}, {classes:,} classes, {threads} threads"
+            lines += [title, conditions(part), markdown(head, rows)]
     return "\n\n".join(lines)
 
 
@@ -214,8 +264,10 @@ def scaling(result: dict) -> str:
 SECTIONS: dict[str, tuple[Path, Callable[[dict], str]]] = {
     "images": (IMAGES, images),
     "mae_step": (MAE_STEP, mae_step),
+    "finetune_step": (FINETUNE_STEP, finetune_step),
     "moce_step": (MOCE_STEP, moce_step),
     "selection": (SELECTION, selection),
+    "probe": (PROBE, probe),
     "startup": (STARTUP, startup),
     "checkpoints": (CHECKPOINTS, checkpoints),
     "scaling": (SCALING, scaling),

@@ -47,7 +47,8 @@ def test_several_labels_are_fine_tuned_by_binary_cross_entropy(several, runs) ->
     )
     rows = torch.arange(8)
     batch = Batch(rows, torch.zeros(8, dtype=torch.int64), several.train.pixels[rows])
-    loss = objective.loss(vit, batch, Step(0, rows))["loss"]
+    step = Step(0, rows)
+    loss = objective.loss(vit, objective.prepared(batch, step), step)["loss"]
     assert loss.item() == pytest.approx(np.log(2), abs=1e-5)  # every answer at even odds
 
 

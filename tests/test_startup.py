@@ -59,6 +59,7 @@ def test_pretrain_imports_no_heavy_module_that_it_does_not_need(of_pretrain: set
     assert not HEAVY & of_pretrain
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_customize_imports_no_library_of_evaluation(runs: Runs, tmp_path: Path) -> None:
     arguments = f"{str(runs.moce)!r}, {str(runs.task)!r}, out={str(tmp_path / 'b')!r}, device='cpu'"
     found = modules_after(f"import moce; moce.customize({arguments})")
@@ -91,6 +92,7 @@ def test_help_is_light() -> None:
     assert not {"torch", "numpy", "timm", "PIL", "rich"} & found
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_timm_is_whole_after_a_light_import() -> None:
     """What timm's import left out comes with its first use, from the real modules."""
     code = """

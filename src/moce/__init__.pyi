@@ -263,7 +263,7 @@ def demo(
         overwrite (bool, default False): replace the contents of the output folder
         reuse (bool, default False): show the existing results if settings and version are the same,
             else run again
-        dense (bool, default False): show segmentation instead, in a few minutes: an MAE, then a
+        dense (bool, default False): show segmentation instead, in two minutes: an MAE, then a
             segmenter of digits and clothes pasted on photographs
         tasks (Sequence[str], default ()): tasks to run (default: all embedded ones)
         pretrain_epochs (float, default 18): epochs of the MAE
@@ -308,6 +308,8 @@ def distill(
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
+    monitor: Sequence[str] = (),
+    monitor_every: int | None = None,
     model: str = "vit_tiny_patch16_224",
     model_args: dict[str, Any] = {},
     patch_weight: float = 1.0,
@@ -360,6 +362,13 @@ def distill(
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
             mlflow.db beside the run); several with commas
         tensorboard (bool, default False): the same as --logger tensorboard
+        monitor (Sequence[str], default ()): tasks (DATA arguments with labels, e.g. birds/,cars/)
+            to score the frozen encoder on while it trains, by k-NN and by a linear probe; test
+            images are scored as by moce probe
+        monitor_every (int | None, default None): steps between measurements: of the tasks of
+            --monitor, of the rank of the features (RankMe) and of pictures of reconstructions
+            (default: ten in a run; without --monitor fewer or none, to cost 1 % of the time at
+            most)
         model (str, default 'vit_tiny_patch16_224'): student: any timm model
         model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
             "depth": 6}; a plain ViT takes img_size and patch_size from the backbone unless they are

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -52,6 +52,11 @@ class Dense:
     spec: EncoderSpec
     mae: MAE | None = None
 
+    @property
+    def fills_in(self) -> bool:
+        """Whether it reconstructs images."""
+        return self.mae is not None
+
     def prepare(self, tasks: Mapping[str, Task], shown: ImageDataset) -> None:
         """Nothing has to be known of tasks and images beforehand."""
 
@@ -72,6 +77,7 @@ class Mixture:
     """
 
     bank: Bank
+    fills_in: ClassVar[bool] = True
     _votes: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
     _clusters: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
@@ -167,7 +173,8 @@ class Monitor:
         probes = f"k-NN and linear probe on {', '.join(tasks)}; " if tasks else ""
         what = (
             f"every {counted(self.apart, 'step')} ({counted(times, 'time')}): {probes}RankMe on "
-            f"{counted(len(self.sample), 'image')}, and pictures of reconstructions"
+            f"{counted(len(self.sample), 'image')}"
+            f"{', and pictures of reconstructions' if self.network.fills_in else ''}"
         )
         if not self.from_start:
             return [f"{what}{'; about 1 % of the time' if self.cheap else ''}"]
@@ -231,13 +238,10 @@ class Monitor:
 
 
 def summary_of(row: dict[str, Any]) -> str:
-    """A measurement for the progress line; of several tasks the means."""
-    parts = []
+    """A measurement for the progress line: the scores, of several tasks the means, or the rank."""
     found = row.get("monitor", {})
-    for kind, title in KINDS.items() if found else ():
-        mean = float(np.mean([values[kind] for values in found.values()]))
-        parts.append(f"{title} {100 * mean:.1f} %")
-    if found:
-        name = next(iter(found)) if len(found) == 1 else f"{len(found)} tasks"
-        parts = [f"{name}: {', '.join(parts)}"]
-    return "; ".join([*parts, f"RankMe {row['rankme']:.1f}"])
+    if not found:
+        return f"RankMe {row['rankme']:.1f}"
+    means = {kind: np.mean([values[kind] for values in found.values()]) for kind in KINDS}
+    name = next(iter(found)) if len(found) == 1 else f"{len(found)} tasks"
+    return f"{name}: " + ", ".join(f"{KINDS[k]} {100 * mean:.1f} %" for k, mean in means.items())

@@ -73,10 +73,11 @@ class MetricLog:
         close_loggers(self._loggers, finished=self._finished)
 
 
-def note_of(row: Row, times: Row) -> str:
-    """The summary of a row beside the progress bar."""
+def note_of(row: Row, times: Row, measured: str = "") -> str:
+    """The summary of a row beside the progress bar. measured: what a monitor found last."""
     wait = 100 * times["data_wait_s"] / max(times["step_s"], 1e-9)
-    return f"loss {row['loss']:.4f}, {times['images_per_s']:.0f} images/s, data wait {wait:.1f}%"
+    speed = f"{times['images_per_s']:.0f} images/s, data wait {wait:.1f}%"
+    return ", ".join(filter(None, (f"loss {row['loss']:.4f}", measured, speed)))
 
 
 def picture_steps(folder: Path) -> dict[int, Path]:

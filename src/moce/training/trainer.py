@@ -35,18 +35,14 @@ from moce.runtime.fsdp import full_state
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log, meter
 from moce.runtime.signals import stop_request
-from moce.training.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    check_agreed,
-    load_checkpoint,
-)
+from moce.training.checkpoint import Checkpoint, CheckpointWriter, check_agreed, load_checkpoint
+from moce.training.drop_path import draw_drop_path, forget_drop_path, use_keyed_drop_path
 from moce.training.gate_stats import Diagnostics
 from moce.training.idle_experts import IdleExperts
 from moce.training.metrics import MetricLog, Window, note_of
 from moce.training.monitoring import Measured, Monitor
 from moce.training.optimizer import ParameterGroup, adamw, learning_rate, set_learning_rate
-from moce.training.thread_parallel import Losses, ThreadParallel, has_dropout
+from moce.training.thread_parallel import Losses, ThreadParallel, draws_in_turn
 from moce.training.unreadable import UnreadableImages
 from moce.training.weight_average import WeightAverage
 
@@ -107,9 +103,13 @@ class Objective(ABC):
         """Whether training should end before its last step; asked after every logged row."""
         return False
 
+    def prepared(self, batch: Batch, step: Step) -> Any:
+        """What `loss` gets, with `rows`, `epochs` and `take`: what all chunks need made at once."""
+        return batch
+
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
-        """Named scalars of a micro-batch, "loss" among them.
+    def loss(self, model: nn.Module, batch: Any, step: Step) -> Losses:
+        """Named scalars of a micro-batch as `prepared`, or of a chunk of it, "loss" among them.
 
         Each is a mean over the images, or the same for all micro-batches of the step. `model` is
         `self.model` as it is called in training (wrapped, sharded or a replica).
@@ -183,6 +183,8 @@ class _Trainer:
     def _setup(self) -> tuple[Any, torch.optim.Optimizer]:
         """Wrap the model for its device and processes, and create its optimizer."""
         objective = self.objective
+        if objective.chunk_size is not None:
+            use_keyed_drop_path(objective.model)
         module = copy.deepcopy(objective.model) if self.sharded else objective.model
         names = {parameter: name for name, parameter in objective.model.named_parameters()}
         model = self.fabric.setup_module(module)
@@ -259,8 +261,7 @@ class _Trainer:
         measured = self._measure(step)
         metric_log.write(row | measured.row, times, measured.picture)
         self.window.reset()  # measuring is no part of a step
-        monitor = self.objective.monitor
-        return note_of(row, times) + (f", {monitor.note}" if monitor and monitor.note else "")
+        return note_of(row, times, self.objective.monitor.note if self.objective.monitor else "")
 
     def _measure(self, step: int) -> Measured:
         """What the monitor finds after a step, if it is due: on rank 0, the others wait."""
@@ -302,6 +303,7 @@ class _Trainer:
             for value in self.objective.model.state_dict().values():
                 broadcast(value)
         set_checkpointing(self.objective.model.eval(), False)
+        forget_drop_path(self.objective.model)
 
     def _load(self) -> int:
         """Load the newest checkpoint. Returns the number of steps done."""
@@ -376,19 +378,24 @@ class _Trainer:
         """Computes a batch in chunks; on a CPU with a single process."""
         alone = self.fabric.device.type == "cpu" and world_size() == 1
         model = self.objective.model
-        if self.objective.chunk_size is None or not alone or has_dropout(model):
+        if self.objective.chunk_size is None or not alone or draws_in_turn(model):
             return nullcontext()
         return ThreadParallel(model, self.fabric.setup_module, self.fabric.backward)
 
     def _backward(self, batch: Batch, step: Step, scale: float) -> Losses:
         """The losses of a micro-batch; its gradients, times `scale`, are accumulated."""
         objective, size = self.objective, self.objective.chunk_size
+        batch = objective.prepared(batch, step)
+
+        def loss(model: nn.Module, part: Any) -> Losses:
+            draw_drop_path(model, self.settings.seed, part)
+            return objective.loss(model, part, step)
+
         if self.thread_parallel is None or size is None:
-            losses = objective.loss(self.model, batch, step)
+            losses = loss(self.model, batch)
             self.fabric.backward(losses["loss"] * scale)
             return losses
-        order = objective.chunk_order(batch)
-        if order is not None:
+        if (order := objective.chunk_order(batch)) is not None:
             batch = batch.take(order)
-        loss = lambda model, chunk: objective.loss(model, batch.take(chunk), step)  # noqa: E731
-        return self.thread_parallel.backward(loss, len(batch.rows), size, scale)
+        of_chunk = lambda model, chunk: loss(model, batch.take(chunk))  # noqa: E731
+        return self.thread_parallel.backward(of_chunk, len(batch.rows), size, scale)
