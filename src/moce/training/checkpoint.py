@@ -24,7 +24,7 @@ from moce.runs.files import (
     writing,
 )
 from moce.runs.model import STATE
-from moce.runtime.distributed import all_reduce, world_size
+from moce.runtime.distributed import all_reduce, barrier, world_size
 from moce.runtime.fsdp import full_optimizer_state, full_state, is_sharded, load_full_state
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
@@ -106,6 +106,11 @@ class CheckpointWriter:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
+
+    def finish(self) -> None:
+        """Wait, on all ranks, until the last checkpoint is on disk. Raises MoceError as `wait`."""
+        self.wait()
+        barrier()
 
 
 def _tensors_of(

@@ -232,8 +232,7 @@ class _Trainer:
                 if last or received is not None or (number + 1) % self.settings.save_every == 0:
                     self._save(checkpoints, number + 1)
                 if last or received is not None:
-                    checkpoints.wait()
-                    barrier()
+                    checkpoints.finish()
                 progress.advance(note)
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
