@@ -13,6 +13,7 @@ from benchmarks.checkpoints import RESULTS as CHECKPOINTS
 from benchmarks.checkpoints import WAITS
 from benchmarks.finetune_step import CHUNKS, WHOLE
 from benchmarks.finetune_step import RESULTS as FINETUNE_STEP
+from benchmarks.images import CASES, Case
 from benchmarks.images import RESULTS as IMAGES
 from benchmarks.mae_step import LIMIT
 from benchmarks.mae_step import RESULTS as MAE_STEP
@@ -32,46 +33,58 @@ from benchmarks.tables import conditions, grouped, markdown, ratio, spread
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 
-def loaders(rows: list[dict], reference: str) -> list[str]:
-    """Median rate and range of every candidate, and how many times as fast as the reference."""
-    rates: dict[str, list[float]] = {}
-    for row in rows:
-        rates.setdefault(row["candidate"], []).append(row["images_per_s"])
-    base = median(rates[reference])
-    lines = [f"| | images/s | range | × {reference} |", "|---|--:|--:|--:|"]
-    for name, found in rates.items():
-        spread = f"{min(found):,.0f} to {max(found):,.0f}" if len(found) > 1 else "one pass"
-        lines.append(f"| {name} | {median(found):,.0f} | {spread} | {median(found) / base:.2f} |")
-    return lines
-
-
 def images(result: dict) -> str:
-    machine = result["machine"]
-    lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} torch threads, load "
-        f"average {machine['load_average']:.1f} before the start; revision {machine['revision']}"
-        + (" with changes" if machine["changed"] else "")
-        + (
-            ". **A short run on a busy machine, few passes: rough, to be taken again on an idle one.**"
-            if result["short"]
-            else "."
-        ),
-        ", ".join(f"{name} {number}" for name, number in machine["versions"].items()) + ".",
-    ]
-    for found in result["cases"].values():
-        case, wait = found["case"], found["training"]
-        height, width, suffix = case["file"]
-        lines += [
-            f"### {case['size']} × {case['size']}, from {case['images']} files of {width} × {height} "
-            f"({suffix[1:]})",
-            f"Decoded and resized to {case['packed']} × {case['packed']}:",
-            "\n".join(loaders(found["rows"]["decode"], "torchvision, 2 workers")),
-            f"Batches of {case['batch']}, cropped, flipped and normalized:",
-            "\n".join(loaders(found["rows"]["loader"], "torchvision, 2 workers")),
-            f"A small ViT that trains on the packed file waits {100 * wait['share']:.1f} % of a step "
-            f"of {wait['step_s']:.2f} s for its batch.",
-        ]
+    """Rates of every loader; what training waits; the first step."""
+    lines = []
+    for name, part in result["parts"].items():
+        if name in CASES:
+            lines += [f"### {described(CASES[name])}", conditions(part), rates(part["rows"])]
+        elif name == "waiting":
+            share = sum(row["seconds"] for row in part["rows"]) / sum(
+                r["step"] for r in part["rows"]
+            )
+            step = median(row["step"] for row in part["rows"])
+            lines += [
+                "### Waiting",
+                conditions(part),
+                f"A ViT-S that trains on files of 500 × 400 in batches waits {100 * share:.2f} % of the "
+                f"time for them; a step takes {step:.2f} s.",
+            ]
+        else:
+            group = grouped(part["rows"])[()]
+            few, many = group
+            table = [[label, f"{median(found):.1f}"] for label, found in group.items()]
+            later = median(group[many]) - median(group[few])
+            lines += [
+                "### First step",
+                conditions(part),
+                markdown(["a process, until its first step is made", "seconds"], table),
+                f"The first step comes {later:.1f} s later on {many} than on {few}.",
+            ]
     return "\n\n".join(lines)
+
+
+def described(case: Case) -> str:
+    height, width, suffix = case.file
+    return f"{case.size} × {case.size}, from files of {width} × {height} ({suffix[1:]})"
+
+
+def rates(rows: list[dict]) -> str:
+    """Median rate and range of every loader, and how many times as fast moce is in the same turn."""
+    group = grouped(rows)[()]
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["candidate"], []).append(row["images_per_s"])
+    lines = [
+        [
+            name,
+            f"{median(each):,.0f}",
+            f"{min(each):,.0f} to {max(each):,.0f}",
+            "" if name == "moce" else f"{ratio(group, name, 'moce'):.2f}",
+        ]
+        for name, each in found.items()
+    ]
+    return markdown(["two workers", "images/s", "range", "moce is faster by"], lines)
 
 
 def mae_step(result: dict) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from builders import PRETRAIN, RUNTIME
+from builders import PRETRAIN, RUNTIME, tiny_encoder
 from commands import run_command
 from experiments.rates import run as rates
 from huggingface_hub import constants
@@ -23,9 +23,13 @@ from torch.testing import assert_close
 
 import moce
 from moce.cli import build_parser, settings_of
+from moce.commands import pretrain
 from moce.commands.registry import COMMANDS
+from moce.commands.setup import training_images
 from moce.config import PretrainSettings, TrainSettings
 from moce.config.load import parse
+from moce.data.readers import folder
+from moce.data.readers.left_out import LeftOut
 from moce.data.sample_sizes import count_and_side
 from moce.errors import MoceError
 from moce.runs.files import read_lines
@@ -87,6 +91,25 @@ def test_count_and_size_of_images(runs, tmp_path: Path) -> None:
     (tmp_path / "broken" / "x.png").write_bytes(b"no image")
     with pytest.raises(MoceError, match="none of 1 images"):
         count_and_side(str(tmp_path / "broken"))
+
+
+def test_a_folder_is_listed_once(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the model is chosen by the images."""
+    times: list[Path] = []
+    listing = folder._files
+
+    def counted(root: Path, left_out: LeftOut) -> list[str]:
+        times.append(root)
+        return listing(root, left_out)
+
+    monkeypatch.setattr(folder, "_files", counted)
+    settings = PretrainSettings(data=str(runs.data), out=tmp_path / "run")
+    chosen, samples = pretrain._with_model(settings, torch.device("cpu"))
+    assert chosen.model is not None and samples is not None
+    vit = tiny_encoder().build()
+    images = training_images(chosen, chosen.data, vit, samples)
+    assert times == [runs.data]
+    assert images.ids == training_images(chosen, chosen.data, vit).ids
 
 
 # --- length, batch, rate --------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -198,7 +199,7 @@ class Bank:
             "out": Path(),  # a temporary folder takes its place
         }
         settings = parse(AdaptationSettings, given)
-        task: list[Sample]
+        task: Sequence[Sample]
         if isinstance(images, str | Path):
             task = chosen_samples(str(images), voting_rows)
         else:
