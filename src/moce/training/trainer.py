@@ -35,7 +35,7 @@ from moce.runtime.fsdp import full_state
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log, meter
 from moce.runtime.signals import stop_request
-from moce.training.checkpoint import Checkpoint, check_agreed, load_checkpoint, save_checkpoint
+from moce.training.checkpoint import Checkpoint, CheckpointWriter, check_agreed, load_checkpoint
 from moce.training.drop_path import draw_drop_path, forget_drop_path, use_keyed_drop_path
 from moce.training.gate_stats import Diagnostics
 from moce.training.idle_experts import IdleExperts
@@ -164,9 +164,8 @@ class _Trainer:
         self.unreadable = UnreadableImages(objective.images, settings.out)
         self.total = total_steps(settings, self.count)
         far = getattr(objective.images, "far_files", None)  # not of dense tasks
-        self.order = BatchOrder(
-            self.count, settings.batch_size, settings.seed, far, objective.classes
-        )
+        size, seed = settings.batch_size, settings.seed
+        self.order = BatchOrder(self.count, size, seed, far, objective.classes)
         self.sharded = settings.strategy == "fsdp" and world_size() > 1
         self.fabric = open_fabric(device, precision, "fsdp" if self.sharded else "ddp")
         choose_attention(objective.model, device, precision)
@@ -203,15 +202,15 @@ class _Trainer:
         write_config(self.folder, self.settings)
         self.model.train()
         leading = self.objective.uses_mixup and world_size() > 1
-        rows = self.order.micro_batches(
-            self.done, self.total, self.settings.images_per_pass, leading
-        )
+        size = self.settings.images_per_pass
+        rows = self.order.micro_batches(self.done, self.total, size, leading)
         with (
             closing(self._open_log()) as metric_log,
             meter(self.objective.name, self.total, self.done) as progress,
             closing(self._batches(rows)) as batches,
             stop_request("the first step") as self.stop,
             self._thread_parallel() as self.thread_parallel,
+            CheckpointWriter(self.folder) as checkpoints,
         ):
             if not self.done and (measured := self._measure(0)).row:
                 metric_log.write({"step": 0, "epoch": 0.0, **measured.row}, None, measured.picture)
@@ -221,6 +220,7 @@ class _Trainer:
                 self.stop.waits_for = f"step {number + 1:,} of {self.total:,}"
                 rate = self._set_rate(number)
                 self._step(number, batches)
+                checkpoints.check()
                 last = number + 1 == self.total
                 note = None
                 # Rows are where an uninterrupted run has them: asking to stop makes none.
@@ -230,7 +230,9 @@ class _Trainer:
                 # Read once: a later signal is for the next step.
                 received = agreed_signal(self.stop.received)
                 if last or received is not None or (number + 1) % self.settings.save_every == 0:
-                    self._save(number + 1)
+                    self._save(checkpoints, number + 1)
+                if last or received is not None:
+                    checkpoints.finish()
                 progress.advance(note)
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
@@ -318,7 +320,7 @@ class _Trainer:
             self.objective.average.load(found.average)
         return found.step
 
-    def _save(self, step: int) -> None:
+    def _save(self, checkpoints: CheckpointWriter, step: int) -> None:
         self.window.collect()
         self.window.check_finite(self.folder)
         self.unreadable.write()
@@ -330,8 +332,7 @@ class _Trainer:
             diagnostics.state if diagnostics else {},
             average.state() if average else {},
         )
-        save_checkpoint(self.folder, state, self.model.module, self.optimizer)
-        barrier()
+        checkpoints.save(state, self.model.module, self.optimizer)
 
     def _set_rate(self, number: int) -> float:
         settings = self.settings
