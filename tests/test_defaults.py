@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 import yaml
 from builders import PRETRAIN, RUNTIME, tiny_encoder
 from commands import run_command
+from experiments.rates import run as rates
 from huggingface_hub import constants
 from rich.console import Console
 from safetensors.torch import load_file
@@ -30,6 +32,7 @@ from moce.data.readers import folder
 from moce.data.readers.left_out import LeftOut
 from moce.data.sample_sizes import count_and_side
 from moce.errors import MoceError
+from moce.runs.files import read_lines
 from moce.runtime import hub, progress
 from moce.runtime.progress import duration, meter
 from moce.training import announce
@@ -155,6 +158,19 @@ def test_a_rate_that_was_not_measured_says_so(parameters: float, rate: float, gu
     found, told = rate_for(int(parameters))
     assert found == rate
     assert told is None if guess is None else guess in told
+
+
+@pytest.mark.slow
+def test_the_study_of_rates_keeps_a_row_for_each(tmp_path: Path, monkeypatch) -> None:
+    results = tmp_path / "rates.jsonl"
+    words = ["--out", tmp_path, "--results", results, "--steps", 1, "--rates", "2e-3", "4e-3"]
+    words += ["--models", "vit_tiny_patch16_224"]
+    monkeypatch.setattr(sys, "argv", ["rates", *map(str, words)])
+    rates.main()
+    rows = read_lines(results)
+    assert [row["base_lr"] for row in rows] == [2e-3, 4e-3]
+    assert rows[0]["values"] == rows[1]["values"]  # the first step's loss comes before its rate
+    assert rows[0]["values"][0] > 0.5
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 16), (300, 32), (2_047, 128), (2_048, 256)])

@@ -1,7 +1,8 @@
 """Settings that are not given, chosen from the images, the device and the weights at hand.
 
 The learning rates are measured for small models on few images (docs/log.md); from ViT-B on they are
-those of the MAE paper, and between them interpolated.
+those of the MAE paper, and between them they are guesses, which a run's header says
+(`experiments/rates` measures some).
 """
 
 from __future__ import annotations
