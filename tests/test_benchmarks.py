@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from benchmarks import draw, mae_step, measure, moce_step, selection, startup
+from benchmarks import draw, finetune_step, mae_step, measure, moce_step, probe, selection, startup
 from benchmarks.candidates import CONTENDERS, Case
 
 TIMED = {"candidate", "repeat", "seconds"}
@@ -50,6 +50,12 @@ def test_counted_operations_are_those_of_the_linear_layers_and_some() -> None:
     assert mae_step.step_flops(Case("test", 16)) == 2 * mae_step.step_flops(case)
 
 
+def test_finetune_step(tmp_path: Path) -> None:
+    rows = rows_of(finetune_step, "test", tmp_path)
+    assert names(rows) == {finetune_step.WHOLE, finetune_step.CHUNKS}
+    assert all(row.keys() >= TIMED | CASE | {"images_per_s"} for row in rows)
+
+
 def test_moce_step(tmp_path: Path) -> None:
     rows = rows_of(moce_step, "test", tmp_path)
     mixtures = {mixture.name for mixture in moce_step.MIXTURES}
@@ -70,6 +76,18 @@ def test_selection(tmp_path: Path) -> None:
     rows = rows_of(selection, "test", tmp_path)
     assert names(rows) == {selection.BARE, selection.SELECT, selection.BRUTE}
     assert all(row.keys() >= TIMED | {"routes", "images", "images_per_s"} for row in rows)
+
+
+def test_probe(tmp_path: Path) -> None:
+    """All minimize the same function, so they are right about as often; scikit-learn as often."""
+    rows = rows_of(probe, "test", tmp_path)
+    assert names(rows) >= set(probe.CANDIDATES)
+    accuracy = {(row["choose"], row["candidate"]): row["accuracy"] for row in rows}
+    for choose in (True, False):
+        assert accuracy[choose, probe.OURS] == accuracy[choose, probe.SKLEARN] > 0.5
+        assert accuracy[choose, probe.TORCH] == pytest.approx(
+            accuracy[choose, probe.OURS], abs=0.02
+        )
 
 
 def test_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,13 @@ def long_jobs(folder: Path, runs: Runs) -> None:
     shutil.copytree(runs.clusters, folder / "runs" / "clusters")
 
 
+def watch_training(folder: Path, runs: Runs) -> None:
+    """As for long jobs, and two tasks."""
+    long_jobs(folder, runs)
+    for name in ("birds", "signs"):
+        shutil.copytree(runs.task, folder / name)
+
+
 def explore(folder: Path, runs: Runs) -> None:
     """`runs/moce` and labeled images, `birds/`."""
     load_elsewhere(folder, runs)
@@ -123,6 +130,7 @@ PREPARE: dict[str, Callable[[Path, Runs], None]] = {
     "fast-images": photos,
     "several-processes": photos,
     "long-jobs": long_jobs,
+    "watch-training": watch_training,
 }
 
 

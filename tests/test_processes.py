@@ -215,9 +215,10 @@ def made(runs, tmp_path_factory: pytest.TempPathFactory) -> Made:
     at_four_steps = {"steps": 4, "mae": str(runs.mae), "data": str(runs.data)}
     train = {**TRAIN, **at_four_steps}
     experts = {**train, "clusters": str(runs.clusters)}
+    monitored = {**experts, "monitor": [str(runs.task)], "monitor_every": 2}
     settings = {
         "pretrain": {**PRETRAIN, "steps": 4, "data": str(runs.data)},
-        "moce": experts,
+        "moce": monitored,
         "sdr": {**experts, "method": "sdr"},
         # As many experts as clusters, few images: some experts are idle in one process, some in all.
         "idle": {**experts, "num_experts": CLUSTERS, "batch_size": 6, "balance_scope": "batch"},

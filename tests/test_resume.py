@@ -24,6 +24,7 @@ from moce.runs.model import read_config, read_metrics, read_timings
 from moce.runtime.device import prepare
 from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from moce.training.metrics import Window
+from moce.training.optimizer import AdamW
 
 QUICK = {**PRETRAIN, "steps": 6, "save_every": 3}
 
@@ -323,13 +324,13 @@ def test_averages_that_overflow_reach_no_checkpoint(
     runs: Runs, tmp_path: Path, monkeypatch
 ) -> None:
     """Weights may be finite still when the averages of AdamW are not: they would never move again."""
-    step = torch.optim.AdamW.step
+    step = AdamW.step
 
     def overflow(self: torch.optim.Optimizer, *given: object, **more: object) -> None:
         step(self, *given, **more)
         next(iter(self.state.values()))["exp_avg_sq"].fill_(float("inf"))
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    monkeypatch.setattr(AdamW, "step", overflow)
     with pytest.raises(NotFinite, match="--base-lr"):
         moce.pretrain(runs.data, out=tmp_path / "run", **QUICK)
     assert not list((tmp_path / "run" / "state").glob("step_*"))

@@ -235,7 +235,8 @@ def tuned(
     """The whole network trained by moce finetune, once; its row of results."""
     given = {**COMMON, **SMALL, **settings, "head_args": head, "seed": seed}
     resume = (out / "config.yaml").is_file()
-    moce.finetune(backbone=str(reference), data=str(task), out=out, resume=resume, **given)
+    if not (out / "model.json").is_file():  # written last
+        moce.finetune(backbone=str(reference), data=str(task), out=out, resume=resume, **given)
     (row,) = read_results(out)
     kept = ("metric", "labels", "values", "figures")
     return {name: row[name] for name in kept}

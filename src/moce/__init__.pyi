@@ -263,7 +263,7 @@ def demo(
         overwrite (bool, default False): replace the contents of the output folder
         reuse (bool, default False): show the existing results if settings and version are the same,
             else run again
-        dense (bool, default False): show segmentation instead, in a few minutes: an MAE, then a
+        dense (bool, default False): show segmentation instead, in two minutes: an MAE, then a
             segmenter of digits and clothes pasted on photographs
         tasks (Sequence[str], default ()): tasks to run (default: all embedded ones)
         pretrain_epochs (float, default 18): epochs of the MAE
@@ -308,6 +308,8 @@ def distill(
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
+    monitor: Sequence[str] = (),
+    monitor_every: int | None = None,
     model: str = "vit_tiny_patch16_224",
     model_args: dict[str, Any] = {},
     patch_weight: float = 1.0,
@@ -360,6 +362,13 @@ def distill(
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
             mlflow.db beside the run); several with commas
         tensorboard (bool, default False): the same as --logger tensorboard
+        monitor (Sequence[str], default ()): tasks (DATA arguments with labels, e.g. birds/,cars/)
+            to score the frozen encoder on while it trains, by k-NN and by a linear probe; test
+            images are scored as by moce probe
+        monitor_every (int | None, default None): steps between measurements: of the tasks of
+            --monitor, of the rank of the features (RankMe) and of pictures of reconstructions
+            (default: ten in a run; without --monitor fewer or none, to cost 1 % of the time at
+            most)
         model (str, default 'vit_tiny_patch16_224'): student: any timm model
         model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
             "depth": 6}; a plain ViT takes img_size and patch_size from the backbone unless they are
@@ -612,6 +621,7 @@ def finetune(
     lora_alpha: int | None = None,
     lora_targets: Sequence[Literal["attn", "mlp"]] = ("attn", "mlp"),
     class_weights: Literal["none", "balanced"] = "none",
+    sampling: Literal["shuffled", "balanced"] = "shuffled",
     layer_decay: float = 0.65,
     drop_path: float = 0.1,
     rand_augment: str = "rand-m9-mstd0.5-inc1",
@@ -709,6 +719,9 @@ def finetune(
             layers of a block have adapters: attn, mlp or both
         class_weights (Literal['none', 'balanced'], default 'none'): weight of a class in the loss
             (one label per image); balanced: inverse to its images
+        sampling (Literal['shuffled', 'balanced'], default 'shuffled'): shuffled: every training
+            image once an epoch; balanced: as many images of each class as of any other (one label
+            per image)
         layer_decay (float, default 0.65): learning rate of a block over that of the next; 0.75 from
             ViT-L on
         drop_path (float, default 0.1): stochastic depth rate of the last block; ViT-L 0.2, ViT-H
@@ -941,6 +954,8 @@ def pretrain(
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
+    monitor: Sequence[str] = (),
+    monitor_every: int | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -1004,6 +1019,13 @@ def pretrain(
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
             mlflow.db beside the run); several with commas
         tensorboard (bool, default False): the same as --logger tensorboard
+        monitor (Sequence[str], default ()): tasks (DATA arguments with labels, e.g. birds/,cars/)
+            to score the frozen encoder on while it trains, by k-NN and by a linear probe; test
+            images are scored as by moce probe
+        monitor_every (int | None, default None): steps between measurements: of the tasks of
+            --monitor, of the rank of the features (RankMe) and of pictures of reconstructions
+            (default: ten in a run; without --monitor fewer or none, to cost 1 % of the time at
+            most)
         model (str | None, default None): encoder: any plain timm ViT (default: one that fits the
             images and the device)
         model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
@@ -1206,6 +1228,8 @@ def train(
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
+    monitor: Sequence[str] = (),
+    monitor_every: int | None = None,
     clusters: str | Path | None = None,
     method: Literal["moce", "mae", "token_moe", "sdr", "subset"] = "moce",
     task: Data | None = None,
@@ -1286,6 +1310,13 @@ def train(
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
             mlflow.db beside the run); several with commas
         tensorboard (bool, default False): the same as --logger tensorboard
+        monitor (Sequence[str], default ()): tasks (DATA arguments with labels, e.g. birds/,cars/)
+            to score the frozen encoder on while it trains, by k-NN and by a linear probe; test
+            images are scored as by moce probe
+        monitor_every (int | None, default None): steps between measurements: of the tasks of
+            --monitor, of the rank of the features (RankMe) and of pictures of reconstructions
+            (default: ten in a run; without --monitor fewer or none, to cost 1 % of the time at
+            most)
         clusters (str | Path | None, default None): run folder of moce cluster (not for methods mae
             and token_moe)
         method (Literal['moce', 'mae', 'token_moe', 'sdr', 'subset'], default 'moce'): moce:

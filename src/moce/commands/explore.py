@@ -119,7 +119,7 @@ def _images(settings: ExploreSettings, run: Path) -> tuple[str, Sequence[Sample]
     """DATA and its images: those the run has learned from, unless others are given."""
     data = settings.images or str(read_config(run).get("data"))
     try:
-        samples = open_source(data)
+        samples: Sequence[Sample] = open_source(data)
     except MoceError as error:
         if settings.images is not None:
             raise

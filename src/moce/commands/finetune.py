@@ -83,6 +83,9 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
         settings.data, shape, pixel_file(settings), settings.max_skipped, fit_of(backbone.vit)
     )
     metric = choose_metric(settings.metric, task)
+    if task.multi_label:
+        reason = f"images of {settings.data} may have several classes each, which are not balanced"
+        refuse_unused(settings, ["class_weights", "sampling"], reason)
     rows = draw_labels(task.train_labels, settings.num_labels, settings.seed, settings.draw)
     if settings.keep_best and "log_every" not in settings.model_fields_set:
         epoch = math.ceil((1 - settings.val_share) * len(rows) / settings.batch_size)

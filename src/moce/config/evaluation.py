@@ -217,6 +217,12 @@ class FinetuneSettings(TrainingSettings, DenseTaskSettings):
         "weight of a class in the loss (one label per image); balanced: inverse to its images",
         used_with=CLASSIFY,
     )
+    sampling: Literal["shuffled", "balanced"] = setting(
+        "shuffled",
+        "shuffled: every training image once an epoch; balanced: as many images of each class as of any "
+        "other (one label per image)",
+        used_with=CLASSIFY,
+    )
     beta2: OpenFraction = setting(0.999, "AdamW second-moment decay")
     warmup: Fraction = setting(
         0.05, "share of the steps with a rising learning rate; 0.1 from ViT-L on"

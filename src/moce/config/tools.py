@@ -210,7 +210,7 @@ class DemoSettings(RuntimeSettings):
     )
     dense: bool = setting(
         False,
-        "show segmentation instead, in a few minutes: an MAE, then a segmenter of digits and clothes "
+        "show segmentation instead, in two minutes: an MAE, then a segmenter of digits and clothes "
         "pasted on photographs",
     )
     tasks: tuple[str, ...] = setting((), "tasks to run (default: all embedded ones)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -125,9 +126,9 @@ class Bank:
         """Like `select`, given the images per cluster, [K], and their mean similarity."""
         return choose(
             histogram,
-            self.model.routes(),
-            self.model.gains(),
-            self.model.cluster_sizes,
+            self.model.routes().cpu(),  # the model may be on a GPU, where it trains
+            self.model.gains().cpu(),
+            self.model.cluster_sizes.cpu(),
             (similarity, self.clusters.similarity),
             strategy,
             threshold,
@@ -196,7 +197,7 @@ class Bank:
             "out": Path(),  # a temporary folder takes its place
         }
         settings = parse(AdaptationSettings, given)
-        task: list[Sample]
+        task: Sequence[Sample]
         if isinstance(images, str | Path):
             task = chosen_samples(str(images), voting_rows)
         else:

@@ -41,7 +41,7 @@ LOOKED_AT = 16  # images, to find out the size of all
 REPORT_EVERY = 32  # images
 LISTED = "the list of images"
 BAR_AFTER = 2.0  # seconds
-Choose = Callable[[Sequence[Label | None], Sequence[str | None], str], list[int]]
+Choose = Callable[[Sequence[Label | None], Sequence[str | None], str], Sequence[int] | np.ndarray]
 Reasons = dict[int, str]  # by row, why an image could not be decoded
 
 
@@ -87,8 +87,9 @@ def open_images(
     channels: int = 3,
     max_skipped: float = 1.0,
     choose: Choose | None = None,
+    name: str = LISTED,
 ) -> ImageDataset:
-    """Images of DATA to train on: only listed, and decoded as they are used.
+    """Images of DATA to train on: only listed, and decoded as they are used. name: see `load_images`.
 
     Images that are all tiny and of one size are decoded at once, as by `load_images`, which raises
     MoceError for the same reasons. Of others only a few are looked at: raises MoceError if there are
@@ -98,7 +99,7 @@ def open_images(
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
         return _from_packed(packed, fit.size, channels, choose)
-    name, samples = _opened(data, choose, fit.size)
+    name, samples = _opened(data, choose, fit.size, name)
     originals = Originals(samples, channels, max_skipped)
     own = _tiny_size(originals, name)
     if own is not None:
@@ -109,14 +110,13 @@ def open_images(
 
 
 def _opened(
-    data: str | Sequence[Sample], choose: Choose | None, size: tuple[int, int], name: str = LISTED
+    data: str | Sequence[Sample], choose: Choose | None, size: tuple[int, int], name: str
 ) -> tuple[str, Sequence[Sample]]:
     """A name of the images for messages, and the images. Raises MoceError if there are none."""
     if isinstance(data, str):
         check_packs(data, size)
-        name, samples = data, open_source(data)
-    else:
-        samples = data
+        name, data = data, open_source(data)
+    samples = data
     if not samples:
         raise MoceError(f"no images in {name}")
     if choose is not None:
@@ -128,13 +128,7 @@ def _opened(
 def _dataset(originals: Originals, stored: Tensor | None) -> ImageDataset:
     samples = originals.samples
     labels, splits = labels_and_splits(samples)
-    return ImageDataset(
-        stored,
-        ids=ids_of(samples),
-        labels=labels,
-        splits=splits,
-        originals=originals,
-    )
+    return ImageDataset(stored, ids_of(samples), labels, splits, originals=originals)
 
 
 def _tiny_size(originals: Originals, name: str | None) -> tuple[int, int] | None:
@@ -173,10 +167,10 @@ def _size(sample: Sample, *, decode: bool, channels: int) -> tuple[int, int]:
     return size
 
 
-def chosen_samples(data: str, choose: Choose) -> list[Sample]:
+def chosen_samples(data: str, choose: Choose) -> Sequence[Sample]:
     """The images of DATA that `choose` picks, as in `load_images`, not yet decoded."""
     samples = open_source(data)
-    return list(select(samples, choose(*labels_and_splits(samples), data)))
+    return select(samples, choose(*labels_and_splits(samples), data))
 
 
 # --- decoding -----------------------------------------------------------------------------------------
@@ -200,7 +194,7 @@ def _decoded(originals: Originals, fit: Fit, pixel_file: Path | None, name: str)
         images.originals = None
     else:
         images.fit = fit
-    return images.subset([row for row in range(len(samples)) if row not in reasons])
+    return images.subset(np.setdiff1d(np.arange(len(samples)), [*reasons]))
 
 
 def decode_all(
@@ -214,7 +208,8 @@ def decode_all(
     resized = False
     threads = max(1, worker_threads() // launch().local)
     numbers = range(len(samples))[rows]
-    jobs = (partial(_decode_one, pixels, row, samples[row], fit) for row in numbers)
+    those = samples if rows == slice(None) else map(samples.__getitem__, numbers)
+    jobs = (partial(_decode_one, pixels, *job, fit) for job in zip(numbers, those, strict=True))
     with (
         meter("read images", len(numbers), wait=BAR_AFTER) as progress,
         closing(run_ahead(jobs, threads, AHEAD_PER_THREAD * threads)) as results,

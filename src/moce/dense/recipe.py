@@ -79,7 +79,7 @@ def network_config(
     depth = len(backbone.vit.blocks)
     if settings.window and len(set(four_blocks(depth))) == depth:
         raise MoceError(
-            f"a ViT of {depth} blocks: attention stays global in four, which are all; leave out --window"
+            f"a ViT of {depth} blocks: attention stays global in all of them; leave out --window"
         )
     drop = ("img_size", "drop_path_rate", "num_classes", "global_pool", "fc_norm")
     return {

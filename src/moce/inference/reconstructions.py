@@ -78,5 +78,10 @@ def hide(images: Tensor, removed: Tensor, patch: tuple[int, int]) -> Tensor:
     return _to_bytes(unpatchify(hidden, patch, (images.shape[2], images.shape[3])))
 
 
+def as_rgb(pixels: Tensor) -> Tensor:
+    """Images [n, c, h, w] to look at, [n, 3, h, w]: the first three channels, or the first one in gray."""
+    return pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+
+
 def _to_bytes(images: Tensor) -> Tensor:
     return (images * 255).round().clamp(0, 255).to(torch.uint8)

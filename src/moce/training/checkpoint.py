@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moce.errors import MoceError, NotFinite
 from moce.runs.files import CHECKSUM, checksum, read_tensor_metadata, read_tensors, write_tensors
 from moce.runs.model import STATE
-from moce.runtime.distributed import all_reduce
+from moce.runtime.distributed import all_reduce, world_size
 from moce.runtime.fsdp import full_optimizer_state, full_state, load_full_state
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
@@ -96,6 +96,22 @@ def load_checkpoint(
     step = int(path.stem.removeprefix("step_"))
     parts = (_under(prefix, tensors) for prefix in ("window.", "memory.", "average."))
     return Checkpoint(step, *parts)
+
+
+def check_agreed(done: int) -> None:
+    """Raise MoceError if the processes have found different checkpoints to resume from."""
+    total = int(all_reduce(torch.tensor(done)))
+    differ = int(all_reduce(torch.tensor(int(total != done * world_size()))))
+    if differ:
+        raise MoceError(
+            "the processes find different checkpoints; the output folder has to be on a disk that all "
+            "nodes share"
+        )
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has a state to resume from."""
+    return bool(_checkpoints(folder))
 
 
 def _newest_sound(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
