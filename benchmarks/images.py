@@ -1,23 +1,25 @@
-"""Speed of decoding, packing and loading images, compared with other loaders.
+"""Speed of reading images for training, beside other loaders; what training waits; the first step.
 
-    python -m benchmarks.images            # some minutes; about 1 GB of memory
-    python -m benchmarks.images --short    # fewer images and repeats
-    python -m benchmarks.draw              # the tables of docs/performance.md from the results
+    python -m benchmarks.images              # six minutes on two idle cores
+    python -m benchmarks.images --short      # a look: fewer images and turns
+    python -m benchmarks.images --only large # some parts: small, large, tiny, waiting, first_step
+    python -m benchmarks.draw                # the tables of docs/performance.md from the results
 
-Files are random crops of scikit-learn's two sample photographs: 500 x 400 JPEGs for training at
-224, 32 x 32 PNGs for training at 32. Every candidate returns float32 batches after a random resized
-crop (bicubic, antialiased, scale 0.2 to 1), a flip and normalization. They alternate in one process
-tree; each row of results/images.json is one pass of one candidate. Needs: pip install 'moce[hf]'.
+small, large: batches of 224 from JPEGs of 500 x 400 and of 12 megapixels, random crops of scikit-learn's two
+sample photographs, the large ones enlarged. Every candidate returns float32 batches after a random
+resized crop (bicubic, antialiased, scale 0.2 to 1), a flip and normalization, with two workers; a turn is
+an epoch. tiny: the same of 32 x 32 PNGs, which moce keeps decoded. waiting: the share of a step that `moce
+pretrain` of a ViT-S waits for its batch. first_step: a process from start to the end of its first step,
+on 100 and on 100,000 files. Needs: pip install 'moce[hf]'.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
+import os
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,100 +32,85 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import moce
-from benchmarks.measure import FOLDER, machine
-from moce.config import PretrainSettings
-from moce.data import load
-from moce.data.dataset import ImageDataset
-from moce.data.decode import to_pixels
-from moce.data.load import load_images
-from moce.data.loader import BatchOrder, prefetched
-from moce.models.encoder import EncoderSpec
+from benchmarks.measure import FOLDER, Row, Work, chosen, in_turns, keep, options, per_second
+from moce.data.augment import normalize
+from moce.data.load import open_images
+from moce.data.loader import BatchOrder, Loading, view_batches
+from moce.data.views import Views
 from moce.runs.model import read_timings
-from moce.training.objectives import augmented
 
 RESULTS = FOLDER / "images.json"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PACKAGES = ("moce", "torch", "torchvision", "timm", "pillow", "numpy", "datasets")
-Pass = Callable[[], int]  # reads every image once, returns their number
+WORKERS = 2
+FEW, MANY, COPIES = (
+    100,
+    100_000,
+    1000,
+)  # files; links to each, as a file system allows no more than some
+VIT_S = {"model": "vit_small_patch16_224", "batch_size": 32}
+TINY_VIT = {
+    "model": "vit_tiny_patch16_224",
+    "model_args": {"embed_dim": 64, "depth": 2, "num_heads": 2, "patch_size": 16},
+    "decoder_dim": 32,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+    "batch_size": 32,
+}
+FIRST_STEP = "import sys, moce; moce.pretrain(*eval(sys.argv[1]), **eval(sys.argv[2]))"
 
 
 @dataclass(frozen=True)
 class Case:
-    """file: (height, width, suffix) of the files. size: of the model. packed: of the packed file."""
+    """file: height, width and suffix of the files. size: of the batches' images."""
 
     name: str
     file: tuple[int, int, str]
     size: int
-    packed: int
     images: int
     batch: int
 
 
-CASES = (
-    Case("224", (400, 500, ".jpg"), 224, 256, 384, 64),
-    Case("32", (32, 32, ".png"), 32, 32, 4096, 256),
-)
+CASES = {
+    "small": Case("small", (400, 500, ".jpg"), 224, 384, 64),
+    "large": Case("large", (3000, 4000, ".jpg"), 224, 32, 16),
+    "tiny": Case("tiny", (32, 32, ".png"), 32, 4096, 256),
+}
+TURNS = {"small": 7, "large": 5, "tiny": 5}
 
 
-def write_files(folder: Path, case: Case) -> Path:
-    """Random crops of two photographs, in one class folder each."""
+def write_files(folder: Path, case: Case, count: int) -> Path:
+    """Random crops of two photographs, enlarged if they are too small, in one class folder each."""
     random = np.random.default_rng(0)
     height, width, suffix = case.file
-    for label, photo in enumerate(load_sample_images().images):
+    for label, pixels in enumerate(load_sample_images().images):
         (folder / str(label)).mkdir(parents=True)
-        for number in range(case.images // 2):
-            top = random.integers(photo.shape[0] - height + 1)
-            left = random.integers(photo.shape[1] - width + 1)
-            crop = Image.fromarray(photo[top : top + height, left : left + width])
+        photo = Image.fromarray(pixels)
+        factor = max(1.0, 1.1 * height / photo.height, 1.1 * width / photo.width)
+        photo = photo.resize((round(photo.width * factor), round(photo.height * factor)))
+        for number in range(count // 2):
+            top = int(random.integers(photo.height - height + 1))
+            left = int(random.integers(photo.width - width + 1))
+            crop = photo.crop((left, top, left + width, top + height))
             crop.save(folder / str(label) / f"{number:04d}{suffix}", quality=90)
     return folder
-
-
-# --- decoding -----------------------------------------------------------------------------------------
-
-
-def decode_in_threads(folder: Path, case: Case) -> Pass:
-    return lambda: len(load_images(str(folder), (case.packed, case.packed)))
-
-
-def _decode(job: tuple[str, int]) -> np.ndarray:
-    with Image.open(job[0]) as image:
-        return to_pixels(image, (job[1], job[1]))
-
-
-def decode_in_processes(folder: Path, case: Case, pool: multiprocessing.pool.Pool) -> Pass:
-    jobs = [(str(path), case.packed) for path in sorted(folder.rglob("*.*"))]
-    return lambda: sum(1 for _ in pool.imap(_decode, jobs, chunksize=16))
-
-
-def pack(folder: Path, case: Case) -> Pass:
-    out = folder.parent / f"{case.name}.moce"
-    return lambda: moce.pack(folder, size=case.packed, out=out, overwrite=True).images
-
-
-def decode_with_torchvision(folder: Path, case: Case, workers: int) -> Pass:
-    steps = [
-        v2.Resize(case.packed, v2.InterpolationMode.BICUBIC),
-        v2.CenterCrop(case.packed),
-        v2.PILToTensor(),
-    ]
-    return passes(loader(ImageFolder(folder, v2.Compose(steps)), case, workers))
 
 
 # --- batches ready for training -------------------------------------------------------------------------
 
 
-def passes(batches: Iterable) -> Pass:
-    return lambda: sum(len(pixels) for pixels, _ in batches)
+def an_epoch(batches: Iterable, count: Callable[[object], int]) -> Work:
+    return lambda: sum(count(batch) for batch in batches)
 
 
-def loader(data: object, case: Case, workers: int) -> DataLoader:
+def loader(data: object, case: Case) -> DataLoader:
     return DataLoader(
         data,  # type: ignore[arg-type]
         case.batch,
         shuffle=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
+        drop_last=True,
+        num_workers=WORKERS,
+        persistent_workers=True,
     )
 
 
@@ -135,8 +122,8 @@ def transform(case: Case) -> v2.Compose:
     return v2.Compose([cut, v2.RandomHorizontalFlip(), *to_float])
 
 
-def torchvision_batches(folder: Path, case: Case, workers: int) -> Pass:
-    return passes(loader(ImageFolder(folder, transform(case)), case, workers))
+def torchvision_batches(folder: Path, case: Case) -> Work:
+    return an_epoch(loader(ImageFolder(folder, transform(case)), case), lambda batch: len(batch[0]))
 
 
 class _Transform:
@@ -149,135 +136,117 @@ class _Transform:
         return {"image": [self._steps(image) for image in rows["image"]], "label": rows["label"]}
 
 
-def huggingface_batches(folder: Path, case: Case, workers: int) -> Pass:
+def huggingface_batches(folder: Path, case: Case) -> Work:
     import datasets
 
     paths = sorted(str(path) for path in folder.rglob("*.*"))
     labels = [int(Path(path).parent.name) for path in paths]
     table = datasets.Dataset.from_dict({"image": paths, "label": labels})
     table = table.cast_column("image", datasets.Image()).with_transform(_Transform(case))
-    batches = loader(table, case, workers)
-    return lambda: sum(len(batch["image"]) for batch in batches)
+    return an_epoch(loader(table, case), lambda batch: len(batch["image"]))
 
 
-def packed_images(folder: Path, case: Case, *, mapped: bool) -> ImageDataset:
-    file = folder.parent / f"{case.name}.moce"
-    kept = load.MEMORY_SHARE
-    try:
-        load.MEMORY_SHARE = 0.0 if mapped else kept
-        return load_images(str(file), (case.size, case.size))
-    finally:
-        load.MEMORY_SHARE = kept
+def timm_batches(folder: Path, case: Case) -> Work:
+    from timm.data import create_dataset, create_loader
 
-
-def moce_batches(folder: Path, case: Case, *, mapped: bool) -> Pass:
-    """One epoch of what precedes a training step's forward pass."""
-    images = packed_images(folder, case, mapped=mapped)
-    settings = PretrainSettings(data="x", out=Path("x"), batch_size=case.batch)
-    spec, size = EncoderSpec("", mean=MEAN, std=STD), (case.size, case.size)
-    order = BatchOrder(len(images), case.batch, seed=0)
-
-    def one_pass() -> int:
-        micro_batches = order.micro_batches(0, len(images) // case.batch, None)
-        batches = prefetched(images, micro_batches, torch.device("cpu"))
-        return sum(len(augmented(batch, settings, spec, size)) for batch in batches)
-
-    return one_pass
-
-
-# --- waiting ------------------------------------------------------------------------------------------
-
-
-def training_wait(folder: Path, case: Case, steps: int) -> dict[str, float]:
-    """Share of a step that a small ViT waits for data, by the timings of moce pretrain."""
-    patch = case.size // 14 if case.size == 224 else 4
-    arguments = {"patch_size": patch, "img_size": case.size, "embed_dim": 96, "depth": 4}
-    out = folder.parent / f"run{case.name}"
-    moce.pretrain(
-        folder.parent / f"{case.name}.moce",
-        out=out,
-        model="vit_tiny_patch16_224",
-        model_args=arguments,
-        decoder_dim=64,
-        decoder_depth=1,
-        decoder_heads=2,
-        steps=steps,
-        batch_size=case.batch,
-        log_every=1,
-        device="cpu",
-        precision="float32",
+    batches = create_loader(
+        create_dataset("", str(folder)),
+        (3, case.size, case.size),
+        case.batch,
+        is_training=True,
+        use_prefetcher=False,
+        scale=(0.2, 1.0),
+        hflip=0.5,
+        color_jitter=None,
+        interpolation="bicubic",
+        mean=MEAN,
+        std=STD,
+        num_workers=WORKERS,
+        persistent_workers=True,
+        device=torch.device("cpu"),
     )
-    rows = read_timings(out)[1:]  # the first step waits for the first batch
-    step, wait = (
-        float(np.median([row[name] for row in rows])) for name in ("step_s", "data_wait_s")
-    )
-    return {"step_s": step, "data_wait_s": wait, "share": wait / step}
+    return an_epoch(batches, lambda batch: len(batch[0]))
 
 
-# --- the whole -----------------------------------------------------------------------------------------
+def moce_batches(folder: Path, case: Case) -> Work:
+    """What precedes a training step's forward pass; the workers stay from epoch to epoch."""
+    size = (case.size, case.size)
+    images = open_images(str(folder), size)
+    views = Views(seed=0, size=size, smallest_crop=0.2, hflip=True)
+    steps = len(images) // case.batch
+    order = BatchOrder(len(images), case.batch, seed=0).micro_batches(0, 10**6, None)
+    cpu = torch.device("cpu")
+    batches = view_batches(images, order, cpu, views, Loading(workers=WORKERS))
+
+    def ready() -> Iterator[torch.Tensor]:
+        for _, batch in zip(range(steps), batches, strict=False):
+            yield normalize(batch.views(views), MEAN, STD)
+
+    return lambda: sum(len(batch) for batch in ready())
 
 
-def candidates(
-    folder: Path, case: Case, pool: multiprocessing.pool.Pool
-) -> dict[str, dict[str, Pass]]:
-    """By measurement and name. Packs first, because the loaders read the packed file."""
-    pack(folder, case)()
-    loaders = {
-        f"{name}, {workers} workers": make(folder, case, workers)
-        for name, make in (("torchvision", torchvision_batches), ("datasets", huggingface_batches))
-        for workers in (0, 2)
-    }
-    decoders = {
-        "moce, threads": decode_in_threads(folder, case),
-        "moce, 2 processes": decode_in_processes(folder, case, pool),
-        "torchvision, 0 workers": decode_with_torchvision(folder, case, 0),
-        "torchvision, 2 workers": decode_with_torchvision(folder, case, 2),
-        "moce pack": pack(folder, case),
-    }
-    ours = {
-        "moce, packed, in memory": moce_batches(folder, case, mapped=False),
-        "moce, packed, mapped": moce_batches(folder, case, mapped=True),
-    }
-    return {"decode": decoders, "loader": {**ours, **loaders}}
+LOADERS = {
+    "moce": moce_batches,
+    "torchvision": torchvision_batches,
+    "timm": timm_batches,
+    "datasets": huggingface_batches,
+}
 
 
-def measure(runs: dict[str, Pass], repeats: int) -> list[dict]:
-    """One warm-up pass each, then alternating passes."""
-    for one_pass in runs.values():
-        one_pass()
-    rows = []
-    for repeat in range(repeats):
-        for name, one_pass in runs.items():
-            start = time.perf_counter()
-            count = one_pass()
-            rate = count / (time.perf_counter() - start)
-            rows.append({"candidate": name, "repeat": repeat, "images_per_s": round(rate, 1)})
-            print(f"{name:28} {rate:10.0f} images/s", flush=True)
-    return rows
+def loading(name: str, root: Path, repeats: int | None, *, short: bool) -> list[Row]:
+    case = CASES[name]
+    count = max(2 * case.batch, case.images // 4) if short else case.images
+    folder = write_files(root / name, case, count)
+    work = {candidate: make(folder, case) for candidate, make in LOADERS.items()}
+    rows = in_turns(work, repeats or (2 if short else TURNS[name]), part=name)
+    return per_second(rows, count // case.batch * case.batch)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="fewer images, steps and repeats")
-    parser.add_argument("--repeats", type=int, help="passes of each (default: 7; short: 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    repeats, share, steps = (2, 4, 4) if options.short else (7, 1, 20)
-    repeats = options.repeats or repeats
-    result: dict = {"machine": machine(PACKAGES), "short": options.short, "cases": {}}
-    with (
-        tempfile.TemporaryDirectory() as root,
-        multiprocessing.get_context("spawn").Pool(2) as pool,
-    ):
-        for full in CASES:
-            case = Case(**{**vars(full), "images": full.images // share})
-            folder = write_files(Path(root) / case.name, case)
-            runs = candidates(folder, case, pool)
-            rows = {what: measure(group, repeats) for what, group in runs.items()}
-            wait = training_wait(folder, case, steps)
-            result["cases"][case.name] = {"case": vars(case), "rows": rows, "training": wait}
-            options.out.parent.mkdir(exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+# --- training -------------------------------------------------------------------------------------------
+
+
+def waiting(root: Path, repeats: int | None, *, short: bool) -> list[Row]:
+    """A row for each step but the first, which waits for the first batch."""
+    folder = write_files(root / "waiting", CASES["small"], 128)
+    settings = {**VIT_S, "batch_size": 8} if short else VIT_S
+    out = root / "run"
+    moce.pretrain(folder, out=out, steps=repeats or (3 if short else 12), log_every=1, **settings)
+    return [
+        {"candidate": "wait", "repeat": n, "seconds": row["data_wait_s"], "step": row["step_s"]}
+        for n, row in enumerate(read_timings(out)[1:])
+    ]
+
+
+def first_step(root: Path, repeats: int | None, *, short: bool) -> list[Row]:
+    """Processes that make one step, on few files and on links to them."""
+    files = sorted(write_files(root / "few", CASES["small"], FEW).rglob("*.jpg"))
+    for copy in range(20 if short else COPIES):
+        (root / "many" / str(copy)).mkdir(parents=True)
+        for number, file in enumerate(files):
+            os.link(file, root / "many" / str(copy) / f"{number:04d}.jpg")
+
+    def process(folder: Path) -> Work:
+        more = {**TINY_VIT, "out": str(root / "one_step"), "overwrite": True, "steps": 1}
+        words = [sys.executable, "-c", FIRST_STEP, repr((str(folder),)), repr(more)]
+        return lambda: subprocess.run(words, check=True, capture_output=True)
+
+    work = {"100 files": process(root / "few"), "100,000 files": process(root / "many")}
+    return in_turns(work, repeats or (1 if short else 3))
+
+
+PARTS = (*CASES, "waiting", "first_step")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    asked = options(__doc__ or "", PARTS, RESULTS).parse_args(arguments)
+    for name in chosen(asked.only, dict.fromkeys(PARTS)):
+        with tempfile.TemporaryDirectory() as folder:
+            if name in CASES:
+                rows = loading(name, Path(folder), asked.repeats, short=asked.short)
+            else:
+                measure = waiting if name == "waiting" else first_step
+                rows = measure(Path(folder), asked.repeats, short=asked.short)
+        keep(asked.out, name, rows, PACKAGES, short=asked.short)
 
 
 if __name__ == "__main__":

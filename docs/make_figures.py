@@ -17,13 +17,11 @@ from matplotlib.figure import Figure
 
 import moce
 from moce.customization.bank import Bank
-from moce.data.augment import denormalize, normalize
 from moce.data.dataset import ImageDataset
 from moce.data.load import load_images
-from moce.data.rng import Stream, keyed_uniform
 from moce.evaluation.results import ROWS, read_rows
+from moce.inference.reconstructions import reconstruct
 from moce.reporting.images import tiled
-from moce.reporting.reconstructions import hide, paste
 from moce.reporting.results import choices_of, draw_votes
 from moce.reporting.results_table import Results, results_table
 from moce.reporting.style import INK, SOFT, expert_color, faded
@@ -155,7 +153,6 @@ def draw_experts(bank: Bank) -> Figure:
     return figure
 
 
-@torch.no_grad()
 def draw_reconstructions(
     bank: Bank, images: ImageDataset, members: list[list[int]], demo: Path
 ) -> Figure:
@@ -165,24 +162,16 @@ def draw_reconstructions(
     """
     clusters = spread_clusters(bank, members, 14)
     rows = torch.tensor([members[k][0] for k in clusters])
-    mean, std = bank.encoder_spec.mean, bank.encoder_spec.std
-    shown = normalize(images.pixels[rows], mean, std)
-    patches = bank.model.mae.encoder.patch_embed.num_patches
-    noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(rows), rows, patches)
-    mae, patch = bank.model.mae, bank.model.mae.patch_size
-    routed = bank.model(shown, noise, torch.tensor(clusters))
-    rows_shown = {
-        "input": images.pixels[rows],
-        "masked": hide(images.pixels[rows].float() / 255, routed.removed, patch),
+    rows_shown = {"input": images.pixels[rows]}
+    models = {
+        "MAE": load_mae(demo / "mae")[1].eval(),
+        "MAE+": load_mae(demo / "mae_plus")[1].eval(),
+        "MoCE": bank.model,
     }
-    outputs = {
-        "MAE": load_mae(demo / "mae")[1].eval()(shown, noise),
-        "MAE+": load_mae(demo / "mae_plus")[1].eval()(shown, noise),
-        "MoCE": routed,
-    }
-    for title, output in outputs.items():
-        painted = paste(output.prediction, output.removed, shown, patch, mae.norm_pix)
-        rows_shown[title] = (denormalize(painted, mean, std) * 255).round().byte()
+    for title, model in models.items():
+        found = reconstruct(model, bank.encoder_spec, images.pixels[rows], torch.tensor(clusters))
+        rows_shown.setdefault("masked", found.masked)
+        rows_shown[title] = found.filled
     figure = Figure(figsize=(9, 3.6))
     for place, (title, pixels) in enumerate(rows_shown.items()):
         axes = figure.add_subplot(len(rows_shown), 1, place + 1)

@@ -17,7 +17,7 @@ import signal
 import sys
 from pathlib import Path
 
-import lightning_fabric  # noqa: F401 - imported before any fork
+import timm  # noqa: F401 - imported before any fork
 
 import moce.runs.files
 from moce.cli import main

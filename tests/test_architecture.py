@@ -55,7 +55,8 @@ def within(package: str) -> dict[str, set[str]]:
 # From the ground up: a folder may import those before it, never one behind it.
 FLOORS = (
     "errors", "config", "runtime", "models", "runs", "data", "weights", "inference", "clustering",
-    "training", "customization", "evaluation", "dense", "reporting", "commands", "cli", "__main__",
+    "training", "customization", "evaluation", "dense", "reporting", "explorer",
+    "commands", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -7,7 +7,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from benchmarks import draw, mae_step, measure, moce_step, selection, startup
+from benchmarks import (
+    checkpoints,
+    draw,
+    finetune_step,
+    mae_step,
+    measure,
+    moce_step,
+    probe,
+    scaling,
+    selection,
+    startup,
+)
 from benchmarks.candidates import CONTENDERS, Case
 
 TIMED = {"candidate", "repeat", "seconds"}
@@ -50,6 +61,12 @@ def test_counted_operations_are_those_of_the_linear_layers_and_some() -> None:
     assert mae_step.step_flops(Case("test", 16)) == 2 * mae_step.step_flops(case)
 
 
+def test_finetune_step(tmp_path: Path) -> None:
+    rows = rows_of(finetune_step, "test", tmp_path)
+    assert names(rows) == {finetune_step.WHOLE, finetune_step.CHUNKS}
+    assert all(row.keys() >= TIMED | CASE | {"images_per_s"} for row in rows)
+
+
 def test_moce_step(tmp_path: Path) -> None:
     rows = rows_of(moce_step, "test", tmp_path)
     mixtures = {mixture.name for mixture in moce_step.MIXTURES}
@@ -72,12 +89,45 @@ def test_selection(tmp_path: Path) -> None:
     assert all(row.keys() >= TIMED | {"routes", "images", "images_per_s"} for row in rows)
 
 
+def test_probe(tmp_path: Path) -> None:
+    """All minimize the same function, so they are right about as often; scikit-learn as often."""
+    rows = rows_of(probe, "test", tmp_path)
+    assert names(rows) >= set(probe.CANDIDATES)
+    accuracy = {(row["choose"], row["candidate"]): row["accuracy"] for row in rows}
+    for choose in (True, False):
+        assert accuracy[choose, probe.OURS] == accuracy[choose, probe.SKLEARN] > 0.5
+        assert accuracy[choose, probe.TORCH] == pytest.approx(
+            accuracy[choose, probe.OURS], abs=0.02
+        )
+
+
 def test_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {what: startup.QUICK[what] for what in (startup.BARE, "import moce")}
     monkeypatch.setitem(startup.SHORT, "import", (quick, 2))
     rows = rows_of(startup, "import", tmp_path)
     assert names(rows) == quick.keys()
     assert all(row.keys() >= TIMED and row["seconds"] > 0 for row in rows)
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    rows = rows_of(checkpoints, "test", tmp_path)
+    assert names(rows) == {
+        checkpoints.COPY, checkpoints.WAITS, checkpoints.DONE, checkpoints.WHOLE
+    }  # fmt: skip
+    assert all(row["seconds"] > 0 and row["mb"] > 0 for row in rows)
+
+
+@pytest.mark.slow  # a process for each of two sizes
+@pytest.mark.parametrize("part", scaling.PARTS)
+def test_scaling(part: str, tmp_path: Path) -> None:
+    rows = rows_of(scaling, part, tmp_path)
+    assert [row["images"] for row in rows] == [500, 2000]
+    assert all(row["seconds"] > 0 and row["peak_mb"] >= 0 for row in rows)
+
+
+def test_exponents_are_slopes() -> None:
+    rows = [{"images": n, "seconds": 3.0 * n**1.1} for n in (10, 1000, 100000)]
+    assert scaling.exponent(rows, "seconds") == pytest.approx(1.1)
 
 
 def test_parts_are_kept_side_by_side(tmp_path: Path) -> None:

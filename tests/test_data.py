@@ -224,6 +224,28 @@ def test_every_image_is_seen_once_an_epoch() -> None:
     assert rows[:50].tolist() != rows[50:100].tolist()
 
 
+def test_balanced_epochs_have_as_many_images_of_each_class() -> None:
+    """Of a rare class repeatedly, each time with a number of its own; of a frequent one some."""
+    classes = torch.tensor([0] * 40 + [1] * 7 + [2] * 3)
+    order = BatchOrder(50, 10, seed=3, classes=classes)
+    seen: set[tuple[int, int]] = set()
+    drawn = torch.zeros(50, dtype=torch.int64)
+    for epoch in range(20):
+        pairs = [order(step) for step in range(5 * epoch, 5 * epoch + 5)]
+        rows, numbers = (torch.cat(part) for part in zip(*pairs, strict=True))
+        assert sorted(classes[rows].bincount().tolist()) == [16, 17, 17]
+        assert (numbers % 2**32 == epoch).all()
+        assert rows[classes[rows] == 0].unique().numel() == (classes[rows] == 0).sum()
+        seen |= set(zip(rows.tolist(), numbers.tolist(), strict=True))
+        drawn += rows.bincount(minlength=50)
+    assert len(seen) == 20 * 50
+    for number in range(3):  # alike within a class
+        of_class = drawn[classes == number]
+        assert of_class.min() > 0 and of_class.max() < 3 * of_class.float().mean()
+    again = BatchOrder(50, 10, seed=3, classes=classes)(17)
+    assert torch.equal(again[0], order(17)[0]) and torch.equal(again[1], order(17)[1])
+
+
 def test_any_step_can_be_made_alone() -> None:
     sequence = BatchOrder(50, 8, seed=3)
     steps = [sequence(step) for step in range(30)]

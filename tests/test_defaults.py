@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,23 +13,30 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from builders import PRETRAIN, RUNTIME
+from builders import PRETRAIN, RUNTIME, tiny_encoder
 from commands import run_command
+from experiments.rates import run as rates
 from huggingface_hub import constants
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import moce
 from moce.cli import build_parser, settings_of
+from moce.commands import pretrain
 from moce.commands.registry import COMMANDS
+from moce.commands.setup import training_images
 from moce.config import PretrainSettings, TrainSettings
 from moce.config.load import parse
+from moce.data.readers import folder
+from moce.data.readers.left_out import LeftOut
 from moce.data.sample_sizes import count_and_side
 from moce.errors import MoceError
+from moce.runs.files import read_lines
 from moce.runtime import hub, progress
 from moce.runtime.progress import duration, meter
 from moce.training import announce
-from moce.training.defaults import batch_for, choose_model, choose_training, default_lr
+from moce.training.defaults import batch_for, choose_model, choose_training, default_lr, rate_for
 
 SMALL_DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 
@@ -84,6 +93,25 @@ def test_count_and_size_of_images(runs, tmp_path: Path) -> None:
         count_and_side(str(tmp_path / "broken"))
 
 
+def test_a_folder_is_listed_once(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the model is chosen by the images."""
+    times: list[Path] = []
+    listing = folder._files
+
+    def counted(root: Path, left_out: LeftOut) -> list[str]:
+        times.append(root)
+        return listing(root, left_out)
+
+    monkeypatch.setattr(folder, "_files", counted)
+    settings = PretrainSettings(data=str(runs.data), out=tmp_path / "run")
+    chosen, samples = pretrain._with_model(settings, torch.device("cpu"))
+    assert chosen.model is not None and samples is not None
+    vit = tiny_encoder().build()
+    images = training_images(chosen, chosen.data, vit, samples)
+    assert times == [runs.data]
+    assert images.ids == training_images(chosen, chosen.data, vit).ids
+
+
 # --- length, batch, rate --------------------------------------------------------------------------
 
 
@@ -117,6 +145,34 @@ def test_training_on_from_weights_is_shorter_and_slower(runs) -> None:
         assert chosen["base_lr"] == rate and chosen["epochs"] < fresh["epochs"] / 3
 
 
+@pytest.mark.parametrize(
+    ("parameters", "rate", "guess"),
+    [
+        (7e5, 4e-3, None),
+        (5.5e6, 4e-3, "extrapolated"),
+        (22e6, 1e-3, "interpolated"),
+        (86e6, 1.5e-4, None),
+    ],
+)
+def test_a_rate_that_was_not_measured_says_so(parameters: float, rate: float, guess: str) -> None:
+    found, told = rate_for(int(parameters))
+    assert found == rate
+    assert told is None if guess is None else guess in told
+
+
+@pytest.mark.slow
+def test_the_study_of_rates_keeps_a_row_for_each(tmp_path: Path, monkeypatch) -> None:
+    results = tmp_path / "rates.jsonl"
+    words = ["--out", tmp_path, "--results", results, "--steps", 1, "--rates", "2e-3", "4e-3"]
+    words += ["--models", "vit_tiny_patch16_224"]
+    monkeypatch.setattr(sys, "argv", ["rates", *map(str, words)])
+    rates.main()
+    rows = read_lines(results)
+    assert [row["base_lr"] for row in rows] == [2e-3, 4e-3]
+    assert rows[0]["values"] == rows[1]["values"]  # the first step's loss comes before its rate
+    assert rows[0]["values"][0] > 0.5
+
+
 @pytest.mark.parametrize(("count", "size"), [(10, 16), (300, 32), (2_047, 128), (2_048, 256)])
 def test_a_batch_leaves_steps(count: int, size: int) -> None:
     assert batch_for(count) == size
@@ -134,6 +190,7 @@ def test_a_bare_run_records_and_tells_what_it_chose(runs, tmp_path: Path, capsys
     assert "1 steps of 32 images (0.107 epochs), rate 0.0005 (base_lr 0.004)" in told
     assert f"writes {out}" in told
     assert "chosen for these images and this device: --base-lr, --batch-size" in told
+    assert "base_lr 0.004 is extrapolated from encoders of up to 1 M parameters" in told
     values = {"data": "demo:digits", "mae": out, "clusters": tmp_path / "no", "out": "x"}
     assert TrainSettings(**values).base_lr is None
 
@@ -222,6 +279,20 @@ def test_without_a_hub_its_weights_are_refused_at_once(
 )
 def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_narrow_terminal_shows_count_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long note is cut off, and nothing else; a second bar inside the first is no error."""
+    screen = io.StringIO()
+    narrow = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(progress, "console", narrow)
+    with meter("pretrain", 4_000) as bar:
+        bar.advance("loss 0.5123, " + "k-NN 41.2 %, linear 55.3 %, " * 4)
+        with meter("features", 3) as inner:
+            inner.advance()
+        bar.advance()
+    last = [line for line in re.split(r"[\r\n]", screen.getvalue()) if "2/4000" in line][-1]
+    assert "pretrain" in last and "left" in last and "loss 0.5123, " in last and "…" in last
 
 
 def test_a_log_without_terminal_has_lines_with_the_time_left(

@@ -21,6 +21,7 @@ SETTINGS = {
     "num_experts": 2,
     "num_labels": 40,
     "draws": 2,
+    "adapt_steps": 2,
     "finetune_epochs": 1,
 }
 
@@ -57,9 +58,10 @@ def test_moce_and_mae_plus_had_equal_steps_and_data(demo: Path) -> None:
 @pytest.mark.slow
 def test_results_have_the_promised_form(demo: Path) -> None:
     rows = read_rows(demo / "evaluation")
-    backbones = ("mae", "mae_plus", "moce", "random", "best_route")
-    expected = {(task, name, "linear", 2) for task in TASKS for name in backbones}
-    expected |= {(task, name, "finetune", 1) for task in TASKS for name in backbones[1:3]}
+    tuned = ("mae_plus", "moce", "mae_plus_adapted", "moce_adapted")
+    probed = ("mae", "random", "best_strategy", *tuned)
+    expected = {(task, name, "linear", 2) for task in TASKS for name in probed}
+    expected |= {(task, name, "finetune", 2) for task in TASKS for name in tuned}
     found = {(r["task"], r["backbone"], r["protocol"], len(r["values"])) for r in rows}
     assert found == expected
     assert all(0 <= value <= 1 for row in rows for value in row["values"])

@@ -24,6 +24,7 @@ from moce.dense.predictor import load_predictor
 from moce.dense.readers import read_dense
 from moce.errors import Interrupted, MoceError
 from moce.evaluation.results import read_rows
+from moce.evaluation.suite import read_suite
 from moce.runs.files import read_tensors
 from moce.runs.model import read_metrics
 
@@ -126,8 +127,13 @@ def test_a_frozen_backbone_stays_as_it_was(runs: Runs, classes: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_two_processes_segment_as_one(runs: Runs, classes: Path, tmp_path: Path) -> None:
-    given = {**SEGMENT, "backbone": runs.mae, "data": classes, "drop_path": 0.0}
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_two_processes_train_as_one(
+    task: str, runs: Runs, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    data = request.getfixturevalue("boxes" if task == "detect" else "classes")
+    settings = DETECT if task == "detect" else SEGMENT
+    given = {**settings, "backbone": runs.mae, "data": data, "drop_path": 0.0}
     alone, together = tmp_path / "alone", tmp_path / "together"
     moce.finetune(**given, out=alone)
     process = torchrun(*moce_words("finetune", {**given, "out": together}))
@@ -300,8 +306,10 @@ def test_suites_have_dense_tasks_beside_classification(
     [
         (["--strategy", "fsdp"], "not sharded: use --strategy ddp"),
         (["--mixup", 0.5], "leave out --mixup: task detect does not use it"),
+        (["--lr-grid", "1e-3,1e-2"], "leave out --lr-grid: task detect does not use it"),
         (["--image-size", 30], "no multiple of two patches of 4 pixels; give 24 or 32"),
         (["--head-args", "{dims: 3}"], "head_args: unknown setting 'dims'"),
+        (["--head-args", "{dim:16}"], "YAML: {dim:16} ('dim:16' needs a space after the colon)"),
         (["--task", "segment"], "no masks of pixels in"),
     ],
 )
@@ -313,6 +321,14 @@ def test_mistakes_are_refused(
     assert run_command([*base, *size, *words]) == 2
     assert expected in one_line(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_suite_with_settings_of_classification_is_refused(tmp_path: Path) -> None:
+    suite = {"name": "s", "tasks": [{"name": "t", "data": "d", "task": "segment"}]}
+    path = tmp_path / "suite.yaml"
+    path.write_text(json.dumps({**suite, "segment": {"lr_grid": [0.1, 1.0]}}))
+    with pytest.raises(MoceError, match="leave out --lr-grid: task segment does not use it"):
+        read_suite(path, tmp_path)
 
 
 def test_only_fine_tuned_models_predict(runs: Runs, tmp_path: Path, capsys) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from dense_folders import HEIGHT, WIDTH, class_values, write_image
+from dense_folders import HEIGHT, WIDTH, class_values, write_image, write_mask
 from PIL import Image, ImageDraw
 
 from moce.dense import rle
@@ -32,6 +32,23 @@ def check(source, ids: list[str]) -> None:
         assert sample.size == (HEIGHT, WIDTH)
         assert [source.classes[label] for label in found.classes] == [name for name, _ in objects]
         np.testing.assert_allclose(found.boxes, [box for _, box in objects], atol=1e-4)
+
+
+def object_numbers(name: str) -> np.ndarray:
+    """[h, w]: 1 in the first object of an image, 2 in the second; later ones cover earlier ones."""
+    values = np.zeros((HEIGHT, WIDTH), np.int64)
+    for number, (_, (x1, y1, x2, y2)) in enumerate(OBJECTS[name], 1):
+        values[y1:y2, x1:x2] = number
+    return values
+
+
+def check_masks(source) -> None:
+    """The objects have the masks above."""
+    assert source.has_masks and not source.skipped
+    for name, sample in zip(OBJECTS, source.samples, strict=True):
+        found = rle.decode(sample.target().masks, (HEIGHT, WIDTH))
+        for number, mask in enumerate(found, 1):
+            np.testing.assert_array_equal(mask, object_numbers(name) == number)
 
 
 # --- YOLO ---------------------------------------------------------------------------------------------
@@ -221,6 +238,54 @@ def test_difficult_objects_of_voc_do_not_count(tmp_path: Path) -> None:
     assert read_dense(str(root), None).samples[0].target().crowd.tolist() == [False, True]
 
 
+def write_voc_masks(root: Path, names: str = "ab") -> Path:
+    """A palette, and a border of 255 where nothing is known, as VOC's."""
+    for name in names:
+        values = object_numbers(name)
+        values[-1] = np.where(values[-1], values[-1], 255)
+        write_mask(root / "SegmentationObject" / f"{name}.png", values, palette=True)
+    return root
+
+
+def test_masks_of_vocs_objects(tmp_path: Path) -> None:
+    source = read_dense(str(write_voc_masks(write_voc(tmp_path))), None)
+    check(source, ["JPEGImages/a.jpg", "JPEGImages/b.jpg"])
+    check_masks(source)
+
+
+def test_vocs_images_with_masks_can_be_taken_alone(tmp_path: Path, capsys) -> None:
+    """In VOC as downloaded a quarter of the images has masks, with lists of their own."""
+    root = write_voc_masks(write_voc(tmp_path), "a")
+    for kind, lines in {
+        "Main": {"train": "b\n", "val": "a\n"},
+        "Segmentation": {"val": "a\n"},
+    }.items():
+        for split, text in lines.items():
+            path = root / "ImageSets" / kind / f"{split}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    assert not read_dense(str(root), "detect").has_masks
+    assert "1 of 2 images have masks of objects; too few" in capsys.readouterr().err
+    source = read_dense(str(root), None, root / "SegmentationObject")
+    assert source.has_masks and [(s.id, s.split) for s in source.samples] == [
+        ("JPEGImages/a.jpg", "val")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "where", "reason"),
+    [
+        (7, "JPEGImages/b.jpg", "mask of other objects: value 7 in b.png, 1 in the XML"),
+        (0, "JPEGImages/b.jpg, object 1", "no mask"),
+    ],
+)
+def test_bad_masks_of_vocs_objects(tmp_path: Path, value: int, where: str, reason: str) -> None:
+    root = write_voc_masks(write_voc(tmp_path))
+    values = np.where(object_numbers("b") == 1, value, 0)
+    write_mask(root / "SegmentationObject/b.png", values)
+    assert read_dense(str(root), None).skipped == [(where, reason)]
+
+
 VOC_FAULTS = {
     "malformed XML": "<annotation><object>",
     "missing file: no image of this XML": voc_xml("z", []),
@@ -316,6 +381,81 @@ def test_parquet_with_objects(tmp_path: Path, kind: str, form: str, capsys) -> N
     )
     check(source, ["a", "b"])
     assert ("taken as x1, y1, x2, y2" in capsys.readouterr().err) == (kind == "corners")
+
+
+def mask_of_object(name: str, number: int, form: str):
+    """As tables write it: a polygon, several, COCO's run lengths or an image."""
+    mask = object_numbers(name) == number
+    if form == "run lengths":
+        packed = rle.encode(mask[None])[0]
+        return {"size": list(packed["size"]), "counts": packed["counts"].decode()}
+    if form == "images":
+        file = io.BytesIO()
+        Image.fromarray((mask * 255).astype(np.uint8)).save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+    x1, y1, x2, y2 = OBJECTS[name][number - 1][1]
+    corners = [float(v) for v in (x1, y1, x2, y1, x2, y2, x1, y2)]
+    return corners if form == "polygon" else [corners]
+
+
+@pytest.mark.parametrize("form", ["polygon", "polygons", "run lengths", "images", "column"])
+def test_parquet_with_masks_of_objects(tmp_path: Path, form: str) -> None:
+    masks = [
+        [
+            mask_of_object(name, n, "images" if form == "column" else form)
+            for n in range(1, count + 1)
+        ]
+        for name, count in (("a", 2), ("b", 1))
+    ]
+    cells: dict = {"image": images(tmp_path), "id": ["a", "b"]}
+    objects = object_columns("words")
+    if form == "column":
+        cells |= {"objects": objects, "masks": masks}
+    else:
+        both = zip(objects, masks, strict=True)
+        cells |= {"objects": [{**each, "segmentation": own} for each, own in both]}
+    pyarrow.parquet.write_table(pyarrow.table(cells), tmp_path / "x.parquet")
+    source = read_dense(str(tmp_path / "x.parquet"), None)
+    check(source, ["a", "b"])
+    if "polygon" in form:  # the first object is not cut where the second covers it
+        first = rle.areas(source.samples[0].target().masks[:1])
+        assert source.has_masks and first == [16 * 12]
+    else:
+        check_masks(source)
+
+
+def test_masks_of_objects_that_do_not_fit_are_counted(tmp_path: Path) -> None:
+    short = [[mask_of_object("a", 1, "images")], [mask_of_object("b", 1, "images")]]
+    cells = {"image": images(tmp_path), "objects": object_columns("words"), "masks": short}
+    pyarrow.parquet.write_table(pyarrow.table(cells), tmp_path / "x.parquet")
+    source = read_dense(str(tmp_path / "x.parquet"), None, max_skipped=0.9)
+    assert [reason for _, reason in source.skipped] == [
+        "another number of masks: 1 for 2 objects"
+    ] * 2
+    assert [len(sample.target()) for sample in source.samples] == [0, 1]
+
+
+def test_a_hugging_face_set_with_masks_of_objects(tmp_path: Path) -> None:
+    masks = [[mask_of_object(n, k + 1, "images") for k in range(len(OBJECTS[n]))] for n in OBJECTS]
+    rows = {
+        "image": [{"bytes": b, "path": None} for b in images(tmp_path)],
+        "objects": object_columns("numbers"),
+        "masks": masks,
+    }
+    features = datasets.Features({**hf_features(), "masks": datasets.List(datasets.Image())})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "x")
+    check_masks(read_dense(str(tmp_path / "x"), None))
+
+
+def test_one_of_several_sources_is_never_taken_silently(tmp_path: Path) -> None:
+    write_voc(tmp_path / "x")
+    write_image(tmp_path / "y/cat/1.jpg")
+    several = f"{tmp_path / 'x'},{tmp_path / 'y'}"
+    for read in (task_of, lambda data: read_dense(data, "detect")):
+        with pytest.raises(MoceError, match="2 sources: boxes and masks are read from one"):
+            read(several)
+    (tmp_path / "list.txt").write_text(f"{tmp_path / 'x'}\n")
+    check(read_dense(f"@{tmp_path / 'list.txt'}", None), ["JPEGImages/a.jpg", "JPEGImages/b.jpg"])
 
 
 def test_parquet_with_masks(tmp_path: Path) -> None:

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from builders import TINY_ARGS, TINY_NAME, tiny_mae, tiny_spec
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from moce.config import FinetuneSettings
 from moce.config.load import parse
+from moce.data.rng import Stream
 from moce.dense import network, rle
 from moce.dense.augment import Views
 from moce.dense.network import SimplePyramid, VitFeatures, build_network, vit_of
 from moce.dense.recipe import by_task, network_config, new_network
+from moce.dense.sampling import KeyedSampler
 from moce.dense.types import IGNORE, DenseSource, Instances
 from moce.errors import MoceError
 from moce.models.encoder import encode_tokens
@@ -115,6 +118,38 @@ def test_a_segmenter_has_no_batch_statistics(kind: str) -> None:
     torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["upernet", "linear"])
+def test_a_segmenter_takes_the_blocks_there_are(kind: str, depth: int) -> None:
+    config = segmenter(kind)
+    model = build_network({**config, "model_args": {**config["model_args"], "depth": depth}})
+    assert model(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+    assert model.features.wanted[-1] == depth - 1
+
+
+def test_what_an_image_samples_does_not_depend_on_the_batch() -> None:
+    """Nor on a match that comes or goes elsewhere; another epoch samples others."""
+    sampler = KeyedSampler(BalancedPositiveNegativeSampler(16, 0.25), 0, Stream.ANCHOR)
+    matches = [torch.arange(100) % 5 - 1, torch.arange(60) % 7]
+    rows, epochs = torch.tensor([3, 8]), torch.tensor([0, 0])
+    sampler.start(rows, epochs)
+    positive, negative = sampler(matches)
+    assert [int(found.sum()) for found in positive] == [4, 4]
+    assert [int(found.sum()) for found in negative] == [12, 9]  # there are no more
+    assert (sampler.seen, sampler.positive) == (29, 8)
+    assert (matches[0][positive[0].bool()] >= 1).all() and not matches[0][negative[0].bool()].any()
+    sampler.start(rows[1:], epochs[1:])
+    (alone,), _ = sampler(matches[1:])
+    assert torch.equal(alone, positive[1])
+    gone = int(torch.where(positive[1])[0][0])
+    matches[1][gone] = -1
+    sampler.start(rows[1:], epochs[1:])
+    (changed,), _ = sampler(matches[1:])
+    assert int(((changed + positive[1]) == 2).sum()) == 3  # the others stay
+    sampler.start(rows[1:], epochs[1:] + 1)
+    assert not torch.equal(sampler(matches[1:])[0][0], changed)
+
+
 def test_a_detector_learns_boxes_and_masks_and_sees_any_size() -> None:
     torch.manual_seed(0)
     model = build_network(DETECTOR)
@@ -166,6 +201,7 @@ def test_patches_of_14_pixels_become_16_to_detect(capsys) -> None:
         ({"image_size": 64, "window": 3}, "give one of 2, 4, 8"),
         ({"image_size": 64, "head_args": {"dimm": 8}}, "head_args: "),
         ({"image_size": 64, "head_args": {"scales": [1, 2]}}, "from fine to coarse"),
+        ({"image_size": 64, "window": 4}, "attention stays global in all of them"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(values: dict, words: str) -> None:

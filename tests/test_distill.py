@@ -55,6 +55,23 @@ def test_a_student_learns_what_its_teacher_sees(runs, tmp_path: Path) -> None:
     assert 0 <= moce.probe(out, runs.task, solver="lbfgs", **RUNTIME).mean <= 1
 
 
+def test_a_student_is_measured_while_it_learns(runs, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    moce.distill(runs.backbone, runs.data, out=out, steps=5, monitor=(str(runs.task),), **SMALL)
+    rows = [row for row in read_metrics(out) if "monitor" in row]
+    assert [row["step"] for row in rows] == [0, 5]
+    probed = moce.probe(out, runs.task, solver="lbfgs", **RUNTIME).mean
+    assert rows[-1]["monitor"]["task"]["linear"] == probed
+    assert not (out / "reconstructions").exists()  # a student fills nothing in
+
+
+def test_only_plain_vits_are_measured(runs, tmp_path: Path, capsys) -> None:
+    words = ["distill", runs.backbone, runs.data, "--out", tmp_path / "out", "--model", "resnet10t"]
+    assert run_command([*words, "--model-args", "{}", "--steps", 1, "--monitor", runs.task]) == 2
+    assert "leave out --monitor" in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
 def pixels_of(runs) -> torch.Tensor:
     """Some of the training images, [64, 3, 16, 16] uint8."""
     return load_images(str(runs.data), (16, 16)).take(slice(64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,20 @@ def test_balanced_weights_are_inverse_to_the_images_of_a_class() -> None:
     labels = np.array([0] * 6 + [1] * 2)
     criterion = _criterion(labels, 2, settings)
     assert criterion.weight.tolist() == pytest.approx([8 / 12, 8 / 4])
+
+
+def test_balanced_sampling_draws_other_images(runs, tmp_path: Path) -> None:
+    """The order itself is tested with the other orders; here, that training takes it, and resumes."""
+    task = Path(shutil.copytree(runs.task, tmp_path / "task"))
+    rare = sorted((task / "train").iterdir())[0]
+    for path in sorted(rare.iterdir())[3:]:
+        path.unlink()
+    found = {}
+    for name in ("shuffled", "balanced"):
+        moce.finetune(runs.backbone, task, out=tmp_path / name, sampling=name, **SETTINGS)
+        found[name] = [row["loss"] for row in read_metrics(tmp_path / name)]
+    assert len(found["shuffled"]) == len(found["balanced"])
+    assert found["shuffled"] != found["balanced"]
 
 
 def test_patience_and_val_share_need_something_to_hold_out_for(runs, tmp_path: Path) -> None:

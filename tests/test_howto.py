@@ -77,6 +77,12 @@ def detect_and_segment(folder: Path, runs: Runs) -> None:
     shutil.copytree(PAGES.parents[1] / "recipes", folder / "recipes")
 
 
+def fine_tune(folder: Path, runs: Runs) -> None:
+    """`backbones/birds` and the images of a task, `birds/`."""
+    shutil.copytree(runs.backbone, folder / "backbones" / "birds")
+    shutil.copytree(runs.task, folder / "birds")
+
+
 def own_images(folder: Path, runs: Runs) -> None:
     """A folder, a parquet file, a list of both, shards and a saved data set."""
     shutil.copytree(runs.data, folder / "photos")
@@ -95,20 +101,36 @@ def long_jobs(folder: Path, runs: Runs) -> None:
     shutil.copytree(runs.clusters, folder / "runs" / "clusters")
 
 
+def watch_training(folder: Path, runs: Runs) -> None:
+    """As for long jobs, and two tasks."""
+    long_jobs(folder, runs)
+    for name in ("birds", "signs"):
+        shutil.copytree(runs.task, folder / name)
+
+
+def explore(folder: Path, runs: Runs) -> None:
+    """`runs/moce` and labeled images, `birds/`."""
+    load_elsewhere(folder, runs)
+    (folder / "task").rename(folder / "birds")
+
+
 def photos(folder: Path, runs: Runs) -> None:
     shutil.copytree(runs.data, folder / "photos")
 
 
 PREPARE: dict[str, Callable[[Path, Runs], None]] = {
+    "fine-tune": fine_tune,
     "detect-and-segment": detect_and_segment,
     "official-weights": official_weights,
     "load-elsewhere": load_elsewhere,
     "compare-backbones": compare_backbones,
+    "explore": explore,
     "own-images": own_images,
     "multi-channel": lambda folder, runs: None,
     "fast-images": photos,
     "several-processes": photos,
     "long-jobs": long_jobs,
+    "watch-training": watch_training,
 }
 
 

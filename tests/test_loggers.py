@@ -17,7 +17,8 @@ def pretrain(runs, out: Path, **changes: object) -> None:
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["step"]]
 
 
 def test_tensorboard_has_every_row(runs, tmp_path: Path) -> None:
@@ -51,7 +52,8 @@ def test_mlflow_goes_on_in_the_same_run(runs, tmp_path: Path, monkeypatch) -> No
 @pytest.mark.slow
 def test_wandb_writes_an_offline_run(runs, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    pretrain(runs, tmp_path / "run", logger=("wandb",))
+    pretrain(runs, tmp_path / "run", logger=("wandb",), monitor=(str(runs.task),))
+    assert list((tmp_path / "run" / "wandb").rglob("media/images/reconstructions_*.png"))
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     content = file.read_bytes()  # rows are JSON texts; one may be cut in two by the end of a block
     assert any(json.dumps(loss).encode() in content for loss in losses(tmp_path / "run"))

@@ -230,9 +230,11 @@ def test_only_the_part_between_the_marks_is_rewritten(tmp_path: Path) -> None:
     page.write_text("Before.\n" + first + "After.\n")
     second = drawn(tmp_path, made_rows(ABOVE_MAE))
     assert second == "Before.\n" + first + "After.\n"
-    assert replaced("Other page.\n", "gpu", "new").startswith("Other page.\n\n## Mix-32")
+    assert replaced("Other page.\n", "mix32 gpu", "## Mix-32, gpu", "new").startswith(
+        "Other page.\n\n## Mix-32"
+    )
     with pytest.raises(MoceError, match="both marks"):
-        replaced("<!-- mix32 cpu begin -->", "cpu", "new")
+        replaced("<!-- mix32 cpu begin -->", "mix32 cpu", "## Mix-32", "new")
 
 
 def test_no_rows_are_refused(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_notes_of_places_that_another_program_copied_are_not_believed(tmp_path: 
     for name, values in expected.items():
         samples = open_source(str(tmp_path / f"{name}.parquet"))
         assert list(map(red, samples)) == list(values), name
-        assert (samples.read.files[0].offsets is not None) == (name == "ours")
+        assert (samples.reader.files[0].offsets is not None) == (name == "ours")
 
 
 def test_a_file_replaced_after_it_was_opened_is_noticed(tmp_path: Path) -> None:

@@ -215,9 +215,10 @@ def made(runs, tmp_path_factory: pytest.TempPathFactory) -> Made:
     at_four_steps = {"steps": 4, "mae": str(runs.mae), "data": str(runs.data)}
     train = {**TRAIN, **at_four_steps}
     experts = {**train, "clusters": str(runs.clusters)}
+    monitored = {**experts, "monitor": [str(runs.task)], "monitor_every": 2}
     settings = {
         "pretrain": {**PRETRAIN, "steps": 4, "data": str(runs.data)},
-        "moce": experts,
+        "moce": monitored,
         "sdr": {**experts, "method": "sdr"},
         # As many experts as clusters, few images: some experts are idle in one process, some in all.
         "idle": {**experts, "num_experts": CLUSTERS, "batch_size": 6, "balance_scope": "batch"},
@@ -309,14 +310,14 @@ def test_a_run_stopped_by_sigterm_is_resumed(strategy: str, made: Made, tmp_path
     [
         ("pretrain", {"data": "nowhere"}, "no such images"),
         ("pretrain", {"batch_size": 5, "micro_batch_size": 2, "steps": 2}, "without an image"),
-        ("probe", {}, "runs in one process, but torchrun started 2"),
+        ("pack", {}, "runs in one process, but torchrun started 2"),
     ],
 )
 def test_a_mistake_is_told_once(
     command: str, update: dict, line: str, runs, tmp_path: Path
 ) -> None:
     settings = {**PRETRAIN, "data": str(runs.data)} if command == "pretrain" else {}
-    settings = settings or {"backbone": str(runs.mae), "data": str(runs.task)}
+    settings = settings or {"data": str(runs.task)}
     going = torchrun(*moce_words(command, {**settings, **update, "out": tmp_path / "run"}))
     _, output = going.communicate(timeout=600)
     assert going.returncode != 0

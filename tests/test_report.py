@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 import moce
 from moce.data.domains import domain_of, find_domains
 from moce.evaluation.results import make_row, write_rows
+from moce.inference.reconstructions import hide, paste
 from moce.models.encoder import patchify, take
 from moce.models.mae import patch_target, random_mask
 from moce.reporting.images import montage
 from moce.reporting.load import Run, gather
 from moce.reporting.losses import curve, draw_losses
-from moce.reporting.reconstructions import hide, paste
 from moce.reporting.results_table import Results
 from moce.reporting.style import looks_of
 

@@ -47,7 +47,8 @@ def test_several_labels_are_fine_tuned_by_binary_cross_entropy(several, runs) ->
     )
     rows = torch.arange(8)
     batch = Batch(rows, torch.zeros(8, dtype=torch.int64), several.train.pixels[rows])
-    loss = objective.loss(vit, batch, Step(0, rows))["loss"]
+    step = Step(0, rows)
+    loss = objective.loss(vit, objective.prepared(batch, step), step)["loss"]
     assert loss.item() == pytest.approx(np.log(2), abs=1e-5)  # every answer at even odds
 
 
@@ -60,6 +61,15 @@ def test_several_labels_go_through_every_protocol(several, runs, tmp_path: Path)
         probed = moce.probe(runs.backbone, runs.task, draws=2, num_labels=12, **values, **RUNTIME)
         assert probed.metric == "map11" and probed.confusion is None
         assert all(0 < value <= 1 for value in probed.values)
+
+
+@pytest.mark.parametrize("name", ["sampling", "class_weights"])
+def test_several_labels_cannot_be_balanced(several, runs, tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        MoceError, match=f"may have several classes each.*--{name.replace('_', '-')}"
+    ):
+        moce.finetune(runs.backbone, runs.task, out=tmp_path / "run", **{name: "balanced"}, **QUICK)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_metric_for_other_labels_is_refused(several, runs, tmp_path: Path) -> None:

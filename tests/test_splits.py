@@ -225,15 +225,15 @@ def test_unlabeled_test_images_are_not_scored_and_do_not_learn() -> None:
     division = divide(labels, splits)
     assert division.rule == "a fifth of each class, as there is no label in test/"
     assert [division.parts.count(part) for part in ("train", "test", None)] == [8, 2, 3]
-    assert learning_rows(labels, splits, "d") == list(range(10))
-    rows = voting_rows(labels, splits, "d")
+    assert learning_rows(labels, splits, "d").tolist() == list(range(10))
+    rows = voting_rows(labels, splits, "d").tolist()
     assert rows == [row for row, part in enumerate(division.parts) if part == "train"]
 
 
 def test_images_that_are_scored_never_learn() -> None:
     splits = ["train", "val", "test", None, "unlabeled"]
-    assert learning_rows([None] * 5, splits, "d") == [0, 1, 3, 4]
-    assert learning_rows([None] * 3, ["train", "val", None], "d") == [0, 2]
+    assert learning_rows([None] * 5, splits, "d").tolist() == [0, 1, 3, 4]
+    assert learning_rows([None] * 3, ["train", "val", None], "d").tolist() == [0, 2]
     with pytest.raises(MoceError, match="test images only"):
         learning_rows([None] * 2, ["test"] * 2, "d")
 

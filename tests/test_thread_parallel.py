@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from builders import batch, demo_images, tiny_encoder, tiny_mae, tiny_moce
@@ -16,14 +17,19 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from moce.config import TrainSettings
+from moce.config import FinetuneSettings, TrainSettings
 from moce.data.loader import Batch
 from moce.errors import Interrupted
+from moce.evaluation.finetune import FinetuneObjective
+from moce.models.experts import ExpertBlock
 from moce.models.mae import MAE
+from moce.models.token_moe import TokenMoE
 from moce.runtime import threads as runtime_threads
 from moce.runtime.device import bincount
+from moce.training.drop_path import draw_drop_path, forget_drop_path, use_keyed_drop_path
 from moce.training.objectives import MoCEObjective, chunk_size
-from moce.training.thread_parallel import ThreadParallel, chunks_of, has_dropout, replica
+from moce.training.thread_parallel import ThreadParallel, chunks_of, draws_in_turn, replica
+from moce.training.trainer import Step
 
 IMAGES = 10
 
@@ -167,12 +173,25 @@ def test_few_workers_share_many_threads(monkeypatch) -> None:
     assert several.num_threads == 2 and seen == [2, 2]
 
 
+def dropping_experts() -> nn.Module:
+    """Experts that are whole blocks see part of the images each: their drop path stays timm's."""
+    experts = ExpertBlock(tiny_encoder().build(drop_path_rate=0.5).blocks[-1], 2)
+    use_keyed_drop_path(nn.Sequential(experts))
+    return experts
+
+
 def test_layers_that_draw_random_numbers_are_detected() -> None:
     mae: MAE = tiny_mae().train()
-    assert not has_dropout(mae)
-    assert has_dropout(nn.Sequential(mae, nn.Dropout(0.1)).train())
-    assert has_dropout(nn.Sequential(mae, DropPath(0.1)).train())
-    assert not has_dropout(nn.Sequential(mae, nn.Dropout(0.1)).eval())
+    assert not draws_in_turn(mae)
+    assert draws_in_turn(nn.Sequential(mae, nn.Dropout(0.1)).train())
+    assert draws_in_turn(nn.Sequential(mae, DropPath(0.1)).train())
+    assert not draws_in_turn(nn.Sequential(mae, nn.Dropout(0.1)).eval())
+    keyed = nn.Sequential(mae, DropPath(0.1)).train()
+    use_keyed_drop_path(keyed)
+    assert not draws_in_turn(keyed)
+    tokens = TokenMoE(tiny_mae(), (1,), 2).mae.encoder.train()
+    assert draws_in_turn(tokens), "the gates' noise"
+    assert draws_in_turn(dropping_experts().train())
 
 
 def test_chunks_of_a_mixture_have_images_of_few_routes(tmp_path) -> None:
@@ -191,7 +210,70 @@ def test_chunks_of_a_mixture_have_images_of_few_routes(tmp_path) -> None:
     assert objective.chunk_size == chunk_size(moce.mae) > 1
 
 
-@pytest.mark.parametrize("command", ["pretrain", "moce"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mixup": 0, "cutmix": 0, "class_weights": "balanced"}, {"random_erasing": 1}],
+)
+def test_gradients_of_fine_tuning_are_those_of_the_whole_batch(
+    changes: dict, threads: int, tmp_path: Path
+) -> None:
+    """Mixed images, labels of unequal weight and dropped paths are the same in chunks of any size."""
+    vit = (
+        tiny_encoder()
+        .build(num_classes=3, global_pool="avg", fc_norm=True, drop_path_rate=0.5)
+        .train()
+    )
+    images = demo_images(count=12)
+    labels = np.arange(12) % 4 % 3
+    settings = FinetuneSettings(backbone="b", data="d", out=tmp_path, freeze=1, **changes)
+    objective = FinetuneObjective(vit, tiny_encoder(), images, labels, settings)
+    use_keyed_drop_path(vit)
+    rows = torch.arange(12)
+    step = Step(3, rows)
+    prepared = objective.prepared(Batch(rows, rows // 5, images.take(rows)), step)
+
+    def loss(model: nn.Module, chunk: slice) -> dict[str, Tensor]:
+        part = prepared.take(chunk)
+        draw_drop_path(model, 0, part)
+        return objective.loss(model, part, step)
+
+    whole = loss(vit, slice(None))
+    whole["loss"].backward()
+    expected = gradients(vit)
+    with ThreadParallel(vit) as several:
+        for size in (1, 5):
+            assert_close(several.backward(loss, 12, size)["loss"], whole["loss"].detach())
+            assert_close(gradients(vit), expected, atol=1e-6, rtol=1e-4)
+    assert not any(name.startswith("blocks.0.") for name in expected), "frozen"
+
+
+def test_paths_are_dropped_by_image_and_epoch() -> None:
+    tokens, rows = torch.ones(1000, 2, 3), torch.arange(1000)
+    layers = nn.Sequential(DropPath(0.25), nn.Sequential(DropPath(0.25, scale_by_keep=False)))
+    use_keyed_drop_path(layers)
+
+    def drawn(rows: Tensor, epochs: Tensor, seed: int = 0) -> list[Tensor]:
+        draw_drop_path(layers, seed, Batch(rows, epochs, tokens))
+        return [layer(tokens[: len(rows)]) for layer in (layers[0], layers[1][0])]
+
+    first, second = drawn(rows, rows * 0)
+    assert first.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert second.unique().tolist() == [0, 1]
+    assert (first == 0).float().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert (first[:, :1] == first).all() and not torch.equal(first == 0, second == 0)
+    assert torch.equal(drawn(rows[700:], rows[700:] * 0)[0], first[700:])
+    for other in (drawn(rows, rows * 0 + 1)[0], drawn(rows, rows * 0, seed=1)[0]):
+        assert not torch.equal(other, first)
+    forget_drop_path(layers)
+    torch.manual_seed(0)
+    one = layers(tokens)
+    torch.manual_seed(0)
+    timms = nn.Sequential(DropPath(0.25), DropPath(0.25, scale_by_keep=False))
+    assert torch.equal(one, timms(tokens)), "as timm's"
+    assert torch.equal(layers.eval()(tokens), tokens)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "moce", "finetune"])
 def test_a_run_on_several_threads_resumes_alike(
     command: str, threads: int, runs, tmp_path: Path
 ) -> None:

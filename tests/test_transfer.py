@@ -12,8 +12,11 @@ import torch
 import yaml
 from builders import QUICK_TUNING as QUICK
 from builders import RUNTIME, demo_images, tiny_encoder
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.neighbors import KNeighborsRegressor
-from sklearn.preprocessing import normalize
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler, normalize
 from timm.optim import Lars
 from torch import nn
 
@@ -28,7 +31,12 @@ from moce.evaluation.finetune import Inputs, by_size, hold_out, tuning_views
 from moce.evaluation.probe import choose_pooling
 from moce.evaluation.results import read_rows
 from moce.evaluation.sgd_probe import build_head, build_optimizer, steps_of
-from moce.evaluation.sklearn_probe import knn_scores, linear_scores
+from moce.evaluation.sklearn_probe import (
+    STRENGTHS,
+    cross_validated,
+    knn_scores,
+    linear_scores,
+)
 from moce.evaluation.task import load_task
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -240,6 +248,39 @@ def test_votes_of_neighbors_are_those_of_rows_of_0_and_1(neighbors: int) -> None
     expected = mean.fit(normalize(train), np.eye(5)[labels]).predict(normalize(test))
     ours = knn_scores(train, labels, test, 5, neighbors)
     assert np.array_equal(ours, expected.astype(np.float32))
+
+
+def four_clouds() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Overlapping classes, so that strengths differ: features, labels, features of a test set."""
+    numbers = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2, 3], 15)
+    features = (np.eye(8)[labels] + numbers.normal(size=(60, 8))).astype(np.float32)
+    return features, labels, numbers.normal(size=(9, 8)).astype(np.float32)
+
+
+REGRESSION = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200, tol=1e-3))
+
+
+def test_the_linear_probe_is_a_grid_search_of_scikit_learn(threads: int) -> None:
+    """To the bit, on any number of threads."""
+    features, labels, test = four_clouds()
+    folds = StratifiedKFold(3, shuffle=True, random_state=0)
+    search = GridSearchCV(REGRESSION, {"logisticregression__C": STRENGTHS}, cv=folds)
+    expected = search.fit(features, labels).decision_function(test)
+    assert np.array_equal(linear_scores(features, labels, test, 4), expected.astype(np.float32))
+    means = search.cv_results_["mean_test_score"]
+    assert list(cross_validated(features, labels, 4).values()) == pytest.approx(list(means))
+    assert len(set(means)) > 1
+
+
+def test_each_of_several_labels_has_a_regression_of_scikit_learn(threads: int) -> None:
+    features, labels, test = four_clouds()
+    several = np.eye(4, dtype=np.float32)[labels]
+    means = cross_validated(features, several, 4)
+    fit = REGRESSION.set_params(logisticregression__C=max(means, key=lambda c: means[c])).fit
+    expected = [fit(features, answers).decision_function(test) for answers in several.T]
+    ours = linear_scores(features, several, test, 4)
+    assert np.array_equal(ours, np.stack(expected, axis=1).astype(np.float32))
 
 
 @pytest.mark.parametrize("scores_of", [linear_scores, knn_scores])

@@ -1,16 +1,14 @@
-"""Two small real detection tasks from packages, written as COCO does.
+"""Three small real tasks from packages: boxes, instance masks, and masks of pixels.
 
     python -m experiments.dense.real_tasks trees OUT --cache DIR
     python -m experiments.dense.real_tasks nuclei OUT --cache DIR
+    python -m experiments.dense.real_tasks emoji OUT --cache DIR
 
 trees: four aerial photographs of the package deepforest with 951 boxes of trees, split by photograph
 and cut into tiles. nuclei: one micrograph of the package stardist with the masks of 125 nuclei; its
-left half trains, its right half tests.
-
-Licenses: deepforest is under MIT, its photographs are of the National Ecological Observatory Network
-(10.1371/journal.pcbi.1009180); stardist is under BSD-3-Clause, its micrograph is of the 2018 Data
-Science Bowl (10.1038/s41592-019-0612-7). Neither package states a license of the images of their
-own, so they are fetched, not embedded.
+left half trains, its right half tests. emoji: drawings of the package emoji-datasource-twitter on
+photographs; their alpha is the mask, their category the class, and a fifth of them tests. SOURCES.md
+has the licenses.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,13 @@ from typing import Any
 import numpy as np
 import tifffile
 from PIL import Image
-from tools.image_sources import checked, require
+from tools.image_sources import TWEMOJI_PACKAGE, checked, members, require
+from tools.image_sources import fetch as fetch_npm
 
 from moce.dense import rle
+from moce.dense.composed import HALF, photographs
 from moce.dense.images import whole_pixels
+from moce.dense.mask_files import write_class_names, write_mask
 from moce.dense.metrics import xywh
 from moce.dense.readers import read_dense
 from moce.dense.types import Instances
@@ -59,6 +60,8 @@ PHOTOGRAPHS = {
 TREES, NUCLEI = 951, 125
 TREE_TILE, NUCLEI_TILE = 256, 128  # pixels
 LEAST_INSIDE = 0.5  # of a box, or it belongs to the neighboring tile
+EMOJI_SIDE, EMOJI_SIZES = 64, (28, 56)  # pixels of an image; least and greatest side of a drawing
+EMOJI_COUNTS = {"train": 800, "val": 200}  # drawings, an image each
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def cut(pixels: np.ndarray, side: int) -> Iterator[tuple[int, int, np.ndarray]]:
 
 def write(out: Path, tiles: Iterator[Tile], category: str) -> dict[str, int]:
     """Write tiles that hold objects as COCO does; returns the number of objects by split."""
-    content: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    content: dict[str, dict[str, Any]] = {}
     for tile in tiles:
         if not len(tile.boxes):
             continue
@@ -168,17 +171,69 @@ def write(out: Path, tiles: Iterator[Tile], category: str) -> dict[str, int]:
     return {split: len(part["annotations"]) for split, part in content.items()}
 
 
+# --- emoji --------------------------------------------------------------------------------------------
+
+
+def write_emoji(out: Path, cache: Path) -> dict[str, int]:
+    """Write one drawing per image, at a random size and place on a photograph, and the masks."""
+    drawings = emoji_drawings(cache)
+    classes = sorted({category for category, _ in drawings})
+    rng = np.random.default_rng(0)
+    order = iter(rng.permutation(len(drawings)))
+    for split, count in EMOJI_COUNTS.items():
+        for kind in ("images", "masks"):
+            (out / kind / split).mkdir(parents=True)
+        for number in range(count):
+            category, drawing = drawings[next(order)]
+            scene = photographs(split)[rng.integers(len(photographs(split)))]
+            canvas = Image.fromarray(scene).resize((EMOJI_SIDE, EMOJI_SIDE)).convert("RGBA")
+            side = int(rng.integers(EMOJI_SIZES[0], EMOJI_SIZES[1] + 1))
+            x, y = (int(n) for n in rng.integers(0, EMOJI_SIDE - side + 1, 2))
+            scaled = drawing.resize((side, side))
+            canvas.alpha_composite(scaled, (x, y))
+            mask = np.zeros((EMOJI_SIDE, EMOJI_SIDE), np.int64)
+            opaque = np.asarray(scaled)[:, :, 3] >= 255 * HALF
+            mask[y : y + side, x : x + side] = opaque * (classes.index(category) + 1)
+            canvas.convert("RGB").save(out / "images" / split / f"{number:05}.png")
+            write_mask(out / "masks" / split / f"{number:05}.png", mask)
+    write_class_names(out, ["background", *classes])
+    return EMOJI_COUNTS
+
+
+def emoji_drawings(cache: Path) -> list[tuple[str, Image.Image]]:
+    """Category and RGBA drawing of every emoji: no skin-tone variants, no bare components."""
+    archive = fetch_npm(TWEMOJI_PACKAGE, cache)
+    table = json.loads(dict(members(archive))["emoji.json"])
+    files = dict(members(archive, "img/twitter/64"))
+    wanted = [e for e in table if e["has_img_twitter"] and e["category"] != "Component"]
+    require(len(wanted) > sum(EMOJI_COUNTS.values()), f"only {len(wanted)} emoji")
+    return [
+        (entry["category"], Image.open(io.BytesIO(files[entry["image"]])).convert("RGBA"))
+        for entry in sorted(wanted, key=lambda entry: entry["sort_order"])
+    ]
+
+
+TASKS: dict[str, Callable[[Path, Path], dict[str, int]]] = {
+    "trees": lambda out, cache: write(out, trees(cache), "tree"),
+    "nuclei": lambda out, cache: write(out, nuclei(cache), "nucleus"),
+    "emoji": write_emoji,
+}
+
+
+def write_task(out: Path, name: str, cache: Path) -> dict[str, int]:
+    """Write a task to a new folder, fetching its package first; objects, or images, by split."""
+    cache.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True)
+    return TASKS[name](out, cache)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=("trees", "nuclei"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("task", choices=TASKS)
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--cache", type=Path, required=True, help="folder to keep the packages in")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True)
-    arguments.cache.mkdir(parents=True, exist_ok=True)
-    tiles = trees(arguments.cache) if arguments.task == "trees" else nuclei(arguments.cache)
-    names = {"trees": "tree", "nuclei": "nucleus"}
-    print(write(arguments.out, tiles, names[arguments.task]))
+    given = parser.parse_args()
+    print(write_task(given.out, given.task, given.cache))
 
 
 if __name__ == "__main__":

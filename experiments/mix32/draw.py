@@ -41,14 +41,14 @@ def draw(results: Path, page: Path) -> None:
     parts = [part for section in SECTIONS for part in section(found)]
     body = "\n\n".join([*parts, f"Drawn by `python -m {command}`."])
     text = page.read_text() if page.is_file() else SKELETON
-    write_text(page, replaced(text, name, body))
+    write_text(page, replaced(text, f"mix32 {name}", HEADING.format(name=name), body))
 
 
-def replaced(text: str, name: str, body: str) -> str:
-    """The page with `body` between the marks of `name`; missing marks are added at its end."""
-    begin, end = (f"<!-- mix32 {name} {side} -->" for side in ("begin", "end"))
+def replaced(text: str, mark: str, heading: str, body: str) -> str:
+    """The page with `body` between the marks; missing ones are added at its end, below a heading."""
+    begin, end = (f"<!-- {mark} {side} -->" for side in ("begin", "end"))
     if begin not in text and end not in text:
-        text = f"{text.rstrip()}\n\n{HEADING.format(name=name)}\n\n{begin}\n{end}\n"
+        text = f"{text.rstrip()}\n\n{heading}\n\n{begin}\n{end}\n"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):

@@ -31,6 +31,7 @@ FUNCTIONS = (
         "doctor",
         "embed",
         "evaluate",
+        "explore",
         "export",
     ),
     *("finetune", "headroom", "pack", "predict", "pretrain", "probe", "push", "report", "run"),
@@ -41,6 +42,9 @@ __all__ = ["MoceError", "load", *FUNCTIONS]
 
 def load(run: str | Path) -> Bank:
     """Load a `moce train` run, ready to `.select` and `.customize`."""
+    from moce.runtime.light_imports import defer_imports
+
+    defer_imports()
     from moce.customization.bank import load as load_bank
 
     return load_bank(run)

@@ -12,6 +12,7 @@ from moce.commands.distill import DistillResult
 from moce.commands.doctor import DoctorResult
 from moce.commands.embed import EmbedResult
 from moce.commands.evaluate import EvaluateResult
+from moce.commands.explore import ExploreResult
 from moce.commands.export import ExportResult
 from moce.commands.finetune import FinetuneResult
 from moce.commands.headroom import HeadroomResult
@@ -247,6 +248,7 @@ def demo(
     num_experts: int = 8,
     num_labels: int = 150,
     draws: int = 3,
+    adapt_steps: int = 300,
     finetune_epochs: float = 16,
 ) -> DemoResult:
     """Run every stage on the embedded images and compare MAE, MAE+ and MoCE on six tasks.
@@ -261,7 +263,7 @@ def demo(
         overwrite (bool, default False): replace the contents of the output folder
         reuse (bool, default False): show the existing results if settings and version are the same,
             else run again
-        dense (bool, default False): show segmentation instead, in a few minutes: an MAE, then a
+        dense (bool, default False): show segmentation instead, in two minutes: an MAE, then a
             segmenter of digits and clothes pasted on photographs
         tasks (Sequence[str], default ()): tasks to run (default: all embedded ones)
         pretrain_epochs (float, default 18): epochs of the MAE
@@ -269,7 +271,8 @@ def demo(
         num_clusters (int, default 96): clusters K
         num_experts (int, default 8): experts E per MoE block
         num_labels (int, default 150): labeled images per draw
-        draws (int, default 3): draws of labels per probe
+        draws (int, default 3): draws of labels per probe and fine-tune
+        adapt_steps (int, default 300): steps of each adaptation to a task
         finetune_epochs (float, default 16): epochs of each fine-tune
     """
 
@@ -305,6 +308,8 @@ def distill(
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
+    monitor: Sequence[str] = (),
+    monitor_every: int | None = None,
     model: str = "vit_tiny_patch16_224",
     model_args: dict[str, Any] = {},
     patch_weight: float = 1.0,
@@ -357,6 +362,13 @@ def distill(
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
             mlflow.db beside the run); several with commas
         tensorboard (bool, default False): the same as --logger tensorboard
+        monitor (Sequence[str], default ()): tasks (DATA arguments with labels, e.g. birds/,cars/)
+            to score the frozen encoder on while it trains, by k-NN and by a linear probe; test
+            images are scored as by moce probe
+        monitor_every (int | None, default None): steps between measurements: of the tasks of
+            --monitor, of the rank of the features (RankMe) and of pictures of reconstructions
+            (default: ten in a run; without --monitor fewer or none, to cost 1 % of the time at
+            most)
         model (str, default 'vit_tiny_patch16_224'): student: any timm model
         model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
             "depth": 6}; a plain ViT takes img_size and patch_size from the backbone unless they are
@@ -470,6 +482,49 @@ def evaluate(
         resume (bool, default False): resume an interrupted evaluation
     """
 
+def explore(
+    run: str | Path,
+    images: Data | None = None,
+    *,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    threads: int | None = None,
+    max_skipped: float = 0.5,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    host: str = "127.0.0.1",
+    port: int = 8321,
+    max_images: int = 100000,
+    projection: Literal["tsne", "pca"] = "tsne",
+    batch_size: int = 128,
+    prepare: bool = False,
+) -> ExploreResult:
+    """Show a map of a run's images in the browser, and what its experts make of yours.
+
+    Args:
+        run (str | Path): run of moce train or moce cluster
+        images (Data | None, default None): images of the map (default: those the run was made from)
+        seed (int, default 0): seed of all random numbers
+        device (Literal['auto', 'cpu', 'cuda', 'mps'], default 'auto'): device to compute on
+        precision (Literal['auto', 'float32', 'bf16'], default 'auto'): dtype of the networks'
+            arithmetic; auto picks bf16 where it is faster
+        threads (int | None, default None): CPU threads (default: OMP_NUM_THREADS, or all cores)
+        max_skipped (float, default 0.5): stop if a larger share of the images cannot be read
+        out (str | Path | None, default None): folder for features, the map and exported backbones
+            (default: RUN/explore)
+        overwrite (bool, default False): compute features and map again, even if they are in the
+            folder
+        host (str, default '127.0.0.1'): address to serve the page on; others can reach 0.0.0.0
+        port (int, default 8321): port of the page (0: any free one)
+        max_images (int, default 100000): images on the map; of more, so many are drawn at random
+        projection (Literal['tsne', 'pca'], default 'tsne'): from features to the map: tsne keeps
+            neighbors together; pca is faster
+        batch_size (int, default 128): images per forward pass
+        prepare (bool, default False): make the map and stop, e.g. on a machine with a GPU; the page
+            then opens at once
+    """
+
 def export(
     run: str | Path,
     *,
@@ -562,7 +617,11 @@ def finetune(
     patience: int | None = None,
     ema: float = 0.0,
     freeze: Literal["backbone"] | int = 0,
+    lora: int | None = None,
+    lora_alpha: int | None = None,
+    lora_targets: Sequence[Literal["attn", "mlp"]] = ("attn", "mlp"),
     class_weights: Literal["none", "balanced"] = "none",
+    sampling: Literal["shuffled", "balanced"] = "shuffled",
     layer_decay: float = 0.65,
     drop_path: float = 0.1,
     rand_augment: str = "rand-m9-mstd0.5-inc1",
@@ -652,8 +711,17 @@ def finetune(
             scored and saved (0: none), e.g. 0.998
         freeze (Literal['backbone'] | int, default 0): train only what follows the first N blocks;
             backbone: only the new head
+        lora (int | None, default None): train adapters of this rank (LoRA) beside the linear layers
+            of the frozen blocks, and the head; base_lr then is 5e-3 and layer_decay 1 unless given
+        lora_alpha (int | None, default None): the adapters' product is scaled by lora_alpha / lora
+            (default: by 1)
+        lora_targets (Sequence[Literal['attn', 'mlp']], default ('attn', 'mlp')): which linear
+            layers of a block have adapters: attn, mlp or both
         class_weights (Literal['none', 'balanced'], default 'none'): weight of a class in the loss
             (one label per image); balanced: inverse to its images
+        sampling (Literal['shuffled', 'balanced'], default 'shuffled'): shuffled: every training
+            image once an epoch; balanced: as many images of each class as of any other (one label
+            per image)
         layer_decay (float, default 0.65): learning rate of a block over that of the next; 0.75 from
             ViT-L on
         drop_path (float, default 0.1): stochastic depth rate of the last block; ViT-L 0.2, ViT-H
@@ -886,6 +954,8 @@ def pretrain(
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
+    monitor: Sequence[str] = (),
+    monitor_every: int | None = None,
     model: str | None = None,
     model_args: dict[str, Any] = {},
     img_size: int | None = None,
@@ -949,6 +1019,13 @@ def pretrain(
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
             mlflow.db beside the run); several with commas
         tensorboard (bool, default False): the same as --logger tensorboard
+        monitor (Sequence[str], default ()): tasks (DATA arguments with labels, e.g. birds/,cars/)
+            to score the frozen encoder on while it trains, by k-NN and by a linear probe; test
+            images are scored as by moce probe
+        monitor_every (int | None, default None): steps between measurements: of the tasks of
+            --monitor, of the rank of the features (RankMe) and of pictures of reconstructions
+            (default: ten in a run; without --monitor fewer or none, to cost 1 % of the time at
+            most)
         model (str | None, default None): encoder: any plain timm ViT (default: one that fits the
             images and the device)
         model_args (dict[str, Any], default {}): timm model arguments, e.g. {"embed_dim": 128,
@@ -1151,6 +1228,8 @@ def train(
     save_every: int = 500,
     logger: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
     tensorboard: bool = False,
+    monitor: Sequence[str] = (),
+    monitor_every: int | None = None,
     clusters: str | Path | None = None,
     method: Literal["moce", "mae", "token_moe", "sdr", "subset"] = "moce",
     task: Data | None = None,
@@ -1231,6 +1310,13 @@ def train(
             tensorboard, wandb (WANDB_MODE=offline: to files) or mlflow (MLFLOW_TRACKING_URI, or
             mlflow.db beside the run); several with commas
         tensorboard (bool, default False): the same as --logger tensorboard
+        monitor (Sequence[str], default ()): tasks (DATA arguments with labels, e.g. birds/,cars/)
+            to score the frozen encoder on while it trains, by k-NN and by a linear probe; test
+            images are scored as by moce probe
+        monitor_every (int | None, default None): steps between measurements: of the tasks of
+            --monitor, of the rank of the features (RankMe) and of pictures of reconstructions
+            (default: ten in a run; without --monitor fewer or none, to cost 1 % of the time at
+            most)
         clusters (str | Path | None, default None): run folder of moce cluster (not for methods mae
             and token_moe)
         method (Literal['moce', 'mae', 'token_moe', 'sdr', 'subset'], default 'moce'): moce:

@@ -76,8 +76,9 @@ def _read(name: str, field: FieldInfo, value: Any) -> Any:
     if _holds(field, dict):
         try:
             return read_yaml(value)
-        except ValueError:
-            raise MoceError(f"{flag(name)} is not valid YAML: {value[:200]}") from None
+        except ValueError as error:
+            why = str(error).partition(' in "<unicode')[0]  # without the line's number
+            raise MoceError(f"{flag(name)} is not valid YAML: {value[:200]} ({why})") from None
     return [part for part in value.split(",") if part] if _holds(field, tuple) else value
 
 

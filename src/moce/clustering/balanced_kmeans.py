@@ -97,9 +97,9 @@ def balanced_kmeans(
 ) -> Clustering:
     """Group unit features [n, D] into clusters of similar size.
 
-    A stage ends when at most the share CONVERGED of the images changes cluster, or after
-    `max_iterations`. Duplicates of an image share its cluster and count once. No cluster of the
-    result is empty, and no two centroids are equal.
+    A stage ends when at most the share CONVERGED of the images changes cluster, when the mean
+    similarity stops growing, or after `max_iterations`. Duplicates of an image share its cluster
+    and count once. No cluster of the result is empty.
 
     tolerance: largest relative error of a cluster's mass. sharded: every process passes other
     features, and all get the same clusters. device: where to compute; the features may be a mapped

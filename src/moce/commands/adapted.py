@@ -26,6 +26,7 @@ from moce.evaluation.task import Task
 from moce.models.cluster_model import ClusterModel
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import CONFIG
+from moce.runtime.distributed import run_on_rank0
 from moce.training.defaults import default_lr
 from moce.weights.export import Model
 from moce.weights.from_runs import load_clusters
@@ -48,25 +49,23 @@ class AdaptedBackbones:
         Raises MoceError if its adaptation started with other settings.
         """
         out = self.settings.out / FOLDER / candidate.name / plan.name
-        if (out / ADAPTATION).is_file():
+        done, resume = run_on_rank0(partial(_state, out))
+        if done:
             return out
-        if (
-            out.is_dir() and not (out / CONFIG).is_file()
-        ):  # interrupted before it wrote its settings
-            shutil.rmtree(out)
         spec, mae, choice = _before(candidate, model, task)
         own = set(task.train.ids)
         images = [sample for sample in open_source(plan.data) if sample.id in own]
-        settings = self._training_settings(plan, candidate, out, choice)
+        settings = self._training_settings(plan, candidate, out, choice, resume)
         settings = with_steps(settings, self.settings.adapt_steps, len(images))
         adapter = Adapter(self._related_images(candidate, model), self.load, start_run, self.device)
         adaptation = adapter.run(images, spec, mae, settings)
         vit = Model(spec.encoder, mae.encoder.cpu())
-        write_backbone(out, "timm", vit, Path(candidate.reference), choice, adaptation)
+        reference = Path(candidate.reference)
+        run_on_rank0(lambda: write_backbone(out, "timm", vit, reference, choice, adaptation))
         return out
 
     def _training_settings(
-        self, plan: SuiteTask, candidate: Candidate, out: Path, choice: Choice | None
+        self, plan: SuiteTask, candidate: Candidate, out: Path, choice: Choice | None, resume: bool
     ) -> AdaptationSettings:
         settings = self.settings
         reference = Path(candidate.reference)
@@ -80,7 +79,7 @@ class AdaptedBackbones:
             batch_size=settings.adapt_batch_size,
             base_lr=settings.adapt_lr or default_lr(reference),
             out=out,
-            resume=(out / CONFIG).is_file(),
+            resume=resume,
             seed=settings.seed,
             device=self.device.type,
             precision=self.precision,
@@ -120,6 +119,20 @@ def check_adaptation(
         raise MoceError(
             f"--adapt-data needs --adapt-clusters RUN (of moce cluster), to find images for {dense[0]}"
         )
+
+
+def can_resume(out: Path) -> bool:
+    """Whether a folder has a run to resume; it is removed if the run had not written its settings yet."""
+    started = (out / CONFIG).is_file()
+    if out.is_dir() and not started:
+        shutil.rmtree(out)
+    return started
+
+
+def _state(out: Path) -> tuple[bool, bool]:
+    """Whether an adaptation is finished, and whether it can be resumed."""
+    done = (out / ADAPTATION).is_file()
+    return done, not done and can_resume(out)
 
 
 def _before(

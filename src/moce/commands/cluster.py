@@ -68,7 +68,7 @@ def run(settings: ClusterSettings) -> ClusterResult:
     images = read_images(settings, settings.data, mae.encoder)
     _check_enough(images, settings.num_clusters)
     start_run(settings, images)
-    with stop_request() as stop:
+    with stop_request("this batch of features or iteration") as stop:
         job = _Job(settings, device, spec.encoder, mae.encoder, images, stop)
         features, mean = job.features()
         found = job.clusters(features)

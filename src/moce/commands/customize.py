@@ -34,14 +34,11 @@ from moce.customization.selection import Choice, route_name
 from moce.data.divide import voting_rows
 from moce.data.load import chosen_samples, load_images
 from moce.errors import MoceError, counted
-from moce.evaluation.evaluator import choose_by_probe
-from moce.evaluation.task import load_task
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec, fit_of, input_channels
 from moce.models.mae import MAE, MAESpec
 from moce.runs.model import write_skipped
 from moce.runtime.distributed import run_on_rank0
-from moce.runtime.launch import launch
 from moce.runtime.progress import log
 from moce.training.defaults import default_lr
 from moce.weights.export import Model, check_format
@@ -89,8 +86,6 @@ def _choice_lines(choice: Choice) -> list[str]:
 def run(settings: CustomizeSettings) -> CustomizeResult:
     check_used(settings, settings)
     check_output(settings)
-    if launch().world_size > 1 and not settings.adapt_steps:
-        raise MoceError("several processes share the work of --adapt-steps only; start one")
     device, precision = prepare(settings)
     settings = settings.model_copy(update={"device": device.type, "precision": precision})
     mixture = moce_run(settings.run) is not None and holds_moce(settings.run)
@@ -144,11 +139,12 @@ def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple
     """The choice, and the ids and reasons of images that could not be read."""
     store = pixel_file(settings)
     if settings.strategy == "probe":
+        from moce.evaluation.evaluator import choose_by_probe  # scikit-learn takes a second
+        from moce.evaluation.task import load_task
+
         task = load_task(settings.images, bank.task_shape, store, settings.max_skipped)
-        chosen = run_on_rank0(
-            lambda: choose_by_probe(bank, task.train, task.train_labels, len(task.classes))
-        )
-        return chosen, task.skipped
+        chosen = choose_by_probe(bank, task.train, task.train_labels, len(task.classes))
+        return run_on_rank0(lambda: chosen), task.skipped  # the same for all processes
     encoder = bank.clusters.encoder
     images = load_images(
         settings.images,
@@ -159,8 +155,8 @@ def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple
         choose=voting_rows,
     )
     by = (settings.strategy, settings.threshold, settings.assign, settings.batch_size)
-    choice = run_on_rank0(lambda: bank.select(images, *by))  # the same for all processes
-    return choice, images.skipped
+    choice = bank.select(images, *by)
+    return run_on_rank0(lambda: choice), images.skipped
 
 
 def _adapt(

@@ -62,12 +62,12 @@ FINETUNE: dict[str, Any] = {
     "drop_path": 0.1,
     "warmup": 0.1,
 }
-# As recipes/segment_small.yaml.
+# As recipes/segment_small.yaml, in half the steps.
 SEGMENT: dict[str, Any] = {
     "task": "segment",
     "image_size": 64,
     "jitter": (0.8, 1.25),
-    "steps": 800,
+    "steps": 400,
     "batch_size": 16,
     "base_lr": 4.8e-2,
     "layer_decay": 0.9,
@@ -78,7 +78,7 @@ SEGMENT: dict[str, Any] = {
 DENSE_EPOCHS = 6.0  # of the MAE
 NOT_DENSE = (
     *("tasks", "pretrain_epochs", "train_epochs", "num_clusters", "num_experts"),
-    *("num_labels", "draws", "finetune_epochs"),
+    *("num_labels", "draws", "adapt_steps", "finetune_epochs"),
 )
 
 
@@ -218,18 +218,28 @@ def _segmentation(settings: DemoSettings, runtime: dict[str, Any]) -> dict[str, 
 def _evaluation(
     settings: DemoSettings, tasks: list[str], runtime: dict[str, Any]
 ) -> dict[str, Step]:
-    """Probe all backbones on every task, then fine-tune MAE+ and MoCE."""
+    """Probe all backbones on every task, then fine-tune MAE+ and MoCE, also adapted to the task."""
     out = settings.out
     runs = {name: f"{name}={out / name}" for name in ("mae", "mae_plus", "moce")}
-    routes = (f"{name}={out / 'moce'}@{name}" for name in ("random", "best_route"))
+    routes = (f"{name}={out / 'moce'}@{name}" for name in ("random", "best_strategy"))
+    adapted = (
+        f"mae_plus_adapted={out / 'mae_plus'}@adapt",
+        f"moce_adapted={out / 'moce'}@auto+adapt",
+    )
     common = {
         "suite": _write_suite(out / "suite.yaml", tasks, settings),
         "out": out / "evaluation",
+        "adapt_steps": settings.adapt_steps,
+        "adapt_data": IMAGES,
+        "adapt_clusters": out / "clusters",
+        "adapt_batch_size": TRAINING["batch_size"],
+        "finetune_draws": settings.draws,
         **runtime,
     }
-    probes = EvaluateSettings(backbones=(*runs.values(), *routes), protocols=("linear",), **common)
+    probed, tuned = (*runs.values(), *routes, *adapted), (runs["mae_plus"], runs["moce"], *adapted)
+    probes = EvaluateSettings(backbones=probed, protocols=("linear",), **common)
     finetune = EvaluateSettings(
-        backbones=(runs["mae_plus"], runs["moce"]),
+        backbones=tuned,
         protocols=("finetune",),
         resume=True,  # its rows go with those of the probes
         **common,

@@ -12,11 +12,20 @@ from timm.models._hub import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from moce.commands.setup import changed, choose, resolve, start_run, training_images
+from moce.commands.monitoring import set_monitor
+from moce.commands.setup import (
+    changed,
+    choose,
+    refuse_unused,
+    resolve,
+    start_run,
+    training_images,
+)
 from moce.config import DistillSettings
 from moce.customization.model_card import write_card, write_with_card
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError
+from moce.evaluation.monitor import Dense
 from moce.models.encoder import EncoderSpec, input_channels, input_size
 from moce.models.student import Student, build_student
 from moce.runs.files import write_json
@@ -59,8 +68,13 @@ def run(settings: DistillSettings) -> DistillResult:
     student = Student(net.eval(), width, (input_channels(teacher.vit), *size)).train()
     images = training_images(asked, asked.data, teacher.vit)
     settings = choose(asked, len(images), net, device)
-    start_run(settings, images)
     objective = DistillObjective(student, size, teacher, images, settings, device)
+    if isinstance(net, VisionTransformer):
+        set_monitor(objective, settings, images, Dense(student, net, spec), device)
+    else:
+        reason = f"only plain ViTs can be measured, which {settings.model} is not"
+        refuse_unused(settings, ("monitor", "monitor_every"), reason)
+    start_run(settings, images)
     announce(objective, settings, device, spec.name, teacher.vit, changed(asked, settings))
     fit(objective, settings, device, settings.precision)
     return _save(settings, student.net.cpu().eval(), spec, size, images)

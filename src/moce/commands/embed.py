@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from moce.data.dataset import ImageDataset
 from moce.data.readers.factory import paths_of
 from moce.data.readers.splits import scored_split
 from moce.errors import counted
-from moce.inference.features import feature_batches, feature_width
+from moce.inference.features import feature_width, shared_feature_batches
 from moce.runs.files import atomic, make_folder
+from moce.runtime.distributed import barrier
+from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
 from moce.weights.from_runs import load_backbone
 
@@ -51,7 +54,7 @@ def run(settings: EmbedSettings) -> EmbedResult:
         log(f"embedding all {len(images)} images, {count} of them {scored} images (column split)")
     for name, reason in images.skipped:
         log(f"skipped {name}: {reason}")
-    batches = feature_batches(
+    batches = shared_feature_batches(
         vit,
         backbone.spec,
         images,
@@ -61,8 +64,12 @@ def run(settings: EmbedSettings) -> EmbedResult:
         batch_size=settings.batch_size,
     )
     width = feature_width(vit, settings.pooling)
-    make_folder(settings.out.parent)
-    _write(settings.out, images, batches, width)
+    if is_rank0():
+        make_folder(settings.out.parent)
+        _write(settings.out, images, batches, width)
+    else:
+        deque(batches, maxlen=0)  # takes part in making them
+    barrier()
     return EmbedResult(settings.out, len(images), width, images.skipped)
 
 

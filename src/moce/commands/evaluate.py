@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moce.commands import finetune
-from moce.commands.adapted import AdaptedBackbones, check_adaptation
+from moce.commands.adapted import AdaptedBackbones, can_resume, check_adaptation
 from moce.commands.setup import open_output, pixel_file, prepare, resolve
 from moce.config import EvaluateSettings, FinetuneSettings, ProbeSettings
 from moce.config.load import parse
@@ -45,8 +45,9 @@ from moce.evaluation.task import Task, load_task
 from moce.reporting.results_table import results_table
 from moce.runs.files import write_json, write_text
 from moce.runs.folder import check_apart
-from moce.runs.model import CONFIG, provenance, write_config
+from moce.runs.model import provenance, write_config
 from moce.runs.resume import describe_weights, refuse_changes
+from moce.runtime.distributed import run_on_rank0
 from moce.runtime.progress import log
 from moce.weights.export import Model
 from moce.weights.from_runs import Backbone, load_backbone
@@ -269,9 +270,7 @@ class _Evaluation:
     ) -> FinetuneSettings:
         """Of one run, which is resumed if it had started."""
         out = self.settings.out / protocol / candidate.name / plan.name / str(draw)
-        resume = (out / CONFIG).is_file()
-        if out.is_dir() and not resume:  # interrupted before it wrote its settings
-            shutil.rmtree(out)
+        resume = run_on_rank0(partial(can_resume, out))
         values = {
             **given,
             **self._runtime(),
@@ -302,7 +301,11 @@ class _Evaluation:
                 )
                 finetune.run(settings)
                 runs.append(settings.out)
-            row = evaluate_dense.row_of_runs(plan, candidate, protocol, runs, self.settings.out)
+            row = run_on_rank0(
+                partial(
+                    evaluate_dense.row_of_runs, plan, candidate, protocol, runs, self.settings.out
+                )
+            )
             about = {"suite": self.suite.name, "role": plan.role}
             seconds = round(time.perf_counter() - start, 2)
             self._add({**row, **about, "seconds": seconds, **details})
@@ -324,7 +327,11 @@ class _Evaluation:
             return str(folder), details
         choice = bank.select(task.train, candidate.selection or "auto")
         folder = self.settings.out / "backbones" / candidate.name / plan.name
-        folder.mkdir(parents=True, exist_ok=True)
         model = Model(bank.encoder_spec, bank.backbone(choice))
-        write_backbone(folder, "timm", model, Path(candidate.reference), choice)
+
+        def write() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_backbone(folder, "timm", model, Path(candidate.reference), choice)
+
+        run_on_rank0(write)
         return str(folder), {"choice": choice.to_json()}

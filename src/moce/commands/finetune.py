@@ -40,6 +40,7 @@ from moce.runtime.distributed import run_on_rank0
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
 from moce.training.freeze import blocks_to_freeze
+from moce.training.lora import ADAPTER, add_lora, check_lora, merge, write_adapter
 from moce.training.trainer import fit, total_steps
 from moce.weights.export import Model
 from moce.weights.from_runs import Backbone, load_backbone
@@ -71,6 +72,8 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
         refuse_unused(settings, ["val_share"], "only --lr-grid and --keep-best use it")
     backbone = load_backbone(settings.backbone)
     blocks_to_freeze(backbone.vit, settings.freeze)  # refuses before anything is written
+    if settings.lora:
+        _check_lora(settings, backbone)
     settings = by_size(settings, backbone.vit)
     shape = input_shape(backbone.vit)
     settings = _without_policy_if_unusable(settings, shape[0])
@@ -80,6 +83,9 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
         settings.data, shape, pixel_file(settings), settings.max_skipped, fit_of(backbone.vit)
     )
     metric = choose_metric(settings.metric, task)
+    if task.multi_label:
+        reason = f"images of {settings.data} may have several classes each, which are not balanced"
+        refuse_unused(settings, ["class_weights", "sampling"], reason)
     rows = draw_labels(task.train_labels, settings.num_labels, settings.seed, settings.draw)
     if settings.keep_best and "log_every" not in settings.model_fields_set:
         epoch = math.ceil((1 - settings.val_share) * len(rows) / settings.batch_size)
@@ -93,7 +99,13 @@ def run(settings: FinetuneSettings) -> FinetuneResult:
         log(
             f"base_lr {settings.base_lr:g} is the best: training on all {counted(len(rows), 'label')} with it"
         )
-    vit, best = tuner.train(settings, rows)
+    tuned = tuner.train(settings, rows)
+    vit, best = tuned.vit, tuned.best
+    if tuned.adapted is not None:
+        if is_rank0():
+            name = Path(settings.backbone).name
+            write_adapter(settings.out / ADAPTER, tuned.adapted, name)
+        merge(tuned.adapted)
     scores = tuner.scores(vit, task.test, settings)
     value = score(metric, scores, task.test_labels)
     row = make_row(
@@ -151,6 +163,23 @@ def _without_policy_if_unusable(settings: FinetuneSettings, channels: int) -> Fi
     return settings.model_copy(update={"rand_augment": ""})
 
 
+def _check_lora(settings: FinetuneSettings, backbone: Backbone) -> None:
+    """Raise MoceError, before anything is written, if adapters do not fit."""
+    refuse_unused(settings, ["freeze"], "--lora freezes the whole backbone")
+    if not backbone.dense:
+        raise MoceError(f"--lora: {settings.backbone} has token-routed experts, not one dense ViT")
+    check_lora(settings, backbone.vit)
+
+
+@dataclass
+class _Tuned:
+    """A trained classifier, its best score if it is validated, and its adapters if it has some."""
+
+    vit: VisionTransformer
+    best: float | None
+    adapted: Any
+
+
 @dataclass
 class _Tuner:
     """Fine-tunes one backbone on images of one task."""
@@ -160,16 +189,12 @@ class _Tuner:
     metric: str
     device: torch.device
 
-    def train(
-        self, settings: FinetuneSettings, rows: np.ndarray
-    ) -> tuple[VisionTransformer, float | None]:
-        """A classifier trained on these training images, and its best score if it is validated.
-
-        Its run goes to `settings.out`.
-        """
+    def train(self, settings: FinetuneSettings, rows: np.ndarray) -> _Tuned:
+        """A classifier trained on these training images; its run goes to `settings.out`."""
         torch.manual_seed(settings.seed)  # the new head is the same, whatever ran before
         classes = len(self.task.classes)
         vit = build_classifier(self.backbone, classes, settings.drop_path)
+        adapted = add_lora(vit, settings) if settings.lora else None
         held = np.array([], np.int64)
         if settings.keep_best:
             labels = self.task.train_labels[rows]
@@ -183,7 +208,7 @@ class _Tuner:
         objective = FinetuneObjective(vit, self.backbone.spec, images, labels, settings)
         if not len(held):
             fit(objective, settings, self.device, settings.precision)
-            return vit, None
+            return _Tuned(vit, None, adapted)
         validation = Validation(
             objective,
             self.backbone.spec,
@@ -197,7 +222,7 @@ class _Tuner:
         fit(objective, settings, self.device, settings.precision)
         best = validation.restore_best(vit)
         log(f"{self.metric} {100 * best:.1f} % on the held-out images: these weights are kept")
-        return vit, best
+        return _Tuned(vit, best, adapted)
 
     def scores(
         self, vit: VisionTransformer, images: ImageDataset, settings: FinetuneSettings
@@ -231,7 +256,7 @@ class _Tuner:
     def _held_out(self, settings: FinetuneSettings, kept: np.ndarray, held: np.ndarray) -> float:
         """The metric on the held-out images; 0, the worst, if training overflows."""
         try:
-            vit, _ = self.train(settings, kept)
+            vit = self.train(settings, kept).vit
         except NotFinite:
             log(f"base_lr {settings.base_lr:g}: the loss is not finite")
             return 0.0

@@ -162,7 +162,8 @@ def _progress(
     the `done` images that are kept in `place`.
     """
     start, read, unreadable = time.monotonic(), first, 0
-    with meter("pack", total, first) as bar, stop_request() as stop:
+    waits_for = "the images that are being read"
+    with meter("pack", total, first) as bar, stop_request(waits_for) as stop:
 
         def advance(count: int, skipped: int) -> None:
             nonlocal read, unreadable

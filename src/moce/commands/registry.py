@@ -13,6 +13,7 @@ from moce.config.signature import docstring_of, signature_of
 from moce.errors import MoceError
 from moce.runs.lock import locks_released
 from moce.runtime.launch import launch
+from moce.runtime.light_imports import defer_imports
 
 if TYPE_CHECKING:
     from moce.commands.cluster import ClusterResult
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from moce.commands.doctor import DoctorResult
     from moce.commands.embed import EmbedResult
     from moce.commands.evaluate import EvaluateResult
+    from moce.commands.explore import ExploreResult
     from moce.commands.export import ExportResult
     from moce.commands.finetune import FinetuneResult
     from moce.commands.headroom import HeadroomResult
@@ -70,6 +72,7 @@ class Command:
                 f"moce {self.name} runs in one process, but {launch().by} started "
                 f"{launch().world_size}; run it without {launch().by}"
             )
+        defer_imports()
         with locks_released():
             return self.work(settings)
 
@@ -228,6 +231,7 @@ def convert(settings: config.ConvertSettings) -> ConvertResult:
     config.EmbedSettings,
     ("backbone", "data"),
     "moce embed backbones/birds birds/ --out birds.parquet",
+    distributed=True,
 )
 def embed(settings: config.EmbedSettings) -> EmbedResult:
     from moce.commands.embed import run
@@ -262,6 +266,7 @@ def predict(settings: config.PredictSettings) -> PredictResult:
     config.ProbeSettings,
     ("backbone", "data"),
     "moce probe backbones/birds birds/ --kind linear --draws 3 --num-labels 200",
+    distributed=True,
 )
 def probe(settings: config.ProbeSettings) -> ProbeResult:
     from moce.commands.probe import run
@@ -274,6 +279,7 @@ def probe(settings: config.ProbeSettings) -> ProbeResult:
     ("suite",),
     "moce evaluate recipes/suites/paper11.yaml --out runs/eval "
     "--backbones mae+=runs/mae_plus,moce=runs/moce",
+    distributed=True,
 )
 def evaluate(settings: config.EvaluateSettings) -> EvaluateResult:
     from moce.commands.evaluate import run
@@ -288,6 +294,13 @@ def evaluate(settings: config.EvaluateSettings) -> EvaluateResult:
 )
 def report(settings: config.ReportSettings) -> ReportResult:
     from moce.commands.report import run
+
+    return run(settings)
+
+
+@command(config.ExploreSettings, ("run", "images"), "moce explore runs/moce")
+def explore(settings: config.ExploreSettings) -> ExploreResult:
+    from moce.commands.explore import run
 
     return run(settings)
 

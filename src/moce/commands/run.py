@@ -28,6 +28,7 @@ from moce.config.load import parse
 from moce.data.readers.factory import open_source
 from moce.errors import MoceError
 from moce.evaluation.results import ROWS, read_rows
+from moce.evaluation.task import by_name
 from moce.runs.files import write_json
 from moce.runs.model import INFO
 from moce.runtime.progress import log
@@ -93,13 +94,10 @@ def _check_mae(settings: PipelineSettings, mae: Path) -> None:
 
 def _tasks(tasks: tuple[str, ...]) -> dict[str, tuple[str, bool]]:
     """The DATA of each task by its name, and whether it has labels. Raises MoceError if one is empty."""
-    found: dict[str, tuple[str, bool]] = {}
-    for data in tasks:
-        name = Path(data.rstrip("/").partition(":")[2] or data).stem
-        if name in found:
-            raise MoceError(f"two tasks are named {name}: {found[name][0]} and {data}")
-        found[name] = (data, any(sample.label is not None for sample in open_source(data)))
-    return found
+    return {
+        name: (data, any(sample.label is not None for sample in open_source(data)))
+        for name, data in by_name(tasks).items()
+    }
 
 
 def _pieces(settings: PipelineSettings, count: int) -> dict[str, tuple[Callable[[Any], Any], Any]]:

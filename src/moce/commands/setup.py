@@ -18,7 +18,7 @@ from moce.config.usage import check_used, explicitly_set, flag
 from moce.data.dataset import ImageDataset
 from moce.data.divide import learning_rows
 from moce.data.load import Choose, load_images, open_images, temporary_file
-from moce.data.readers.factory import paths_of
+from moce.data.readers.factory import check_packs, paths_of
 from moce.data.readers.sample import Sample
 from moce.errors import MoceError, counted
 from moce.models.encoder import fit_of, input_channels
@@ -130,8 +130,9 @@ def inputs_of(settings: Settings) -> list[tuple[str, Path]]:
     for name, facts in facts_of(settings).items():
         value = getattr(settings, name)
         if value is not None and "input" in facts:
-            paths = paths_of(value) if facts["input"] == "images" else [Path(value)]
-            found += [(name, path) for path in paths]
+            for one in value if isinstance(value, tuple) else (value,):
+                paths = paths_of(one) if facts["input"] == "images" else [Path(one)]
+                found += [(name, path) for path in paths]
     return found
 
 
@@ -224,15 +225,26 @@ def check_skipped(images: ImageDataset, most: float) -> None:
         )
 
 
-def training_images(settings: DataSettings, data: str, vit: VisionTransformer) -> ImageDataset:
-    """The images of a DATA argument to train on: not decoded yet, unless they are tiny."""
+def training_images(
+    settings: DataSettings,
+    data: str,
+    vit: VisionTransformer,
+    samples: Sequence[Sample] | None = None,
+) -> ImageDataset:
+    """The images of a DATA argument to train on: not decoded yet, unless they are tiny.
+
+    samples: all of DATA, if they are listed already.
+    """
+    if samples is not None:
+        check_packs(data, fit_of(vit).size)
     return open_images(
-        data,
+        data if samples is None else samples,
         fit_of(vit),
         pixel_file(settings),
         channels=input_channels(vit),
         max_skipped=settings.max_skipped,
         choose=learning_rows,
+        name=data,
     )
 
 

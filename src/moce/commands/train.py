@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moce.commands.monitoring import set_monitor
 from moce.commands.pretrain import save_mae
 from moce.commands.setup import (
     changed,
@@ -22,10 +23,12 @@ from moce.commands.setup import (
     training_images,
 )
 from moce.config import TrainSettings
+from moce.customization.bank import Bank
 from moce.data.dataset import ImageDataset
 from moce.data.divide import voting_rows
 from moce.data.load import chosen_samples, load_images
 from moce.errors import MoceError, counted
+from moce.evaluation.monitor import Dense, Mixture
 from moce.inference.assign import assign, assign_images
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import fit_of, input_channels
@@ -96,8 +99,9 @@ class _Job:
         check_skipped(self.images, settings.max_skipped)
         return cluster_of
 
-    def fit(self, objective: Objective) -> None:
-        """Train the objective's model and move it back to the CPU."""
+    def fit(self, objective: Objective, network: Dense | Mixture) -> None:
+        """Train the objective's model and move it back to the CPU. network: what is measured of it."""
+        set_monitor(objective, self.settings, self.images, network, self.device)
         start_run(self.settings, self.images)
         name, encoder = self.spec.encoder.name, self.mae.encoder
         announce(objective, self.settings, self.device, name, encoder, self.chosen)
@@ -112,13 +116,16 @@ def _train_experts(job: _Job) -> TrainResult:
     cluster_of = job.clusters_of_images(clusters)
     sizes = cluster_of.bincount(minlength=clusters.num_clusters)
     spec, moce = upcycle(job.settings, job.spec, job.mae, clusters, sizes)
-    job.fit(MoCEObjective(moce, job.spec.encoder, job.images, cluster_of, job.settings))
+    bank = Bank(spec, moce, clusters, job.device, job.settings.precision)
+    objective = MoCEObjective(moce, job.spec.encoder, job.images, cluster_of, job.settings)
+    job.fit(objective, Mixture(bank))
     return _save_experts(job, spec, moce, clusters)
 
 
 def _continue_mae(job: _Job) -> TrainResult:
     """MAE+: the MAE trained on, without experts."""
-    job.fit(MAEObjective("mae_plus", job.mae, job.spec.encoder, job.images, job.settings))
+    objective = MAEObjective("mae_plus", job.mae, job.spec.encoder, job.images, job.settings)
+    job.fit(objective, Dense(job.mae, job.mae.encoder, job.spec.encoder, job.mae))
     saved = save_mae(job.settings.out, job.spec, job.mae, job.images)
     return TrainResult(job.settings.out, saved.loss, len(job.images), 0)
 
@@ -165,7 +172,8 @@ def clusters_of_task(histogram: Tensor, sizes: Tensor, share: float) -> Tensor:
 def _train_by_token(job: _Job) -> TrainResult:
     """TokenMoE: experts whose gate reads tokens."""
     spec, model = upcycle_by_token(job.settings, job.spec, job.mae)
-    job.fit(TokenMoEObjective(model, job.spec.encoder, job.images, job.settings))
+    objective = TokenMoEObjective(model, job.spec.encoder, job.images, job.settings)
+    job.fit(objective, Dense(model, model.mae.encoder, job.spec.encoder, model.mae))
     metrics = _metrics(job, ("loss", "reconstruction", "balance"))
     info = {"spec": spec.to_dict(), "metrics": metrics, "images": len(job.images)}
     write_model(job.settings.out, "token_moe", model.state_dict(), info)

@@ -236,3 +236,22 @@ class ChosenSettings(TrainingSettings):
         "learning rate per 256 images; the rate is base_lr * batch_size / 256 (default: from the "
         "size of the model and the weights it starts from)",
     )
+
+
+class MonitoredSettings(ChosenSettings):
+    """Training whose encoder may be measured on the way, which changes nothing in it."""
+
+    monitor: tuple[str, ...] = setting(
+        (),
+        "tasks (DATA arguments with labels, e.g. birds/,cars/) to score the frozen encoder on while it "
+        "trains, by k-NN and by a linear probe; test images are scored as by moce probe",
+        input="images",
+        may_change=True,
+    )
+    monitor_every: Count | None = setting(
+        None,
+        "steps between measurements: of the tasks of --monitor, of the rank of the features (RankMe) and of "
+        "pictures of reconstructions (default: ten in a run; without --monitor fewer or none, to cost "
+        "1 % of the time at most)",
+        may_change=True,
+    )

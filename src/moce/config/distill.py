@@ -8,8 +8,8 @@ from moce.config.base import (
     BACKBONE,
     EXPORTED,
     IMAGES,
-    ChosenSettings,
     Data,
+    MonitoredSettings,
     NonNegative,
     Positive,
     Reference,
@@ -17,7 +17,7 @@ from moce.config.base import (
 from moce.config.facts import setting
 
 
-class DistillSettings(ChosenSettings):
+class DistillSettings(MonitoredSettings):
     """Train a small student to have the features of a backbone, on unlabeled images."""
 
     proofs = frozenset({"distillation.json"})

@@ -136,6 +136,7 @@ class FinetuneSettings(TrainingSettings, DenseTaskSettings):
 
     proofs = frozenset({"results.json"})  # of moce 0.1.0
     files = EXPORTED | {"rows.jsonl", "network.py", "examples.png"}
+    folders = frozenset({"adapter"})
 
     backbone: Reference = setting(description=BACKBONE, input="weights")
     data: Data = setting(description=LABELED, input="images")
@@ -194,9 +195,32 @@ class FinetuneSettings(TrainingSettings, DenseTaskSettings):
         0,
         "train only what follows the first N blocks; backbone: only the new head",
     )
+    lora: Count | None = setting(
+        None,
+        "train adapters of this rank (LoRA) beside the linear layers of the frozen blocks, and the "
+        "head; base_lr then is 5e-3 and layer_decay 1 unless given",
+        used_with=CLASSIFY,
+    )
+    lora_alpha: Count | None = setting(
+        None,
+        "the adapters' product is scaled by lora_alpha / lora (default: by 1)",
+        used_with={"lora": (GIVEN,)},
+    )
+    lora_targets: Annotated[tuple[Literal["attn", "mlp"], ...], Field(min_length=1)] = setting(
+        ("attn", "mlp"),
+        "which linear layers of a block have adapters: attn, mlp or both",
+        before=["attn", "mlp"],
+        used_with={"lora": (GIVEN,)},
+    )
     class_weights: Literal["none", "balanced"] = setting(
         "none",
         "weight of a class in the loss (one label per image); balanced: inverse to its images",
+        used_with=CLASSIFY,
+    )
+    sampling: Literal["shuffled", "balanced"] = setting(
+        "shuffled",
+        "shuffled: every training image once an epoch; balanced: as many images of each class as of any "
+        "other (one label per image)",
         used_with=CLASSIFY,
     )
     beta2: OpenFraction = setting(0.999, "AdamW second-moment decay")

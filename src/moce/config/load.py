@@ -177,11 +177,16 @@ def read_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses duplicate names; YAML's own loader takes the last."""
+    """Refuses duplicate names, of which YAML's own loader takes the last, and {name:value}."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, value in node.value:
+            plain = isinstance(key, yaml.ScalarNode) and key.style is None
+            if plain and ":" in key.value and value.start_mark.index == value.end_mark.index:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key.value}' needs a space after the colon", key.start_mark
+                )
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"'{key.value}' is given twice", key.start_mark

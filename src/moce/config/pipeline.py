@@ -13,7 +13,6 @@ from moce.config.base import (
     CacheSettings,
     CentroidUpdate,
     Channels,
-    ChosenSettings,
     ClusterPooling,
     Count,
     Data,
@@ -26,6 +25,7 @@ from moce.config.base import (
     GateScale,
     Index,
     Method,
+    MonitoredSettings,
     NonNegative,
     OpenFraction,
     Positive,
@@ -90,7 +90,7 @@ class MAESettings(FileSettings):
     )
 
 
-class PretrainSettings(ChosenSettings, WeightsSettings):
+class PretrainSettings(MonitoredSettings, WeightsSettings):
     """Pre-train a masked autoencoder on unlabeled images (stage 0)."""
 
     data: Data = setting(description=IMAGES, input="images")
@@ -161,7 +161,7 @@ class ClusterSettings(RunSettings, MAESettings, CacheSettings):
     batch_size: Count = setting(256, "images per forward pass")
 
 
-class TrainSettings(ChosenSettings, MAESettings):
+class TrainSettings(MonitoredSettings, MAESettings):
     """Train cluster-conditional experts from an MAE (stage 2), or a baseline for as long."""
 
     data: Data = setting(description=IMAGES, input="images")

@@ -1,4 +1,4 @@
-"""Settings of pack, convert, export, push, run, report, demo and doctor."""
+"""Settings of pack, convert, export, push, run, report, explore, demo and doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from moce.config.base import (
     Accepts,
     Count,
     Data,
+    DataSettings,
     Folder,
     Format,
     Positive,
@@ -85,6 +86,35 @@ class ReportSettings(Settings):
     runs: tuple[Folder, ...] = setting(description="run folders, or a folder of run folders")
     out: Folder = setting(Path("report.html"), "file to write")
     max_images: Count = setting(12, "pictures per row of a montage")
+
+
+class ExploreSettings(DataSettings):
+    """Show a map of a run's images in the browser, and what its experts make of yours."""
+
+    folders = frozenset({"explore"})
+
+    run: Folder = setting(description="run of moce train or moce cluster", input="weights")
+    images: Data | None = setting(
+        None, "images of the map (default: those the run was made from)", input="images"
+    )
+    out: Folder | None = setting(
+        None, "folder for features, the map and exported backbones (default: RUN/explore)"
+    )
+    overwrite: bool = setting(
+        False, "compute features and map again, even if they are in the folder"
+    )
+    host: str = setting("127.0.0.1", "address to serve the page on; others can reach 0.0.0.0")
+    port: Annotated[int, Field(ge=0, le=65535)] = setting(
+        8321, "port of the page (0: any free one)"
+    )
+    max_images: Count = setting(100_000, "images on the map; of more, so many are drawn at random")
+    projection: Literal["tsne", "pca"] = setting(
+        "tsne", "from features to the map: tsne keeps neighbors together; pca is faster"
+    )
+    batch_size: Count = setting(128, "images per forward pass")
+    prepare: bool = setting(
+        False, "make the map and stop, e.g. on a machine with a GPU; the page then opens at once"
+    )
 
 
 class ExportSettings(FileSettings):
@@ -180,7 +210,7 @@ class DemoSettings(RuntimeSettings):
     )
     dense: bool = setting(
         False,
-        "show segmentation instead, in a few minutes: an MAE, then a segmenter of digits and clothes "
+        "show segmentation instead, in two minutes: an MAE, then a segmenter of digits and clothes "
         "pasted on photographs",
     )
     tasks: tuple[str, ...] = setting((), "tasks to run (default: all embedded ones)")
@@ -189,7 +219,8 @@ class DemoSettings(RuntimeSettings):
     num_clusters: Count = setting(96, "clusters K")
     num_experts: Count = setting(8, "experts E per MoE block")
     num_labels: Count = setting(150, "labeled images per draw")
-    draws: Count = setting(3, "draws of labels per probe")
+    draws: Count = setting(3, "draws of labels per probe and fine-tune")
+    adapt_steps: Count = setting(300, "steps of each adaptation to a task")
     finetune_epochs: Positive = setting(16, "epochs of each fine-tune")
 
 

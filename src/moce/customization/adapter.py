@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -37,13 +37,13 @@ class Adapter:
     device: torch.device
 
     def run(
-        self, task: list[Sample], spec: MAESpec, mae: MAE, settings: AdaptationSettings
+        self, task: Sequence[Sample], spec: MAESpec, mae: MAE, settings: AdaptationSettings
     ) -> Adaptation:
         """Adapt `mae` in place to a task's images, which must not be test images.
 
         Raises MoceError if there are none, or the output folder is finished already.
         """
-        if not task:
+        if not len(task):
             raise MoceError(f"{settings.images} has test images only; adaptation needs others")
         related: list[Sample] = []
         unreadable: list[tuple[str, str]] = []
@@ -64,7 +64,7 @@ class Adapter:
 
 
 def adapt_samples(
-    task: list[Sample],
+    task: Sequence[Sample],
     spec: MAESpec,
     mae: MAE,
     related: RelatedImages | None,
@@ -83,7 +83,7 @@ def adapt_samples(
         return adapter.run(task, spec, mae, settings)
 
 
-def load_for(samples: list[Sample], vit: VisionTransformer) -> ImageDataset:
+def load_for(samples: Sequence[Sample], vit: VisionTransformer) -> ImageDataset:
     """Load images for an encoder; tiny ones keep their size, as in training."""
     size, channels = input_size(vit), input_channels(vit)
     return load_images(samples, size, temporary_file(), channels=channels, keep_tiny=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,7 @@ from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec, fit_of, input_channels, input_shape
 from moce.models.mae import MAE
 from moce.models.moce import MoCE, MoCESpec
+from moce.models.uninitialized import Uninitialized
 from moce.training.defaults import BASE_LR, default_lr
 from moce.weights.formats.timm import pooled
 from moce.weights.from_runs import load_moce
@@ -81,8 +83,8 @@ class Bank:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The cluster of every image, [n] int64, and its cosine similarity to the centroid, [n].
 
-        images, rule: see `select`. choose: which images of DATA (default: all). Raises MoceError
-        if there are no images.
+        images, rule: see `select`. choose: which images of DATA (default: all). Several processes
+        share the work. Raises MoceError if there are no images.
         """
         encoder = self.clusters.encoder
         features = extract_features(
@@ -93,6 +95,7 @@ class Bank:
             precision=self.precision,
             pooling=self.clusters.pooling,
             batch_size=batch_size,
+            shared=True,
         )
         return self.clusters.assign(self.clusters.normalize(features), rule)
 
@@ -124,9 +127,9 @@ class Bank:
         """Like `select`, given the images per cluster, [K], and their mean similarity."""
         return choose(
             histogram,
-            self.model.routes(),
-            self.model.gains(),
-            self.model.cluster_sizes,
+            self.model.routes().cpu(),  # the model may be on a GPU, where it trains
+            self.model.gains().cpu(),
+            self.model.cluster_sizes.cpu(),
             (similarity, self.clusters.similarity),
             strategy,
             threshold,
@@ -150,7 +153,8 @@ class Bank:
         mae = self.model.mae
         decoder = {n: v for n, v in mae.state_dict().items() if not n.startswith("encoder.")}
         encoder = {f"encoder.{n}": v for n, v in self.backbone(choice).state_dict().items()}
-        dense = self.spec.mae.build()
+        with Uninitialized():
+            dense = self.spec.mae.build()
         dense.load_state_dict(decoder | encoder)
         return dense
 
@@ -195,7 +199,7 @@ class Bank:
             "out": Path(),  # a temporary folder takes its place
         }
         settings = parse(AdaptationSettings, given)
-        task: list[Sample]
+        task: Sequence[Sample]
         if isinstance(images, str | Path):
             task = chosen_samples(str(images), voting_rows)
         else:

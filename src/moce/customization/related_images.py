@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -13,6 +14,7 @@ from moce.data.dataset import ImageDataset
 from moce.data.divide import learning_rows
 from moce.data.load import chosen_samples
 from moce.data.readers.sample import Sample
+from moce.data.readers.table import ids_of, select
 from moce.data.rng import Stream, keyed_generator
 from moce.errors import MoceError, counted
 from moce.inference.assign import assign, clustered_images
@@ -24,7 +26,7 @@ from moce.runtime.progress import log
 from moce.weights.from_runs import load_clusters
 
 # Loads images at the input size and channels of an encoder.
-Load = Callable[[list[Sample], VisionTransformer], ImageDataset]
+Load = Callable[[Sequence[Sample], VisionTransformer], ImageDataset]
 
 
 @dataclass
@@ -44,7 +46,7 @@ class RelatedImages:
     precision: str
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
-    def find(self, task: list[Sample], count: int, seed: int) -> list[Sample]:
+    def find(self, task: Sequence[Sample], count: int, seed: int) -> list[Sample]:
         """At most `count` pool images; their ids start with the pool's name.
 
         Raises MoceError if the pool has no image of the task's clusters.
@@ -53,29 +55,30 @@ class RelatedImages:
         histogram = torch.tensor(list(of_task.values())).bincount(
             minlength=self.clusters.num_clusters
         )
-        drawn = draw_related(self._readable(), self.cluster_of, histogram.tolist(), count, seed)
+        pool = chosen_samples(self.pool, learning_rows)
+        clusters = self._clusters_of(pool)
+        drawn = [pool[row] for row in draw_related(clusters, histogram.tolist(), count, seed)]
         if not drawn:
             raise MoceError(f"{self.pool} has no images of the task's clusters: leave it out")
         return [replace(sample, id=f"{self.pool}/{sample.id}") for sample in drawn]
 
-    def _readable(self) -> list[Sample]:
-        """The images of the pool whose cluster is known; those that are new to it are assigned."""
-        pool = chosen_samples(self.pool, learning_rows)
+    def _clusters_of(self, pool: Sequence[Sample]) -> np.ndarray:
+        """The cluster of every image of the pool, [n], -1 if it cannot be read; new ones are assigned."""
+        ids = ids_of(pool)
         tried = {*self.cluster_of, *(name for name, _ in self.skipped)}
-        unseen = [sample for sample in pool if sample.id not in tried]
+        unseen = [row for row, name in enumerate(ids) if name not in tried]
         if unseen:
             log(f"{counted(len(unseen), 'image')} of the pool not in the clustering yet: assigning")
-            found, skipped = self._assign(unseen)
+            found, skipped = self._assign(select(pool, unseen))
             self.cluster_of |= found
             self.skipped += skipped
-        return [sample for sample in pool if sample.id in self.cluster_of]
+        return np.fromiter((self.cluster_of.get(name, -1) for name in ids), np.int64, len(pool))
 
-    def _assign(self, samples: list[Sample]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    def _assign(self, samples: Sequence[Sample]) -> tuple[dict[str, int], list[tuple[str, str]]]:
         """The cluster of every image that can be read, by id; (id, reason) of the others."""
         images = self.load(samples, self.clusters.encoder)
-        clusters = run_on_rank0(  # the same for all processes
-            lambda: assign(images, self.clusters, self.device, self.precision)
-        )
+        clusters = assign(images, self.clusters, self.device, self.precision)
+        clusters = run_on_rank0(lambda: clusters)  # the same for all processes
         return dict(zip(images.ids, clusters.tolist(), strict=True)), images.skipped
 
 
@@ -103,26 +106,19 @@ def known_clusters(
 
 
 def draw_related(
-    pool: Sequence[Sample],
-    cluster_of: Mapping[str, int],
-    histogram: Sequence[int],
-    count: int,
-    seed: int,
-) -> list[Sample]:
-    """At most `count` different pool images, drawn in proportion to the task's histogram.
+    clusters: np.ndarray, histogram: Sequence[int], count: int, seed: int
+) -> list[int]:
+    """The rows of at most `count` different pool images, drawn in proportion to the task's histogram.
 
-    cluster_of: cluster of every pool image, by id; histogram: [K] task images per cluster. A
-    cluster with too few images gives all it has.
+    clusters: [n] of every pool image; histogram: [K] task images per cluster. A cluster with too
+    few images gives all it has.
     """
-    members: dict[int, list[Sample]] = {}
-    for sample in pool:
-        members.setdefault(cluster_of[sample.id], []).append(sample)
     total = sum(histogram)
-    drawn: list[Sample] = []
+    drawn: list[int] = []
     for cluster, images in enumerate(histogram):
-        found = members.get(cluster, [])
+        found = np.flatnonzero(clusters == cluster) if images else np.empty(0, np.int64)
         wanted = min(len(found), round(count * images / total))
         generator = keyed_generator(seed, Stream.ORDER, -2 - cluster)
         order = torch.randperm(len(found), generator=generator)[:wanted]
-        drawn += [found[row] for row in order.tolist()]
+        drawn += found[order.numpy()].tolist()
     return drawn

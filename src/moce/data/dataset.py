@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moce.data.readers.columns import take
 from moce.data.readers.packed import PixelReader
 from moce.data.readers.sample import Label, Sample
 from moce.data.readers.table import SampleTable
@@ -101,16 +103,16 @@ class ImageDataset:
         rows = torch.arange(len(samples)) if self.index is None else self.index
         return torch.searchsorted(torch.from_numpy(samples.first_rows[1:]), rows, right=True)
 
-    def subset(self, rows: Sequence[int]) -> ImageDataset:
+    def subset(self, rows: Sequence[int] | np.ndarray) -> ImageDataset:
         """The images of these rows, in this order, without copying pixels."""
-        rows = list(rows)
-        if rows == list(range(len(self))):
+        numbers = np.array(rows, np.int64)
+        if np.array_equal(numbers, np.arange(len(self))):
             return self
-        index = torch.tensor(rows, dtype=torch.int64)
+        index = torch.from_numpy(numbers)
         return replace(
             self,
             index=index if self.index is None else self.index[index],
-            ids=[self.ids[row] for row in rows],
-            labels=[self.labels[row] for row in rows],
-            splits=[self.splits[row] for row in rows],
+            ids=take(self.ids, numbers),
+            labels=take(self.labels, numbers),
+            splits=take(self.splits, numbers),
         )

@@ -52,7 +52,7 @@ def divide(labels: Sequence[Label | None], splits: Sequence[str | None]) -> Divi
 
 def _scored(labels: Sequence[Label | None], splits: Sequence[str | None]) -> str | None:
     """The split that is scored: that of labeled images, if there are any."""
-    named = [split for split, label in zip(splits, labels, strict=True) if label is not None]
+    named = {split for split, label in zip(splits, labels, strict=True) if label is not None}
     return scored_split(named or splits)
 
 
@@ -90,22 +90,30 @@ def _hold_out(labels: Sequence[Label | None], splits: Sequence[str | None]) -> D
 # --- for commands that learn ------------------------------------------------------------------------
 
 
-def unlearned_splits(labels: Sequence[Label | None], splits: Sequence[str | None]) -> set[str]:
-    """The splits that no model learns from: test, and the one that is scored."""
-    return {"test", _scored(labels, splits) or "test"}
+def learned(
+    labels: Sequence[Label | None], splits: Sequence[str | None]
+) -> tuple[np.ndarray, Counter[str]]:
+    """The rows that a model may learn from, [m] int64, and how many images of which splits it may not.
+
+    It never learns from the split test, nor from the one that is scored.
+    """
+    kept_apart = {"test", _scored(labels, splits) or "test"}
+    left = Counter(split for split in splits if split in kept_apart)
+    if not left:
+        return np.arange(len(splits)), left
+    learns = (split not in kept_apart for split in splits)
+    return np.flatnonzero(np.fromiter(learns, np.bool_, len(splits))), left
 
 
 def learning_rows(
     labels: Sequence[Label | None], splits: Sequence[str | None], where: str
-) -> list[int]:
-    """The rows that a model may learn from: all but those of the split that is scored; says so.
+) -> np.ndarray:
+    """The rows that a model may learn from, [m] int64: all but the split that is scored; says so.
 
     Raises MoceError, which names `where`, if there are none.
     """
-    kept_apart = unlearned_splits(labels, splits)
-    rows = [row for row, split in enumerate(splits) if split not in kept_apart]
-    left = Counter(split for split in splits if split in kept_apart)
-    if not rows:
+    rows, left = learned(labels, splits)
+    if not len(rows):
         names = " and ".join(map(str, left))
         raise MoceError(
             f"{where} has {names} images only, and {NEVER_SCORED}; to use them all the same, name "
@@ -118,7 +126,7 @@ def learning_rows(
 
 def voting_rows(
     labels: Sequence[Label | None], splits: Sequence[str | None], where: str
-) -> list[int]:
+) -> np.ndarray:
     """The rows that customize a backbone: those that probe, finetune and evaluate do not score.
 
     Says how many. Raises MoceError as `learning_rows`.
@@ -130,7 +138,8 @@ def voting_rows(
         except MoceError:  # no task: nothing is going to be scored
             return rows
         held = division.parts.count("test")
-        rows = [row for row in rows if division.parts[row] != "test"]
+        votes = (division.parts[row] != "test" for row in rows.tolist())
+        rows = rows[np.fromiter(votes, np.bool_, len(rows))]
         if held:
             log(f"{where}: {held} test images take no part: {division.rule}")
     if len(rows) < len(splits):

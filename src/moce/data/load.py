@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from moce.data.run_ahead import run_ahead
 from moce.data.value_range import check_values
 from moce.errors import MoceError, Unreachable
 from moce.models.fit import Fit
-from moce.runtime.distributed import barrier, run_on_local_rank0, world_size
+from moce.runtime.distributed import all_gather, barrier, run_on_local_rank0, world_size
 from moce.runtime.launch import launch
 from moce.runtime.progress import meter
 from moce.runtime.system import free_memory, worker_threads
@@ -41,8 +41,7 @@ LOOKED_AT = 16  # images, to find out the size of all
 REPORT_EVERY = 32  # images
 LISTED = "the list of images"
 BAR_AFTER = 2.0  # seconds
-Choose = Callable[[Sequence[Label | None], Sequence[str | None], str], list[int]]
-T = TypeVar("T")
+Choose = Callable[[Sequence[Label | None], Sequence[str | None], str], Sequence[int] | np.ndarray]
 Reasons = dict[int, str]  # by row, why an image could not be decoded
 
 
@@ -88,8 +87,9 @@ def open_images(
     channels: int = 3,
     max_skipped: float = 1.0,
     choose: Choose | None = None,
+    name: str = LISTED,
 ) -> ImageDataset:
-    """Images of DATA to train on: only listed, and decoded as they are used.
+    """Images of DATA to train on: only listed, and decoded as they are used. name: see `load_images`.
 
     Images that are all tiny and of one size are decoded at once, as by `load_images`, which raises
     MoceError for the same reasons. Of others only a few are looked at: raises MoceError if there are
@@ -99,7 +99,7 @@ def open_images(
     packed = find_packed(data) if isinstance(data, str) else None
     if packed is not None:
         return _from_packed(packed, fit.size, channels, choose)
-    name, samples = _opened(data, choose, fit.size)
+    name, samples = _opened(data, choose, fit.size, name)
     originals = Originals(samples, channels, max_skipped)
     own = _tiny_size(originals, name)
     if own is not None:
@@ -110,14 +110,13 @@ def open_images(
 
 
 def _opened(
-    data: str | Sequence[Sample], choose: Choose | None, size: tuple[int, int], name: str = LISTED
+    data: str | Sequence[Sample], choose: Choose | None, size: tuple[int, int], name: str
 ) -> tuple[str, Sequence[Sample]]:
     """A name of the images for messages, and the images. Raises MoceError if there are none."""
     if isinstance(data, str):
         check_packs(data, size)
-        name, samples = data, open_source(data)
-    else:
-        samples = data
+        name, data = data, open_source(data)
+    samples = data
     if not samples:
         raise MoceError(f"no images in {name}")
     if choose is not None:
@@ -129,13 +128,7 @@ def _opened(
 def _dataset(originals: Originals, stored: Tensor | None) -> ImageDataset:
     samples = originals.samples
     labels, splits = labels_and_splits(samples)
-    return ImageDataset(
-        stored,
-        ids=ids_of(samples),
-        labels=labels,
-        splits=splits,
-        originals=originals,
-    )
+    return ImageDataset(stored, ids_of(samples), labels, splits, originals=originals)
 
 
 def _tiny_size(originals: Originals, name: str | None) -> tuple[int, int] | None:
@@ -156,7 +149,7 @@ def _tiny_size(originals: Originals, name: str | None) -> tuple[int, int] | None
         except Exception as error:  # decoders raise errors of any type
             reasons[place] = error_line(error)
     if name is not None and (len(reasons) == len(rows) or count <= LOOKED_AT):
-        _check_skipped(looked_at, reasons, originals.max_skipped, name)
+        check_reasons(looked_at, reasons, originals.max_skipped, name)
     if len(sizes) != 1:
         return None
     (size,) = sizes
@@ -174,10 +167,10 @@ def _size(sample: Sample, *, decode: bool, channels: int) -> tuple[int, int]:
     return size
 
 
-def chosen_samples(data: str, choose: Choose) -> list[Sample]:
+def chosen_samples(data: str, choose: Choose) -> Sequence[Sample]:
     """The images of DATA that `choose` picks, as in `load_images`, not yet decoded."""
     samples = open_source(data)
-    return list(select(samples, choose(*labels_and_splits(samples), data)))
+    return select(samples, choose(*labels_and_splits(samples), data))
 
 
 # --- decoding -----------------------------------------------------------------------------------------
@@ -188,64 +181,65 @@ def _decoded(originals: Originals, fit: Fit, pixel_file: Path | None, name: str)
     samples = originals.samples
     shape = (len(samples), originals.channels, *fit.size)
 
-    def decode(pixels: np.ndarray) -> tuple[Reasons, bool]:
-        reasons, resized = decode_all(samples, pixels, fit)
-        if originals.required:
-            _check_skipped(samples, reasons, originals.max_skipped, name)
-        return reasons, resized
-
     if world_size() > 1 and pixel_file is not None:
-        pixels, (reasons, resized) = _decode_once_per_node(decode, shape, pixel_file)
+        pixels, (reasons, resized) = _decode_once_per_node(samples, shape, fit, pixel_file)
     else:
         pixels = _allocate(shape, pixel_file)
-        reasons, resized = decode(pixels)
+        reasons, resized = decode_all(samples, pixels, fit)
+    if originals.required:
+        check_reasons(samples, reasons, originals.max_skipped, name)
     images = _dataset(originals, torch.from_numpy(pixels))
     images.skipped = [(samples[row].id, reason) for row, reason in reasons.items()]
     if not resized and fit.is_plain:
         images.originals = None
     else:
         images.fit = fit
-    return images.subset([row for row in range(len(samples)) if row not in reasons])
+    return images.subset(np.setdiff1d(np.arange(len(samples)), [*reasons]))
 
 
-def decode_all(samples: Sequence[Sample], pixels: np.ndarray, fit: Fit) -> tuple[Reasons, bool]:
-    """Decode each image into its row of `pixels`, [n, c, *fit.size] uint8, in threads.
+def decode_all(
+    samples: Sequence[Sample], pixels: np.ndarray, fit: Fit, rows: slice = slice(None)
+) -> tuple[Reasons, bool]:
+    """Decode each image, or those of some rows, into its row of `pixels`, [n, c, *fit.size] uint8.
 
-    Returns the reasons of unreadable images, and whether any image had another size.
+    In threads. Returns the reasons of unreadable images, and whether any image had another size.
     """
     reasons: Reasons = {}
     resized = False
-    threads = worker_threads()
-    jobs = (partial(_decode_one, pixels, row, sample, fit) for row, sample in enumerate(samples))
+    threads = max(1, worker_threads() // launch().local)
+    numbers = range(len(samples))[rows]
+    those = samples if rows == slice(None) else map(samples.__getitem__, numbers)
+    jobs = (partial(_decode_one, pixels, *job, fit) for job in zip(numbers, those, strict=True))
     with (
-        meter("read images", len(samples), wait=BAR_AFTER) as progress,
+        meter("read images", len(numbers), wait=BAR_AFTER) as progress,
         closing(run_ahead(jobs, threads, AHEAD_PER_THREAD * threads)) as results,
     ):
-        for row, (reason, size) in enumerate(results):
+        for row, (reason, size) in zip(numbers, results, strict=True):
             if reason is not None:
                 reasons[row] = reason
             elif size != pixels.shape[2:]:
                 resized = True
             if row % REPORT_EVERY == REPORT_EVERY - 1:
                 progress.advance(f"{len(reasons)} unreadable", REPORT_EVERY)
-        progress.advance(count=len(samples) % REPORT_EVERY)
+        progress.advance(count=len(numbers) % REPORT_EVERY)
     return reasons, resized
 
 
 def decode_rows(images: ImageDataset, rows: Sequence[int], fit: Fit) -> Tensor:
-    """Images decoded from their originals once more, [n, c, *fit.size] uint8, in threads.
-
-    Raises MoceError if one cannot be read.
-    """
+    """Images decoded once more, [n, c, *fit.size] uint8. Raises MoceError if one cannot be read."""
     samples = [images.original(row) for row in rows]
-    channels = images.originals.channels if images.originals else 3
+    pixels, reasons = try_decode(samples, images.originals.channels if images.originals else 3, fit)
+    for row, reason in reasons.items():
+        raise MoceError(f"cannot read {samples[row].id}: {reason}")
+    return pixels
+
+
+def try_decode(samples: Sequence[Sample], channels: int, fit: Fit) -> tuple[Tensor, Reasons]:
+    """A few images, [n, channels, *fit.size] uint8, and why some of them cannot be read."""
     pixels = np.empty((len(samples), channels, *fit.size), np.uint8)
-    threads = worker_threads()
     jobs = (partial(_decode_one, pixels, row, sample, fit) for row, sample in enumerate(samples))
-    for sample, (reason, _) in zip(samples, run_ahead(jobs, threads, len(samples)), strict=True):
-        if reason is not None:
-            raise MoceError(f"cannot read {sample.id}: {reason}")
-    return torch.from_numpy(pixels)
+    found = enumerate(run_ahead(jobs, worker_threads(), len(samples)))
+    return torch.from_numpy(pixels), {row: why for row, (why, _) in found if why is not None}
 
 
 def _decode_one(
@@ -269,7 +263,7 @@ def decode_into(pixels: np.ndarray, row: int, sample: Sample) -> str | None:
     return _decode_one(pixels, row, sample, Fit((pixels.shape[2], pixels.shape[3])))[0]
 
 
-def _check_skipped(samples: Sequence[Sample], reasons: Reasons, most: float, name: str) -> None:
+def check_reasons(samples: Sequence[Sample], reasons: Reasons, most: float, name: str) -> None:
     """Raise MoceError, with the most frequent reason, if too many images are skipped, or all."""
     skipped, count = len(reasons), len(samples)
     if not skipped or (skipped < count and skipped <= most * count):
@@ -342,29 +336,35 @@ def _reserve(file: BinaryIO, needed: int, pixel_file: Path) -> None:
 
 
 def _decode_once_per_node(
-    decode: Callable[[np.ndarray], T], shape: tuple[int, ...], pixel_file: Path
-) -> tuple[np.ndarray, T]:
-    """Decode into a file in the first process of each node, and map it in all of them.
+    samples: Sequence[Sample], shape: tuple[int, ...], fit: Fit, pixel_file: Path
+) -> tuple[np.ndarray, tuple[Reasons, bool]]:
+    """Decode into a file of each node, of which each process there makes its share, and map it in all.
 
     A file even if memory has room: the system caches it once for all processes.
     """
-    file = pixel_file.with_name(f"{pixel_file.name}.{launch().node}")
 
-    def decode_to_file() -> T:
+    def make_file() -> Path:
+        file = pixel_file.with_name(f"{pixel_file.name}.{launch().node}")
         file.unlink(missing_ok=True)  # of a run that was killed
-        pixels = _allocate_file(shape, file)
-        try:
-            return decode(pixels)
-        except BaseException:
-            file.unlink()
-            raise
+        _allocate_file(shape, file)
+        return file
 
-    result = run_on_local_rank0(decode_to_file)
+    file = run_on_local_rank0(make_file)
+    here, local, count = launch().local_rank, launch().local, len(samples)
+    own = slice(count * here // local, count * (here + 1) // local)
+    try:
+        pixels = np.memmap(file, np.uint8, "r+", shape=shape)
+        gathered = all_gather((launch().node, *decode_all(samples, pixels, fit, own)))
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
     pixels = np.memmap(file, np.uint8, "c", shape=shape)  # copy-on-write
     barrier()
-    if launch().local_rank == 0:
+    if here == 0:
         file.unlink()  # its space is freed when the processes end
-    return pixels, result
+    of_node = [(found, resized) for node, found, resized in gathered if node == launch().node]
+    reasons = {row: why for found, _ in of_node for row, why in found.items()}
+    return pixels, (reasons, any(resized for _, resized in of_node))
 
 
 def _from_packed(

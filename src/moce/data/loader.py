@@ -19,11 +19,13 @@ from moce.data.rng import Stream, keyed_generator
 from moce.data.run_ahead import run_ahead
 from moce.data.views import Views
 from moce.data.workers import PREFETCHED, views_ahead
+from moce.errors import MoceError
 from moce.models.fit import Fit
 from moce.runtime.device import fits_on, to_device
-from moce.runtime.distributed import shard_range, world_size
+from moce.runtime.distributed import all_reduce, shard_range, world_size
 
 SHUFFLED = 2**14  # images that far files are mixed among
+REPEAT = 2**32  # between the numbers of an epoch for an image that it has several times
 COPY_BYTES = 2**26  # bytes of pixels copied to a device at a time
 
 
@@ -68,19 +70,31 @@ class BatchOrder:
 
     Batches can span epochs, so all have the same size, and each step is computed without those
     before it. Images of far files come file by file, the files in random order, and mixed with those
-    up to SHUFFLED places away: as from a shuffle buffer, but known without reading.
+    up to SHUFFLED places away: as from a shuffle buffer, but known without reading. With classes, an
+    epoch has as many images of each class as of any other: some of a frequent one, others repeatedly.
     """
 
     def __init__(
-        self, count: int, batch_size: int, seed: int, far_files: Tensor | None = None
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        far_files: Tensor | None = None,
+        classes: Tensor | None = None,
     ) -> None:
-        """far_files: [count] int64, the file of each image; None if they can be read at random."""
+        """far_files: [count] int64, the file of each image; None if they can be read at random.
+
+        classes: [count] int64, to draw evenly; None: each image once an epoch.
+        """
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self._far_files = far_files
+        self._members = None if classes is None else _members(classes)
         self._epoch_order = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> Tensor:
         generator = keyed_generator(self.seed, Stream.ORDER, epoch)
+        if self._members is not None:
+            return _draw_evenly(self._members, self.count, generator)
         if self._far_files is None:
             return torch.randperm(self.count, generator=generator)
         turn = torch.randperm(int(self._far_files.max()) + 1, generator=generator)
@@ -89,14 +103,19 @@ class BatchOrder:
         return by_file[(torch.arange(self.count) + ahead).argsort()]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Rows and epochs, [batch_size] int64 each, of step 0, 1, ..."""
+        """Rows and epochs, [batch_size] int64 each, of step 0, 1, ...
+
+        A repeated image has another number of the epoch each time, so other crops and masks.
+        """
         positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, places = positions // self.count, positions % self.count
         rows = torch.empty_like(places)
         for epoch in epochs.unique().tolist():
             here = epochs == epoch
             rows[here] = self._epoch_order(epoch)[places[here]]
-        return rows, epochs
+        if self._members is None:
+            return rows, epochs
+        return rows % self.count, epochs + rows // self.count * REPEAT
 
     def micro_batches(
         self, first: int, end: int, size: int | None, with_previous: bool = False
@@ -113,6 +132,25 @@ class BatchOrder:
                     before = _previous(micro_batch.start, len(rows), size)
                     places = torch.cat([torch.tensor([before]), places])
                 yield rows[places], epochs[places]
+
+
+def _members(classes: Tensor) -> list[Tensor]:
+    """The rows of each class that occurs."""
+    return [(classes == number).nonzero()[:, 0] for number in classes.unique()]
+
+
+def _draw_evenly(members: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
+    """`count` rows, as many of each class, in random order; a repeated one is larger by `count` each time."""
+    share, rest = divmod(count, len(members))
+    lucky = set(torch.randperm(len(members), generator=generator)[:rest].tolist())
+    drawn = []
+    for number, rows in enumerate(members):
+        needed = share + (number in lucky)
+        for time in range(-(-needed // len(rows))):
+            order = torch.randperm(len(rows), generator=generator)[: needed - time * len(rows)]
+            drawn.append(rows[order] + time * count)
+    every = torch.cat(drawn)
+    return every[torch.randperm(count, generator=generator)]
 
 
 def _previous(place: int, count: int, size: int | None) -> int:
@@ -134,6 +172,18 @@ def shard_micro_batches(count: int, size: int | None) -> list[slice]:
         own = shard_range(min(whole, count - start))
         micro_batches.append(slice(start + own.start, start + own.stop))
     return micro_batches
+
+
+def check_batch_size(size: int, micro: int | None) -> None:
+    """Raise MoceError if a process would get no image in some forward pass."""
+    own = shard_micro_batches(size, micro)
+    shortest = torch.tensor(min(part.stop - part.start for part in own))
+    if int(all_reduce((shortest == 0).long())):
+        of = f", {micro} a pass" if micro else ""
+        raise MoceError(
+            f"a batch of {size} images{of} leaves some of {world_size()} processes without an image in a "
+            "forward pass; start fewer processes, or give another batch_size or micro_batch_size"
+        )
 
 
 def cached_on_gpu(images: ImageDataset, device: torch.device) -> ImageDataset:
@@ -199,13 +249,15 @@ def in_order(
     device: torch.device,
     fit: tuple[int, int] | Fit,
     rows: slice | None = None,
+    share: slice = slice(None),
 ) -> Generator[Tensor]:
     """All images, or a slice, once and in order: batches [b, c, h, w] uint8 on `device`.
 
-    A thread reads them while the previous ones are used.
+    share: which of the batches. A thread reads them while the previous ones are used.
     """
     first, end = (rows.start, rows.stop) if rows else (0, len(images))
-    slices = (slice(start, min(start + batch_size, end)) for start in range(first, end, batch_size))
+    starts = range(first, end, batch_size)[share]
+    slices = (slice(start, min(start + batch_size, end)) for start in starts)
     fit = fit if isinstance(fit, Fit) else Fit(fit)
     jobs = (partial(_read, images, where, fit, device) for where in slices)
     with closing(run_ahead(jobs, 1, PREFETCHED)) as batches:

@@ -24,6 +24,9 @@ class Stream(IntEnum):
     TOKEN = 8
     MIX = 9
     REPLACEMENT = 10
+    ANCHOR = 11
+    PROPOSAL = 12
+    DROP_PATH = 13
 
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64

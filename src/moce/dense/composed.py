@@ -128,8 +128,8 @@ def compose(task: SceneTask, split: str, number: int, size: int = 64, seed: int 
     """Image `number` of a split: a photograph with one to four objects, always the same."""
     rng = np.random.default_rng([seed, SEEDS[split], number])
     pieces, labels, solid = _pieces(task, split)
-    photographs = _photographs(split)
-    picked = Image.fromarray(photographs[rng.integers(len(photographs))])
+    scenes = photographs(split)
+    picked = Image.fromarray(scenes[rng.integers(len(scenes))])
     canvas = np.asarray(picked.resize((size, size), Image.Resampling.BICUBIC)).astype(np.float64)
     masks: list[np.ndarray] = []
     found: list[int] = []
@@ -207,7 +207,7 @@ def _gray(samples: list[Sample]) -> np.ndarray:
 
 
 @cache
-def _photographs(split: str) -> np.ndarray:
+def photographs(split: str) -> np.ndarray:
     """[n, 32, 32, 3] uint8: photographs of CIFAR-10's train or test split."""
     table = demo_table()
     ids = table.column("id").cast(pyarrow.string())

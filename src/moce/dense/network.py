@@ -75,8 +75,7 @@ class VitFeatures(nn.Module):
     def __init__(self, vit: Any, blocks: Sequence[int], window: int = 0) -> None:
         super().__init__()
         self.vit, self.wanted, self.window = vit, tuple(blocks), window
-        depth = len(vit.blocks)
-        self.whole = {depth * (n + 1) // 4 - 1 for n in range(4)}  # blocks of global attention
+        self.whole = set(four_blocks(len(vit.blocks)))  # of global attention
 
     def forward(self, images: Tensor) -> list[Tensor]:
         vit = self.vit
@@ -86,7 +85,7 @@ class VitFeatures(nn.Module):
         prefix = vit.num_prefix_tokens
         if self.window:
             tokens, prefix = tokens[:, prefix:], 0
-        maps = []
+        maps = {}
         for number, block in enumerate(vit.blocks):
             windowed = self.window and number not in self.whole
             run = partial(_in_windows, block, (height, width), self.window) if windowed else block
@@ -96,8 +95,13 @@ class VitFeatures(nn.Module):
                 tokens = run(tokens)
             if number in self.wanted:
                 patches = vit.norm(tokens)[:, prefix:]
-                maps.append(patches.transpose(1, 2).unflatten(2, (height, width)))
-        return maps
+                maps[number] = patches.transpose(1, 2).unflatten(2, (height, width))
+        return [maps[number] for number in self.wanted]
+
+
+def four_blocks(depth: int) -> list[int]:
+    """Four evenly spaced blocks, the last one among them; of fewer blocks some come more than once."""
+    return [max(0, depth * (n + 1) // 4 - 1) for n in range(4)]
 
 
 def _in_windows(block: nn.Module, grid: tuple[int, int], window: int, tokens: Tensor) -> Tensor:
@@ -286,6 +290,5 @@ def build_segmenter(vit: Any, config: dict[str, Any]) -> Segmenter:
     if config["head"]["kind"] == "linear":
         features = VitFeatures(vit, [depth - 1], config["window"])
         return Segmenter(features, LinearHead(vit.embed_dim, classes), config)
-    blocks = [depth * (n + 1) // 4 - 1 for n in range(4)]
     head = UPerNetHead(vit.embed_dim, config["head"]["dim"], classes)
-    return Segmenter(VitFeatures(vit, blocks, config["window"]), head, config)
+    return Segmenter(VitFeatures(vit, four_blocks(depth), config["window"]), head, config)

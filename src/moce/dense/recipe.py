@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moce.config import DetectorHead, FinetuneSettings, SegmenterHead
 from moce.config.load import parse
-from moce.dense.network import build_network, vit_of
+from moce.dense.network import build_network, four_blocks, vit_of
 from moce.dense.types import DenseSource, DenseTask
 from moce.errors import MoceError
 from moce.runtime.progress import log
@@ -76,8 +76,11 @@ def network_config(
     size = settings.image_size
     assert size is not None  # by_task
     _check_sizes(size, patch, settings.window)
-    if len(backbone.vit.blocks) < 4:
-        raise MoceError(f"a ViT of {len(backbone.vit.blocks)} blocks: at least 4 are needed")
+    depth = len(backbone.vit.blocks)
+    if settings.window and len(set(four_blocks(depth))) == depth:
+        raise MoceError(
+            f"a ViT of {depth} blocks: attention stays global in all of them; leave out --window"
+        )
     drop = ("img_size", "drop_path_rate", "num_classes", "global_pool", "fc_norm")
     return {
         "task": task,

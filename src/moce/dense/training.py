@@ -18,6 +18,7 @@ from moce.data.run_ahead import run_ahead
 from moce.dense.augment import TargetView, Views
 from moce.dense.dataset import DenseImages
 from moce.dense.network import vit_of
+from moce.dense.sampling import ImageSampling
 from moce.dense.types import IGNORE
 from moce.runtime.device import to_device
 from moce.runtime.system import worker_threads
@@ -29,9 +30,13 @@ from moce.training.trainer import Objective, Step
 
 @dataclass
 class DenseBatch:
-    """rows: [b] int64 into the data set; images: [b, c, size, size] uint8; targets: as `Views` gives."""
+    """rows: [b] int64 into the data set; epochs: [b] int64; images: [b, c, size, size] uint8.
+
+    targets: as `Views` gives.
+    """
 
     rows: Tensor
+    epochs: Tensor
     images: Tensor
     targets: list[TargetView]
 
@@ -56,7 +61,7 @@ class DenseObjective(Objective):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Any,
         config: dict[str, Any],
         images: DenseImages,
         settings: FinetuneSettings,
@@ -64,6 +69,7 @@ class DenseObjective(Objective):
         super().__init__(config["task"], network, images, _groups(network, settings))
         network.register_forward_pre_hook(_unpack)
         self._detects = config["task"] == "detect"
+        self._sampling = ImageSampling(network, settings.seed) if self._detects else None
         low, *high = settings.jitter
         self._views = Views(
             size=config["image_size"],
@@ -91,13 +97,14 @@ class DenseObjective(Objective):
             for row, epoch in zip(rows.tolist(), epochs.tolist(), strict=True)
         ]
         images = torch.stack([image for image, _ in views])
-        return DenseBatch(rows, images, [target for _, target in views])
+        return DenseBatch(rows, epochs, images, [target for _, target in views])
 
     def loss(self, model: nn.Module, batch: Any, step: Step) -> Losses:
         images = batch.images.float() / 255
-        if self._detects:
-            # torchvision samples proposals by torch's generator, which the trainer seeds per step.
+        if self._sampling is not None:
+            self._sampling.start(batch.rows, batch.epochs)
             losses = model(_AsIs(list(images), batch.targets))
+            losses = self._sampling.over_processes(losses, len(images))
             return {"loss": torch.stack(list(losses.values())).sum(), **losses}
         target = torch.stack(batch.targets)
         total = nn.functional.cross_entropy(
@@ -114,7 +121,7 @@ def _placed(batch: DenseBatch, device: torch.device) -> DenseBatch:
         else to_device(target, device)
         for target in batch.targets
     ]
-    return DenseBatch(batch.rows, to_device(batch.images, device), targets)
+    return DenseBatch(batch.rows, batch.epochs, to_device(batch.images, device), targets)
 
 
 def _groups(network: nn.Module, settings: FinetuneSettings) -> list[ParameterGroup]:

@@ -22,6 +22,7 @@ from moce.evaluation.sgd_probe import FrozenEncoder
 from moce.evaluation.sklearn_probe import cross_validated
 from moce.evaluation.task import Task, draw_labels
 from moce.inference.features import extract_features
+from moce.runtime.distributed import run_on_rank0
 from moce.weights.from_runs import Backbone
 
 STRATEGIES = ("route", "merge", "generalist")  # that `auto` chooses from
@@ -106,7 +107,7 @@ class Evaluator:
         encoder = FrozenEncoder(backbone, self.settings, pooling, self.device, self.precision)
         classify = build_probe(encoder, self.task)
         numbers = range(len(self.draws)) if draw is None else [draw]
-        return [classify(self.draws[number], number) for number in numbers]
+        return run_on_rank0(lambda: [classify(self.draws[number], number) for number in numbers])
 
     def _outcome(self, scores: list[np.ndarray], choice: dict[str, Any] | None = None) -> Outcome:
         values = [score(self.metric, of_draw, self.task.test_labels) for of_draw in scores]
@@ -190,8 +191,9 @@ def choose_by_probe(
             images,
             device=bank.device,
             precision=bank.precision,
+            shared=True,
         )
-        found = cross_validated(features.numpy(), labels, num_classes)
+        found = run_on_rank0(lambda: cross_validated(features.numpy(), labels, num_classes))
         if not found:
             raise TooFewLabels("strategy probe needs at least two labeled images of every class")
         return max(found.values())

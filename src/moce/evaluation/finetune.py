@@ -26,7 +26,7 @@ from moce.runtime.device import autocast
 from moce.runtime.distributed import all_reduce, shard_range
 from moce.training.freeze import freeze_first
 from moce.training.objectives import views_of
-from moce.training.thread_parallel import Losses
+from moce.training.thread_parallel import Losses, images_per_chunk
 from moce.training.trainer import Objective, Step
 from moce.weights.from_runs import Backbone
 
@@ -37,16 +37,20 @@ LARGER_SIZES: tuple[tuple[int, int, dict[str, Any]], ...] = (
     (32, 1280, {**_LARGE, "drop_path": 0.3}),
     (24, 1024, {**_LARGE, "drop_path": 0.2}),
 )
+# Adapters start from nothing and are few: they take ten times the rate, the same in every block.
+LORA: dict[str, Any] = {"base_lr": 5e-3, "layer_decay": 1.0}
 
 
 def by_size(settings: FinetuneSettings, vit: VisionTransformer) -> FinetuneSettings:
-    """Replace defaults by the published values for the encoder's size."""
-    for depth, width, published in LARGER_SIZES:
-        if len(vit.blocks) >= depth and vit.embed_dim >= width:
-            given = settings.model_fields_set
-            left = {name: value for name, value in published.items() if name not in given}
-            return settings.model_copy(update=left)
-    return settings
+    """Replace defaults by the published values for the encoder's size, and by those for LoRA."""
+    fitting = (
+        published
+        for depth, width, published in LARGER_SIZES
+        if len(vit.blocks) >= depth and vit.embed_dim >= width
+    )
+    values = next(fitting, {}) | (LORA if settings.lora else {})
+    given = settings.model_fields_set
+    return settings.model_copy(update={k: v for k, v in values.items() if k not in given})
 
 
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,8 +106,11 @@ class FinetuneObjective(Objective):
             no_weight_decay_list=vit.no_weight_decay(),
         )
         views = tuning_views(settings, spec, vit.patch_embed.img_size)
-        super().__init__("finetune", vit, images, groups, views=views, ema=settings.ema)
+        tokens = vit.num_prefix_tokens + vit.patch_embed.num_patches
+        size = images_per_chunk(tokens, vit.embed_dim)
+        super().__init__("finetune", vit, images, groups, size, views=views, ema=settings.ema)
         self._seed, self._targets = settings.seed, torch.from_numpy(labels)
+        self.classes = self._targets if settings.sampling == "balanced" else None
         self._inputs = Inputs(settings, spec, views)
         self._mix = _mixer(settings, vit.num_classes)
         self._criterion = _criterion(labels, vit.num_classes, settings)
@@ -115,7 +122,8 @@ class FinetuneObjective(Objective):
     def converged(self) -> bool:
         return getattr(self.diagnostics, "exhausted", lambda: False)()
 
-    def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
+    def prepared(self, batch: Batch, step: Step) -> Mixed:
+        """Views, mixed by one draw for the whole micro-batch."""
         pixels = self._inputs(batch)
         if self._targets.device != batch.rows.device:
             self._targets = self._targets.to(batch.rows.device)
@@ -123,9 +131,40 @@ class FinetuneObjective(Objective):
         if self._mix:
             with _seeded(self._seed, step):
                 pixels, targets = self._mix(pixels, targets)
-        pixels, targets = pixels[step.num_leading :], targets[step.num_leading :]
         self._criterion.to(pixels.device)
-        return {"loss": self._criterion(model(pixels).float(), targets)}
+        own = slice(step.num_leading, None)
+        weights = self._weights_of(targets[own])
+        return Mixed(batch.rows[own], batch.epochs[own], pixels[own], targets[own], weights)
+
+    def loss(self, model: nn.Module, batch: Mixed, step: Step) -> Losses:
+        value = self._criterion(model(batch.pixels).float(), batch.targets)
+        return {"loss": value if batch.weights is None else value * batch.weights.mean()}
+
+    def _weights_of(self, targets: Tensor) -> Tensor | None:
+        """Each image's share of the weights that the cross-entropy of class numbers divides by."""
+        weight = getattr(self._criterion, "weight", None)
+        if weight is None or targets.ndim == 2:
+            return None
+        return weight[targets] / weight[targets].mean()
+
+
+@dataclass
+class Mixed:
+    """Images to learn from. rows, epochs: [b]; pixels: the network's input, [b, c, h, w].
+
+    targets: [b] or [b, C]; weights: [b], with mean 1, of a loss that is a weighted mean.
+    """
+
+    rows: Tensor
+    epochs: Tensor
+    pixels: Tensor
+    targets: Tensor
+    weights: Tensor | None
+
+    def take(self, places: slice | Tensor) -> Mixed:
+        weights = None if self.weights is None else self.weights[places]
+        first = (self.rows[places], self.epochs[places], self.pixels[places])
+        return Mixed(*first, self.targets[places], weights)
 
 
 def _criterion(labels: np.ndarray, num_classes: int, settings: FinetuneSettings) -> nn.Module:

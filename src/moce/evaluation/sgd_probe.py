@@ -51,6 +51,7 @@ class FrozenEncoder:
             precision=self.precision,
             pooling=self.pooling,
             batch_size=self.settings.micro_batch_size,
+            shared=True,
         )
 
     def batches(self, images: ImageDataset, order: BatchOrder, total: int) -> Generator[Batch]:

@@ -12,7 +12,7 @@ from moce.config.base import Count
 from moce.config.dense import Task as TaskName
 from moce.config.facts import facts_of
 from moce.config.load import parse, read_recipe, with_new_names
-from moce.config.usage import replaced_by
+from moce.config.usage import check_used, replaced_by
 from moce.data.readers.factory import located
 from moce.errors import MoceError
 
@@ -107,8 +107,11 @@ def _check_section(path: Path, name: str, kind: type[Settings], values: dict[str
                 f"suite {path}: {name} has {setting} and {other}: leave out one of them"
             )
     fill = {"backbone": "", "data": "", **({} if name == "probe" else {"out": "x"})}
+    fill |= {"task": name} if name in DENSE_TASKS else {}
     try:
-        parse(kind, {**fill, **values})
+        settings = parse(kind, {**fill, **values})
+        if name in DENSE_TASKS:
+            check_used(settings, settings)
     except MoceError as error:
         raise MoceError(f"suite {path}: {name}: {error}") from None
 

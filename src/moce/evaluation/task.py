@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from moce.data.readers.factory import check_packs, open_source
 from moce.data.readers.labels import in_order
 from moce.data.readers.packed import find_packed
 from moce.data.readers.sample import Label
+from moce.data.readers.table import labels_and_splits, select
 from moce.errors import MoceError
 from moce.models.fit import Fit
 from moce.runtime.progress import log
@@ -42,6 +43,17 @@ class Task:
         return self.train.skipped + self.test.skipped
 
 
+def by_name(tasks: Iterable[str]) -> dict[str, str]:
+    """DATA arguments by the names of the tasks. Raises MoceError if two share one."""
+    found: dict[str, str] = {}
+    for data in tasks:
+        name = Path(data.rstrip("/").partition(":")[2] or data).stem
+        if name in found:
+            raise MoceError(f"two tasks are named {name}: {found[name]} and {data}")
+        found[name] = data
+    return found
+
+
 def load_task(
     data: str,
     shape: tuple[int, int, int],
@@ -55,19 +67,18 @@ def load_task(
     there are no labels or a split is missing.
     """
     everything = open_source(data)
-    samples = [sample for sample in everything if sample.label is not None]
-    if not samples:
+    all_labels, splits = labels_and_splits(everything)
+    if all(label is None for label in all_labels):
         raise MoceError(f"{data} has no labels; put every class in its own folder")
-    division = divide([s.label for s in everything], [s.split for s in everything])
+    division = divide(all_labels, splits)
     packed = _packed_as_needed(data, shape)
 
     def read(wanted: str) -> ImageDataset:
         rows = [row for row, part in enumerate(division.parts) if part == wanted]
         if packed is not None:
             return packed.subset(rows)
-        chosen = [everything[row] for row in rows]
         return load_images(
-            chosen,
+            select(everything, rows),
             fit or shape[1:],
             store,
             channels=shape[0],
@@ -85,7 +96,7 @@ def load_task(
     unknown = sorted(_names(test.labels) - set(classes), key=in_order)
     if unknown:
         raise MoceError(f"classes of the test images without training images: {', '.join(unknown)}")
-    multi_label = any(isinstance(sample.label, tuple) for sample in samples)
+    multi_label = any(isinstance(label, tuple) for label in all_labels)
     labels = [_encode(split.labels, classes, multi_label) for split in (train, test)]
     scored_on = f"{len(test)} test images: {division.rule}"
     log(f"{data}: {len(train)} training images, scored on {scored_on}")

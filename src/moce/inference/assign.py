@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moce.data.dataset import ImageDataset
 from moce.errors import MoceError, counted, raise_if_corrupt
-from moce.inference.features import feature_batches
+from moce.inference.features import shared_feature_batches
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import input_size
 from moce.runs.assignments import ASSIGNMENTS, read_assignments
@@ -83,8 +83,11 @@ def _large_enough(clusters: ClusterModel, images: ImageDataset) -> bool:
 def assign(
     images: ImageDataset, clusters: ClusterModel, device: torch.device, precision: str
 ) -> Tensor:
-    """The cluster of every image, [n] int64, by one forward pass; features are not stored."""
-    batches = feature_batches(
+    """The cluster of every image, [n] int64, by one forward pass; features are not stored.
+
+    Several processes call this with the same images, and share the work.
+    """
+    batches = shared_feature_batches(
         clusters.encoder,
         clusters.spec,
         images,

@@ -8,7 +8,7 @@ from torch import Tensor
 from moce.data.augment import normalize
 from moce.data.dataset import ImageDataset
 from moce.data.loader import in_order
-from moce.data.rng import Stream, keyed_uniform
+from moce.inference.reconstructions import fixed_noise
 from moce.models.encoder import EncoderSpec, choose_attention, fit_of
 from moce.models.mae import MAE
 from moce.models.moce import MoCE
@@ -44,8 +44,7 @@ def reconstruction_error(
         rows = torch.arange(start, start + len(fitting), device=device)
         start += len(fitting)
         pixels = normalize(fitting, spec.mean, spec.std)
-        patches = mae.encoder.patch_embed.num_patches
-        noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(rows), rows, patches)
+        noise = fixed_noise(rows, mae)
         own = None if clusters is None else clusters[rows.to(clusters.device)].to(device)
         with autocast(device, precision):
             routings = model.route(own) if isinstance(model, MoCE) and own is not None else None

@@ -20,6 +20,7 @@ from moce.data.load import load_images
 from moce.data.readers.factory import open_source
 from moce.data.rng import Stream, keyed_generator
 from moce.errors import MoceError, counted
+from moce.inference.reconstructions import as_rgb
 from moce.reporting.elements import html
 
 THUMBNAIL = 64  # longest side of a montage tile in pixels
@@ -69,11 +70,8 @@ def sample(items: Sequence[str], count: int) -> list[str]:
 
 
 def tiled(pixels: Tensor, columns: int, gap: int) -> np.ndarray:
-    """Images [n, c, h, w] uint8 in rows of `columns`, [H, W, 4]; gaps and margin are transparent.
-
-    Of more than three channels the first three are shown, of fewer the first one in gray.
-    """
-    color = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    """Images [n, c, h, w] uint8 in rows of `columns`, [H, W, 4]; gaps and margin are transparent."""
+    color = as_rgb(pixels)
     tiles = torch.cat([color, torch.full_like(color[:, :1], 255)], dim=1)
     missing = -len(tiles) % columns
     tiles = torch.cat([tiles, tiles.new_zeros(missing, *tiles.shape[1:])])
@@ -84,11 +82,15 @@ def montage(pixels: Tensor, columns: int, alt: str) -> Markup:
     """Images [n, c, h, w] uint8 in rows of `columns`, inlined as WebP."""
     height, width = pixels.shape[2:]
     canvas = tiled(pixels, columns, gap=max(1, height // 16))
-    lossless = max(height, width) <= LOSSLESS_UP_TO
+    return webp(Image.fromarray(canvas), alt, lossless=max(height, width) <= LOSSLESS_UP_TO)
+
+
+def webp(picture: Image.Image, alt: str, *, lossless: bool) -> Markup:
+    """A picture inlined as WebP."""
     buffer = io.BytesIO()
-    Image.fromarray(canvas).save(buffer, "WEBP", lossless=lossless, quality=85, method=6)
+    picture.save(buffer, "WEBP", lossless=lossless, quality=85, method=6)
     uri = data_uri("image/webp", buffer.getvalue())
-    return html.picture(uri, alt, canvas.shape[1], canvas.shape[0], pixelated=lossless)
+    return html.picture(uri, alt, *picture.size, pixelated=lossless)
 
 
 def data_uri(media_type: str, content: bytes) -> str:

@@ -149,8 +149,17 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _is_logged(row: dict[str, Any]) -> bool:
     """Whether the values to draw from a line of metrics.jsonl are numbers."""
-    names = ("step", "epoch", "loss", "reconstruction")
-    return all(isinstance(row.get(name, 0.0), int | float) for name in names)
+    names = ("step", "epoch", "loss", "reconstruction", "rankme", "val")
+    scores = row.get("monitor", {})
+    return all(isinstance(row.get(name, 0.0), int | float) for name in names) and (
+        isinstance(scores, dict) and all(_is_score(values) for values in scores.values())
+    )
+
+
+def _is_score(values: Any) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(values.get(kind), int | float) for kind in ("knn", "linear")
+    )
 
 
 def _check_info(info: dict[str, Any]) -> None:

@@ -32,6 +32,9 @@ def losses_section(material: Material) -> Section | None:
     labeled = [run for run in logged if run.kind in ("classifier", "segmenter")]
     if labeled:
         blocks.append(html.chart(_figure(labeled, "cross-entropy"), title="Fine-tuning"))
+    validated = [run for run in labeled if held_out_scores(run)[0]]
+    if validated:
+        blocks.append(_validation_chart(validated))
     detectors = [run for run in logged if run.kind == "detector"]
     if detectors:
         blocks.append(html.chart(_figure(detectors, "sum of losses"), title="Detection"))
@@ -49,6 +52,33 @@ def curve(run: Run) -> tuple[list[float], list[float]]:
     return [row["epoch"] for row in rows], [row[name] for row in rows]
 
 
+def held_out_scores(run: Run) -> tuple[list[float], list[float]]:
+    """(epochs, scores in %) on held-out images, as logged with --keep-best."""
+    rows = [row for row in run.metrics if "val" in row and "epoch" in row]
+    return [row["epoch"] for row in rows], [100 * row["val"] for row in rows]
+
+
+def _validation_chart(runs: list[Run]) -> Markup:
+    """Scores on held-out images; the kept weights are marked: the first of the best, as in training."""
+    best = []
+    with drawing(2.6, "Scores on held-out images over epochs.") as canvas:
+        axes = canvas.figure.subplots()
+        for number, run in enumerate(runs):
+            color, marker, dashes = style_of(runs, number)
+            epochs, scores = held_out_scores(run)
+            axes.plot(epochs, scores, dashes, color=color, marker=marker, label=run.label)
+            place = scores.index(max(scores))
+            axes.plot(
+                epochs[place], scores[place], "o", color=color, markersize=12, fillstyle="none"
+            )
+            best.append(f"{run.label}: {scores[place]:.1f} % after epoch {epochs[place]:g}")
+        axes.set_xlabel("epochs")
+        axes.set_ylabel("%")
+        axes.legend()
+    caption = f"A circle marks the weights that are kept. {'; '.join(best)}."
+    return html.chart(canvas.picture, caption, "Fine-tuning, held-out images")
+
+
 def _figure(runs: list[Run], unit: str) -> Markup:
     """Runs that continue from an MAE have a panel of their own: their losses vary much less."""
     continued = [run for run in runs if run.config.get("mae")]
@@ -63,12 +93,18 @@ def _figure(runs: list[Run], unit: str) -> Markup:
     return canvas.picture
 
 
+def style_of(runs: list[Run], number: int) -> tuple[str, str, str]:
+    """Color, marker and dashes of a run among others, which may be of the same kind."""
+    kind = runs[number].kind
+    before = sum(other.kind == kind for other in runs[:number])
+    look = METHODS.get(kind, METHODS["unfinished"])
+    color, marker = (look.color, ".") if before == 0 else another(before - 1)
+    return color, marker, DASHES[before % len(DASHES)]
+
+
 def draw_losses(axes: Any, runs: list[Run]) -> None:
     for number, run in enumerate(runs):
-        before = sum(other.kind == run.kind for other in runs[:number])
-        look = METHODS.get(run.kind, METHODS["unfinished"])
-        color, marker = (look.color, ".") if before == 0 else another(before - 1)
-        dashes = DASHES[before % len(DASHES)]
+        color, marker, dashes = style_of(runs, number)
         axes.plot(*curve(run), dashes, color=color, marker=marker, label=run.label)
     axes.set_xlabel("epochs")
     axes.legend()

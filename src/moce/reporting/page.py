@@ -11,6 +11,7 @@ from moce.reporting.elements import ENVIRONMENT, Section
 from moce.reporting.experts import experts_section
 from moce.reporting.load import Material
 from moce.reporting.losses import losses_section
+from moce.reporting.monitoring import monitoring_section
 from moce.reporting.reconstructions import reconstructions_section
 from moce.reporting.results import headroom_section, results_section
 from moce.reporting.summary import summary_section
@@ -24,6 +25,7 @@ def build_sections(material: Material, max_images: int) -> list[Section]:
         results_section(material),
         dense_section(material),
         losses_section(material),
+        monitoring_section(material),
         *(clusters_section(material, run, max_images) for run in material.of_kind("clusters")),
         *(headroom_section(run) for run in material.of_kind("headroom")),
         *(

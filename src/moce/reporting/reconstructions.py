@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from markupsafe import Markup
 from torch import Tensor
 
 from moce.customization.bank import Bank
-from moce.data.augment import denormalize, normalize
 from moce.data.dataset import ImageDataset
 from moce.data.domains import domain_of
-from moce.data.rng import Stream, keyed_uniform
 from moce.errors import MoceError
-from moce.models.encoder import EncoderSpec, input_shape, patchify, put, take
-from moce.models.mae import MAE, patch_statistics, unpatchify
+from moce.inference.reconstructions import Reconstructed, reconstruct
+from moce.models.encoder import EncoderSpec, input_shape
+from moce.models.mae import MAE
 from moce.reporting.clusters import images_missing
 from moce.reporting.elements import Section, html
 from moce.reporting.images import Source, montage, sample
@@ -24,7 +22,6 @@ from moce.weights.from_runs import load_mae
 
 PER_DOMAIN, WITHOUT_DOMAINS = 4, 8  # images
 COLUMNS = 2  # images beside each other
-GRAY = 0.82  # of a removed patch, 0..1
 LEAD = (
     "The models see the visible patches only. Each picture is the prediction for the removed patches, "
     "with the visible ones pasted in; MoCE uses the experts of the image's cluster. Predictions that "
@@ -47,13 +44,12 @@ class Model:
         """Models with the same geometry take the same images under the same mask."""
         return input_shape(self.mae.encoder), self.mae.patch_size, self.mae.mask_ratio
 
-    def predict(self, images: Tensor, noise: Tensor, stored: ImageDataset) -> tuple[Tensor, Tensor]:
-        """Prediction and removed patches, as in `Reconstruction`."""
+    def reconstruct(self, pixels: Tensor, stored: ImageDataset) -> Reconstructed:
+        """Images [b, c, h, w] uint8, masked and filled in; stored: the same images."""
         if self.bank is not None:
-            routed = self.bank.model(images, noise, self.bank.assign(stored)[0])
-            return routed.prediction, routed.removed
-        dense = self.mae(images, noise)
-        return dense.prediction, dense.removed
+            clusters = self.bank.assign(stored)[0]
+            return reconstruct(self.bank.model, self.spec, pixels, clusters)
+        return reconstruct(self.mae, self.spec, pixels)
 
 
 def reconstructions_section(material: Material, banks: dict[str, Bank]) -> Section | None:
@@ -93,49 +89,14 @@ def _groups(source: Source) -> list[tuple[str, list[str]]]:
     return [(name, sample(ids, PER_DOMAIN)) for name, ids in members.items()]
 
 
-@torch.no_grad()
 def _row(name: str, ids: list[str], source: Source, models: list[Model]) -> list[str | Markup]:
     """Images of a domain: the input, masked, and reconstructed by each model."""
-    mae = models[0].mae
-    stored = source.load(ids, input_shape(mae.encoder))
-    pixels, rows = stored.take(slice(None)), torch.arange(len(stored))
-    patches = mae.encoder.patch_embed.num_patches
-    noise = keyed_uniform(0, Stream.MASK, torch.zeros_like(rows), rows, patches)
+    stored = source.load(ids, input_shape(models[0].mae.encoder))
+    pixels = stored.take(slice(None))
     shown = {"Input": pixels}
     for model in models:
-        mean, std = model.spec.mean, model.spec.std
-        images = normalize(pixels, mean, std)
-        prediction, removed = model.predict(images, noise, stored)
-        shown.setdefault("Masked", hide(pixels.float() / 255, removed, mae.patch_size))
-        painted = paste(prediction, removed, images, mae.patch_size, model.mae.norm_pix)
-        shown[model.label] = _to_bytes(denormalize(painted, mean, std))
+        found = model.reconstruct(pixels, stored)
+        shown.setdefault("Masked", found.masked)
+        shown[model.label] = found.filled
     pictures = [montage(p, COLUMNS, f"{what}: {name or 'images'}") for what, p in shown.items()]
     return [name, *pictures]
-
-
-def paste(
-    prediction: Tensor, removed: Tensor, images: Tensor, patch: tuple[int, int], norm_pix: bool
-) -> Tensor:
-    """Images with their removed patches replaced by the prediction, [b, c, h, w].
-
-    prediction: [b, m, p*p*c]; removed: [b, m], their places; images: [b, c, h, w], normalized.
-    With norm_pix the prediction is scaled back by the true patch's mean and deviation.
-    """
-    patches = patchify(images, patch)
-    if norm_pix:
-        mean, deviation = patch_statistics(take(patches, removed))
-        prediction = prediction * deviation + mean
-    pasted = put(patches, removed, prediction.float())
-    return unpatchify(pasted, patch, (images.shape[2], images.shape[3]))
-
-
-def hide(images: Tensor, removed: Tensor, patch: tuple[int, int]) -> Tensor:
-    """Images 0..1 [b, c, h, w] with removed patches gray, as uint8."""
-    patches = patchify(images, patch)
-    gray = torch.full_like(take(patches, removed), GRAY)
-    hidden = put(patches, removed, gray)
-    return _to_bytes(unpatchify(hidden, patch, (images.shape[2], images.shape[3])))
-
-
-def _to_bytes(images: Tensor) -> Tensor:
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)

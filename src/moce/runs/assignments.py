@@ -30,7 +30,7 @@ def read_assignments(run: Path) -> dict[str, int]:
     Raises MoceError if the file is missing or corrupt.
     """
     try:
-        table = pyarrow.parquet.read_table(run / ASSIGNMENTS)
+        table = pyarrow.parquet.ParquetFile(run / ASSIGNMENTS).read()
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise MoceError(f"cannot read {run / ASSIGNMENTS}: {error}") from None
     with raise_if_corrupt(run / ASSIGNMENTS):

@@ -8,6 +8,7 @@ model.json          what they are: kind, how to build it, metrics, versions, git
 metrics.jsonl       one line per logged step, identical if the run is repeated
 timings.jsonl       how long these steps took
 skipped.jsonl       images that could not be read, if any
+reconstructions/    pictures of what a masked autoencoder filled in, if measured while training
 state/              checkpoints to resume from
 """
 
@@ -25,6 +26,7 @@ from moce.runs.model import (
     CONFIG,
     INFO,
     METRICS,
+    PICTURES,
     SKIPPED,
     STATE,
     TENSORBOARD,
@@ -42,7 +44,9 @@ TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 # The names that any command writes to output folders; proofs: those that nobody else would write.
 PROOFS = {INFO, CONFIG, TIMINGS}.union(*(kind.proofs for kind in settings_classes()))
 FILES = PROOFS.union({WEIGHTS, METRICS, SKIPPED}, *(kind.files for kind in settings_classes()))
-FOLDERS = {STATE, TENSORBOARD, WANDB}.union(*(kind.folders for kind in settings_classes()))
+FOLDERS = {STATE, PICTURES, TENSORBOARD, WANDB}.union(
+    *(kind.folders for kind in settings_classes())
+)
 
 
 def check_folder(
@@ -123,7 +127,7 @@ def _remove_temporaries(path: Path) -> None:
 
 def _is_temporary(path: Path) -> bool:
     match = TEMPORARY.fullmatch(path.name)
-    known = match and (match[1] in FILES or path.parent.name == STATE)
+    known = match and (match[1] in FILES or path.parent.name in (STATE, PICTURES))
     return bool(known) and path.is_file()
 
 

@@ -23,6 +23,7 @@ WEIGHTS, INFO, CONFIG, METRICS = "model.safetensors", "model.json", "config.yaml
 SKIPPED, STATE, TIMINGS = "skipped.jsonl", "state", "timings.jsonl"
 LOGGERS = "loggers.json"  # in state: the runs of W&B and MLflow
 TENSORBOARD, WANDB = "tensorboard", "wandb"  # folders of loggers
+PICTURES = "reconstructions"  # folder of what a masked autoencoder filled in while it trained
 
 MADE_BY = {  # the command that makes a run, by the run's kind
     "mae": "moce pretrain",

@@ -7,7 +7,7 @@ CPU tensors go through gloo, those on accelerators through nccl.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -90,6 +90,20 @@ def all_gather(value: T) -> list[T]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def all_gather_rows(values: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The rows of every process, [counts[r], ...] on the CPU, in the order of their ranks, in all of them.
+
+    values: [counts[rank()], ...]; the other dimensions are the same in all processes.
+    """
+    if not _is_distributed():
+        return [values]
+    padded = values.new_zeros(max(counts), *values.shape[1:])
+    padded[: len(values)] = values
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return [rows[:count] for rows, count in zip(gathered, counts, strict=True)]
 
 
 def shard_range(count: int) -> slice:

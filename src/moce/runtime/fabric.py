@@ -1,4 +1,4 @@
-"""Lightning Fabric: device, precision, and DDP or FSDP2 for several processes."""
+"""Lightning Fabric: device, precision, and DDP or FSDP2 for several processes; one needs none."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from moce.errors import MoceError
 from moce.runtime.fsdp import shard
 from moce.runtime.launch import ALONE, launch
+from moce.runtime.single_process import SingleProcess
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -20,12 +21,17 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(hours=6)
 
 
-def open_fabric(device: torch.device, precision: str, strategy: str = "ddp") -> Fabric:
+def open_fabric(
+    device: torch.device, precision: str, strategy: str = "ddp"
+) -> Fabric | SingleProcess:
     """A launched Fabric (imported here, as that takes seconds); the first call opens the process group.
 
+    A process alone gets its stand-in, which needs no import.
     precision: float32 or bf16; strategy, for several processes: ddp, each holds the whole model, or
     fsdp, each holds a shard. Raises MoceError if Slurm's settings do not fit.
     """
+    if launch() is ALONE:
+        return SingleProcess(device, precision)
     from lightning_fabric import Fabric
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -33,7 +39,7 @@ def open_fabric(device: torch.device, precision: str, strategy: str = "ddp") -> 
         accelerator=device.type,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         devices=1,
-        **({} if launch() is ALONE else _distributed_arguments(device, strategy)),
+        **_distributed_arguments(device, strategy),
     )
     fabric.launch()
     return fabric

@@ -22,6 +22,7 @@ from moce.runtime.launch import is_rank0
 
 console = Console(stderr=True, highlight=False)
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal, at first
+BAR_WIDTH = 20  # characters
 LINE_SHARE = 0.01  # of the time since the start: a run of days must not write thousands of lines
 
 
@@ -52,6 +53,13 @@ class _TimeLeft(ProgressColumn):
         return Text("" if left is None else f"{duration(left)} left", style="progress.remaining")
 
 
+class _Note(ProgressColumn):
+    """The note on one line: what does not fit is cut off, never the time that is left."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+
 class Meter:
     """Progress of one job: call `advance` after every step, optionally with a short note.
 
@@ -63,11 +71,11 @@ class Meter:
         self._note, self._wait = "", wait
         self._start = self._last_line = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _TimeLeft(),
-            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(BAR_WIDTH, table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            _TimeLeft(Column(no_wrap=True)),
+            _Note(),
             console=console,
             disable=not console.is_terminal or not is_rank0(),
         )

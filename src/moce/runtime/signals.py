@@ -42,15 +42,21 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 class StopRequest:
-    """received: the signal that asked to stop, or None. A Ctrl-C after it raises KeyboardInterrupt."""
+    """received: the signal that asked to stop, or None. A Ctrl-C after it raises KeyboardInterrupt.
 
-    def __init__(self) -> None:
+    waits_for: what will be finished before the work stops, in words; it may change.
+    """
+
+    def __init__(self, waits_for: str) -> None:
         self.received: signal.Signals | None = None
+        self.waits_for = waits_for
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
-            _write("stopping and saving; Ctrl-C again stops at once, without saving")
+            _write(
+                f"stopping after {self.waits_for}, then saving; Ctrl-C again stops at once, without saving"
+            )
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
@@ -64,8 +70,8 @@ def _write(message: str) -> None:
 
 
 @contextmanager
-def stop_request() -> Iterator[StopRequest]:
+def stop_request(waits_for: str) -> Iterator[StopRequest]:
     """Within the context signals only set `received` (on the main thread; elsewhere a no-op)."""
-    request = StopRequest()
+    request = StopRequest(waits_for)
     with handled_by(request._handle, signal.SIGINT, signal.SIGTERM):
         yield request

@@ -16,6 +16,7 @@ from moce.errors import counted
 from moce.models.encoder import input_size
 from moce.runtime.distributed import world_size
 from moce.runtime.progress import duration, log
+from moce.training.defaults import rate_for
 from moce.training.trainer import Objective, Step, total_steps
 
 PASSES = 3  # of which the fastest counts
@@ -64,6 +65,12 @@ def _header(
     if chosen:
         flags = ", ".join(flag(name) for name in sorted(chosen))
         lines.append(f"chosen for these images and this device: {flags}")
+    guess = rate_for(sum(weight.numel() for weight in encoder.parameters()))[1]
+    if "base_lr" in chosen and guess and not _starts_from_weights(settings):
+        lines.append(
+            f"base_lr {settings.base_lr:g} is {guess}, not measured for this one: if the loss does not fall, "
+            "try a tenth"
+        )
     per_epoch = count / settings.batch_size
     if per_epoch < FEW_STEPS and "batch_size" not in chosen:
         lines.append(
@@ -73,7 +80,14 @@ def _header(
     seconds = _seconds(objective, settings, device, steps)
     if seconds is not None:
         lines.append(f"takes about {duration(seconds)}{_first_look(settings, steps, seconds)}")
+    if objective.monitor is not None:
+        lines += objective.monitor.header(seconds)
     return lines
+
+
+def _starts_from_weights(settings: TrainingSettings) -> bool:
+    """Whether the rate is that of weights, not of a model's size."""
+    return any(getattr(settings, name, None) is not None for name in ("init", "mae"))
 
 
 def _first_look(settings: TrainingSettings, steps: int, seconds: float) -> str:
@@ -111,11 +125,12 @@ def seconds_per_image(
     with closing(objective.batches(order, device, Loading(workers=0))) as batches:
         batch = next(batches)
     step = Step(-1, rows)  # what a loss keeps for one step must not be kept for the first
+    prepared = objective.prepared(batch, step)
     seconds = []
     for _ in range(PASSES):
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = objective.loss(objective.model, batch, step)["loss"]
+            loss = objective.loss(objective.model, prepared, step)["loss"]
         loss.backward()
         float(loss.detach())  # waits for the device
         seconds.append(time.perf_counter() - start)

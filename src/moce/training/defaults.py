@@ -1,15 +1,14 @@
 """Settings that are not given, chosen from the images, the device and the weights at hand.
 
 The learning rates are measured for small models on few images (docs/log.md); from ViT-B on they are
-those of the MAE paper, and between them interpolated.
+those of the MAE paper, and between them they are guesses, which a run's header says
+(`experiments/rates` measures some).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import try_to_load_from_cache
 
 from moce.config import ChosenSettings, expand
 from moce.runs.model import read_config
@@ -25,8 +24,12 @@ MODELS = {
 # (longest shorter side of the images, (img_size, patch_size))
 SIZES = [(40, (32, 4)), (72, (64, 8)), (144, (96, 8))]
 FULL = (224, 16)
-# (most parameters of the encoder, base_lr)
-RATES = [(10e6, 4e-3), (40e6, 1e-3)]
+# (most parameters of the encoder, base_lr, what is to be told of it)
+RATES = [
+    (1e6, 4e-3, None),
+    (10e6, 4e-3, "extrapolated from encoders of up to 1 M parameters"),
+    (40e6, 1e-3, "interpolated between encoders of 1 M and 86 M parameters"),
+]
 LARGE_RATE = 1.5e-4
 LOWER_LR = 0.5  # of the rate that a run was trained with
 BASE_LR = 7.5e-5  # for weights of other libraries: half of MAE's own rate
@@ -83,9 +86,14 @@ def choose_training(
     if settings.batch_size is None:
         chosen["batch_size"] = batch_for(count)
     if settings.base_lr is None:
-        by_size = (rate for most, rate in RATES if parameters <= most)
-        chosen["base_lr"] = rate_of_weights or next(by_size, LARGE_RATE)
+        chosen["base_lr"] = rate_of_weights or rate_for(parameters)[0]
     return chosen
+
+
+def rate_for(parameters: int) -> tuple[float, str | None]:
+    """base_lr for an encoder of so many parameters, and what it is a guess from, if it is one."""
+    by_size = ((rate, guess) for most, rate, guess in RATES if parameters <= most)
+    return next(by_size, (LARGE_RATE, None))
 
 
 def batch_for(count: int) -> int:
@@ -105,5 +113,7 @@ def default_lr(weights: Path | str) -> float:
 
 def official_weights_here() -> bool:
     """Whether the official MAE weights are in the hub's cache on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
     found = try_to_load_from_cache(f"timm/{OFFICIAL}", "model.safetensors")
     return isinstance(found, str)

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moce.config import LoggerName
 from moce.errors import MoceError
 from moce.runs.files import write_json
@@ -62,6 +64,15 @@ def open_loggers(
     return loggers
 
 
+def log_picture(logger: Any, name: str, picture: np.ndarray, step: int) -> None:
+    """A picture [h, w, 3] uint8 to TensorBoard or W&B; MLflow, which would need a store, gets none."""
+    kind = type(logger).__name__
+    if kind == "TensorBoardLogger":
+        logger.experiment.add_image(name, picture, step, dataformats="HWC")
+    elif kind == "WandbLogger":
+        logger.log_image(name, [picture], step)
+
+
 def close_loggers(loggers: Iterable[Any], *, finished: bool) -> None:
     """Send what is left. finished: the run came to its end."""
     for logger in loggers:
@@ -75,7 +86,7 @@ def _tensorboard(folder: Path, resumed_step: int, _: str | None) -> Any:
     """Events after `resumed_step` are hidden."""
     from lightning_fabric.loggers import TensorBoardLogger
 
-    return TensorBoardLogger(folder, TENSORBOARD, "", purge_step=resumed_step + 1)
+    return TensorBoardLogger(folder, TENSORBOARD, "", purge_step=resumed_step and resumed_step + 1)
 
 
 def _wandb(folder: Path, _: int, run: str | None) -> Any:

@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moce.config import LoggerName
 from moce.errors import NotFinite
 from moce.runs.files import append_line, read_lines, write_text
-from moce.runs.model import METRICS, TIMINGS
+from moce.runs.model import METRICS, PICTURES, TIMINGS
 from moce.runtime.distributed import all_reduce
 from moce.runtime.launch import is_rank0
-from moce.training.loggers import close_loggers, open_loggers
+from moce.training.loggers import close_loggers, log_picture, open_loggers
 from moce.training.thread_parallel import Losses
 
 STEPS = "steps"  # key of the step count in a window's state
@@ -30,7 +31,8 @@ class MetricLog:
     """Appends rows to metrics.jsonl and timings.jsonl of a run, on rank 0 only.
 
     metrics.jsonl is reproducible, timings.jsonl depends on the clock. Rows after `resumed_step` are
-    dropped from both. loggers: also told; config: the settings they record.
+    dropped from both, and so are pictures; 0: nothing is resumed. loggers:
+    also told; config: the settings they record.
     """
 
     def __init__(
@@ -43,19 +45,25 @@ class MetricLog:
         self._folder, self._finished = folder, False
         for name in (METRICS, TIMINGS):
             rows = read_lines(folder / name, "step")
-            lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= resumed_step]
-            write_text(folder / name, "".join(lines))
+            kept = [row for row in rows if resumed_step and row["step"] <= resumed_step]
+            write_text(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
+        if is_rank0():
+            drop_pictures(folder, resumed_step)
         self._loggers = (
             open_loggers(loggers, folder, resumed_step, config or {}) if is_rank0() else []
         )
 
-    def write(self, row: Row, times: Row) -> None:
+    def write(self, row: Row, times: Row | None = None, picture: np.ndarray | None = None) -> None:
+        """times: of the steps since the last row, if any; picture: [h, w, 3] uint8, for the loggers."""
         if not is_rank0():
             return
         append_line(self._folder / METRICS, row)
-        append_line(self._folder / TIMINGS, times)
+        if times is not None:
+            append_line(self._folder / TIMINGS, times)
         for logger in self._loggers:
-            logger.log_metrics(flatten(row | times), row["step"])
+            logger.log_metrics(flatten(row | (times or {})), row["step"])
+            if picture is not None:
+                log_picture(logger, PICTURES, picture, row["step"])
 
     def finish(self) -> None:
         """Training came to its end; `close` without it reports a run that was stopped."""
@@ -63,6 +71,26 @@ class MetricLog:
 
     def close(self) -> None:
         close_loggers(self._loggers, finished=self._finished)
+
+
+def note_of(row: Row, times: Row, measured: str = "") -> str:
+    """The summary of a row beside the progress bar. measured: what a monitor found last."""
+    wait = 100 * times["data_wait_s"] / max(times["step_s"], 1e-9)
+    speed = f"{times['images_per_s']:.0f} images/s, data wait {wait:.1f}%"
+    return ", ".join(filter(None, (f"loss {row['loss']:.4f}", measured, speed)))
+
+
+def picture_steps(folder: Path) -> dict[int, Path]:
+    """The pictures of a run by their steps, in order."""
+    paths = sorted((folder / PICTURES).glob("step_*.png"))
+    return {int(path.stem.removeprefix("step_")): path for path in paths}
+
+
+def drop_pictures(folder: Path, after: int) -> None:
+    """Remove the pictures of later steps."""
+    for step, path in picture_steps(folder).items():
+        if step > after:
+            path.unlink()
 
 
 def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:

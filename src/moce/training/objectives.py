@@ -21,7 +21,7 @@ from moce.models.token_moe import TokenMoE
 from moce.runtime.device import bincount, to_device
 from moce.training.gate_stats import ExpertStats, GateStats, kinds_of
 from moce.training.optimizer import ParameterGroup, parameter_groups
-from moce.training.thread_parallel import CHUNK_NUMBERS, Losses
+from moce.training.thread_parallel import Losses, images_per_chunk
 from moce.training.trainer import Objective, Step
 
 
@@ -55,10 +55,10 @@ def mask_noise(batch: Batch, settings: TrainingSettings, mae: MAE) -> Tensor:
 
 
 def chunk_size(mae: MAE) -> int:
-    """Images per chunk of a batch for `ThreadParallel`: their tokens have about CHUNK_NUMBERS values."""
+    """Images per chunk of a batch for `ThreadParallel`."""
     vit = mae.encoder
     tokens = vit.num_prefix_tokens + num_kept(vit.patch_embed.num_patches, mae.mask_ratio)
-    return max(1, CHUNK_NUMBERS // (tokens * vit.embed_dim))
+    return images_per_chunk(tokens, vit.embed_dim)
 
 
 class MAEObjective(Objective):

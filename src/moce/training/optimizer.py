@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from inspect import unwrap
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 ParameterGroup = dict[str, Any]
 
@@ -29,9 +31,19 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def adamw(groups: list[ParameterGroup], beta2: float) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW as it is without torch.compile, for which each of these imports the compiler (2 s)."""
+
+    add_param_group = unwrap(Optimizer.add_param_group)
+    zero_grad = unwrap(Optimizer.zero_grad)
+    state_dict = unwrap(Optimizer.state_dict)
+    load_state_dict = unwrap(Optimizer.load_state_dict)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+def adamw(groups: list[ParameterGroup], beta2: float) -> AdamW:
     """Fused AdamW: with many experts a loop over the parameters takes several times as long."""
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), fused=True)
+    return AdamW(groups, lr=0.0, betas=(0.9, beta2), fused=True)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float, final: float) -> float:

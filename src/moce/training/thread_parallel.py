@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moce.models.token_moe import TokenExpertFFN
 from moce.runtime.threads import num_worker_threads, run_in_threads
+from moce.training.drop_path import KeyedDropPath
 
 Losses = dict[str, Tensor]
 ChunkLoss = Callable[[nn.Module, slice], Losses]
@@ -41,10 +43,17 @@ def replica(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def has_dropout(module: nn.Module) -> bool:
+def images_per_chunk(tokens: int, width: int) -> int:
+    """Images of so many tokens in a chunk: their tokens have about CHUNK_NUMBERS values."""
+    return max(1, CHUNK_NUMBERS // (tokens * width))
+
+
+def draws_in_turn(module: nn.Module) -> bool:
     """Whether layers draw random numbers in training, whose order would depend on the threads."""
-    rates = [getattr(m, name, 0.0) for m in module.modules() for name in ("p", "drop_prob")]
-    return module.training and any(isinstance(rate, float) and rate > 0 for rate in rates)
+    layers = [m for m in module.modules() if not isinstance(m, KeyedDropPath)]
+    rates = [getattr(m, name, 0.0) for m in layers for name in ("p", "drop_prob")]
+    drops = any(isinstance(rate, float) and rate > 0 for rate in rates)
+    return module.training and (drops or any(isinstance(m, TokenExpertFFN) for m in layers))
 
 
 class ThreadParallel:

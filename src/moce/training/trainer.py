@@ -19,6 +19,7 @@ from moce.data.loader import (
     Batch,
     BatchOrder,
     Loading,
+    check_batch_size,
     shard_micro_batches,
     view_batches,
 )
@@ -34,12 +35,14 @@ from moce.runtime.fsdp import full_state
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log, meter
 from moce.runtime.signals import stop_request
-from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from moce.training.checkpoint import Checkpoint, CheckpointWriter, check_agreed, load_checkpoint
+from moce.training.drop_path import draw_drop_path, forget_drop_path, use_keyed_drop_path
 from moce.training.gate_stats import Diagnostics
 from moce.training.idle_experts import IdleExperts
-from moce.training.metrics import MetricLog, Window
+from moce.training.metrics import MetricLog, Window, note_of
+from moce.training.monitoring import Measured, Monitor
 from moce.training.optimizer import ParameterGroup, adamw, learning_rate, set_learning_rate
-from moce.training.thread_parallel import Losses, ThreadParallel, has_dropout
+from moce.training.thread_parallel import Losses, ThreadParallel, draws_in_turn
 from moce.training.unreadable import UnreadableImages
 from moce.training.weight_average import WeightAverage
 
@@ -71,6 +74,9 @@ class Objective(ABC):
         parameter_groups: for AdamW; `lr_scale` is a factor of the learning rate.
         chunk_size: images per chunk for `ThreadParallel`. None: the loss must not be chunked.
         diagnostics: values to log beside the losses.
+        monitor: measures the network at some of the rows.
+        classes: [n] int64; as many images are drawn of each class as of any other (None: every
+            image once an epoch).
         ema: decay of an average of the weights, which then is what is evaluated and kept; 0: none.
         views: what `loss` asks a batch for: random crops of the images, or what a policy makes of
             those. None: batches are whole images.
@@ -82,6 +88,8 @@ class Objective(ABC):
     parameter_groups: list[ParameterGroup]
     chunk_size: int | None = None
     diagnostics: Diagnostics | None = None
+    monitor: Monitor | None = field(default=None, init=False)
+    classes: Tensor | None = field(default=None, init=False)
     views: Views | None = None
     ema: float = 0.0
     average: WeightAverage | None = field(default=None, init=False)  # set by the trainer
@@ -95,9 +103,13 @@ class Objective(ABC):
         """Whether training should end before its last step; asked after every logged row."""
         return False
 
+    def prepared(self, batch: Batch, step: Step) -> Any:
+        """What `loss` gets, with `rows`, `epochs` and `take`: what all chunks need made at once."""
+        return batch
+
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
-        """Named scalars of a micro-batch, "loss" among them.
+    def loss(self, model: nn.Module, batch: Any, step: Step) -> Losses:
+        """Named scalars of a micro-batch as `prepared`, or of a chunk of it, "loss" among them.
 
         Each is a mean over the images, or the same for all micro-batches of the step. `model` is
         `self.model` as it is called in training (wrapped, sharded or a replica).
@@ -150,12 +162,14 @@ class _Trainer:
         self.unreadable = UnreadableImages(objective.images, settings.out)
         self.total = total_steps(settings, self.count)
         far = getattr(objective.images, "far_files", None)  # not of dense tasks
-        self.order = BatchOrder(self.count, settings.batch_size, settings.seed, far)
+        self.order = BatchOrder(
+            self.count, settings.batch_size, settings.seed, far, objective.classes
+        )
         self.sharded = settings.strategy == "fsdp" and world_size() > 1
         self.fabric = open_fabric(device, precision, "fsdp" if self.sharded else "ddp")
         choose_attention(objective.model, device, precision)
         set_checkpointing(objective.model, settings.grad_checkpointing)
-        check_batch_size(settings)
+        check_batch_size(settings.batch_size, settings.micro_batch_size)
         self.model, self.optimizer = self._setup()
         if objective.ema:
             if self.sharded:
@@ -169,6 +183,8 @@ class _Trainer:
     def _setup(self) -> tuple[Any, torch.optim.Optimizer]:
         """Wrap the model for its device and processes, and create its optimizer."""
         objective = self.objective
+        if objective.chunk_size is not None:
+            use_keyed_drop_path(objective.model)
         module = copy.deepcopy(objective.model) if self.sharded else objective.model
         names = {parameter: name for name, parameter in objective.model.named_parameters()}
         model = self.fabric.setup_module(module)
@@ -192,23 +208,31 @@ class _Trainer:
             closing(self._open_log()) as metric_log,
             meter(self.objective.name, self.total, self.done) as progress,
             closing(self._batches(rows)) as batches,
-            stop_request() as stop,
+            stop_request("the first step") as self.stop,
             self._thread_parallel() as self.thread_parallel,
+            CheckpointWriter(self.folder) as checkpoints,
         ):
+            if not self.done and (measured := self._measure(0)).row:
+                metric_log.write({"step": 0, "epoch": 0.0, **measured.row}, None, measured.picture)
+                self.window.reset()
             end = self.done if self.done and self._converged() else self.total
             for number in range(self.done, end):
+                self.stop.waits_for = f"step {number + 1:,} of {self.total:,}"
                 rate = self._set_rate(number)
                 self._step(number, batches)
-                # Read once: a later signal is for the next step.
-                received = agreed_signal(stop.received)
+                checkpoints.check()
                 last = number + 1 == self.total
                 note = None
                 # Rows are where an uninterrupted run has them: asking to stop makes none.
                 if last or (number + 1) % self.settings.log_every == 0:
                     note = self._log(metric_log, number + 1, rate)
                     last = last or self._converged()
+                # Read once: a later signal is for the next step.
+                received = agreed_signal(self.stop.received)
                 if last or received is not None or (number + 1) % self.settings.save_every == 0:
-                    self._save(number + 1)
+                    self._save(checkpoints, number + 1)
+                if last or received is not None:
+                    checkpoints.finish()
                 progress.advance(note)
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
@@ -232,9 +256,24 @@ class _Trainer:
         self.window.collect()
         row = self.window.row(step, self.count, self.settings.batch_size, rate)
         times = self.window.times(step, self.settings.batch_size)
-        self.window.reset()
-        metric_log.write(row | self._diagnostics(), times)
-        return _note(row, times)
+        row |= self._diagnostics()
+        measured = self._measure(step)
+        metric_log.write(row | measured.row, times, measured.picture)
+        self.window.reset()  # measuring is no part of a step
+        return note_of(row, times, self.objective.monitor.note if self.objective.monitor else "")
+
+    def _measure(self, step: int) -> Measured:
+        """What the monitor finds after a step, if it is due: on rank 0, the others wait."""
+        monitor, measured = self.objective.monitor, Measured()
+        if monitor is None or not monitor.due(step):
+            return measured
+        self.stop.waits_for = f"measuring at step {step:,}"
+        if self.sharded:
+            self._update_model()
+        if is_rank0():
+            measured = monitor.measure(step)
+        barrier()
+        return measured
 
     def _diagnostics(self) -> dict[str, Any]:
         """On rank 0, which alone writes the row."""
@@ -263,6 +302,7 @@ class _Trainer:
             for value in self.objective.model.state_dict().values():
                 broadcast(value)
         set_checkpointing(self.objective.model.eval(), False)
+        forget_drop_path(self.objective.model)
 
     def _load(self) -> int:
         """Load the newest checkpoint. Returns the number of steps done."""
@@ -280,7 +320,7 @@ class _Trainer:
             self.objective.average.load(found.average)
         return found.step
 
-    def _save(self, step: int) -> None:
+    def _save(self, checkpoints: CheckpointWriter, step: int) -> None:
         self.window.collect()
         self.window.check_finite(self.folder)
         self.unreadable.write()
@@ -292,8 +332,7 @@ class _Trainer:
             diagnostics.state if diagnostics else {},
             average.state() if average else {},
         )
-        save_checkpoint(self.folder, state, self.model.module, self.optimizer)
-        barrier()
+        checkpoints.save(state, self.model.module, self.optimizer)
 
     def _set_rate(self, number: int) -> float:
         settings = self.settings
@@ -338,49 +377,24 @@ class _Trainer:
         """Computes a batch in chunks; on a CPU with a single process."""
         alone = self.fabric.device.type == "cpu" and world_size() == 1
         model = self.objective.model
-        if self.objective.chunk_size is None or not alone or has_dropout(model):
+        if self.objective.chunk_size is None or not alone or draws_in_turn(model):
             return nullcontext()
         return ThreadParallel(model, self.fabric.setup_module, self.fabric.backward)
 
     def _backward(self, batch: Batch, step: Step, scale: float) -> Losses:
         """The losses of a micro-batch; its gradients, times `scale`, are accumulated."""
         objective, size = self.objective, self.objective.chunk_size
+        batch = objective.prepared(batch, step)
+
+        def loss(model: nn.Module, part: Any) -> Losses:
+            draw_drop_path(model, self.settings.seed, part)
+            return objective.loss(model, part, step)
+
         if self.thread_parallel is None or size is None:
-            losses = objective.loss(self.model, batch, step)
+            losses = loss(self.model, batch)
             self.fabric.backward(losses["loss"] * scale)
             return losses
-        order = objective.chunk_order(batch)
-        if order is not None:
+        if (order := objective.chunk_order(batch)) is not None:
             batch = batch.take(order)
-        loss = lambda model, chunk: objective.loss(model, batch.take(chunk), step)  # noqa: E731
-        return self.thread_parallel.backward(loss, len(batch.rows), size, scale)
-
-
-def _note(row: dict[str, Any], times: dict[str, Any]) -> str:
-    """The summary beside the progress bar."""
-    wait = 100 * times["data_wait_s"] / max(times["step_s"], 1e-9)
-    return f"loss {row['loss']:.4f}, {times['images_per_s']:.0f} images/s, data wait {wait:.1f}%"
-
-
-def check_batch_size(settings: TrainingSettings) -> None:
-    """Raise MoceError if a process would get no image in some forward pass."""
-    size, micro = settings.batch_size, settings.micro_batch_size
-    own = shard_micro_batches(size, micro)
-    shortest = torch.tensor(min(part.stop - part.start for part in own))
-    if int(all_reduce((shortest == 0).long())):
-        of = f", {micro} a pass" if micro else ""
-        raise MoceError(
-            f"a batch of {size} images{of} leaves some of {world_size()} processes without an image in a "
-            "forward pass; start fewer processes, or give another batch_size or micro_batch_size"
-        )
-
-
-def check_agreed(done: int) -> None:
-    """Raise MoceError if the processes have found different checkpoints to resume from."""
-    total = int(all_reduce(torch.tensor(done)))
-    differ = int(all_reduce(torch.tensor(int(total != done * world_size()))))
-    if differ:
-        raise MoceError(
-            "the processes find different checkpoints; the output folder has to be on a disk that all "
-            "nodes share"
-        )
+        of_chunk = lambda model, chunk: loss(model, batch.take(chunk))  # noqa: E731
+        return self.thread_parallel.backward(of_chunk, len(batch.rows), size, scale)

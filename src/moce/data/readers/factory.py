@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from moce.config import expand
+from moce.data.readers.columns import label_column, text_column
 from moce.data.readers.folder import read_folder
 from moce.data.readers.huggingface import HUB_PREFIX, is_saved, read_hub, read_saved
 from moce.data.readers.labels import label_of
@@ -24,9 +26,9 @@ from moce.data.readers.packed import check_large_enough, find_packed
 from moce.data.readers.parquet import DEMO_PREFIX, demo_samples, read_parquet_files
 from moce.data.readers.remote import find_remote, is_url
 from moce.data.readers.sample import Encoded, Sample, as_text, is_image_name
-from moce.data.readers.splits import inner_split, place_samples, source_splits
+from moce.data.readers.splits import inner_split, places, source_splits
 from moce.data.readers.storage import Storage, local_file
-from moce.data.readers.table import SampleTable
+from moce.data.readers.table import FileTable, JoinedTable, ListTable, SampleTable, ids_of
 from moce.data.readers.tar import expand_braces, find_shards, matching, read_tar_files
 from moce.data.readers.torchvision import TORCHVISION_PREFIX, read_torchvision
 from moce.errors import MoceError
@@ -59,7 +61,7 @@ def is_elsewhere(data: str) -> bool:
     return is_named(data) or is_url(data)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """One source of images. data: its name or path; written: the same as the user wrote it.
 
@@ -71,12 +73,12 @@ class Source:
     label: str | None = None
 
 
-def open_source(data: str) -> Sequence[Sample]:
+def open_source(data: str) -> SampleTable:
     """The images that DATA names. Raises MoceError if there are none."""
     return open_sources(sources_of(data))
 
 
-def open_sources(sources: Sequence[Source]) -> Sequence[Sample]:
+def open_sources(sources: Sequence[Source]) -> SampleTable:
     """The images of all sources; if there are several, ids start with the source's name."""
     if not sources:
         raise MoceError(f"no images named; give {ACCEPTED}")
@@ -86,43 +88,66 @@ def open_sources(sources: Sequence[Source]) -> Sequence[Sample]:
         raise MoceError(f"{twice[0]} is named {counts[twice[0]]} times")
     if len(sources) == 1:
         return _unique(_open(sources[0]))
-    others = [source for source in sources if not is_image_name(source.written)]
+    others = [source for source in sources if not _is_image(source)]
     splits = source_splits([source.written for source in others])
     named = dict(zip(others, zip(_names(others), splits, strict=True), strict=True))
-    files = iter(_open_files([source for source in sources if source not in named]))
-    samples = [
-        sample
-        for source in sources
-        for sample in (_within(source, *named[source]) if source in named else [next(files)])
-    ]
-    return _unique(samples)
+    files = _open_files([source for source in sources if source not in named])
+    parts: list[SampleTable] = []
+    used = 0
+    for in_one, group in groupby(sources, key=lambda source: source not in named):
+        those = list(group)
+        if in_one and files is not None:
+            parts.append(files.select(range(used, used := used + len(those))))
+        else:
+            parts += [_within(source, *named[source]) for source in those]
+    return _unique(parts[0] if len(parts) == 1 else JoinedTable(parts))
 
 
-def _within(source: Source, name: str, split: str | None) -> list[Sample]:
+def _is_image(source: Source) -> bool:
+    path = expand(Path(source.data))
+    return is_image_name(source.written) and not os.path.isdir(path)  # noqa: PTH112
+
+
+def _within(source: Source, name: str, split: str | None) -> SampleTable:
     """The images of one of several sources."""
-    return [
-        replace(s, id=f"{name}/{s.id}", split=inner_split(s.split, split, source.data))
-        for s in _open(source)
-    ]
+    table = _open(source).with_prefix(f"{name}/")
+    return table.in_split(lambda inner: inner_split(inner, split, source.data))
 
 
-def _open_files(sources: Sequence[Source]) -> list[Sample]:
+def _open_files(sources: Sequence[Source]) -> FileTable | None:
     """Single image files, with the labels and splits of their paths."""
     if not sources:
-        return []
+        return None
+    for source in sources:
+        if not _is_file(source.data):
+            _open(source)  # says why not
     paths = [os.path.abspath(expand(Path(source.data))) for source in sources]  # noqa: PTH100
     common = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
-    inside = [as_text(PurePosixPath(path).relative_to(common).as_posix()) for path in paths]
-    found = [(path, _open(source)[0]) for path, source in zip(inside, sources, strict=True)]
-    return place_samples(found, as_text(common), PurePosixPath(common).name)
+    inside = [path.removeprefix(common).lstrip("/") for path in paths]
+    placed = places([*map(as_text, inside)], as_text(common), PurePosixPath(common).name)
+    labels = [
+        place.label if (own := label_of(source.label)) is None else own
+        for place, source in zip(placed, sources, strict=True)
+    ]
+    splits = text_column([place.split for place in placed])
+    # Identified by the path as the user wrote it.
+    ids = [as_text(Path(source.written).as_posix()) for source in sources]
+    root = paths[0].removesuffix(ids[0])
+    if all(path == root + name for path, name in zip(paths, ids, strict=True)):
+        return FileTable(Path(root), ids, Encoded, label_column(labels), splits)
+    return FileTable(Path(common), inside, Encoded, label_column(labels), splits, ids)
 
 
-def _open(source: Source) -> Sequence[Sample]:
+def _is_file(path: str) -> bool:
+    return os.path.isfile(expand(Path(path)))  # noqa: PTH113 - pathlib's raises for long names
+
+
+def _open(source: Source) -> SampleTable:
     """The images of a source. Raises MoceError if there are none."""
     samples = _read(source)
     if not samples:
         raise MoceError(f"no images in {source.data}")
-    return samples
+    return samples if isinstance(samples, SampleTable) else ListTable(samples)
 
 
 def _read(source: Source) -> Sequence[Sample]:
@@ -212,16 +237,16 @@ def _names(sources: Sequence[Source]) -> list[str]:
     return names
 
 
-def _unique(found: Sequence[Sample]) -> Sequence[Sample]:
+def _unique(found: SampleTable) -> SampleTable:
     """Number repeated ids: name, name#2, name#3."""
-    if isinstance(found, SampleTable) and found.unique:
+    if found.unique:
         return found
-    samples, seen = list(found), Counter[str]()
-    for place, sample in enumerate(samples):
-        seen[sample.id] += 1
-        if seen[sample.id] > 1:
-            samples[place] = replace(sample, id=f"{sample.id}#{seen[sample.id]}")
-    return samples
+    seen = Counter[str]()
+    ids: list[str] = []
+    for name in ids_of(found):
+        seen[name] += 1
+        ids.append(f"{name}#{seen[name]}" if seen[name] > 1 else name)
+    return found.renamed(ids)
 
 
 def located(data: str, root: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moce.data.decode import Raster
 from moce.data.formats import HINTS, suffixes
+from moce.data.readers.columns import label_column, text_column
 from moce.data.readers.label_tables import Entry, find_entries
 from moce.data.readers.labels import from_text
 from moce.data.readers.left_out import LeftOut, is_hidden
@@ -18,7 +19,7 @@ from moce.data.readers.parquet import read_parquet_files
 from moce.data.readers.sample import Encoded, Label, Sample, as_text, is_image_name, suffix_of
 from moce.data.readers.splits import places
 from moce.data.readers.storage import local_file
-from moce.data.readers.table import FileTable, text_column
+from moce.data.readers.table import FileTable
 from moce.data.readers.tar_keys import LABEL_SUFFIXES, label_names, usual_parts
 from moce.errors import MoceError
 
@@ -45,13 +46,7 @@ def read_folder(root: Path) -> Sequence[Sample]:
         known = " ".join(sorted(suffixes()))
         raise MoceError(f"no images in {root} (looked at any depth for {known} .parquet .npy)")
     labels, splits = _labels_and_splits(root, files, images)
-    single = [label for label in labels if not isinstance(label, tuple)]
-    if len(single) < len(labels):  # several classes, in their own order
-        return [
-            Sample(as_text(name), opener(root / name), label, split)
-            for name, label, split in zip(images, labels, splits, strict=True)
-        ]
-    return FileTable(root, images, opener, text_column(single), text_column(splits))
+    return FileTable(root, images, opener, label_column(labels), text_column(splits))
 
 
 def _labels_and_splits(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moce.data.readers.columns import label_column, text_column
 from moce.data.readers.labels import IMAGES, LABELS, SPLITS, column_labels, pick
-from moce.data.readers.sample import Encoded, Label, Sample, error_line
+from moce.data.readers.sample import Label, error_line
 from moce.data.readers.splits import column_splits
+from moce.data.readers.table import JoinedTable, SampleTable
 from moce.errors import MoceError
 from moce.runtime.hub import NOT_HERE, cache_if_unreachable
 
@@ -22,13 +23,13 @@ def is_saved(path: Path) -> bool:
     return any((path / marker).is_file() for marker in MARKERS)
 
 
-def read_saved(path: Path) -> list[Sample]:
+def read_saved(path: Path) -> SampleTable:
     """The images of a folder of save_to_disk. Raises MoceError without images or the library."""
     datasets = _library()
     return _load(partial(datasets.load_from_disk, str(path)), str(path))
 
 
-def read_hub(name: str) -> list[Sample]:
+def read_hub(name: str) -> SampleTable:
     """The images of NAME or NAME:SPLIT, downloaded if necessary. Raises MoceError as `read_saved`."""
     datasets = _library()
     name, _, split = name.partition(":")
@@ -50,23 +51,23 @@ def _library() -> Any:
     return datasets
 
 
-def _load(load: Any, name: str) -> list[Sample]:
+def _load(load: Any, name: str) -> SampleTable:
     try:
         found = load()
         tables = {"": found} if hasattr(found, "features") else dict(found)
         of_tables = column_splits(tables, name)
-        return [
-            sample
+        parts = [
+            _table(table, part, split, name)
             for (part, table), split in zip(tables.items(), of_tables, strict=True)
-            for sample in _samples(table, part, split, name)
         ]
+        return parts[0] if len(parts) == 1 else JoinedTable(parts)
     except MoceError:
         raise
     except Exception as error:  # of the network, files and configurations: any type
         raise MoceError(f"cannot read {name}: {error_line(error)}") from None
 
 
-def _samples(table: Any, part: str, split: str | None, name: str) -> Iterator[Sample]:
+def _table(table: Any, part: str, split: str | None, name: str) -> SampleTable:
     """The rows of one part, named PART/ROW, or ROW if there are no parts."""
     datasets = _library()
     columns = [key for key, kind in table.features.items() if isinstance(kind, datasets.Image)]
@@ -75,10 +76,9 @@ def _samples(table: Any, part: str, split: str | None, name: str) -> Iterator[Sa
     column = pick(columns, IMAGES) or columns[0]
     encoded = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
     labels, splits = _labels(table), _splits(table, split, name)
-    for row in range(len(table)):
-        identity = f"{part}/{row}" if part else str(row)
-        opened = Encoded(partial(_read_row, encoded, row, column))
-        yield Sample(identity, opened, labels[row], splits[row])
+    ids = [f"{part}/{row}" if part else str(row) for row in range(len(table))]
+    read = partial(_read_row, encoded, column)
+    return SampleTable(text_column(ids), read, label_column(labels), text_column(splits))
 
 
 def _splits(table: Any, split: str | None, name: str) -> list[str | None]:
@@ -89,7 +89,7 @@ def _splits(table: Any, split: str | None, name: str) -> list[str | None]:
     return column_splits(table.select_columns(column)[:][column], f"column '{column}' of {name}")
 
 
-def _read_row(table: Any, row: int, column: str) -> bytes:
+def _read_row(table: Any, column: str, row: int) -> bytes:
     value = table[row][column]
     if value is None or not (value["bytes"] or value["path"]):
         raise ValueError("no content")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moce.data.readers.columns import label_column, text_column
 from moce.data.readers.labels import IMAGES, LABELS, SPLITS, column_labels, pick
 from moce.data.readers.left_out import hidden_part
-from moce.data.readers.sample import Label, Sample, error_line
+from moce.data.readers.sample import Label, error_line
 from moce.data.readers.splits import column_splits
+from moce.data.readers.table import JoinedTable, RasterTable, SampleTable
 from moce.errors import MoceError
 
 # MedMNIST and others keep all splits in one file: train_images, test_labels.
@@ -20,7 +21,7 @@ MOST_COLORS = 4
 PREFIXES = {"": None, "train_": "train", "val_": "val", "valid_": "val", "test_": "test"}
 
 
-def read_arrays(path: Path) -> list[Sample]:
+def read_arrays(path: Path) -> SampleTable:
     """The images of a .npy or .npz file; of .npz files also labels, ids and splits, if there are any.
 
     The array is [n, h, w] or [n, h, w, c], or [n, c, h, w] if c is then the smallest side.
@@ -32,7 +33,8 @@ def read_arrays(path: Path) -> list[Sample]:
     ]
     if len(arrays) == 1 or not found:
         found = [("", _only_key(arrays, name))]
-    return [sample for prefix, key in found for sample in _samples(arrays, key, prefix, name)]
+    parts = [_table(arrays, key, prefix, name) for prefix, key in found]
+    return parts[0] if len(parts) == 1 else JoinedTable(parts)
 
 
 def _of_prefix(arrays: Iterable[str], prefix: str, wanted: Sequence[str]) -> str | None:
@@ -72,7 +74,7 @@ def _only_key(arrays: Mapping[str, np.ndarray], name: str) -> str:
     return key
 
 
-def _samples(arrays: Mapping[str, np.ndarray], key: str, prefix: str, name: str) -> list[Sample]:
+def _table(arrays: Mapping[str, np.ndarray], key: str, prefix: str, name: str) -> RasterTable:
     """The images of one array, with the columns of the same prefix."""
     images = _checked(arrays[key], key, name)
     count = len(images)
@@ -84,10 +86,8 @@ def _samples(arrays: Mapping[str, np.ndarray], key: str, prefix: str, name: str)
     splits: list[str | None] = [PREFIXES[prefix]] * count
     if not prefix and (found := _column(arrays, prefix, SPLITS, count, name)):
         splits = column_splits(found, name)
-    return [
-        Sample(ids[row], partial(images.__getitem__, row), labels[row], splits[row])
-        for row in range(count)
-    ]
+    columns = (label_column(labels), text_column(splits))
+    return RasterTable(text_column(ids), images.__getitem__, *columns)
 
 
 def _checked(images: object, key: str, name: str) -> np.ndarray:

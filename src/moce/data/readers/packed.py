@@ -26,7 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from moce.config import expand
-from moce.data.readers.sample import Label, Sample
+from moce.data.readers.columns import Column, compact, label_column, plain, text_column
+from moce.data.readers.sample import Label
+from moce.data.readers.table import RasterTable
 from moce.errors import MoceError
 
 SUFFIX, MAGIC, VERSION = ".moce", b"MOCEPACK", 1
@@ -43,9 +45,9 @@ class Packed:
 
     path: Path
     shape: tuple[int, int, int, int]
-    ids: list[str]
-    labels: list[Label | None]
-    splits: list[str | None]
+    ids: Column[str]
+    labels: Column[Label | None]
+    splits: Column[str | None]
     skipped: list[tuple[str, str]]
     chunks: list[tuple[int, int]]
 
@@ -67,11 +69,10 @@ class Packed:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(self.mapped())
 
-    def samples(self) -> list[Sample]:
+    def samples(self) -> RasterTable:
         """The images, as other readers return them."""
-        openers = [partial(_as_raster, image) for image in self.mapped()]
-        columns = (self.ids, openers, self.labels, self.splits)
-        return [Sample(*row) for row in zip(*columns, strict=True)]
+        columns = (self.labels.values, self.splits.values)
+        return RasterTable(self.ids.values, partial(_as_raster, self.mapped()), *columns)
 
     def verify(self, advance: Callable[[int], None] = lambda count: None) -> None:
         """Read all pixels and compare checksums; calls `advance` with the number of images read.
@@ -126,8 +127,9 @@ class PixelReader:
             image, start = image[found:], start + found
 
 
-def _as_raster(pixels: np.ndarray) -> Image.Image | np.ndarray:
+def _as_raster(images: np.ndarray, row: int) -> Image.Image | np.ndarray:
     """A PIL image for 1 or 3 channels, else an array [h, w, c]."""
+    pixels = images[row]
     if len(pixels) == 1:
         return Image.fromarray(np.array(pixels[0]))
     last = np.ascontiguousarray(pixels.transpose(1, 2, 0))
@@ -191,9 +193,9 @@ def _from_index(path: Path, shape: tuple[int, ...], index: dict[str, Any]) -> Pa
     return Packed(
         path=path,
         shape=shape,  # type: ignore[arg-type]
-        ids=index["ids"],
-        labels=[tuple(label) if isinstance(label, list) else label for label in index["labels"]],
-        splits=index["splits"],
+        ids=Column(text_column(index["ids"])),
+        labels=Column(compact(label_column([*map(plain, index["labels"])]))),
+        splits=Column(compact(text_column(index["splits"]))),
         skipped=[(name, reason) for name, reason in index["skipped"]],
         chunks=[(count, crc) for count, crc in index["chunks"]],
     )

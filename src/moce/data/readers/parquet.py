@@ -220,7 +220,9 @@ def _class_names(feature: Any) -> list[str]:
 
 def demo_table() -> pyarrow.Table:
     """The embedded images: columns id, image, source, role, task, split, label (see assets/SOURCES.md)."""
-    return pyarrow.parquet.read_table(Path(str(files("moce.data") / "assets" / "demo.parquet")))
+    # read_table would do the same by pyarrow.dataset, which imports pandas.
+    path = Path(str(files("moce.data") / "assets" / "demo.parquet"))
+    return pyarrow.parquet.ParquetFile(path).read()
 
 
 def demo_tasks() -> list[str]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from moce.data.readers.sample import Sample
 from moce.errors import MoceError
 
 WORDS = {
@@ -165,29 +164,6 @@ def _doubt(where: str, folder: tuple[str, ...], level: _Level) -> MoceError:
         f"{inside}: {named} beside {beside}: splits or classes? If splits, keep the other folders "
         "elsewhere; if classes, rename them, or put all classes into one folder train/"
     )
-
-
-def place_samples(
-    found: Sequence[tuple[str, Sample]],
-    where: str,
-    root: str = "",
-    outer: Sequence[str | None] | None = None,
-) -> list[Sample]:
-    """Samples with the labels, where they have none, and splits of their paths.
-
-    outer: the splits of the files or sources that the samples are in. Raises MoceError as `places`.
-    """
-    placed = places([path for path, _ in found], where, root)
-    return [
-        replace(
-            sample,
-            label=place.label if sample.label is None else sample.label,
-            split=inner_split(sample.split or place.split, split, f"{where}: {path}"),
-        )
-        for (path, sample), place, split in zip(
-            found, placed, outer or [None] * len(found), strict=True
-        )
-    ]
 
 
 def inner_split(inner: str | None, outer: str | None, where: str) -> str | None:

@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow
 
 from moce.data.formats import HINTS
+from moce.data.readers.columns import label_column
 from moce.data.readers.labels import from_text
 from moce.data.readers.left_out import LeftOut
 from moce.data.readers.sample import Label, as_text, error_line, is_image_name
 from moce.data.readers.splits import inner_split, last_word, places, source_splits
 from moce.data.readers.storage import Storage, are_far
-from moce.data.readers.table import SampleTable, label_column
+from moce.data.readers.table import SampleTable
 from moce.data.readers.tar_keys import LABEL_SUFFIXES, label_names, other_parts
 from moce.errors import MoceError
 

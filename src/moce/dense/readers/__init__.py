@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from moce.config import expand
+from moce.data.readers.factory import sources_of
 from moce.dense.readers.coco import coco_parts, read_coco
 from moce.dense.readers.columns import find_columns, read_columns
 from moce.dense.readers.layouts import find_layout
@@ -67,6 +68,11 @@ def _readers(
     data: str, annotations: Path | None, max_skipped: float, ignore_index: int | None
 ) -> dict[DenseTask, Read]:
     """By task, the function that reads DATA for it."""
+    sources = sources_of(data)
+    if len(sources) > 1:
+        _refuse_labels_of_several(data, [source.data for source in sources], annotations)
+        return {}
+    data = sources[0].data if sources else data
     root = expand(Path(data))
     annotations = None if annotations is None else expand(annotations)
     if annotations is not None and not annotations.exists():
@@ -87,6 +93,16 @@ def _readers(
     if find_layout(root, annotations) is not None:
         found["segment"] = partial(read_masks, root, annotations, max_skipped, ignore_index)
     return found
+
+
+def _refuse_labels_of_several(data: str, sources: list[str], annotations: Path | None) -> None:
+    """Raise MoceError if one of several sources has boxes or masks: which would the others' be?"""
+    for source in sources:
+        if annotations is not None or _readers(source, None, 1.0, None):
+            raise MoceError(
+                f"{data} names {len(sources)} sources: boxes and masks are read from one, such as "
+                f"{source}; train on it alone, or choose --task classify"
+            )
 
 
 def _objects_reader(

@@ -17,10 +17,19 @@ from moce.config import expand
 from moce.data.decode import Raster, open_encoded
 from moce.data.readers.factory import open_source
 from moce.data.readers.huggingface import HUB_PREFIX, is_saved
-from moce.data.readers.sample import Sample
+from moce.data.readers.sample import Sample, error_line
+from moce.dense import rle
+from moce.dense.images import mask_values
 from moce.dense.readers.layouts import Layout, Pair, table_of
 from moce.dense.readers.masks import masked_source
-from moce.dense.readers.objects import ROUNDING, Annotation, Picture, assemble, size_or_fault
+from moce.dense.readers.objects import (
+    ROUNDING,
+    Annotation,
+    Picture,
+    assemble,
+    in_threads,
+    size_or_fault,
+)
 from moce.dense.readers.pairs import visible
 from moce.dense.types import IGNORE, DenseSource, DenseTask
 from moce.errors import MoceError
@@ -29,6 +38,9 @@ from moce.runtime.progress import log
 OBJECTS = ("objects", "annotations")
 CATEGORY = ("category", "categories", "category_id", "label", "labels")
 MASKS = ("annotation", "mask", "segmentation_mask", "semantic_mask", "label")
+# Masks of objects: a column of its own with a list of images, one per object, or a part of the objects'.
+OBJECT_MASKS = ("masks", "instance_masks")
+MASK_OF_OBJECT = ("segmentation", "mask", "masks")
 Cell = Callable[[], Raster]
 
 
@@ -36,13 +48,15 @@ Cell = Callable[[], Raster]
 class Columns:
     """objects: the column's name, if there is one, and its values by row; masks: one opener a row.
 
-    features: what the file says about its columns, as `datasets` writes it.
+    features: what the file says about its columns, as `datasets` writes it. object_masks: by row a
+    list of images, one per object, if there is such a column.
     """
 
     samples: Sequence[Sample]
     features: dict[str, Any]
     objects: tuple[str, list[Any]] | None
     masks: list[Cell] | None
+    object_masks: list[Any] | None = None
 
     @property
     def tasks(self) -> list[DenseTask]:
@@ -74,9 +88,13 @@ def read_columns(
     name, rows = columns.objects
     classes = _names(columns.features.get(name)) or _classes_in(rows)
     number = {value: index for index, value in enumerate(classes)}
+    masks = columns.object_masks or [None] * len(rows)
+    jobs = [partial(_annotations, *each, number) for each in zip(rows, masks, strict=True)]
     pictures = [
-        Picture(s.id, s.open, list(_annotations(row, number)), s.split)
-        for s, row in zip(columns.samples, rows, strict=True)
+        Picture(sample.id, sample.open, annotations, sample.split)
+        for sample, annotations in zip(
+            columns.samples, in_threads("read objects", jobs), strict=True
+        )
     ]
     _settle_corners(data, pictures)
     return assemble(data, classes, pictures, max_skipped)
@@ -101,7 +119,8 @@ def _of_parquet(data: str, files: list[Path]) -> Columns | None:
     mask = next((n for n in MASKS if n in schema.names and _is_image(schema.field(n).type)), None)
     if objects is None and mask is None:
         return None
-    wanted = [name for name in (objects, mask) if name is not None]
+    instances = _object_mask_column(schema) if objects else None
+    wanted = [name for name in (objects, mask, instances) if name is not None]
     samples = open_source(data)  # refuses files that cannot be read, or differ
     table = pyarrow.concat_tables(pyarrow.parquet.read_table(f, columns=wanted) for f in files)
     if len(samples) != table.num_rows:
@@ -112,7 +131,8 @@ def _of_parquet(data: str, files: list[Path]) -> Columns | None:
     if mask is not None:
         cells = [partial(_open_cell, table.column(mask), row) for row in range(table.num_rows)]
     rows = (objects, table.column(objects).to_pylist()) if objects else None
-    return Columns(samples, _stated_features(schema), rows, cells)
+    object_masks = table.column(instances).to_pylist() if instances else None
+    return Columns(samples, _stated_features(schema), rows, cells, object_masks)
 
 
 def _stated_features(schema: pyarrow.Schema) -> dict[str, Any]:
@@ -127,6 +147,18 @@ def _object_column(schema: pyarrow.Schema) -> str | None:
     return next(
         (n for n in OBJECTS if n in schema.names and _has_boxes(schema.field(n).type)), None
     )
+
+
+def _object_mask_column(schema: pyarrow.Schema) -> str | None:
+    """A column with a list of images, one per object."""
+    return next(
+        (n for n in OBJECT_MASKS if n in schema.names and _is_images(schema.field(n).type)), None
+    )
+
+
+def _is_images(kind: pyarrow.DataType) -> bool:
+    listed = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+    return listed and _is_image(kind.value_type)
 
 
 def _has_boxes(kind: pyarrow.DataType) -> bool:
@@ -163,14 +195,17 @@ def _of_datasets(data: str, path: Path) -> Columns | None:
     features = tables[0].features
     images = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
     objects = _object_column(features.arrow_schema)
-    cells = rows = None
+    instances = _object_mask_column(features.arrow_schema) if objects else None
+    cells = rows = object_masks = None
     if len(images) == 2:  # the picture and its mask
         cells = [cell for table in tables for cell in _mask_cells(table, images[1])]
     if objects is not None:
         rows = (objects, [row for table in tables for row in _values(table, objects)])
+    if instances is not None:
+        object_masks = [row for table in tables for row in _values(table, instances)]
     if objects is None and cells is None:
         return None
-    return Columns(samples, features.to_dict(), rows, cells)
+    return Columns(samples, features.to_dict(), rows, cells, object_masks)
 
 
 def _values(table: Any, column: str) -> list[Any]:
@@ -231,17 +266,47 @@ def _classes_in(rows: list[Any]) -> list[str]:
     return sorted(map(str, found))
 
 
-def _annotations(row: Any, number: dict[str, int]) -> Iterator[Annotation]:
-    for entry in _entries(row):
-        category = _category(entry)
-        label = category if isinstance(category, int) else number.get(str(category), str(category))
-        box, area = entry.get("bbox"), entry.get("area")
-        crowd = bool(entry.get("iscrowd") or entry.get("is_crowd"))
-        try:
-            corners = [float(value) for value in box]  # type: ignore[union-attr]
-            yield Annotation(label, corners, None, crowd, None if area is None else float(area))
-        except (TypeError, ValueError):
-            yield Annotation(fault=f"not a box: {box}")
+def _annotations(row: Any, masks: Any, number: dict[str, int]) -> list[Annotation]:
+    """The objects of a row; masks: an image for each, or None if they have their own or none at all."""
+    entries = _entries(row)
+    if masks is None:
+        return [_annotation(entry, _own_mask(entry), number) for entry in entries]
+    if len(masks) != len(entries):
+        fault = f"another number of masks: {len(masks)} for {len(entries)} objects"
+        return [Annotation(fault=fault) for _ in entries]
+    return [_annotation(*each, number) for each in zip(entries, masks, strict=True)]
+
+
+def _own_mask(entry: dict[str, Any]) -> Any:
+    return next((entry[key] for key in MASK_OF_OBJECT if entry.get(key) is not None), None)
+
+
+def _annotation(entry: dict[str, Any], mask: Any, number: dict[str, int]) -> Annotation:
+    category = _category(entry)
+    label = category if isinstance(category, int) else number.get(str(category), str(category))
+    box, area = entry.get("bbox"), entry.get("area")
+    crowd = bool(entry.get("iscrowd") or entry.get("is_crowd"))
+    try:
+        corners = [float(value) for value in box]  # type: ignore[union-attr]
+        stated = None if area is None else float(area)
+    except (TypeError, ValueError):
+        return Annotation(fault=f"not a box: {box}")
+    try:
+        return Annotation(label, corners, _mask(mask), crowd, stated)
+    except Exception as error:  # decoders raise errors of any type
+        return Annotation(fault=f"damaged mask: {error_line(error)}")
+
+
+def _mask(written: Any) -> Any:
+    """Polygons or run lengths as `Annotation` has them, of these or of an image: a part above 0."""
+    if isinstance(written, dict) and "counts" not in written:
+        written = written.get("bytes") or Path(written["path"])
+    if isinstance(written, bytes | Path):
+        pixels = mask_values(open_encoded(written)) > 0
+        return rle.encode(pixels[None])[0] if pixels.any() else None
+    if isinstance(written, list) and written and not isinstance(written[0], list):
+        return [written]  # one polygon
+    return written
 
 
 def _settle_corners(data: str, pictures: list[Picture]) -> None:

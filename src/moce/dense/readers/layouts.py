@@ -13,6 +13,7 @@ from moce.data.readers.folder import list_images
 from moce.data.readers.sample import Sample
 from moce.data.readers.splits import split_of
 from moce.dense.readers.pairs import image_samples, key_of, visible
+from moce.dense.readers.voc import MASK_FOLDER as OBJECT_MASKS
 from moce.dense.readers.voc import listed_in_sets
 from moce.dense.readers.yolo import names_in, yolo_config
 from moce.dense.types import IGNORE
@@ -57,7 +58,8 @@ class Layout:
 def find_layout(root: Path, annotations: Path | None = None) -> Layout | None:
     """The images and masks of a folder; None if it has no masks."""
     if annotations is not None:
-        return _plain(root, annotations) if _has_png(annotations) else None
+        of_objects = annotations.name == OBJECT_MASKS
+        return _plain(root, annotations) if _has_png(annotations) and not of_objects else None
     if (root / ADE_INFO).is_file() and (root / "annotations").is_dir():
         return _ade20k(root)
     if (root / "SegmentationClass").is_dir():

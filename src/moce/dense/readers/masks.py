@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from moce.data.decode import Raster, upright_size
 from moce.data.readers.sample import error_line
-from moce.data.run_ahead import run_ahead
+from moce.dense.images import mask_values
 from moce.dense.readers.layouts import UNKNOWN, VALUES, Layout, find_layout
-from moce.dense.readers.objects import raise_above_share
+from moce.dense.readers.objects import in_threads, raise_above_share
 from moce.dense.readers.pairs import image_samples
 from moce.dense.types import IGNORE, DenseSample, DenseSource
 from moce.errors import MoceError
-from moce.runtime.progress import meter
-from moce.runtime.system import worker_threads
 
-AHEAD = 16
-BAR_AFTER = 2.0  # seconds
 Opener = Callable[[], Raster]
 Found = tuple[tuple[int, int], frozenset[int]]  # (h, w) and the values of a mask
 
@@ -59,9 +55,10 @@ def masked_source(
         if p.image is None or p.mask is None
     ]
     opened = [(p.image.open, p.mask.open) for p in usable if p.image and p.mask]
+    inspected = in_threads("check masks", [partial(_inspect, *pair, table) for pair in opened])
     samples: list[DenseSample] = []
     seen: set[int] = set()
-    for pair, (image, mask), found in zip(usable, opened, _inspected(opened, table), strict=True):
+    for pair, (image, mask), found in zip(usable, opened, inspected, strict=True):
         if isinstance(found, str):
             faults.append((pair.id, found))
             continue
@@ -85,20 +82,6 @@ def _numbered(name: str, values: set[int], ignore_index: int | None) -> list[str
     return [str(value) for value in range(largest + 1)]
 
 
-def _inspected(opened: Sequence[tuple[Opener, Opener]], table: np.ndarray) -> list[Found | str]:
-    threads = worker_threads()
-    jobs = (partial(_inspect, image, mask, table) for image, mask in opened)
-    results: list[Found | str] = []
-    with (
-        meter("check masks", len(opened), wait=BAR_AFTER) as progress,
-        closing(run_ahead(jobs, threads, AHEAD * threads)) as found,
-    ):
-        for each in found:
-            results.append(each)
-            progress.advance()
-    return results
-
-
 def _inspect(open_image: Opener, open_mask: Opener, table: np.ndarray) -> Found | str:
     """The size and values of a mask, or why it cannot be used."""
     try:
@@ -119,23 +102,6 @@ def _inspect(open_image: Opener, open_mask: Opener, table: np.ndarray) -> Found 
     if (table[present] == IGNORE).all():
         return "nothing labeled: no pixel counts"
     return size, frozenset(present.tolist())
-
-
-def mask_values(image: Raster) -> np.ndarray:
-    """[h, w] integers: the palette's index, or the gray value, of every pixel of the upright mask.
-
-    Raises ValueError for masks in color.
-    """
-    if isinstance(image, np.ndarray):
-        values = image
-    else:
-        with closing(image):
-            values = np.asarray(ImageOps.exif_transpose(image))
-    if values.ndim == 3 and (values == values[:, :, :1]).all():
-        values = values[:, :, 0]  # gray, saved as color
-    if values.ndim != 2 or values.dtype.kind not in "bui":
-        raise ValueError("a mask in color: save the number of its class as every pixel's value")
-    return values.astype(np.int64)
 
 
 def class_mask(open_mask: Opener, table: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,7 @@ from moce.runtime.progress import log, meter
 from moce.runtime.system import worker_threads
 
 Size = tuple[int, int]
+T = TypeVar("T")
 ROUNDING = 1.0  # pixels that a box may reach beyond the image without being cut
 FEWEST_NUMBERS = 6  # of a polygon: three corners
 AHEAD = 64
@@ -103,7 +104,8 @@ def assemble(
     source = DenseSource(name, "detect", classes, [], has_masks, category_ids=category_ids)
     bad = list(skipped)
     total = len(bad) + sum(len(picture.annotations) for picture in pictures)
-    for picture, found in zip(pictures, _sizes(pictures), strict=True):
+    sizes = in_threads("check images", [partial(size_or_fault, each) for each in pictures])
+    for picture, found in zip(pictures, sizes, strict=True):
         if isinstance(found, str):
             source.skipped.append((picture.id, found))
             continue
@@ -163,22 +165,22 @@ def raise_above_share(
 # --- images -------------------------------------------------------------------------------------------
 
 
-def _sizes(pictures: Sequence[Picture]) -> list[Size | str]:
-    """(h, w) of every upright image, or why it cannot be used; reads only the start of the files."""
+def in_threads(what: str, jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """The results of all jobs, in their order. A progress bar shows if they take long."""
     threads = worker_threads()
-    jobs = (partial(size_or_fault, picture) for picture in pictures)
-    found = []
+    results: list[T] = []
     with (
-        meter("check images", len(pictures), wait=BAR_AFTER) as progress,
-        closing(run_ahead(jobs, threads, AHEAD * threads)) as results,
+        meter(what, len(jobs), wait=BAR_AFTER) as progress,
+        closing(run_ahead(jobs, threads, AHEAD * threads)) as found,
     ):
-        for size in results:
-            found.append(size)
+        for each in found:
+            results.append(each)
             progress.advance()
-    return found
+    return results
 
 
 def size_or_fault(picture: Picture) -> Size | str:
+    """(h, w) of the upright image, or why it cannot be used; reads only the start of its file."""
     if picture.fault is not None:
         return picture.fault
     try:

@@ -1,4 +1,8 @@
-"""Pascal VOC's XML: Annotations/, JPEGImages/ and ImageSets/, or XML files beside their images."""
+"""Pascal VOC's XML: Annotations/, JPEGImages/ and ImageSets/, or XML files beside their images.
+
+The instance masks in SegmentationObject/ are used if most objects have one. In VOC as downloaded a
+quarter has: `annotations` names that folder to take its images alone.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,33 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from moce.data.decode import open_encoded
-from moce.data.readers.sample import Sample, as_text
+from moce.data.readers.sample import Sample, as_text, error_line
 from moce.data.readers.splits import PLAIN_SPLITS, split_of
-from moce.dense.readers.objects import Annotation, Picture, assemble
+from moce.dense import rle
+from moce.dense.images import mask_values
+from moce.dense.readers.objects import Annotation, Picture, assemble, in_threads
 from moce.dense.readers.pairs import IMAGE_FOLDERS, image_samples, key_of, visible
-from moce.dense.types import DenseSource
+from moce.dense.types import IGNORE, RLE, DenseSource
 from moce.errors import MoceError
 from moce.runtime.progress import log
 
 XML_FOLDER = "Annotations"
+MASK_FOLDER = "SegmentationObject"  # value n of a mask is the n-th object of the XML, 255 a border
 KINDS = (XML_FOLDER, *IMAGE_FOLDERS)
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def voc_files(root: Path, annotations: Path | None = None) -> list[Path]:
-    """The XML files of a folder: in Annotations/, or beside the images; or those of `annotations`."""
+    """The XML files of a folder: in Annotations/, or beside the images; or those of `annotations`.
+
+    Of a folder of instance masks: the XML files of its images.
+    """
+    if annotations is not None and annotations.name == MASK_FOLDER:
+        masked = _mask_files(annotations)
+        return [path for path in voc_files(root) if path.stem in masked]
     if annotations is not None:
         return visible(annotations.rglob("*.xml"), annotations) if annotations.is_dir() else []
     folder = root / XML_FOLDER
@@ -56,8 +71,11 @@ def read_voc(root: Path, annotations: Path | None, max_skipped: float) -> DenseS
     Coordinates are taken as VOC's, which count from 1, unless one of the source is 0. Raises
     MoceError if the files cannot be used.
     """
-    base = annotations or root
-    pictures = list(_pictures(root, base, voc_files(root, annotations)))
+    files = voc_files(root, annotations)
+    by_masks = annotations is not None and annotations.name == MASK_FOLDER
+    base = root if annotations is None or by_masks else annotations
+    pictures = list(_pictures(root, base, files, "Segmentation" if by_masks else "Main"))
+    _add_masks(pictures, root, annotations if by_masks and annotations else root / MASK_FOLDER)
     found = [a for picture in pictures for a in picture.annotations if a.box is not None]
     if not any(0 <= value < 1 for a in found for value in (a.box or ())[:2]):
         for annotation in found:
@@ -74,13 +92,52 @@ def read_voc(root: Path, annotations: Path | None, max_skipped: float) -> DenseS
     return assemble(str(root), classes, pictures, max_skipped)
 
 
-def _pictures(root: Path, base: Path, files: list[Path]) -> Iterator[Picture]:
+def _mask_files(folder: Path) -> dict[str, Path]:
+    """The PNG files of a folder of instance masks by the names of their images; {} if there is none."""
+    return {path.stem: path for path in visible(folder.glob("*.[pP][nN][gG]"), folder)}
+
+
+def _add_masks(pictures: list[Picture], root: Path, folder: Path) -> None:
+    """Give the objects their masks, if most images have one; what does not fit is a fault."""
+    files = _mask_files(folder)
+    masked = [(p, files[name]) for p in pictures if (name := PurePosixPath(p.id).stem) in files]
+    if len(masked) * 2 <= len(pictures):
+        if masked:
+            log(
+                f"{root}: {len(masked)} of {len(pictures)} images have masks of objects; too few, only "
+                f"boxes are used (--annotations {folder} takes these images alone)"
+            )
+        return
+    jobs = [partial(_object_masks, file, len(picture.annotations)) for picture, file in masked]
+    for (picture, _), found in zip(masked, in_threads("read masks", jobs), strict=True):
+        if isinstance(found, str):
+            picture.fault = picture.fault or found
+            continue
+        for annotation, mask in zip(picture.annotations, found, strict=True):
+            annotation.mask = mask
+
+
+def _object_masks(file: Path, count: int) -> list[RLE | None] | str:
+    """The mask of every object, None for those without a pixel; or why they cannot be used."""
+    try:
+        values = mask_values(open_encoded(file))
+    except Exception as error:  # decoders raise errors of any type
+        return f"damaged mask: {error_line(error)}"
+    strange = sorted(set(np.unique(values).tolist()) - {*range(count + 1), IGNORE})
+    if strange:
+        return f"mask of other objects: value {strange[0]} in {file.name}, {count} in the XML"
+    present = [values == number for number in range(1, count + 1)]
+    found = rle.encode(np.stack(present)) if present else []
+    return [mask if pixels.any() else None for mask, pixels in zip(found, present, strict=True)]
+
+
+def _pictures(root: Path, base: Path, files: list[Path], sets: str) -> Iterator[Picture]:
     samples = image_samples(root, report=True)
     by_key: dict[str, list[Sample]] = {}
     for sample in samples:
         by_key.setdefault(key_of(sample.id, KINDS), []).append(sample)
     by_name = {PurePosixPath(sample.id).name: sample for sample in samples}
-    splits = listed_in_sets(root, "Main")
+    splits = listed_in_sets(root, sets)
     unlisted = 0
     for path in files:
         name = as_text(path.relative_to(base).as_posix())
@@ -93,7 +150,7 @@ def _pictures(root: Path, base: Path, files: list[Path]) -> Iterator[Picture]:
         )
         yield _picture(path, name, split, by_key.get(key, []), by_name)
     if unlisted:
-        log(f"{root}: {unlisted} images are in none of the lists of ImageSets/Main")
+        log(f"{root}: {unlisted} images are in none of the lists of ImageSets/{sets}")
     for key in splits:
         fault = "missing file: no XML of an image that ImageSets lists"
         yield Picture(key, partial(open_encoded, root / key), fault=fault)

@@ -1,0 +1,1 @@
+"""Whether crops from original photographs matter."""

@@ -1,0 +1,1 @@
+"""Learning rates of small encoders, which `moce.training.defaults` takes."""
