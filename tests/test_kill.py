@@ -176,11 +176,11 @@ SLOW_IMAGES = (
 )
 SLOW_CLUSTERS = (
     "import time, pathlib, moce.clustering.balanced_kmeans as balanced\n"
-    "score_pass = balanced.score_pass\n"
+    "balanced_potentials = balanced.balanced_potentials\n"
     "def slow(*given, **more):\n"
     "    pathlib.Path(MARK).touch(); time.sleep(0.5)\n"
-    "    return score_pass(*given, **more)\n"
-    "balanced.score_pass = slow"
+    "    return balanced_potentials(*given, **more)\n"
+    "balanced.balanced_potentials = slow"
 )
 
 
