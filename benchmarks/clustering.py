@@ -1,10 +1,11 @@
 """Time and quality of balanced clustering, compared with faiss, scikit-learn and POT.
 
     python -m benchmarks.clustering                  # 200,000 features: some minutes
-    python -m benchmarks.clustering --case large     # 1.28 million: 3.9 GB on disk, an hour
+    python -m benchmarks.clustering --case small_equal --only moce,faiss
+    python -m benchmarks.clustering --case large --only moce,faiss,scikit-learn  # 3.9 GB on disk
     python -m benchmarks.clustering --only moce,faiss
 
-Features [n, 768] of unit norm around planted clusters of unequal size, in a mapped float32 file.
+Features [n, 768] of unit norm around planted clusters, in a mapped float32 file.
 Every candidate runs in its own process. A pass goes once over all features: assignment and update,
 or one Sinkhorn-Knopp step. Memory is the peak of the process's own memory (RssAnon) above its
 start, without pages of the file. The floor is the bare matrix product of features and centroids, in
@@ -30,30 +31,34 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from benchmarks.measure import machine
 from moce.clustering.balanced_kmeans import Callbacks, Iteration, balanced_kmeans
-from moce.clustering.features import Rows, mask_duplicates
-from moce.clustering.score_pass import score_pass
-from moce.clustering.sinkhorn import Scores, column_masses
+from moce.clustering.features import Rows, without_duplicates
+from moce.clustering.sinkhorn import Scores
 
 PACKAGES = ("moce", "torch", "faiss-cpu", "scikit-learn", "POT")
 RESULTS = Path(__file__).parent / "results" / "clustering.json"
 CHUNK = 4096
-EPSILON = 0.01
+EPSILON = 0.005
 
 
 @dataclass(frozen=True)
 class Case:
-    """count: features. planted: clusters they are generated from. clusters: number to find."""
+    """count: features. planted: clusters they are generated from. clusters: number to find.
+
+    equal: planted clusters are of equal size, else of lognormal sizes.
+    """
 
     name: str
     count: int
     width: int = 768
     planted: int = 256
     clusters: int = 256
+    equal: bool = False
 
 
 CASES = {
     "tiny": Case("tiny", 20_000, 64, 40, 40),
     "small": Case("small", 200_000),
+    "small_equal": Case("small_equal", 200_000, equal=True),
     "large": Case("large", 1_280_000),
 }
 SINKHORN_COUNT = 20_000  # POT holds several n x K matrices in float64
@@ -72,6 +77,7 @@ def write_features(path: Path, case: Case) -> None:
     )
     centers /= np.linalg.norm(centers, axis=1, keepdims=True)
     shares = np.exp(0.5 * random.standard_normal(case.planted))
+    shares = np.ones(case.planted) if case.equal else shares
     planted = random.choice(case.planted, case.count, p=shares / shares.sum())
     common = random.standard_normal((64, case.width)) / np.sqrt(64 * case.width)
     mean = (shares / shares.sum()) @ centers
@@ -280,19 +286,18 @@ def time_passes(path: Path, case: Case, repeats: int) -> list[dict[str, Any]]:
     step = max(1, case.count // case.clusters)
     centroids = features[::step][: case.clusters].clone()
     potentials = torch.zeros(case.clusters)
-    assignment = torch.zeros(case.count, dtype=torch.int32)
-    cached = Scores(rows, centroids, EPSILON, cache=True)
-    column_masses(cached, potentials)
-
-    def fused() -> None:
-        scores = Scores(rows, centroids, EPSILON, cache=False)
-        score_pass(scores, potentials, assignment, exact=False)
+    cached = Scores(rows, centroids, EPSILON)
+    cached.masses(potentials, derive=False)
 
     runs: dict[str, Callable[[], Any]] = {
         "bare product": lambda: bare_product(features, centroids),
-        "moce, an iteration": fused,
-        "moce, Sinkhorn, scores cached": lambda: column_masses(cached, potentials),
-        "moce, find duplicates": lambda: mask_duplicates(rows),
+        "moce, scores and masses": lambda: Scores(rows, centroids, EPSILON).masses(
+            potentials, derive=True
+        ),
+        "moce, masses, scores cached": lambda: cached.masses(potentials, derive=False),
+        "moce, the same and derivative": lambda: cached.masses(potentials, derive=True),
+        "moce, assignment, scores cached": lambda: cached.assign(potentials),
+        "moce, find duplicates": lambda: without_duplicates(rows),
         "faiss, an iteration": faiss_pass(array, centroids.numpy()),
     }
     found = []
@@ -328,7 +333,7 @@ def keep(out: Path, case: Case, part: str, content: Any) -> None:
 def tables(found: dict[str, Any]) -> str:
     """The tables that benchmarks.draw puts into docs/performance.md."""
     parts = []
-    for name in ("small", "large"):
+    for name in ("small", "small_equal", "large"):
         if name in found:
             parts += case_tables(found[name])
     return "\n\n".join(parts)
@@ -339,7 +344,8 @@ def case_tables(sample: dict[str, Any]) -> list[str]:
     last = list(machines.values())[-1]
     names = ", ".join(f"{package} {number}" for package, number in last["versions"].items())
     lines = [
-        f"### {case['count']:,} features of width {case['width']}, {case['clusters']} clusters",
+        f"### {case['count']:,} features of width {case['width']}, {case['clusters']} clusters"
+        + (" of equal size" if case.get("equal") else ""),
         f"{last['cpu']}, {last['cores']} cores, {last['torch_threads']} torch threads. {names}.",
     ]
     if "passes" in sample:

@@ -9,6 +9,8 @@ from statistics import median
 
 from benchmarks import clustering
 from benchmarks.candidates import AS_IT_COMES, SIZES
+from benchmarks.checkpoints import RESULTS as CHECKPOINTS
+from benchmarks.checkpoints import WAITS
 from benchmarks.finetune_step import CHUNKS, WHOLE
 from benchmarks.finetune_step import RESULTS as FINETUNE_STEP
 from benchmarks.images import CASES, Case
@@ -19,9 +21,12 @@ from benchmarks.moce_step import DENSE
 from benchmarks.moce_step import RESULTS as MOCE_STEP
 from benchmarks.probe import OURS, WIDTH
 from benchmarks.probe import RESULTS as PROBE
+from benchmarks.scaling import RESULTS as SCALING
+from benchmarks.scaling import exponent
 from benchmarks.selection import BARE, BRUTE, SELECT
 from benchmarks.selection import RESULTS as SELECTION
 from benchmarks.startup import BARE as BARE_PYTHON
+from benchmarks.startup import CUSTOMIZE, PASS
 from benchmarks.startup import RESULTS as STARTUP
 from benchmarks.tables import conditions, grouped, markdown, ratio, spread
 
@@ -229,7 +234,44 @@ def startup(result: dict) -> str:
             for name, found in group.items()
         ]
         lines += [conditions(part), markdown(["", "seconds", "beyond bare Python"], rows)]
+        if CUSTOMIZE in group:
+            times = ratio(group, CUSTOMIZE, PASS)
+            lines.append(
+                f"`moce customize` takes {times:.2f} times as long as the imports and the pass."
+            )
     return "\n\n".join(lines)
+
+
+def checkpoints(result: dict) -> str:
+    lines = []
+    for name, part in result["parts"].items():
+        group = grouped(part["rows"])[()]
+        rows = [
+            [other, f"{median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}"]
+            for other, found in group.items()
+        ]
+        apart = median(group[WAITS]) / 0.05
+        lines += [
+            f"### {name}, {part['rows'][0]['mb']:,.0f} MB",
+            conditions(part),
+            markdown(["", "seconds", "range"], rows),
+            f"Training waits less than 5 % of the time if checkpoints are {apart:.0f} s apart or more.",
+        ]
+    return "\n\n".join(lines)
+
+
+def scaling(result: dict) -> str:
+    """A line per part: seconds and memory at every size, and their exponents."""
+    parts = result["parts"]
+    sizes = sorted({row["images"] for part in parts.values() for row in part["rows"]})
+    lines = []
+    for name, part in parts.items():
+        for key, unit, digits in (("seconds", "s", 2), ("peak_mb", "MB", 0)):
+            found = {row["images"]: row[key] for row in part["rows"]}
+            cells = [f"{found[size]:,.{digits}f}" if size in found else "" for size in sizes]
+            lines.append([f"{name}, {unit}", *cells, f"{exponent(part['rows'], key):.2f}"])
+    head = ["", *(f"{size:,} images" for size in sizes), "exponent"]
+    return "\n\n".join([conditions(next(iter(parts.values()))), markdown(head, lines)])
 
 
 SECTIONS: dict[str, tuple[Path, Callable[[dict], str]]] = {
@@ -240,6 +282,8 @@ SECTIONS: dict[str, tuple[Path, Callable[[dict], str]]] = {
     "selection": (SELECTION, selection),
     "probe": (PROBE, probe),
     "startup": (STARTUP, startup),
+    "checkpoints": (CHECKPOINTS, checkpoints),
+    "scaling": (SCALING, scaling),
     "clustering": (clustering.RESULTS, clustering.tables),
 }
 

@@ -19,7 +19,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ class Case:
 
 
 CASES = {
-    "small": Case("small", (400, 500, ".jpg"), 224, 384, 64),
+    "small": Case("small", (400, 500, ".jpg"), 224, 768, 64),
     "large": Case("large", (3000, 4000, ".jpg"), 224, 32, 16),
     "tiny": Case("tiny", (32, 32, ".png"), 32, 4096, 256),
 }
@@ -169,20 +170,20 @@ def timm_batches(folder: Path, case: Case) -> Work:
 
 
 def moce_batches(folder: Path, case: Case) -> Work:
-    """What precedes a training step's forward pass; the workers stay from epoch to epoch."""
+    """What precedes a training step's forward pass; starts its workers in every turn, to its disadvantage."""
     size = (case.size, case.size)
     images = open_images(str(folder), size)
     views = Views(seed=0, size=size, smallest_crop=0.2, hflip=True)
     steps = len(images) // case.batch
-    order = BatchOrder(len(images), case.batch, seed=0).micro_batches(0, 10**6, None)
-    cpu = torch.device("cpu")
-    batches = view_batches(images, order, cpu, views, Loading(workers=WORKERS))
+    order = BatchOrder(len(images), case.batch, seed=0)
+    cpu, workers = torch.device("cpu"), Loading(workers=WORKERS)
 
-    def ready() -> Iterator[torch.Tensor]:
-        for _, batch in zip(range(steps), batches, strict=False):
-            yield normalize(batch.views(views), MEAN, STD)
+    def epoch() -> int:
+        rows = order.micro_batches(0, steps, None)
+        with closing(view_batches(images, rows, cpu, views, workers)) as batches:
+            return sum(len(normalize(batch.views(views), MEAN, STD)) for batch in batches)
 
-    return lambda: sum(len(batch) for batch in ready())
+    return epoch
 
 
 LOADERS = {

@@ -121,7 +121,7 @@ def test_test_images_never_train(runs: Runs, tmp_path: Path) -> None:
 
 def interrupted(runs: Runs, out: Path, monkeypatch) -> Path:
     """An adaptation that was stopped after its second checkpoint."""
-    save, saved = trainer.save_checkpoint, []
+    save, saved = trainer.CheckpointWriter.save, []
 
     def stop(*arguments: object) -> None:
         save(*arguments)
@@ -129,7 +129,7 @@ def interrupted(runs: Runs, out: Path, monkeypatch) -> Path:
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "save_checkpoint", stop)
+    monkeypatch.setattr(trainer.CheckpointWriter, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         moce.customize(runs.moce, runs.task, out=out, **QUICK)
     monkeypatch.undo()

@@ -94,7 +94,7 @@ def test_an_interrupted_evaluation_resumes_its_adaptation(
 ) -> None:
     names = (f"a={runs.mae}", f"b={runs.mae}@adapt")
     whole = evaluate(runs.task, tmp_path / "whole", *names)
-    save, saved = trainer.save_checkpoint, []
+    save, saved = trainer.CheckpointWriter.save, []
 
     def stop(*arguments: object) -> None:
         save(*arguments)
@@ -102,7 +102,7 @@ def test_an_interrupted_evaluation_resumes_its_adaptation(
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "save_checkpoint", stop)
+    monkeypatch.setattr(trainer.CheckpointWriter, "save", stop)
     with pytest.raises(moce.errors.Interrupted):
         evaluate(runs.task, tmp_path / "out", *names)
     monkeypatch.undo()

@@ -7,7 +7,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from benchmarks import draw, finetune_step, mae_step, measure, moce_step, probe, selection, startup
+from benchmarks import (
+    checkpoints,
+    draw,
+    finetune_step,
+    mae_step,
+    measure,
+    moce_step,
+    probe,
+    scaling,
+    selection,
+    startup,
+)
 from benchmarks.candidates import CONTENDERS, Case
 
 TIMED = {"candidate", "repeat", "seconds"}
@@ -96,6 +107,27 @@ def test_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(startup, "import", tmp_path)
     assert names(rows) == quick.keys()
     assert all(row.keys() >= TIMED and row["seconds"] > 0 for row in rows)
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    rows = rows_of(checkpoints, "test", tmp_path)
+    assert names(rows) == {
+        checkpoints.COPY, checkpoints.WAITS, checkpoints.DONE, checkpoints.WHOLE
+    }  # fmt: skip
+    assert all(row["seconds"] > 0 and row["mb"] > 0 for row in rows)
+
+
+@pytest.mark.slow  # a process for each of two sizes
+@pytest.mark.parametrize("part", scaling.PARTS)
+def test_scaling(part: str, tmp_path: Path) -> None:
+    rows = rows_of(scaling, part, tmp_path)
+    assert [row["images"] for row in rows] == [500, 2000]
+    assert all(row["seconds"] > 0 and row["peak_mb"] >= 0 for row in rows)
+
+
+def test_exponents_are_slopes() -> None:
+    rows = [{"images": n, "seconds": 3.0 * n**1.1} for n in (10, 1000, 100000)]
+    assert scaling.exponent(rows, "seconds") == pytest.approx(1.1)
 
 
 def test_parts_are_kept_side_by_side(tmp_path: Path) -> None:

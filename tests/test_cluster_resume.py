@@ -95,8 +95,8 @@ MOMENTS = [
     (feature_store, "unit", 3),
     (checkpoint, "write_tensors", 1),
     (checkpoint, "write_tensors", 4),
-    (cluster, "save_iteration", 9),
-    (balanced, "score_pass", 12),
+    (cluster, "save_iteration", 5),
+    (balanced, "balanced_potentials", 6),
     (cluster, "write_assignments", 1),
     (cluster, "write_model", 1),
 ]
@@ -195,7 +195,7 @@ def test_state_of_version_0_1_0_is_read(tmp_path: Path) -> None:
     write_tensors(tmp_path / "state" / checkpoint.OLD_FILE, tensors, metadata)
     state = checkpoint.load_iteration(tmp_path, 5, torch.device("cpu"))
     assert state is not None and (state.step, state.converged, state.moved) == (7, True, 0.25)
-    assert torch.equal(state.sample_potentials, tensors["guide"])
+    assert torch.equal(state.potentials, tensors["potentials"])
     assert torch.equal(state.assignment, tensors["assignment"])
 
 

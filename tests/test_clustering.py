@@ -37,12 +37,12 @@ def balance(
     chunk_size: int = 4096,
 ) -> Tensor:
     """Balanced potentials, [K], from zeros."""
-    scores = Scores(Rows(features, chunk_size=chunk_size), centroids, epsilon, cache=True)
+    scores = Scores(Rows(features, chunk_size=chunk_size), centroids, epsilon)
     zeros = features.new_zeros(len(centroids))
-    return balanced_potentials(scores, zeros, tolerance, max_steps)
+    return balanced_potentials(scores, zeros, tolerance, max_steps)[0]
 
 
-def model_of(found, epsilon: float = 0.01) -> ClusterModel:
+def model_of(found, epsilon: float = 0.005) -> ClusterModel:
     width = found.centroids.shape[1]
     return ClusterModel(
         found.centroids, found.potentials, torch.zeros(width), found.sizes, epsilon, "mean", 0.9,
@@ -276,7 +276,7 @@ def test_model_survives_tensors_and_info() -> None:
     assert torch.equal(again.assign(features)[0], model.assign(features)[0])
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(again.encoder(images), model.encoder(images))
-    assert (again.epsilon, again.pooling, again.spec) == (0.01, "mean", model.spec)
+    assert (again.epsilon, again.pooling, again.spec) == (0.005, "mean", model.spec)
     assert again.tensors().keys() == model.tensors().keys()
 
 

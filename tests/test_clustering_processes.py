@@ -15,8 +15,8 @@ from torch import Tensor
 from moce.clustering import balanced_kmeans as balanced
 from moce.clustering.balanced_kmeans import Clustering, balanced_kmeans
 from moce.clustering.feature_store import FeatureFile
-from moce.clustering.features import Rows, mask_duplicates
-from moce.clustering.init import reseed_empty
+from moce.clustering.features import Rows, without_duplicates
+from moce.clustering.seeding import reseed_empty
 from moce.runtime.distributed import shard_range
 
 WORLD = 2
@@ -34,7 +34,7 @@ def case(name: str) -> tuple[Tensor, int]:
 
 
 def cluster(features: Tensor, num_clusters: int, *, sampled: bool) -> Clustering:
-    balanced.SAMPLE = 16 if sampled else 256
+    balanced.SAMPLE = 16 if sampled else 128
     return balanced_kmeans(features, num_clusters, chunk_size=64, sharded=True)
 
 
@@ -55,7 +55,7 @@ def _find(folder: Path, rank: int, name: str, sampled: bool) -> None:
     file.fill(features[own].split(50), lambda: False)
     mean = file.center()
     found = cluster(file.tensor(), num_clusters, sampled=sampled)
-    rows, _ = mask_duplicates(Rows(features[own], sharded=True))
+    rows = without_duplicates(Rows(features[own], sharded=True))
     moved = reseed(rows, features)
     tensors = {
         name: getattr(found, name) for name in ("centroids", "potentials", "assignment", "sizes")
@@ -73,9 +73,9 @@ def found_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reseed(rows: Rows, features: Tensor) -> Tensor:
     """Centroids after two of five clusters, which no image is in, have been moved."""
-    assignment = (torch.arange(len(features)) % 3).int()
-    sizes = torch.tensor([101, 100, 100, 0, 0])
-    return reseed_empty(rows, features[:5].clone(), assignment[rows.shard], sizes)
+    cluster = torch.arange(rows.count) % 3
+    sizes = cluster.bincount(minlength=5)
+    return reseed_empty(rows, features[:5].clone(), cluster[rows.shard], sizes)
 
 
 @pytest.mark.parametrize(("name", "sampled"), CASES)
@@ -101,5 +101,5 @@ def test_two_processes_find_what_one_finds(
     if name != "few":  # there near-ties decide, and sums are rounded otherwise
         assert torch.equal(assignment, alone.assignment)
         assert torch.allclose(one["centroids"], alone.centroids, atol=1e-5)
-    rows, _ = mask_duplicates(Rows(features))
+    rows = without_duplicates(Rows(features))
     assert torch.equal(one["moved"], reseed(rows, features))

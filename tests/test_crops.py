@@ -97,8 +97,10 @@ def test_a_crop_is_torchvisions_on_the_same_box(photos, target) -> None:
         given = (top, left, height, width, list(target), v2.InterpolationMode.BICUBIC)
         of_image = functional.pil_to_tensor(functional.resized_crop(image, *given))
         of_tensor = functional.resized_crop(tensor, *given)
-        assert torch.equal(ours, of_image.int())
-        assert (ours - of_tensor.int()).float().abs().mean() <= 0.5  # tensors clip later
+        assert torch.equal(ours, of_tensor.int())
+        assert (
+            ours - of_image.int()
+        ).float().abs().mean() <= 0.5  # Pillow rounds between its passes
 
 
 def test_reduced_decoding_of_large_jpegs_is_close(photos, tmp_path: Path) -> None:

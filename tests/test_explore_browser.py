@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import copy_run, customize, picture
+from builders import copy_run, customize
 from commands import QUIET
 from conftest import Runs
 from safetensors.torch import load_file
@@ -151,24 +151,19 @@ def test_a_newcomer_looks_around_drops_images_and_exports(runs: Runs, tmp_path: 
 def ctrl_c(process: subprocess.Popen[str]) -> None:
     """Ctrl-C: the command ends at once, says what it has done, and is content."""
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert "exported: " in out and "map of" in out
     assert "Traceback" not in error
 
 
-def test_a_clustering_is_explored_while_it_is_computed(runs: Runs, tmp_path: Path) -> None:
-    """Ctrl-C before the map is ready ends the command, too; nothing half-written remains."""
-    data = tmp_path / "data"
-    for number in range(400):
-        path = data / f"{number}.png"
-        path.parent.mkdir(exist_ok=True)
-        picture(color=(number % 255, 30, 200 - number // 4), size=(300, 300)).save(path)
+def test_ctrl_c_ends_it_before_the_map_is_ready(runs: Runs, tmp_path: Path) -> None:
+    """Nothing half-written remains."""
     out = tmp_path / "map"
-    with explored(runs.clusters, data, "--out", out, "--batch-size", 1) as (process, url):
-        assert url
+    with explored(runs.clusters, "--out", out, "--batch-size", 1) as (process, url):
+        assert url.startswith("http://127.0.0.1:")
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
         assert "Traceback" not in error
-    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+    assert not [path.name for path in tmp_path.rglob(".*")]

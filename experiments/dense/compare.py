@@ -5,8 +5,8 @@
 
 --runs is the folder of experiments.mix32.run with the recipe cpu_adapted. Rows go to
 results/mix32.jsonl; those that are there are passed over, so the same command goes on after an
-interruption, and with runs that were not there before. See `PROTOCOLS` for what is measured: detect,
-which takes ten minutes a row, runs on request only.
+interruption, and with runs that were not there before. See `PROTOCOLS` for what is measured; detect
+runs on request only.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def cluster(
     resume: bool = False,
     num_clusters: int = 256,
     pooling: Literal["mean", "cls", "pixels"] = "mean",
-    epsilon: float = 0.01,
+    epsilon: float = 0.005,
     update: Literal["hard", "soft"] = "hard",
     marginal_tolerance: float = 0.01,
     max_iterations: int = 50,
@@ -99,7 +99,7 @@ def cluster(
         num_clusters (int, default 256): number of clusters K
         pooling (Literal['mean', 'cls', 'pixels'], default 'mean'): image feature: mean of patch
             tokens; cls, the class token; or pixels, the mean colors of a 16 x 16 grid
-        epsilon (float, default 0.01): entropy weight of the balanced assignment
+        epsilon (float, default 0.005): entropy weight of the balanced assignment
         update (Literal['hard', 'soft'], default 'hard'): centroids: mean of assigned images (hard)
             or Q-weighted mean (soft)
         marginal_tolerance (float, default 0.01): largest relative error of a cluster's mass in

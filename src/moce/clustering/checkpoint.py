@@ -19,10 +19,10 @@ from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log
 
 FILE = "iteration.safetensors"
-TENSORS = ("centroids", "potentials", "assignment", "sample_potentials")
+TENSORS = ("centroids", "potentials", "assignment")
 # As moce 0.1.0 called them.
 OLD_FILE = "round.safetensors"
-OLD_NAMES = {"guide": "sample_potentials", "settled": "converged"}
+OLD_NAMES = {"settled": "converged"}
 
 
 def save_iteration(folder: Path, state: Iteration, count: int) -> None:
@@ -56,8 +56,8 @@ def load_iteration(folder: Path, count: int, device: torch.device) -> Iteration 
     assignment = tensors.pop("assignment").clone()
     if numbers["stage"]:
         assignment = assignment[shard_range(count)].clone()
-    found: dict[str, Any] = numbers | {k: v.clone().to(device) for k, v in tensors.items()}
-    found = {OLD_NAMES.get(name, name): value for name, value in found.items()}
+    found: dict[str, Any] = {OLD_NAMES.get(name, name): value for name, value in numbers.items()}
+    found |= {name: tensors[name].clone().to(device) for name in ("centroids", "potentials")}
     return Iteration(**found, assignment=assignment)
 
 

@@ -115,7 +115,7 @@ class FeatureFile:
             found = read_tensors(self._chunk)
             done = int(found["end"])
             features[done - len(found["features"]) : done] = found["features"]
-        for where in chunks(self.count, CHUNK_SIZE, slice(done, self.count)):
+        for where in chunks(self.count, CHUNK_SIZE, done):
             centered = unit(features[where], mean)
             with atomic(self._chunk) as temporary:
                 save_file({"features": centered, "end": torch.tensor(where.stop)}, temporary)

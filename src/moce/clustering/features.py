@@ -17,24 +17,23 @@ PROJECTIONS = 3  # random projections that tell features apart
 HASH = (0x5DEECE66D, 0x27BB2EE687B0B0FD, 0x369DEA0F31A53F85)
 
 
-def chunks(count: int, size: int, within: slice | None = None) -> Iterator[slice]:
-    """Slices of at most `size` that cover range(count), or the slice `within` of it."""
-    first, end = (within.start, within.stop) if within else (0, count)
-    for start in range(first, end, size):
-        yield slice(start, min(start + size, end))
+def chunks(count: int, size: int, first: int = 0) -> Iterator[slice]:
+    """Slices of at most `size` that cover range(first, count)."""
+    for start in range(first, count, size):
+        yield slice(start, min(start + size, count))
 
 
 @dataclass
 class Rows:
     """This process's rows of the feature matrix, [n, D] of unit norm, processed in chunks.
 
-    weights: [n], 0 for a duplicate of another row, which is ignored; None without duplicates.
-    sharded: every process holds other rows, in the order of the ranks, and reductions are over all
-    processes. device: where to compute (default: the device of the features).
+    index: [n] the features that are rows, all others are ignored; None if all are. sharded: every
+    process holds other rows, in the order of the ranks, and reductions are over all processes.
+    device: where to compute (default: the device of the features).
     """
 
     features: Tensor
-    weights: Tensor | None = None
+    index: Tensor | None = None
     chunk_size: int = CHUNK_SIZE
     sharded: bool = False
     device: torch.device | None = None
@@ -43,12 +42,16 @@ class Rows:
         self.device = self.device or self.features.device
         counts = torch.zeros(world_size() if self.sharded else 1, dtype=torch.int64)
         here = rank() if self.sharded else 0
-        counts[here] = len(self.features)
-        counts = self.all_reduce(counts)
+        counts[here] = len(self)
+        self.all_reduce(counts)
         self.count, self.offset = int(counts.sum()), int(counts[:here].sum())
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self.features if self.index is None else self.index)
+
+    @property
+    def width(self) -> int:
+        return self.features.shape[1]
 
     @property
     def shard(self) -> slice:
@@ -59,15 +62,9 @@ class Rows:
         return chunks(len(self), self.chunk_size)
 
     def chunk(self, where: slice) -> Tensor:
-        """A slice of the features, on the device to compute on."""
-        return self.features[where].to(self.device)
-
-    def chunk_weights(self, where: slice) -> Tensor | None:
-        return None if self.weights is None else self.weights[where]
-
-    def mask(self, values: Tensor) -> Tensor:
-        """One value per row, [n], with infinity for duplicates."""
-        return values if self.weights is None else values.where(self.weights > 0, torch.inf)
+        """The features of some rows, on the device to compute on."""
+        index = where if self.index is None else self.index[where]
+        return self.features[index].to(self.device)
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.features.dtype, device=self.device)
@@ -85,26 +82,18 @@ class Rows:
         return self.all_reduce(values.clone() if self.offset == 0 else torch.zeros_like(values))
 
     def select(self, numbers: Tensor) -> Tensor:
-        """Features [m, D] of these rows of all processes; [m] in increasing order."""
+        """Features [m, D] of these rows of all processes."""
         here = (numbers >= self.offset) & (numbers < self.offset + len(self))
-        selected = self.features.new_zeros(len(numbers), self.features.shape[1])
-        selected[here] = self.features[numbers[here] - self.offset]
+        own = numbers[here] - self.offset
+        selected = self.features.new_zeros(len(numbers), self.width)
+        selected[here] = self.features[own if self.index is None else self.index[own]]
         return self.all_reduce(selected.to(self.device))
 
-    def min(self, values: Tensor) -> tuple[float, int]:
-        """The smallest of one value per row, [n], over all processes, and the number of its row.
-
-        The first row if several have the smallest value.
-        """
-        found = torch.zeros(world_size() if self.sharded else 1, 2, dtype=torch.float64)
-        here = rank() if self.sharded else 0
-        found[here, 0] = torch.inf
-        if len(values):
-            smallest, row = values.min(dim=0)
-            found[here] = torch.tensor([float(smallest), self.offset + int(row)])
-        self.all_reduce(found)
-        value, row = found[found[:, 0].argmin()].tolist()
-        return value, int(row)
+    def draw(self, count: int, seed: int) -> Rows:
+        """At most `count` random rows of all processes, in memory, the same in all processes."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(self.count, generator=generator)[:count].sort().values
+        return Rows(self.select(drawn), chunk_size=self.chunk_size)
 
 
 def gather_shards(values: Tensor, count: int, shard: slice) -> Tensor:
@@ -114,8 +103,8 @@ def gather_shards(values: Tensor, count: int, shard: slice) -> Tensor:
     return all_reduce(whole)
 
 
-def mask_duplicates(rows: Rows) -> tuple[Rows, int]:
-    """The rows with weight 0 for duplicates, and the number of distinct rows of all processes.
+def without_duplicates(rows: Rows) -> Rows:
+    """The first row of every set of equal ones, of all processes.
 
     Raises MoceError if a feature is not finite.
     """
@@ -124,17 +113,15 @@ def mask_duplicates(rows: Rows) -> tuple[Rows, int]:
     ordered = keys[order]
     first = torch.ones_like(keys, dtype=torch.bool)
     first[order[1:]] = ordered[1:] != ordered[:-1]
-    count = int(first.sum())
-    if count == rows.count:
-        return rows, count
-    return replace(rows, weights=first[rows.shard].to(rows.features.dtype).to(rows.device)), count
+    if first.all():
+        return rows
+    return replace(rows, index=first[rows.shard].nonzero()[:, 0].to(rows.features.device))
 
 
 def _keys(rows: Rows) -> Tensor:
     """A hash of every row, [n] int64 on the CPU, from rounded random projections in float64."""
     generator = torch.Generator().manual_seed(0)
-    width = rows.features.shape[1]
-    projection = torch.randn(width, PROJECTIONS, generator=generator, dtype=torch.float64)
+    projection = torch.randn(rows.width, PROJECTIONS, generator=generator, dtype=torch.float64)
     factors = torch.tensor(HASH)
     keys = torch.empty(len(rows), dtype=torch.int64)
     for where in chunks(len(rows), rows.chunk_size // 4 or 1):  # float64: smaller, for the cache

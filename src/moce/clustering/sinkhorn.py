@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp assignment, Newton steps for the potentials.
+"""Balanced assignment by Sinkhorn-Knopp, with Newton steps for the potentials.
 
 Maximize Tr(Q^T S) + epsilon * H(Q) over Q >= 0 [n, K] whose rows sum to 1/n and columns to 1/K,
 S the cosine similarities of images and centroids. The solution is
@@ -8,171 +8,135 @@ Q_ik = softmax_k(S_ik / epsilon + v_k) / n, so the dual potentials v [K] are all
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-from moce.clustering.features import Rows, chunks
+from moce.clustering.features import Rows
 
-GRAM_ROWS = 2**17  # rows that estimate the Hessian of a Newton step; fewer make it a poor one
-MASS_ROWS = 2**16  # rows that estimate the column masses while centroids still move
+GRAM_ROWS = 2**15  # rows that estimate the derivative of the masses; fewer make it a poor one
 FIRST_DAMPING, LONGEST_STEP = 0.1, 5.0
+FAST = 0.3  # a step that leaves this share of the error needs no new derivative after it
 CACHE_BYTES = 2**31  # memory for the scores of all images, which saves the matrix product of a pass
-
-
-class Scores:
-    """S / epsilon + v of all rows for fixed centroids, chunk by chunk.
-
-    cache: keep S / epsilon after the first whole pass if it takes at most CACHE_BYTES. Results are
-    the same.
-    """
-
-    def __init__(self, rows: Rows, centroids: Tensor, epsilon: float, *, cache: bool) -> None:
-        self.rows, self.epsilon = rows, epsilon
-        self.num_clusters = len(centroids)
-        self._scaled = (centroids / epsilon).T.contiguous()
-        bytes_needed = len(rows) * self.num_clusters * self._scaled.element_size()
-        fits = cache and bytes_needed <= CACHE_BYTES
-        self._cache = self._scaled.new_empty(len(rows), self.num_clusters) if fits else None
-        self._cached = False
-
-    def chunks(
-        self, potentials: Tensor, size: int | None = None, within: slice | None = None
-    ) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
-        """(slice, features, scores) of every chunk. The next chunk overwrites the scores.
-
-        features: None if the scores came from the cache. size: rows of a chunk (default and most:
-        the rows' chunk size). within: only these rows; several threads can each take a slice.
-        """
-        size = size or self.rows.chunk_size
-        cached = self._cached  # of all rows, when this pass began
-        buffer = self._scaled.new_empty(min(size, len(self.rows)), self.num_clusters)
-        for where in self._slices(size, within):
-            features = None if cached else self.rows.chunk(where)
-            score = buffer[: where.stop - where.start]
-            kept = score if self._cache is None else self._cache[where]
-            if features is not None:
-                torch.mm(features, self._scaled, out=kept)
-            torch.add(kept, potentials, out=score)
-            yield where, features, score
-        self._cached = self._cached or (self._cache is not None and within is None)
-
-    def _slices(self, size: int, within: slice | None) -> Iterator[slice]:
-        """Slices of at most `size`; none reaches over the end of one of the rows' chunks."""
-        for chunk in chunks(len(self.rows), self.rows.chunk_size, within):
-            yield from chunks(len(self.rows), size, chunk)
-
-    @property
-    def on_cpu(self) -> bool:
-        return self._scaled.device.type == "cpu"
-
-    def with_duplicates(self) -> Scores:
-        """The same scores with duplicates counted like all other rows."""
-        other = copy(self)
-        other.rows = replace(self.rows, weights=None)
-        return other
 
 
 @dataclass
 class Masses:
-    """Column sums of n Q over all processes, in float64, without duplicates.
+    """Column sums of n Q over all processes, [K] in float64: all equal if balanced.
 
-    columns: [K] sums, all equal if balanced. gram: [K, K] Q'^T Q' of a sample of the rows, and
-    sampled: [K] column sums of that sample; both scaled to all rows.
+    derivative: [K, K] by v, diag(columns) - Q'^T Q' with Q' = n Q, from about GRAM_ROWS of the
+    rows; None if it was not asked for.
     """
 
     columns: Tensor
-    gram: Tensor
-    sampled: Tensor
+    derivative: Tensor | None
 
     @property
-    def excess(self) -> Tensor:
-        """log of each cluster's mass over its target, [K]: Sinkhorn-Knopp subtracts it from v.
+    def errors(self) -> Tensor:
+        """Relative error of each cluster's mass, [K]."""
+        return (self.columns / self.columns.mean() - 1).abs()
 
-        Clamped, so that clusters without any mass give finite steps.
-        """
-        return (self.columns / self.columns.mean()).clamp_min(1e-30).log()
+    def sinkhorn_step(self) -> Tensor:
+        """Sinkhorn-Knopp's change of v, [K]; finite for clusters without any mass."""
+        return -(self.columns / self.columns.mean()).clamp_min(1e-30).log()
 
-    @property
-    def error(self) -> float:
-        """The largest relative error of a cluster's mass."""
-        return (self.columns / self.columns.mean() - 1).abs().max().item()
-
-    @property
-    def total_error(self) -> float:
-        """Sum of the absolute relative errors; a Sinkhorn-Knopp step never increases it."""
-        return (self.columns / self.columns.mean() - 1).abs().sum().item()
-
-    def newton_step(self, damping: float) -> Tensor:
+    def newton_step(self, derivative: Tensor, damping: float) -> Tensor:
         """The Newton step of v, [K]; `damping` adds a share of Sinkhorn-Knopp's diagonal.
 
-        The derivative of the column sums m by v is diag(m) - Q'^T Q'. Sinkhorn-Knopp uses diag(m)
-        alone, far too much where few images lie between clusters: with a small epsilon it takes
-        hundreds of steps, Newton's method a handful.
+        Sinkhorn-Knopp uses diag(columns) as the derivative, far too much where few images lie
+        between clusters: with a small epsilon it takes hundreds of steps, Newton's method a handful.
         """
-        hessian = torch.diag(self.sampled) - self.gram
-        hessian += torch.diag(damping * self.sampled + 1e-6 * self.sampled.mean())
-        step = torch.linalg.solve(hessian, self.columns.mean() - self.columns)
+        mean = self.columns.mean()
+        damped = derivative + torch.diag(damping * self.columns + 1e-6 * mean)
+        step = torch.linalg.solve(damped, mean - self.columns)
         return step.clamp(-LONGEST_STEP, LONGEST_STEP)
 
 
-class MassSum:
-    """Accumulates Masses chunk by chunk: of all rows (exact), or of evenly spaced ones."""
+@dataclass
+class Assigned:
+    """The hard assignment: cluster [n] int64, of this process's rows; the rest of all processes.
 
-    def __init__(self, scores: Scores, *, exact: bool) -> None:
-        self.rows = scores.rows
-        count, num_clusters = self.rows.count, scores.num_clusters
-        self.every = 1 if exact else max(1, count // MASS_ROWS)
-        gram_rows = GRAM_ROWS if exact else MASS_ROWS // 2
-        self.gram_every = max(1, count // (gram_rows * self.every))
-        self._pending: list[tuple[Tensor, Tensor | None]] = []
+    features: [K, D] sums of the features of each cluster (hard), or weighted by Q (soft). sizes:
+    [K] int64. similarity: mean cosine to the own centroid.
+    """
+
+    cluster: Tensor
+    features: Tensor
+    sizes: Tensor
+    similarity: float
+
+
+class Scores:
+    """S / epsilon of all rows, for fixed centroids; a pass adds potentials v [K].
+
+    Kept after the first pass if they take at most CACHE_BYTES, else computed anew.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        centroids: Tensor,
+        epsilon: float,
+        on_pass: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.rows, self.epsilon, self.on_pass = rows, epsilon, on_pass
+        self.num_clusters = len(centroids)
+        self.scaled = (centroids / epsilon).T.contiguous()
+        fits = len(rows) * self.num_clusters * self.scaled.element_size() <= CACHE_BYTES
+        self.cache = self.scaled.new_empty(len(rows), self.num_clusters) if fits else None
+        self.cached = False
+
+    def chunks(self, potentials: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(slice, scores [c, K]) of every chunk. The next chunk overwrites the scores."""
+        buffer = self.scaled.new_empty(self.rows.chunk_size, self.num_clusters)
+        for where in self.rows.chunks():
+            score = buffer[: where.stop - where.start]
+            kept = score if self.cache is None else self.cache[where]
+            if not self.cached:
+                torch.mm(self.rows.chunk(where), self.scaled, out=kept)
+            yield where, torch.add(kept, potentials, out=score)
+        self.cached = self.cache is not None
+        self.on_pass()
+
+    def masses(self, potentials: Tensor, *, derive: bool) -> Masses:
+        """The masses under these potentials, with their derivative if `derive`; one pass."""
+        every = max(1, self.rows.count // GRAM_ROWS)
         dtype = sum_dtype(self.rows.device)
-        self.sums = self.rows.zeros(num_clusters + 2, num_clusters, dtype=dtype)
+        sums = self.rows.zeros(self.num_clusters + 1, self.num_clusters, dtype=dtype)
+        for _, score in self.chunks(potentials):
+            q = score.softmax(dim=1)
+            sums[-1] += q.sum(dim=0)
+            if derive:
+                some = q[::every]
+                sums[:-1] += some.T @ some
+        sums = self.rows.all_reduce(sums).cpu().double()
+        columns, gram = sums[-1], sums[:-1]
+        if not derive:
+            return Masses(columns, None)
+        gram *= columns.sum() / gram.sum()  # rows of Q' sum to 1, so both are numbers of rows
+        # For the same reason the derivative's columns sum to 0. Unlike a difference from the
+        # masses, this is exact to rounding also where hardly any image lies between clusters.
+        gram.fill_diagonal_(0)
+        return Masses(columns, torch.diag(gram.sum(dim=0)) - gram)
 
-    def add(self, where: slice, score: Tensor, top: Tensor) -> Tensor | None:
-        """Add a chunk of scores [c, K] with their row maxima [c].
-
-        Exact: overwrites the scores with exp(score - top) and returns the factors [c] that make Q
-        of them. Otherwise collects rows until they fill a chunk, and returns None.
-        """
-        weights = self.rows.chunk_weights(where)
-        if self.every == 1:
-            return self._sum(score.sub_(top[:, None]), weights)
-        some = slice(None, None, self.every)
-        pending = (score[some] - top[some, None], None if weights is None else weights[some])
-        self._pending.append(pending)
-        if sum(len(rows) for rows, _ in self._pending) >= self.rows.chunk_size:
-            self._sum_pending()
-        return None
-
-    def _sum_pending(self) -> None:
-        if self._pending:
-            scores, weights = zip(*self._pending, strict=True)
-            self._sum(torch.cat(scores), None if weights[0] is None else torch.cat(weights))
-        self._pending = []
-
-    def _sum(self, score: Tensor, weights: Tensor | None) -> Tensor:
-        norm = score.exp_().sum(dim=1)
-        factors = norm.reciprocal_() if weights is None else weights / norm
-        self.sums[-1] += factors @ score
-        some = score[:: self.gram_every] * factors[:: self.gram_every, None]
-        self.sums[:-2] += some.T @ some
-        self.sums[-2] += some.sum(dim=0)
-        return factors
-
-    def merge(self, other: MassSum) -> None:
-        """Add the sums of another thread."""
-        other._sum_pending()
-        self.sums += other.sums
-
-    def total(self) -> Masses:
-        """The masses over all processes."""
-        self._sum_pending()
-        sums = self.rows.all_reduce(self.sums).cpu().double()
-        scale = sums[-1].sum() / sums[-2].sum()
-        return Masses(sums[-1], sums[:-2] * scale, sums[-2] * scale)
+    def assign(self, potentials: Tensor, *, soft: bool = False) -> Assigned:
+        rows, dtype = self.rows, sum_dtype(self.rows.device)
+        top = rows.zeros(len(rows))
+        cluster = rows.zeros(len(rows), dtype=torch.int64)
+        sums = rows.zeros(self.num_clusters, rows.width, dtype=dtype)
+        for where, score in self.chunks(potentials):
+            torch.max(score, dim=1, out=(top[where], cluster[where]))
+            features = rows.chunk(where)
+            if soft:
+                sums += score.softmax(dim=1).T @ features
+            else:
+                sums += cluster_sums(features, cluster[where], self.num_clusters)
+        sizes = rows.all_reduce(cluster.bincount(minlength=self.num_clusters))
+        cosine = (top - potentials[cluster]).sum(dtype=dtype) * self.epsilon
+        similarity = float(rows.all_reduce(cosine)) / max(1, rows.count)
+        return Assigned(cluster, rows.all_reduce(sums), sizes, similarity)
 
 
 def sum_dtype(device: torch.device | None) -> torch.dtype:
@@ -180,41 +144,45 @@ def sum_dtype(device: torch.device | None) -> torch.dtype:
     return torch.float32 if device is not None and device.type == "mps" else torch.float64
 
 
-def column_masses(scores: Scores, potentials: Tensor) -> Masses:
-    """Exact column sums of n Q; one pass."""
-    masses = MassSum(scores, exact=True)
-    for where, _, score in scores.chunks(potentials):
-        masses.add(where, score, score.amax(dim=1))
-    return masses.total()
+def cluster_sums(features: Tensor, cluster: Tensor, num_clusters: int) -> Tensor:
+    """Sums of the features [n, D] of each cluster, [K, D]; cluster: [n] int64.
+
+    Rows sorted by cluster are bags of an embedding: several times faster than index_add, and added
+    in a fixed order.
+    """
+    ordered, order = cluster.sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(num_clusters, device=cluster.device))
+    return embedding_bag(order, features, starts, mode="sum")
 
 
 def balanced_potentials(
-    scores: Scores,
-    potentials: Tensor,
-    tolerance: float,
-    max_steps: int,
-    on_pass: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Improve `potentials` [K] until no mass is off by more than `tolerance`; one pass per step.
+    scores: Scores, potentials: Tensor, tolerance: float, max_steps: int
+) -> tuple[Tensor, float]:
+    """Improved `potentials` [K], and the largest relative error of a mass; one pass per step.
 
-    Newton's method; a step that does not help is replaced by a Sinkhorn-Knopp step, and damping
-    grows. After `max_steps` the best potentials so far, whatever their error.
+    Newton's method, its derivative renewed when a step did not help much. A step that did not help
+    at all is replaced by a Sinkhorn-Knopp step, which never increases the sum of the errors, and
+    damping grows. Ends within `tolerance`, or with the best potentials after `max_steps`.
     """
-    best, damping = potentials, FIRST_DAMPING
+    best, current, damping = potentials, potentials, FIRST_DAMPING
     masses: Masses | None = None
-    current, sinkhorn = potentials, False
+    derivative: Tensor | None = None
+    least, derive, sinkhorn = float("inf"), True, False
     for _ in range(max_steps):
-        found = column_masses(scores, current)
-        on_pass()
-        helped = masses is None or found.total_error < masses.total_error
+        found = scores.masses(current, derive=derive)
+        derivative = found.derivative if derive else derivative
+        total = found.errors.sum().item()
+        helped, derive = total < least, total > FAST * least
         if masses is None or helped:
-            best, masses = current, found
+            best, masses, least = current, found, total
         elif sinkhorn:
             break  # the next step, and all that follow, would be this one again
-        if masses.error <= tolerance:
+        if masses.errors.max() <= tolerance:
             break
         damping = damping / 4 if helped else damping * 8
         sinkhorn = not helped or damping >= 1
-        step = -masses.excess if sinkhorn else masses.newton_step(damping)
+        assert derivative is not None
+        step = masses.sinkhorn_step() if sinkhorn else masses.newton_step(derivative, damping)
         current = best + step.to(best)
-    return best - best.mean()
+    assert masses is not None
+    return best - best.mean(), masses.errors.max().item()

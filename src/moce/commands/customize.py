@@ -34,8 +34,6 @@ from moce.customization.selection import Choice, route_name
 from moce.data.divide import voting_rows
 from moce.data.load import chosen_samples, load_images
 from moce.errors import MoceError, counted
-from moce.evaluation.evaluator import choose_by_probe
-from moce.evaluation.task import load_task
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec, fit_of, input_channels
 from moce.models.mae import MAE, MAESpec
@@ -141,6 +139,9 @@ def _choose(settings: CustomizeSettings, bank: Bank) -> tuple[Choice, list[tuple
     """The choice, and the ids and reasons of images that could not be read."""
     store = pixel_file(settings)
     if settings.strategy == "probe":
+        from moce.evaluation.evaluator import choose_by_probe  # scikit-learn takes a second
+        from moce.evaluation.task import load_task
+
         task = load_task(settings.images, bank.task_shape, store, settings.max_skipped)
         chosen = choose_by_probe(bank, task.train, task.train_labels, len(task.classes))
         return run_on_rank0(lambda: chosen), task.skipped  # the same for all processes

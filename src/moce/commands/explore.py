@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from moce.explorer.server import Status, Wanted
 
 MAP, BACKBONES = "map.safetensors", "backbones"
+PATIENCE = 5.0  # seconds for a thread to end
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
@@ -59,6 +60,8 @@ class ExploreResult:
     exported: list[Path] = field(default_factory=list)
 
     def summary(self) -> str:
+        if not self.images:
+            return "ended before the map was ready"
         skipped = f", {counted(self.skipped, 'unreadable one')} left out" if self.skipped else ""
         lines = [f"map of {counted(self.images, 'image')}{skipped}: {self.folder}"]
         return "\n".join([*lines, *(f"exported: {path}" for path in self.exported)])
@@ -162,13 +165,21 @@ class Work:
         listener = listen(host, self.settings.port)
         if host not in LOOPBACK:
             log(f"whoever reaches {host} can see these images and export backbones")
-        log(f"open {address(listener)} in a browser; Ctrl-C ends it")
         failures: list[BaseException] = []
         making = partial(self._make, status, ended, failures)
-        thread = threading.Thread(target=making, daemon=True)
-        thread.start()
-        serve(Server(status, self.export, host), listener, ended)
-        thread.join(2)
+        serving = partial(serve, Server(status, self.export, host), listener, ended)
+        threads = [threading.Thread(target=work, daemon=True) for work in (making, serving)]
+        try:
+            for thread in threads:
+                thread.start()
+            log(f"open {address(listener)} in a browser; Ctrl-C ends it")
+            ended.wait()
+        except KeyboardInterrupt:
+            log("ended")
+        finally:
+            ended.set()
+            for thread in threads:
+                thread.join(PATIENCE)
         for failure in failures:
             raise failure
         return self._result(status.explorer)

@@ -144,7 +144,7 @@ class ClusterSettings(RunSettings, MAESettings, CacheSettings):
         "a 16 x 16 grid",
     )
     epsilon: Annotated[Positive, Field(ge=1e-30)] = setting(
-        0.01, "entropy weight of the balanced assignment"
+        0.005, "entropy weight of the balanced assignment"
     )
     update: CentroidUpdate = setting(
         "hard", "centroids: mean of assigned images (hard) or Q-weighted mean (soft)"

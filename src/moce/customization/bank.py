@@ -24,6 +24,7 @@ from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import EncoderSpec, fit_of, input_channels, input_shape
 from moce.models.mae import MAE
 from moce.models.moce import MoCE, MoCESpec
+from moce.models.uninitialized import Uninitialized
 from moce.training.defaults import BASE_LR, default_lr
 from moce.weights.formats.timm import pooled
 from moce.weights.from_runs import load_moce
@@ -152,7 +153,8 @@ class Bank:
         mae = self.model.mae
         decoder = {n: v for n, v in mae.state_dict().items() if not n.startswith("encoder.")}
         encoder = {f"encoder.{n}": v for n, v in self.backbone(choice).state_dict().items()}
-        dense = self.spec.mae.build()
+        with Uninitialized():
+            dense = self.spec.mae.build()
         dense.load_state_dict(decoder | encoder)
         return dense
 

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -183,11 +183,14 @@ class _Chunks(Dataset[Chunk]):
         views, unreadable = self._views, []
         if self._images.originals is None:
             return rows, views.of_pixels(self._images.take(rows), rows, epochs), []
+        numbers = views.numbers(rows, epochs)
         rows = rows.clone()
         pixels = np.empty((len(rows), self._channels, *views.size), np.uint8)
         for place, (row, epoch) in enumerate(zip(rows.tolist(), epochs.tolist(), strict=True)):
-            for candidate in (row, *self._replacements(row, epoch)):
-                reason = self._read_one(pixels, place, candidate, epoch)
+            for candidate in chain([row], self._replacements(row, epoch)):
+                if candidate != row:
+                    numbers[place] = views.numbers(torch.tensor([candidate]), epochs[[place]])[0]
+                reason = self._read_one(pixels[place], candidate, numbers[place])
                 if reason is None:
                     rows[place] = candidate
                     break
@@ -199,13 +202,11 @@ class _Chunks(Dataset[Chunk]):
         made = torch.from_numpy(pixels)
         return rows, made if views.policy is None else views.policy(made, rows, epochs), unreadable
 
-    def _read_one(self, pixels: np.ndarray, place: int, row: int, epoch: int) -> str | None:
-        """Write the view of a row to its place; returns the reason if that is not possible."""
-        views = self._views
+    def _read_one(self, pixels: np.ndarray, row: int, numbers: Tensor) -> str | None:
+        """Write the view of a row to `pixels`; returns the reason if that is not possible."""
         try:
-            numbers = views.numbers(torch.tensor([row]), torch.tensor([epoch]))[0]
             sample = self._images.original(row)
-            pixels[place] = views.of_sample(sample, numbers, self._channels)
+            pixels[:] = self._views.of_sample(sample, numbers, self._channels)
         except Unreachable:
             raise
         except Exception as error:  # decoders raise errors of any type

@@ -23,8 +23,6 @@ from moce.customization.bank import Bank
 from moce.data.dataset import ImageDataset
 from moce.data.loader import in_order
 from moce.errors import NotFinite, counted
-from moce.evaluation.metrics import choose_metric, score
-from moce.evaluation.sklearn_probe import knn_scores, linear_scores
 from moce.evaluation.task import Task
 from moce.inference.features import extract_features
 from moce.inference.rankme import rankme
@@ -202,6 +200,10 @@ class Monitor:
 
     def _scores(self, name: str, task: Task) -> dict[str, Any]:
         """The default metric of `moce probe`, 0..1, with its default settings for features."""
+        # Here, because scikit-learn takes a second, and most runs are not monitored.
+        from moce.evaluation.metrics import choose_metric, score
+        from moce.evaluation.sklearn_probe import knn_scores, linear_scores
+
         vit, noted = self.network.encoder(name)
         train, test = (self._features(vit, images).numpy() for images in (task.train, task.test))
         given = train, task.train_labels, test, len(task.classes)

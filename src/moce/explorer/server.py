@@ -27,7 +27,6 @@ from moce.errors import MoceError
 from moce.explorer.explorer import Dropped, Explorer, file_name
 from moce.explorer.pictures import picture_of, thumbnail
 from moce.models.encoder import input_channels
-from moce.runtime.progress import log
 
 PAGE = Path(__file__).parent / "page"
 FILES = {
@@ -338,21 +337,8 @@ def address(listener: socket.socket) -> str:
 
 
 def serve(server: Server, listener: socket.socket, ended: threading.Event) -> None:
-    """Serve until `ended` is set, Ctrl-C or SIGTERM.
-
-    The event loop has a thread of its own: a notebook already runs one in the main thread.
-    """
-    thread = threading.Thread(
-        target=lambda: asyncio.run(_serve(server, listener, ended)), daemon=True
-    )
-    thread.start()
-    try:
-        ended.wait()
-    except KeyboardInterrupt:
-        log("ended")
-    finally:
-        ended.set()
-        thread.join(5)
+    """Serve until `ended` is set. For a thread of its own: a notebook has a loop in the main one."""
+    asyncio.run(_serve(server, listener, ended))
 
 
 async def _serve(server: Server, listener: socket.socket, ended: threading.Event) -> None:

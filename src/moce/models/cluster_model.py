@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from moce.errors import MoceError
 from moce.models.encoder import EncoderSpec
+from moce.models.uninitialized import Uninitialized
 
 CHUNK_SIZE = 4096  # rows at a time: [4096, K] scores stay in the processor's cache
 TENSORS = ("centroids", "potentials", "mean", "sizes")
@@ -77,7 +78,8 @@ class ClusterModel:
     def from_tensors(cls, tensors: dict[str, Tensor], info: dict) -> ClusterModel:
         """The model from `tensors()` and `info()`."""
         spec = EncoderSpec.from_dict(info["encoder"])
-        encoder = spec.build()
+        with Uninitialized():
+            encoder = spec.build()
         names = [name for name in tensors if name.startswith(ENCODER)]
         encoder.load_state_dict({name.removeprefix(ENCODER): tensors[name] for name in names})
         encoder.eval().requires_grad_(False)

@@ -35,7 +35,7 @@ from moce.runtime.fsdp import full_state
 from moce.runtime.launch import is_rank0
 from moce.runtime.progress import log, meter
 from moce.runtime.signals import stop_request
-from moce.training.checkpoint import Checkpoint, check_agreed, load_checkpoint, save_checkpoint
+from moce.training.checkpoint import Checkpoint, CheckpointWriter, check_agreed, load_checkpoint
 from moce.training.drop_path import draw_drop_path, forget_drop_path, use_keyed_drop_path
 from moce.training.gate_stats import Diagnostics
 from moce.training.idle_experts import IdleExperts
@@ -210,6 +210,7 @@ class _Trainer:
             closing(self._batches(rows)) as batches,
             stop_request("the first step") as self.stop,
             self._thread_parallel() as self.thread_parallel,
+            CheckpointWriter(self.folder) as checkpoints,
         ):
             if not self.done and (measured := self._measure(0)).row:
                 metric_log.write({"step": 0, "epoch": 0.0, **measured.row}, None, measured.picture)
@@ -219,6 +220,7 @@ class _Trainer:
                 self.stop.waits_for = f"step {number + 1:,} of {self.total:,}"
                 rate = self._set_rate(number)
                 self._step(number, batches)
+                checkpoints.check()
                 last = number + 1 == self.total
                 note = None
                 # Rows are where an uninterrupted run has them: asking to stop makes none.
@@ -228,7 +230,9 @@ class _Trainer:
                 # Read once: a later signal is for the next step.
                 received = agreed_signal(self.stop.received)
                 if last or received is not None or (number + 1) % self.settings.save_every == 0:
-                    self._save(number + 1)
+                    self._save(checkpoints, number + 1)
+                if last or received is not None:
+                    checkpoints.finish()
                 progress.advance(note)
                 if received is not None:
                     raise Interrupted(received, self.folder, f"step {number + 1} of {self.total}")
@@ -316,7 +320,7 @@ class _Trainer:
             self.objective.average.load(found.average)
         return found.step
 
-    def _save(self, step: int) -> None:
+    def _save(self, checkpoints: CheckpointWriter, step: int) -> None:
         self.window.collect()
         self.window.check_finite(self.folder)
         self.unreadable.write()
@@ -328,8 +332,7 @@ class _Trainer:
             diagnostics.state if diagnostics else {},
             average.state() if average else {},
         )
-        save_checkpoint(self.folder, state, self.model.module, self.optimizer)
-        barrier()
+        checkpoints.save(state, self.model.module, self.optimizer)
 
     def _set_rate(self, number: int) -> float:
         settings = self.settings

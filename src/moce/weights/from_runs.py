@@ -17,6 +17,7 @@ from moce.models.fit import stated_fit
 from moce.models.mae import MAE, MAESpec
 from moce.models.moce import MoCE, MoCESpec
 from moce.models.token_moe import TokenExpertFFN, TokenMoESpec, copy_experts
+from moce.models.uninitialized import Uninitialized
 from moce.runs.model import CONFIG, INFO, WEIGHTS, read_info, read_model
 from moce.runtime.progress import log
 from moce.weights.build import ModelOverrides, build_encoder, read_weights
@@ -46,7 +47,8 @@ def load_moce(run: Path) -> tuple[MoCESpec, MoCE, ClusterModel]:
     info, tensors = read_model(run, "moce")
     with raise_if_corrupt(run / INFO):
         spec = MoCESpec.from_dict(info["spec"])
-        model = spec.build()
+        with Uninitialized():
+            model = spec.build()
         _check_mae(spec.mae, model.mae)
     load_weights(model, _without_prefix("model.", tensors), run)
     return spec, model.eval(), _clusters_from(run, _without_prefix("clusters.", tensors), info)
