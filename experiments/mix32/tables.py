@@ -36,6 +36,7 @@ CONTRASTS = (
     ("mae_plus_adapted", "mae_further"),
     ("moce_adapted", "mae_further"),
     ("moce_block", "mae_plus"),
+    ("moce", "token_moe"),
     ("token_moe", "mae_plus"),
     ("sdr", "mae_plus"),
     ("subset", "mae_plus"),
