@@ -81,7 +81,7 @@ def test_each_image_is_read_alone_from_where_the_footer_says(folder, tmp_path, s
     moce.pack(folder, out=tmp_path / "packed", **PACK)
     samples = open_source(str(tmp_path / "packed"))
     assert isinstance(samples, SampleTable)
-    assert all(file.offsets is not None for file in samples.read.files)
+    assert all(file.offsets is not None for file in samples.reader.files)
     assert samples.nbytes <= 100 * len(samples)
     again = pickle.loads(pickle.dumps(samples))
     assert [s.open.read() for s in again] == [s.open.read() for s in samples]
