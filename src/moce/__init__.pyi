@@ -248,7 +248,7 @@ def demo(
     num_experts: int = 8,
     num_labels: int = 150,
     draws: int = 3,
-    adapt_steps: int = 300,
+    adapt_steps: int = 100,
     finetune_epochs: float = 16,
 ) -> DemoResult:
     """Run every stage on the embedded images and compare MAE, MAE+ and MoCE on six tasks.
@@ -271,8 +271,8 @@ def demo(
         num_clusters (int, default 96): clusters K
         num_experts (int, default 8): experts E per MoE block
         num_labels (int, default 150): labeled images per draw
-        draws (int, default 3): draws of labels per probe and fine-tune
-        adapt_steps (int, default 300): steps of each adaptation to a task
+        draws (int, default 3): draws of labels per probe
+        adapt_steps (int, default 100): steps of each adaptation to a task
         finetune_epochs (float, default 16): epochs of each fine-tune
     """
 

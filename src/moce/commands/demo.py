@@ -218,7 +218,7 @@ def _segmentation(settings: DemoSettings, runtime: dict[str, Any]) -> dict[str, 
 def _evaluation(
     settings: DemoSettings, tasks: list[str], runtime: dict[str, Any]
 ) -> dict[str, Step]:
-    """Probe all backbones on every task, then fine-tune MAE+ and MoCE, also adapted to the task."""
+    """Probe all backbones on every task, also adapted to it, then fine-tune MAE+ and MoCE."""
     out = settings.out
     runs = {name: f"{name}={out / name}" for name in ("mae", "mae_plus", "moce")}
     routes = (f"{name}={out / 'moce'}@{name}" for name in ("random", "best_strategy"))
@@ -229,17 +229,19 @@ def _evaluation(
     common = {
         "suite": _write_suite(out / "suite.yaml", tasks, settings),
         "out": out / "evaluation",
+        **runtime,
+    }
+    adaptation = {
         "adapt_steps": settings.adapt_steps,
         "adapt_data": IMAGES,
         "adapt_clusters": out / "clusters",
         "adapt_batch_size": TRAINING["batch_size"],
-        "finetune_draws": settings.draws,
-        **runtime,
     }
-    probed, tuned = (*runs.values(), *routes, *adapted), (runs["mae_plus"], runs["moce"], *adapted)
-    probes = EvaluateSettings(backbones=probed, protocols=("linear",), **common)
+    probes = EvaluateSettings(
+        backbones=(*runs.values(), *routes, *adapted), protocols=("linear",), **adaptation, **common
+    )
     finetune = EvaluateSettings(
-        backbones=tuned,
+        backbones=(runs["mae_plus"], runs["moce"]),
         protocols=("finetune",),
         resume=True,  # its rows go with those of the probes
         **common,

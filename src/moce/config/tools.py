@@ -219,8 +219,8 @@ class DemoSettings(RuntimeSettings):
     num_clusters: Count = setting(96, "clusters K")
     num_experts: Count = setting(8, "experts E per MoE block")
     num_labels: Count = setting(150, "labeled images per draw")
-    draws: Count = setting(3, "draws of labels per probe and fine-tune")
-    adapt_steps: Count = setting(300, "steps of each adaptation to a task")
+    draws: Count = setting(3, "draws of labels per probe")
+    adapt_steps: Count = setting(100, "steps of each adaptation to a task")
     finetune_epochs: Positive = setting(16, "epochs of each fine-tune")
 
 
