@@ -103,12 +103,12 @@ def report(folder: Path, count: int) -> Work:
     memory[:] = np.random.default_rng(0).integers(0, 256, memory.shape, dtype=np.uint8)
     quiet = {"device": "cpu", "precision": "float32", "overwrite": True}
     moce.pretrain(few, out=folder / "mae", overwrite=True, **PRETRAIN)
-    run = moce.cluster(few, mae=folder / "mae", out=folder / "run", num_clusters=8, **quiet).folder
+    run = moce.cluster(few, mae=folder / "mae", out=folder / "run", num_clusters=8, **quiet).run
     ids = [sample.id for sample in open_source(data)]
     write_assignments(run, ids, torch.arange(count) % 8)
     settings = read_yaml((run / "config.yaml").read_text()) | {"data": data}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    return lambda: moce.report([run], out=folder / "report.html")
+    return lambda: moce.report(run, out=folder / "report.html")
 
 
 PARTS: dict[str, Callable[[Path, int], Work]] = {
