@@ -87,7 +87,7 @@ def test_a_backbone_is_adapted_and_loads_with_timm(runs: Runs, tmp_path: Path) -
     result = moce.customize(runs.moce, runs.task, out=out, data=runs.data, **QUICK)
     names = {path.name for path in out.iterdir()}
     expected = {"README.md", "adaptation.json", "config.json", "config.yaml", "metrics.jsonl"}
-    assert names == expected | {"model.safetensors", "selection.json", "timings.jsonl"}
+    assert names == expected | {"model.safetensors", "selection.json", "chart.png", "timings.jsonl"}
     done = json.loads((out / "adaptation.json").read_text())
     assert done["steps"] == 8 and done["pool_images"] > 0
     assert done["task_images"] + done["held_out"] > 0

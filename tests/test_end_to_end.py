@@ -96,7 +96,7 @@ def test_every_run_leaves_exactly_these_files(root: Path) -> None:
         "skipped.jsonl", "timings.jsonl",
     }  # fmt: skip
     assert left_in(root / "backbone") == {
-        "README.md", "config.json", "model.safetensors", "selection.json"
+        "README.md", "chart.png", "config.json", "model.safetensors", "selection.json"
     }  # fmt: skip
     assert left_in(root / "probe") == {"config.yaml", "rows.jsonl"}
     assert left_in(root / "tuned") == training_files(6) | {

@@ -20,7 +20,7 @@ from moce.data.readers.sample import Sample
 from moce.errors import MoceError
 from moce.models.encoder import input_channels, input_size
 from moce.models.mae import MAE, MAESpec
-from moce.runs.resume import check_unchanged, resumes
+from moce.runs.resume import check_unchanged, recorded_settings, resumes
 
 
 @dataclass
@@ -54,6 +54,9 @@ class Adapter:
         images = self.load([*task, *related], mae.encoder)
         images = replace(images, skipped=images.skipped + unreadable)
         if resumes(settings):
+            if settings.micro_batch_size == "auto":
+                size = recorded_settings(settings).micro_batch_size
+                settings = settings.model_copy(update={"micro_batch_size": size})
             check_unchanged(settings)
             if (settings.out / ADAPTATION).is_file():
                 raise MoceError(f"{settings.out} is finished; use --overwrite to adapt again")
