@@ -25,7 +25,7 @@ SAMPLE = 128  # images per cluster in the first stage
 SEED_SAMPLE = 64  # images per cluster to draw seeds from
 CONVERGED = 5e-3  # share of images that change cluster, at which a stage ends
 GAIN = 1e-4  # or so small a relative growth of the mean similarity, so many times in a row:
-PATIENCE, PATIENCE_AFTER_SAMPLE = 3, 1
+PATIENCE, PATIENCE_AFTER_SAMPLE = 3, 2
 # While centroids still move, potentials start from the last iteration's and need few steps.
 BALANCE_STEPS, FINAL_BALANCE_STEPS = 6, 1000
 RESCUES = 5  # attempts to fill clusters whose centroids have merged with others

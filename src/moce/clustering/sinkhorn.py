@@ -19,6 +19,9 @@ from moce.clustering.features import Rows
 GRAM_ROWS = 2**15  # rows that estimate the derivative of the masses; fewer make it a poor one
 FIRST_DAMPING, LONGEST_STEP = 0.1, 5.0
 FAST = 0.3  # a step that leaves this share of the error needs no new derivative after it
+HELPFUL = (
+    0.999  # a step helps if it leaves less than this share: on a plateau rounding would decide
+)
 CACHE_BYTES = 2**31  # memory for the scores of all images, which saves the matrix product of a pass
 
 
@@ -172,7 +175,7 @@ def balanced_potentials(
         found = scores.masses(current, derive=derive)
         derivative = found.derivative if derive else derivative
         total = found.errors.sum().item()
-        helped, derive = total < least, total > FAST * least
+        helped, derive = total < HELPFUL * least, total > FAST * least
         if masses is None or helped:
             best, masses, least = current, found, total
         elif sinkhorn:
