@@ -100,7 +100,7 @@ def test_every_run_leaves_exactly_these_files(root: Path) -> None:
     }  # fmt: skip
     assert left_in(root / "probe") == {"config.yaml", "rows.jsonl"}
     assert left_in(root / "tuned") == training_files(6) | {
-        "README.md", "config.json", "rows.jsonl"
+        "README.md", "chart.png", "config.json", "rows.jsonl"
     }  # fmt: skip
     made = {"mae", "clusters", "moce", "mae_plus", "backbone", "probe", "tuned"}
     assert {path.name for path in root.iterdir()} == made | {"data", "task"}  # no temporary files
