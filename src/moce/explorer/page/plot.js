@@ -143,10 +143,10 @@ export class Plot {
     this.pending = true;
     requestAnimationFrame(() => {
       this.pending = false;
-      const begun = performance.now();
+      const start = performance.now();
       this.drawPoints();
       this.drawMarks();
-      this.drawn = performance.now() - begun;
+      this.drawn = performance.now() - start;
     });
   }
 
