@@ -297,7 +297,9 @@ def test_a_run_stopped_by_sigterm_is_resumed(strategy: str, made: Made, tmp_path
     assert "saved in" in moce_lines(output)[0]
     assert len(list((out / "state").glob("*.safetensors"))) == 1
     copied = copy_run(out, tmp_path / "copied")
-    torchrun(*moce_words("train", {**settings, "out": out, "resume": True})).communicate()
+    going_on = torchrun(*moce_words("train", {**settings, "out": out, "resume": True}))
+    _, output = going_on.communicate(timeout=600)
+    assert going_on.returncode == 0, output
     for folder, more in ((copied, {"resume": True}), (tmp_path / "whole", {})):
         COMMANDS["train"].run({**settings, "out": folder, **more})
     assert_same(tmp_path / "whole", out)

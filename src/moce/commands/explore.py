@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 MAP, BACKBONES = "map.safetensors", "backbones"
 PATIENCE = 5.0  # seconds for a thread to end
+POLL = 0.1  # seconds
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
@@ -173,7 +175,8 @@ class Work:
             for thread in threads:
                 thread.start()
             log(f"open {address(listener)} in a browser; Ctrl-C ends it")
-            ended.wait()
+            while not ended.is_set():  # a wait for the event could sleep through a signal
+                time.sleep(POLL)
         except KeyboardInterrupt:
             log("ended")
         finally:

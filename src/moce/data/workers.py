@@ -28,7 +28,6 @@ from moce.data.rng import Stream, keyed_uniform
 from moce.data.run_ahead import run_ahead
 from moce.data.views import Views
 from moce.errors import MoceError, Unreachable
-from moce.runs.lock import drop_inherited_locks
 from moce.runtime.device import to_device
 from moce.runtime.launch import launch
 from moce.runtime.system import worker_threads
@@ -130,8 +129,7 @@ def _shared_memory() -> int:
 
 
 def _start_worker(worker: int) -> None:
-    """The training process decides when to stop, and alone holds the output folder."""
-    drop_inherited_locks()
+    """The training process decides when to stop."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

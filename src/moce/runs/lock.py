@@ -39,11 +39,15 @@ def lock_folder(path: Path) -> None:
     _locked[path.resolve()] = descriptor
 
 
-def drop_inherited_locks() -> None:
-    """Call in a forked process: it would keep the locks of a parent that is killed for a while."""
+def _drop_inherited_locks() -> None:
+    """In a forked process: it would keep the locks of a parent that is gone, for as long as it lives."""
     for descriptor in _locked.values():
         os.close(descriptor)
     _locked.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_inherited_locks)
 
 
 @contextmanager
