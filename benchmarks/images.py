@@ -73,11 +73,11 @@ class Case:
 
 
 CASES = {
-    "small": Case("small", (400, 500, ".jpg"), 224, 768, 64),
-    "large": Case("large", (3000, 4000, ".jpg"), 224, 32, 16),
+    "small": Case("small", (400, 500, ".jpg"), 224, 3072, 64),
+    "large": Case("large", (3000, 4000, ".jpg"), 224, 96, 16),
     "tiny": Case("tiny", (32, 32, ".png"), 32, 4096, 256),
 }
-TURNS = {"small": 7, "large": 5, "tiny": 5}
+TURNS = 5
 
 
 def write_files(folder: Path, case: Case, count: int) -> Path:
@@ -196,10 +196,10 @@ LOADERS = {
 
 def loading(name: str, root: Path, repeats: int | None, *, short: bool) -> list[Row]:
     case = CASES[name]
-    count = max(2 * case.batch, case.images // 4) if short else case.images
+    count = max(2 * case.batch, case.images // 12) if short else case.images
     folder = write_files(root / name, case, count)
     work = {candidate: make(folder, case) for candidate, make in LOADERS.items()}
-    rows = in_turns(work, repeats or (2 if short else TURNS[name]), part=name)
+    rows = in_turns(work, repeats or (2 if short else TURNS), part=name)
     return per_second(rows, count // case.batch * case.batch)
 
 

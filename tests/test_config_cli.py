@@ -43,6 +43,11 @@ def test_a_value_of_two_types_is_one_mistake() -> None:
     assert str(refusal.value) == expected
 
 
+def test_a_list_where_a_path_belongs() -> None:
+    with pytest.raises(MoceError, match=r"^setting 'runs.0': must be a path \(got \['a', 'b'\]\)$"):
+        moce.report(["a", "b"])
+
+
 def test_arguments_may_follow_flags(capsys) -> None:
     words = ["finetune", "--steps", "1", "no-such-mae", "--workers", "0", "no-such-data"]
     assert run_command([*words, "more"]) == 2

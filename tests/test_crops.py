@@ -199,7 +199,7 @@ def test_policies_run_in_workers_for_cached_images_too(photos, tmp_path: Path) -
     for workers in (0, 2):
         for one, other in zip(batches(images, workers, views=inverted), plain, strict=True):
             expected = 255 - other.views(VIEWS).round()
-            assert one.are_views and torch.equal(one.views(inverted), expected)
+            assert one.are_views and torch.equal(one.views(inverted).float(), expected)
 
 
 # --- broken images ------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ OTHER_WORDS = {  # of other programs, for a setting or a part of its name
     "amp": "precision",
     "fp16": "precision",
 }
+PLAIN = {"path_type": "must be a path"}  # where pydantic speaks of Python's classes
 _shown = reprlib.Repr()  # a few lines of YAML can make a value that no screen has room for
 _shown.maxstring = _shown.maxother = 200
 
@@ -126,7 +127,8 @@ def _describe(mistake: Any, near: str | None, shown: Callable[[str], str] | None
     if mistake["type"] == "missing":
         return f"{shown(name) if shown else f'setting {name!r}'} is missing"
     if mistake["type"] != "extra_forbidden":
-        return f"setting '{name}': {mistake['msg'].lower()} (got {_shown.repr(mistake['input'])})"
+        wrong = PLAIN.get(mistake["type"], mistake["msg"].lower())
+        return f"setting '{name}': {wrong} (got {_shown.repr(mistake['input'])})"
     if name in renamed():
         return f"setting '{name}' is now '{renamed()[name]}'"
     return f"unknown setting '{name}'" + (f" (did you mean '{near}'?)" if near else "")

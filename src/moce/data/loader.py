@@ -59,10 +59,10 @@ class Batch:
         return Batch(self.rows[places], self.epochs[places], self.pixels[places], self.are_views)
 
     def views(self, views: Views) -> Tensor:
-        """Float32 0..255 [b, c, *views.size]."""
+        """[b, c, *views.size] 0..255, uint8 if made by processes, else float32."""
         if self.are_views:
-            return self.pixels.float()
-        return views.of_pixels(self.pixels, self.rows, self.epochs).float()
+            return self.pixels
+        return views.of_pixels(self.pixels, self.rows, self.epochs)
 
 
 class BatchOrder:

@@ -46,7 +46,8 @@ class DistillObjective(Objective):
         crops = cropped(batch, self._settings, input_size(self._teacher))
         pooled, patches = self._targets(crops)
         if crops.shape[2:] != self._size:
-            crops = interpolate(crops, self._size, mode="bicubic", antialias=True).clamp(0, 255)
+            crops = interpolate(crops.float(), self._size, mode="bicubic", antialias=True)
+            crops = crops.clamp(0, 255)
         images = normalize(crops, self._spec.mean, self._spec.std)
         own_pooled, own_patches = model(images, tuple(patches.shape[2:]))
         of_pooled = (1 - cosine_similarity(own_pooled.float(), pooled)).mean()

@@ -34,7 +34,7 @@ def views_of(settings: TrainingSettings | ProbeSettings, size: tuple[int, int]) 
 def cropped(
     batch: Batch, settings: TrainingSettings | ProbeSettings, size: tuple[int, int]
 ) -> Tensor:
-    """Cropped and flipped images of a batch, float32 0..255, [b, c, *size]."""
+    """Cropped and flipped images of a batch, uint8 or float32 0..255, [b, c, *size]."""
     return batch.views(views_of(settings, size))
 
 
