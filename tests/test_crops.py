@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +268,17 @@ def test_a_folder_without_any_readable_image_is_one_line(tmp_path: Path) -> None
     images = open_images(str(tmp_path), SIZE).subset(range(1, 40))
     with pytest.raises(MoceError, match="images in a row cannot be read; the last: ValueError"):
         batches(images, 1)
+
+
+def test_processes_end_well(folder: Path) -> None:
+    """One that fails at its end lets torch's own loaders in this program fail, too."""
+    images = open_images(str(folder), SIZE)
+    order = BatchOrder(len(images), 4, seed=0).micro_batches(0, 3, None)
+    with closing(view_batches(images, order, CPU, VIEWS, Loading(workers=2))) as made:
+        next(made)
+        processes = active_children()
+        assert len(processes) == 2 and sum(1 for _ in made) == 2
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_a_killed_worker_is_one_line(folder: Path, monkeypatch) -> None:

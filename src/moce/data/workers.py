@@ -10,6 +10,7 @@ import math
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -75,8 +76,8 @@ def views_ahead(
     can be read, or a process is killed.
     """
     workers = default_workers() if workers is None else workers
-    with closing(_chunks(images, order, views, workers)) as chunks:
-        batches = _joined(chunks, device)
+    chunks = _started(_loader(images, order, views, workers))
+    with closing(_joined(chunks, device)) as batches:
         ahead = run_ahead((partial(next, batches, None) for _ in repeat(None)), 1, PREFETCHED)
         with closing(ahead):
             for batch in ahead:
@@ -85,9 +86,9 @@ def views_ahead(
                 yield batch
 
 
-def _chunks(
+def _loader(
     images: ImageDataset, order: Iterable[Places], views: Views, workers: int
-) -> Generator[Chunk]:
+) -> DataLoader[Chunk]:
     height, width = views.size
     channels = images.originals.channels if images.originals else images.shape[1]
     size = channels * height * width * MOST_IN_CHUNK
@@ -102,7 +103,7 @@ def _chunks(
             # It starts at once, and needs no image source to be picklable.
             "multiprocessing_context": "fork" if sys.platform == "linux" else None,
         }
-    loader = DataLoader(
+    return DataLoader(
         _Chunks(images, views, channels, shared=shared),
         batch_size=None,
         sampler=_split(order, workers),
@@ -110,14 +111,29 @@ def _chunks(
         generator=torch.Generator(),  # the global one is training's
         **options,
     )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "worker" not in str(error):
-            raise
-        raise MoceError(
-            "a process that reads images was killed, perhaps for lack of memory; give fewer --workers"
-        ) from None
+
+
+def _started(loader: DataLoader[Chunk]) -> Iterator[Chunk]:
+    """Start the processes of a loader, by a thread of its own.
+
+    One that is forked by a thread of a pool waits for itself at its end, and fails; forked by the main
+    thread, torch would let one that is killed raise its error anywhere in training.
+    """
+    found: list[Iterator[Chunk]] = []
+    failures: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            found.append(iter(loader))
+        except BaseException as error:
+            failures.append(error)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    starting.join()
+    for failure in failures:
+        raise failure
+    return found[0]
 
 
 def _shared_memory() -> int:
@@ -143,10 +159,10 @@ def _split(order: Iterable[Places], workers: int) -> Iterator[tuple[Tensor, Tens
             yield some_rows, some_epochs, number == len(parts) - 1
 
 
-def _joined(chunks: Iterable[Chunk], device: torch.device) -> Iterator[Chunk]:
+def _joined(chunks: Iterator[Chunk], device: torch.device) -> Generator[Chunk]:
     """Whole batches on `device`."""
     parts: list[Chunk] = []
-    for chunk in chunks:
+    while (chunk := _next(chunks)) is not None:
         if chunk.failed:
             raise MoceError(chunk.failed)
         parts.append(chunk)
@@ -159,6 +175,17 @@ def _joined(chunks: Iterable[Chunk], device: torch.device) -> Iterator[Chunk]:
                 last=True,
             )
             parts = []
+
+
+def _next(chunks: Iterator[Chunk]) -> Chunk | None:
+    try:
+        return next(chunks, None)
+    except RuntimeError as error:
+        if "worker" not in str(error):
+            raise
+        raise MoceError(
+            "a process that reads images was killed, perhaps for lack of memory; give fewer --workers"
+        ) from None
 
 
 class _Chunks(Dataset[Chunk]):
