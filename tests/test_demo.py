@@ -62,7 +62,7 @@ def test_results_have_the_promised_form(demo: Path) -> None:
     adapted = ("mae_plus_adapted", "moce_adapted")
     probed = ("mae", "random", "best_strategy", *tuned, *adapted)
     expected = {(task, name, "linear", 2) for task in TASKS for name in probed}
-    expected |= {(task, name, "finetune", 1) for task in TASKS for name in tuned}
+    expected |= {(task, name, "finetune", 2) for task in TASKS for name in tuned}
     found = {(r["task"], r["backbone"], r["protocol"], len(r["values"])) for r in rows}
     assert found == expected
     assert all(0 <= value <= 1 for row in rows for value in row["values"])

@@ -243,6 +243,7 @@ def _evaluation(
     finetune = EvaluateSettings(
         backbones=(runs["mae_plus"], runs["moce"]),
         protocols=("finetune",),
+        finetune_draws=settings.draws,
         resume=True,  # its rows go with those of the probes
         **common,
     )
