@@ -30,7 +30,6 @@ HERE = Path(__file__).parent
 SUITE = HERE.parents[1] / "recipes" / "suites" / "mix32.yaml"
 ROUTED = ("moce", "sdr", "token_moe")
 STUDIES = ("map", "main", "adapted", "finetuning", "baselines", "ablation")
-FINETUNING = {"protocols": ("finetune",), "role": "held_out", "finetune_draws": 3}
 OF_CLUSTERS = ("num_clusters", "pooling", "update", "epsilon")
 
 
@@ -58,6 +57,12 @@ class Folders:
     def main(self) -> Path:
         """Where the runs of the main comparison with this seed are."""
         return self.out / "main" / str(self.group.seed)
+
+    @property
+    def finetuning(self) -> dict[str, Any]:
+        """What `evaluate` is asked for to fine-tune on the held-out tasks."""
+        draws = self.recipe.get("finetune_draws", 3)
+        return {"protocols": ("finetune",), "role": "held_out", "finetune_draws": draws}
 
     def pool(self, name: str) -> str:
         return str(self.out / "data" / "pools" / f"{name}.parquet")
@@ -143,7 +148,7 @@ def run_main(work: Folders) -> list[dict[str, Any]]:
     chosen = {name: f"{runs[of]}@{how}" for name, (of, how) in recipe["chosen"].items()}
     rows = evaluation_rows(work.evaluate(base / "evaluation", {**references, **chosen}))
     if tuned := {name: references[name] for name in recipe["finetuned"]}:
-        rows += evaluation_rows(work.evaluate(base / "finetuning", tuned, **FINETUNING))
+        rows += evaluation_rows(work.evaluate(base / "finetuning", tuned, **work.finetuning))
     for source in recipe["subsets"]:
         name = f"subset_{source}"
         task = work.task(PICKED_BY[source])
@@ -188,7 +193,7 @@ def evaluate_adapted(work: Folders, names: Collection[str], settings: dict[str, 
         "adapt_steps": adapted["steps"],
         "adapt_data": work.pool("all"),
         "adapt_clusters": work.main / "clusters",
-        "finetune_draws": FINETUNING["finetune_draws"],
+        "finetune_draws": work.finetuning["finetune_draws"],
         **settings,
     }
     folder = work.out / "adapted" / str(work.group.seed) / "evaluation"
@@ -200,9 +205,9 @@ def run_finetuning(work: Folders) -> list[dict[str, Any]]:
     names = work.recipe["finetuning"]
     adapted = [name for name in names if name in work.recipe["adapted"]["backbones"]]
     dense = {name: str(work.main / name) for name in names if name not in adapted}
-    rows = evaluation_rows(work.evaluate(work.base / "evaluation", dense, **FINETUNING))
+    rows = evaluation_rows(work.evaluate(work.base / "evaluation", dense, **work.finetuning))
     if adapted:
-        rows += evaluation_rows(evaluate_adapted(work, adapted, FINETUNING))
+        rows += evaluation_rows(evaluate_adapted(work, adapted, work.finetuning))
     return [row for row in rows if row["protocol"] == "finetune"]
 
 
