@@ -20,7 +20,8 @@ from moce.clustering.sinkhorn import Scores, balanced_potentials
 from moce.data.load import load_images
 from moce.inference.features import extract_features
 from moce.models.cluster_model import ClusterModel, assign, scores, unit
-from moce.runs.assignments import read_assignments
+from moce.runs import assignments as assignments_module
+from moce.runs.assignments import Assignments, read_assignments
 from moce.weights.from_runs import load_clusters
 
 
@@ -289,7 +290,7 @@ def test_features_are_centered_and_of_unit_norm() -> None:
 
 
 def test_run_holds_what_was_clustered(runs, tmp_path) -> None:
-    model, known = load_clusters(runs.clusters), read_assignments(runs.clusters)
+    model, known = load_clusters(runs.clusters), read_assignments(runs.clusters).to_dict()
     images = load_images(str(runs.data), (16, 16))
     raw = extract_features(model.encoder, model.spec, images, device=torch.device("cpu"))
     cluster, similarity = model.assign(model.normalize(raw))
@@ -303,3 +304,17 @@ def test_other_settings_cluster_too(runs, tmp_path, settings: dict) -> None:
     options = {"mae": runs.mae, "out": tmp_path / "run", "num_clusters": 6, **RUNTIME}
     result = moce.cluster(runs.data, **options, **settings)
     assert min(result.sizes) >= 1 and sum(result.sizes) == 160
+
+
+def test_images_find_their_clusters_in_any_order(monkeypatch) -> None:
+    """Also if some are new, or gone, or come in more than one part."""
+    monkeypatch.setattr(assignments_module, "AT_ONCE", 3)
+    names = [f"{row}.png" for row in range(10)]
+    known = Assignments.of(names[:6], torch.arange(6)).joined(
+        Assignments.of(names[6:], torch.arange(6, 10))
+    )
+    assert len(known) == 10 and known.to_dict() == {name: row for row, name in enumerate(names)}
+    for rows in (range(10), range(9, -1, -1), (0, 1, 2, 4, 5, 6, 7, 9), (5, 5, 5, 5), ()):
+        assert known.find(names[row] for row in rows).tolist() == list(rows)
+    assert known.find(["9.png", "new", "0.png", "1.png", "other"]).tolist() == [9, -1, 0, 1, -1]
+    assert Assignments.of().find(["a", "b"]).tolist() == [-1, -1]

@@ -74,7 +74,7 @@ def task_files(runs: Runs, folder: Path) -> Path:
 
 
 def test_images_have_the_clusters_they_were_trained_with(explorer: Explorer, runs: Runs) -> None:
-    known = read_assignments(runs.clusters)
+    known = read_assignments(runs.clusters).to_dict()
     assert dict(zip(explorer.ids, explorer.embedded.cluster.tolist(), strict=True)) == known
     assert torch.allclose(explorer.embedded.features.float().norm(dim=1), torch.ones(1), atol=1e-2)
 

@@ -336,7 +336,7 @@ def _sample(path: Path):
 
 
 def test_bank_assigns_training_images_as_in_training(runs) -> None:
-    bank, known = moce.load(runs.moce), read_assignments(runs.clusters)
+    bank, known = moce.load(runs.moce), read_assignments(runs.clusters).to_dict()
     images = load_images(str(runs.data), (16, 16))
     cluster, similarity = bank.assign(images)
     assert cluster.tolist() == [known[name] for name in images.ids]

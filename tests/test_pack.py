@@ -294,7 +294,7 @@ def test_the_commands_take_a_packed_file(folder, store, tmp_path, monkeypatch) -
     settings = {"num_experts": 2, "steps": 2, "batch_size": 16, **RUNTIME}
     monkeypatch.setattr("moce.data.load.MEMORY_SHARE", 0.4)
     moce.train(store, mae=mae, clusters=clusters, out=mixture, **settings)
-    assert load_images(str(folder), SIZE).ids == list(read_assignments(clusters))
+    assert load_images(str(folder), SIZE).ids == list(read_assignments(clusters).to_dict())
     task = moce.pack(write_task(tmp_path / "task"), size=18, out=tmp_path / "task.moce").file
     backbone = tmp_path / "backbone"
     customize(mixture, task, out=backbone)

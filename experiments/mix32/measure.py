@@ -70,7 +70,7 @@ def divergences(log: list[dict[str, Any]]) -> list[tuple[str, float]]:
 def purity(clusters: Path) -> float:
     """Share of the images that are of their cluster's most frequent domain."""
     members: dict[int, Counter[str]] = {}
-    for name, cluster in read_assignments(clusters).items():
+    for name, cluster in read_assignments(clusters).to_dict().items():
         members.setdefault(cluster, Counter())[name.split("/")[0]] += 1
     largest = sum(counter.most_common(1)[0][1] for counter in members.values())
     return round(largest / sum(counter.total() for counter in members.values()), 4)

@@ -41,7 +41,7 @@ def main() -> None:
     base = given.out / "main" / str(given.seed)
     bank = moce.load(base / "moce")
     images = load_images(str(given.out / "data" / "pools" / "all.parquet"), (32, 32))
-    cluster_of = read_assignments(base / "clusters")
+    cluster_of = read_assignments(base / "clusters").to_dict()
     clusters = torch.tensor([cluster_of[name] for name in images.ids])
     expert = bank.model.routes()[clusters, -1]
     save(draw_experts(images, expert, bank.model.num_experts), "mix32_experts.png")

@@ -73,7 +73,7 @@ def main() -> None:
     bank = moce.load(given.run)
     size, routes = input_size(bank.model.mae.encoder), bank.model.routes()[:, 0]
     pool = load_images(str(given.data / "pools" / "all.parquet"), size)
-    stored = read_assignments(given.run.parent / "clusters")
+    stored = read_assignments(given.run.parent / "clusters").to_dict()
     of_pool = torch.tensor([stored[name] for name in pool.ids])
     rows = {"trained on": compare(*error_table(bank, pool, of_pool), routes)}
     for domain, task in DOMAINS.items():

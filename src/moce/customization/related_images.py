@@ -19,7 +19,7 @@ from moce.data.rng import Stream, keyed_generator
 from moce.errors import MoceError, counted
 from moce.inference.assign import assign, clustered_images
 from moce.models.cluster_model import ClusterModel
-from moce.runs.assignments import ASSIGNMENTS
+from moce.runs.assignments import ASSIGNMENTS, Assignments
 from moce.runs.model import read_config
 from moce.runtime.distributed import run_on_rank0
 from moce.runtime.progress import log
@@ -33,14 +33,14 @@ Load = Callable[[Sequence[Sample], VisionTransformer], ImageDataset]
 class RelatedImages:
     """Finds images of a pool that are related to a task; the same pool can serve many tasks.
 
-    pool: a DATA argument. clusters: what assigns images to clusters. cluster_of: cluster of pool
-    images by id, as far as a clustering on disk has them; the others are added when they are first
-    needed. skipped: (id, reason) of pool images that could not be read.
+    pool: a DATA argument. clusters: what assigns images to clusters. known: clusters of pool images,
+    as far as a clustering on disk has them; the others are added when they are first needed.
+    skipped: (id, reason) of pool images that could not be read.
     """
 
     pool: str
     clusters: ClusterModel
-    cluster_of: dict[str, int]
+    known: Assignments
     load: Load
     device: torch.device
     precision: str
@@ -52,9 +52,7 @@ class RelatedImages:
         Raises MoceError if the pool has no image of the task's clusters.
         """
         of_task, _ = self._assign(task)
-        histogram = torch.tensor(list(of_task.values())).bincount(
-            minlength=self.clusters.num_clusters
-        )
+        histogram = np.bincount(of_task.clusters, minlength=self.clusters.num_clusters)
         pool = chosen_samples(self.pool, learning_rows)
         clusters = self._clusters_of(pool)
         drawn = [pool[row] for row in draw_related(clusters, histogram.tolist(), count, seed)]
@@ -65,27 +63,28 @@ class RelatedImages:
     def _clusters_of(self, pool: Sequence[Sample]) -> np.ndarray:
         """The cluster of every image of the pool, [n], -1 if it cannot be read; new ones are assigned."""
         ids = ids_of(pool)
-        tried = {*self.cluster_of, *(name for name, _ in self.skipped)}
-        unseen = [row for row, name in enumerate(ids) if name not in tried]
+        found, unreadable = self.known.find(ids), {name for name, _ in self.skipped}
+        unseen = [row for row in np.flatnonzero(found < 0).tolist() if ids[row] not in unreadable]
         if unseen:
             log(f"{counted(len(unseen), 'image')} of the pool not in the clustering yet: assigning")
-            found, skipped = self._assign(select(pool, unseen))
-            self.cluster_of |= found
+            new, skipped = self._assign(select(pool, unseen))
+            self.known = self.known.joined(new)
             self.skipped += skipped
-        return np.fromiter((self.cluster_of.get(name, -1) for name in ids), np.int64, len(pool))
+            found = self.known.find(ids)
+        return found
 
-    def _assign(self, samples: Sequence[Sample]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-        """The cluster of every image that can be read, by id; (id, reason) of the others."""
+    def _assign(self, samples: Sequence[Sample]) -> tuple[Assignments, list[tuple[str, str]]]:
+        """The cluster of every image that can be read; (id, reason) of the others."""
         images = self.load(samples, self.clusters.encoder)
         clusters = assign(images, self.clusters, self.device, self.precision)
         clusters = run_on_rank0(lambda: clusters)  # the same for all processes
-        return dict(zip(images.ids, clusters.tolist(), strict=True)), images.skipped
+        return Assignments.of(images.ids, clusters), images.skipped
 
 
 def known_clusters(
     pool: str, clusters: ClusterModel, given: Path | None, mixture: Path | None
-) -> dict[str, int]:
-    """The clusters of the pool's images by id, as far as a clustering on disk has them.
+) -> Assignments:
+    """The clusters of the pool's images, as far as a clustering on disk has them.
 
     given: a run of `moce cluster`; mixture: the MoCE run that `clusters` are part of, which names
     its clustering. That may have moved, or another may have taken its place: then none is known.
@@ -96,12 +95,12 @@ def known_clusters(
         origin = read_config(mixture).get("clusters") if mixture is not None else None
         run = Path(origin) if origin else None
         if run is None or not (run / ASSIGNMENTS).is_file():
-            return {}
+            return Assignments.of()
     if not torch.equal(load_clusters(run).centroids, clusters.centroids):
         if given is not None:
             raise MoceError(f"{run} is not the clustering that {mixture} was trained with")
         log(f"{run} is no longer the clustering of {mixture}: it is not used")
-        return {}
+        return Assignments.of()
     return clustered_images(run, clusters.num_clusters, pool)
 
 

@@ -14,7 +14,7 @@ from moce.errors import MoceError, counted, raise_if_corrupt
 from moce.inference.features import shared_feature_batches
 from moce.models.cluster_model import ClusterModel
 from moce.models.encoder import input_size
-from moce.runs.assignments import ASSIGNMENTS, read_assignments
+from moce.runs.assignments import ASSIGNMENTS, Assignments, read_assignments
 from moce.runs.model import CONFIG, read_config
 from moce.runtime.progress import log
 
@@ -38,24 +38,25 @@ def assign_images(
     Raises MoceError if the run's assignments do not fit its clusters.
     """
     known = clustered_images(run, clusters.num_clusters, data)
-    cluster_of = torch.tensor([known.get(name, -1) for name in images.ids])
+    cluster_of = torch.from_numpy(known.find(images.ids))
     unseen = (cluster_of < 0).nonzero()[:, 0].tolist()
     if unseen:
         log(f"{counted(len(unseen), 'image')} not in the clustering yet: assigning")
         new = images.subset(unseen)
         if not _large_enough(clusters, new):
             new = decode(new)
-        assigned = assign(new, clusters, device, precision).tolist() if len(new) else []
-        found = dict(zip(new.ids, assigned, strict=True))
-        cluster_of[unseen] = torch.tensor([found.get(images.ids[row], -1) for row in unseen])
+        found = Assignments.of(
+            new.ids, assign(new, clusters, device, precision) if len(new) else None
+        )
+        cluster_of[unseen] = torch.from_numpy(found.find(images.ids[row] for row in unseen))
         read = (cluster_of >= 0).nonzero()[:, 0]
         images = replace(images.subset(read.tolist()), skipped=images.skipped + new.skipped)
         cluster_of = cluster_of[read]
     return images, cluster_of
 
 
-def clustered_images(run: Path, num_clusters: int, data: str) -> dict[str, int]:
-    """The cluster of every image of a `moce cluster` run, by id. data: what they are matched to.
+def clustered_images(run: Path, num_clusters: int, data: str) -> Assignments:
+    """The cluster of every image of a `moce cluster` run. data: what they are matched to.
 
     Raises MoceError if the run's assignments do not fit its clusters.
     """
@@ -64,7 +65,7 @@ def clustered_images(run: Path, num_clusters: int, data: str) -> dict[str, int]:
     if clustered != data:
         log(f"the clusters were made from {clustered}; images are matched to them by name")
     known = read_assignments(run)
-    highest = max(known.values(), default=-1)
+    highest = int(known.clusters.max(initial=-1))
     if highest >= num_clusters:
         raise MoceError(
             f"{run / ASSIGNMENTS} is corrupt or was edited: it contains cluster {highest}, and there "

@@ -45,7 +45,7 @@ def images_missing(error: MoceError) -> Markup:
 def members_of(run: Run) -> list[list[str]]:
     """The ids of every cluster's images."""
     members: list[list[str]] = [[] for _ in range(run.info["clusters"]["num_clusters"])]
-    for identity, cluster in read_assignments(run.path).items():
+    for identity, cluster in read_assignments(run.path).to_dict().items():
         members[cluster].append(identity)
     return members
 
