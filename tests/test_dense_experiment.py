@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from builders import BLOCKS, EXPERTS, tiny_mae, tiny_spec
-from experiments.dense.compare import Cell, cells, fitted, linear, mask_of
+from experiments.dense import frozen
+from experiments.dense.compare import Cell, cells
 from experiments.dense.draw import draw
+from experiments.dense.frozen import boxes, centers_of, fitted, linear, mask_of, token_targets
 from experiments.mix32.collect import merge
 
 from moce.dense import rle
@@ -89,3 +91,37 @@ def test_token_moe_is_scored_as_plain_vits_are(tmp_path: Path) -> None:
     assert found[0]["labels"] == 6 and found[0]["values"] == pytest.approx(
         found[1]["values"], abs=0.02
     )
+
+
+def test_boxes_are_found_where_tokens_tell_them(tmp_path: Path, monkeypatch) -> None:
+    """Tokens that say whether they are in an object, and how far its sides are."""
+
+    class Telling:
+        patch = 4
+
+        def __init__(self, reference: Path, size: tuple[int, int]) -> None:
+            self.centers = centers_of(torch.Size(side // self.patch for side in size), self.patch)
+
+        def __call__(self, images) -> torch.Tensor:
+            truth = (images.read(row)[1] for row in range(len(images)))
+            found = [token_targets(each, self.centers, self.patch) for each in truth]
+            both = [torch.cat([labels[..., None].float(), sides], 2) for labels, sides in found]
+            return torch.stack(both).permute(0, 3, 1, 2)
+
+    write_scenes(tmp_path / "digits", "digits", 40, 20, 64)
+    monkeypatch.setattr(frozen, "Features", Telling)
+    monkeypatch.setattr(frozen, "BOX_RIDGE", 1e-6)
+    found = boxes(tmp_path, tmp_path / "digits", 0, tmp_path)
+    assert found["metric"] == "box_ap" and found["labels"] == 40
+    assert len(found["values"]) == 1 and found["figures"]["box_ap50"] > 0.8
+    monkeypatch.setattr(frozen, "box_layer", lambda *_: torch.zeros(6, 4))
+    assert boxes(tmp_path, tmp_path / "digits", 0, tmp_path)["values"] == [0]
+
+
+def test_the_smaller_of_overlapping_objects_has_the_token() -> None:
+    large, small = [0.0, 0.0, 16.0, 16.0], [6.0, 6.0, 10.0, 10.0]
+    none = np.zeros(2, bool)
+    objects = Instances(np.array([small, large], np.float32), np.zeros(2, np.int64), None, none)
+    labels, sides = token_targets(objects, centers_of(torch.Size((4, 4)), 4), 4)
+    assert labels.sum() == 4 and labels[1:3, 1:3].all()
+    assert (sides[1, 1] * 4 + 6).tolist() == small

@@ -17,35 +17,26 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, astuple, dataclass, fields
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 import moce
+from experiments.dense.frozen import boxes, linear
 from experiments.dense.real_tasks import write_task
 from experiments.mix32.collect import merge, read_rows
-from moce.dense import rle
 from moce.dense.composed import write_scenes
-from moce.dense.dataset import DenseImages, split
-from moce.dense.metrics import SegmentationMetric
-from moce.dense.network import LinearHead, VitFeatures
-from moce.dense.readers import read_dense
 from moce.evaluation.results import read_rows as read_results
 from moce.runs.model import provenance
-from moce.weights.from_runs import load_backbone
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "mix32.jsonl"
 SIDE = 64  # pixels of an image
 TRAIN, VAL = 400, 200  # images of a composed task
-DRAWS, LABELS = 3, 200  # random draws of so many training images for the linear layer
-RIDGE = 1e-4
 ADAPT_STEPS = 200
 
 # By name: the run of the seed, and what is made of it for a task.
@@ -119,111 +110,6 @@ def backbone_for(name: str, seed: int, task: Path, runs: Path, out: Path) -> Pat
 # --- protocols ----------------------------------------------------------------------------------------
 
 
-def linear(reference: Path, task: Path, seed: int, out: Path) -> dict[str, Any]:
-    """A linear layer on the frozen tokens of all blocks; a value per random draw of training images.
-
-    It is fitted to the shares of the classes in every patch, weighted by the inverse root of how
-    frequent they are, by L-BFGS. Its logits are resized to the image, as those of moce's linear
-    segmenter. Token MoE, which is no plain ViT, can be scored, too.
-    """
-    train, test, classes = images_of(str(task))
-    height, width = train.read(0)[0].shape[1:]
-    features = Features(reference, (height, width))
-    known, target = features(train), features.shares(train, len(classes))
-    unknown, truth = features(test), [mask_of(test.read(row)[1]) for row in range(len(test))]
-    mean, deviation = (known.mean((0, 2, 3), True), known.std((0, 2, 3), keepdim=True) + 1e-6)
-    known, unknown = (known - mean) / deviation, (unknown - mean) / deviation
-    count = min(LABELS, len(train))
-    figures = []
-    for draw in range(DRAWS if count < len(train) else 1):
-        rows = torch.from_numpy(np.random.default_rng([seed, draw]).permutation(len(train))[:count])
-        head = fitted(known[rows], target[rows])
-        figures.append(segmentation_figures(head, unknown, truth, classes))
-    values = [each["miou"] for each in figures]
-    means = {name: float(np.mean([each.get(name, 0.0) for each in figures])) for name in figures[0]}
-    return {"metric": "miou", "labels": count, "values": values, "figures": means}
-
-
-@cache
-def images_of(task: str) -> tuple[DenseImages, DenseImages, list[str]]:
-    """Training and test images; classes of pixels: objects' own, after background, if these are objects."""
-    source = read_dense(task, None)
-    objects = source.task == "detect"
-    return *split(source, 3), (["background"] if objects else []) + source.classes
-
-
-def mask_of(target: Any) -> np.ndarray:
-    """[h, w] int64 class of every pixel; of objects with masks, 1 + the class of each."""
-    if isinstance(target, np.ndarray):
-        return target
-    masks = rle.decode(target.masks, tuple(target.masks[0]["size"]))
-    found = np.zeros(masks.shape[1:], np.int64)
-    for mask, label in zip(masks, target.classes, strict=True):
-        found[mask] = label + 1
-    return found
-
-
-class Features:
-    """Frozen patch tokens after every block, of images of one size (h, w)."""
-
-    def __init__(self, reference: Path, size: tuple[int, int]) -> None:
-        backbone = load_backbone(str(reference))
-        backbone.vit.set_input_size(img_size=size)  # resamples the position embedding
-        self.patch = backbone.vit.patch_embed.patch_size[0]
-        self.network = VitFeatures(backbone.vit.eval(), range(len(backbone.vit.blocks)))
-        self.mean, self.std = (
-            torch.tensor(values)[:, None, None]
-            for values in (backbone.spec.mean, backbone.spec.std)
-        )
-
-    @torch.inference_mode()
-    def __call__(self, images: DenseImages) -> Tensor:
-        """[n, blocks * width, h / patch, w / patch]."""
-        batches = []
-        for start in range(0, len(images), 32):
-            rows = range(start, min(start + 32, len(images)))
-            pixels = torch.from_numpy(np.stack([images.read(row)[0] for row in rows]))
-            maps = self.network((pixels.float() / 255 - self.mean) / self.std)
-            batches.append(torch.cat(maps, 1))
-        return torch.cat(batches)
-
-    def shares(self, images: DenseImages, classes: int) -> Tensor:
-        """[n, classes, h / patch, w / patch]: the share of each class in each patch."""
-        masks = np.stack([mask_of(images.read(row)[1]) for row in range(len(images))])
-        one_hot = nn.functional.one_hot(torch.from_numpy(masks), classes).float()
-        return nn.functional.avg_pool2d(one_hot.permute(0, 3, 1, 2), self.patch)
-
-
-def fitted(features: Tensor, shares: Tensor) -> LinearHead:
-    """The layer of least weighted cross entropy, with a small penalty on its weights."""
-    shares = shares * shares.mean((0, 2, 3), True).rsqrt()
-    head = LinearHead(features.shape[1], shares.shape[1])
-    nn.init.zeros_(head.classify.weight)
-    nn.init.zeros_(head.classify.bias)  # type: ignore[arg-type]
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(head([features]), shares)
-        loss = loss + RIDGE * head.classify.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return head
-
-
-@torch.inference_mode()
-def segmentation_figures(
-    head: LinearHead, features: Tensor, truth: list[np.ndarray], classes: list[str]
-) -> dict[str, float]:
-    metric = SegmentationMetric(classes)
-    for found, mask in zip(features, truth, strict=True):
-        logits = nn.functional.interpolate(head([found[None]]), mask.shape, mode="bilinear")
-        metric.add(logits[0].argmax(0).numpy(), mask)
-    return metric.compute()
-
-
 def tuned(
     settings: dict[str, Any],
     head: dict[str, Any],
@@ -246,6 +132,7 @@ Protocol = Callable[[Path, Path, int, Path], dict[str, Any]]
 # By name: what is done, on which tasks, with which backbones. The cheap and telling ones first.
 PROTOCOLS: dict[str, tuple[Protocol, tuple[str, ...], tuple[str, ...]]] = {
     "linear": (linear, ("kinds", "emoji", "nuclei"), tuple(BACKBONES)),
+    "boxes": (boxes, ("digits", "nuclei"), tuple(BACKBONES)),
     "upernet": (partial(tuned, UPERNET, UPERNET_HEAD), ("kinds",), TUNED),
     "detect": (partial(tuned, DETECTOR, DETECTOR_HEAD), ("digits",), ("mae_plus", "moce")),
 }
@@ -297,7 +184,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/dense"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=Path("runs/mix32/cache"), help="of packages")
-    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=["linear", "upernet"])
+    parser.add_argument(
+        "--protocols", nargs="+", choices=PROTOCOLS, default=["linear", "boxes", "upernet"]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     given = parser.parse_args()

@@ -22,6 +22,7 @@ from moce.runs.files import write_text
 HEADING = "## Dense tasks"
 TITLES = {
     "linear": "a linear layer on frozen tokens",
+    "boxes": "linear layers on frozen tokens",
     "upernet": "fine-tuned with UPerNet",
     "detect": "fine-tuned with Mask R-CNN",
 }
