@@ -16,6 +16,9 @@ def group_clusters(centroids: Tensor, sizes: Tensor, num_groups: int, bound: flo
     follow the data, within a bound, and related clusters stay together. A bound cannot be kept
     where a single cluster exceeds it.
 
+    Every dimension counts alike: else the few of largest variance decide, which are not those that
+    tell domains from each other (docs/log.md).
+
     Args:
         centroids: [K, D] unit embeddings of the clusters.
         sizes: [K] images of each cluster.
@@ -26,7 +29,7 @@ def group_clusters(centroids: Tensor, sizes: Tensor, num_groups: int, bound: flo
         return torch.zeros(1, dtype=torch.int64)
     shares = sizes.double().cpu().numpy() / float(sizes.sum())
     share = lambda node: shares[node.pre_order()].sum()  # noqa: E731
-    groups = [to_tree(linkage(centroids.double().cpu().numpy(), method="ward"))]
+    groups = [to_tree(linkage(_standardized(centroids, sizes), method="ward"))]
     while len(groups) < num_groups:
         splittable = [group for group in groups if not group.is_leaf()]
         too_large = [group for group in splittable if share(group) > bound / num_groups]
@@ -34,6 +37,14 @@ def group_clusters(centroids: Tensor, sizes: Tensor, num_groups: int, bound: flo
         groups.remove(chosen)
         groups += [chosen.left, chosen.right]
     return _numbered(sorted(groups, key=share, reverse=True), len(centroids))
+
+
+def _standardized(centroids: Tensor, sizes: Tensor) -> np.ndarray:
+    """Centroids of zero mean and unit deviation over all images, in every dimension that varies."""
+    points, weights = centroids.double().cpu().numpy(), sizes.double().cpu().numpy()
+    points = points - np.average(points, axis=0, weights=weights)
+    deviation = np.sqrt(np.average(points**2, axis=0, weights=weights))
+    return points / np.where(deviation > 1e-9, deviation, 1.0)
 
 
 def _distance(node: ClusterNode) -> float:
