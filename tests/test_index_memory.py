@@ -92,6 +92,14 @@ def tar_shards(root: Path) -> Source:
     )
 
 
+def list_of_files(root: Path) -> Source:
+    for name in NAMES:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    (root / "list.txt").write_text("\n".join(NAMES))
+    return Source(f"@{root}/list.txt")
+
+
 def arrays(root: Path) -> Source:
     labels = np.arange(ROWS) % CLASSES
     np.savez(root / "all.npz", images=np.zeros((ROWS, 5, 4, 3), np.uint8), labels=labels)
@@ -121,6 +129,7 @@ SOURCES = {
         several_classes,
         parquet,
         tar_shards,
+        list_of_files,
         arrays,
         pixels,
     )

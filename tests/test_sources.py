@@ -16,6 +16,7 @@ from PIL import Image
 
 from moce.data.load import load_images
 from moce.data.readers.factory import open_source
+from moce.data.readers.lists import plain_path
 from moce.data.readers.parquet import demo_table, demo_tasks
 from moce.errors import MoceError
 from moce.evaluation.task import draw_labels, load_task
@@ -156,3 +157,26 @@ def test_embedded_tasks_have_labels_and_both_splits(task: str) -> None:
     assert all(sample.label for sample in samples)
     classes = {split: {e.label for e in samples if e.split == split} for split in ("train", "test")}
     assert classes["train"] == classes["test"] and len(classes["train"]) >= 2
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a/b",
+        "/a/b.jpg",
+        "./a",
+        "a//b",
+        "//a",
+        "a/./b",
+        "a/",
+        "a/.",
+        ".",
+        "",
+        "..",
+        "a/../b",
+        ".a",
+        "é",
+    ],
+)
+def test_paths_are_written_as_pathlib_does(path: str) -> None:
+    assert plain_path(path) == Path(path).as_posix()

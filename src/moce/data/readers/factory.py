@@ -19,7 +19,7 @@ from moce.data.readers.columns import label_column, text_column
 from moce.data.readers.folder import read_folder
 from moce.data.readers.huggingface import HUB_PREFIX, is_saved, read_hub, read_saved
 from moce.data.readers.labels import label_of
-from moce.data.readers.lists import path_and_label, read_list
+from moce.data.readers.lists import expand_name, path_and_label, plain_path, read_list
 from moce.data.readers.manifest import is_pack, packed_shards
 from moce.data.readers.numpy_arrays import read_arrays
 from moce.data.readers.packed import check_large_enough, find_packed
@@ -104,8 +104,7 @@ def open_sources(sources: Sequence[Source]) -> SampleTable:
 
 
 def _is_image(source: Source) -> bool:
-    path = expand(Path(source.data))
-    return is_image_name(source.written) and not os.path.isdir(path)  # noqa: PTH112
+    return is_image_name(source.written) and not os.path.isdir(expand_name(source.data))  # noqa: PTH112
 
 
 def _within(source: Source, name: str, split: str | None) -> SampleTable:
@@ -121,7 +120,7 @@ def _open_files(sources: Sequence[Source]) -> FileTable | None:
     for source in sources:
         if not _is_file(source.data):
             _open(source)  # says why not
-    paths = [os.path.abspath(expand(Path(source.data))) for source in sources]  # noqa: PTH100
+    paths = [os.path.abspath(expand_name(source.data)) for source in sources]  # noqa: PTH100
     common = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
     inside = [path.removeprefix(common).lstrip("/") for path in paths]
     placed = places([*map(as_text, inside)], as_text(common), PurePosixPath(common).name)
@@ -131,7 +130,7 @@ def _open_files(sources: Sequence[Source]) -> FileTable | None:
     ]
     splits = text_column([place.split for place in placed])
     # Identified by the path as the user wrote it.
-    ids = [as_text(Path(source.written).as_posix()) for source in sources]
+    ids = [as_text(plain_path(source.written)) for source in sources]
     root = paths[0].removesuffix(ids[0])
     if all(path == root + name for path, name in zip(paths, ids, strict=True)):
         return FileTable(Path(root), ids, Encoded, label_column(labels), splits)
@@ -139,7 +138,7 @@ def _open_files(sources: Sequence[Source]) -> FileTable | None:
 
 
 def _is_file(path: str) -> bool:
-    return os.path.isfile(expand(Path(path)))  # noqa: PTH113 - pathlib's raises for long names
+    return os.path.isfile(expand_name(path))  # noqa: PTH113 - pathlib's raises for long names
 
 
 def _open(source: Source) -> SampleTable:
@@ -260,7 +259,8 @@ def _located(name: str, root: Path) -> str:
     if is_elsewhere(name):
         return name
     prefix = LIST_PREFIX if name.startswith(LIST_PREFIX) else ""
-    return f"{prefix}{root / expand(Path(name.removeprefix(prefix)))}"
+    path = os.path.join(root, expand_name(name.removeprefix(prefix)))  # noqa: PTH118
+    return f"{prefix}{plain_path(path)}"
 
 
 def paths_of(data: str) -> list[Path]:

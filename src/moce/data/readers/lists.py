@@ -51,6 +51,20 @@ def _plain(line: str) -> str:
     return unquote(line.removeprefix("file://")) if line.startswith("file://") else line
 
 
+def expand_name(path: str) -> str:
+    """A path with ~ replaced by the home folder."""
+    return os.path.expanduser(path)  # noqa: PTH111 - pathlib's raises for unknown users
+
+
+def plain_path(path: str) -> str:
+    """As pathlib writes a path, which would keep the name of every file that it has seen."""
+    odd = ("//", "/./")
+    plain = path and not path.startswith("./") and not path.endswith(("/", "/."))
+    if os.sep == "/" and plain and path != "." and not any(part in path for part in odd):
+        return path
+    return Path(path).as_posix()
+
+
 def path_and_label(line: str, folder: Path) -> tuple[str, str | None]:
     """The path on a line and the label after it, if that makes it a path that exists."""
     found = LABEL.fullmatch(line)
@@ -59,6 +73,7 @@ def path_and_label(line: str, folder: Path) -> tuple[str, str | None]:
         candidates.append((_plain(found[1]), found[2]))
     for path, label in candidates:
         for written in dict.fromkeys((path, path.replace("\\", "/"))):
-            if os.path.exists(folder / written):  # noqa: PTH110 - pathlib's raises for long names
+            # pathlib's raises for long names.
+            if os.path.exists(os.path.join(folder, written)):  # noqa: PTH110, PTH118
                 return written, label
     return line, None
