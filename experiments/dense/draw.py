@@ -31,13 +31,13 @@ OPPONENT = "mae_plus"
 INTRODUCTION = """Backbones of Mix-32, recipe `cpu_adapted`, on dense tasks of 64 x 64 pixels. *kinds*:
 digits and clothes pasted on photographs (background and two classes; 400 images to train, 200 to test).
 *digits*: handwritten ones on photographs (400 and 200). *emoji*: a drawing on a photograph (background
-and its nine categories; 800 and 200). *nuclei*: cells in the halves of a micrograph, of which
-pre-training has seen nothing (background and nucleus; 8 tiles of 128 pixels each). [SOURCES.md](../experiments/dense/SOURCES.md) names where they come from. Adapted: 200
-steps on the task and on related images. Frozen: one linear layer on the tokens of all blocks, three
-draws of 200 training images. Box AP, frozen: linear layers tell tokens in the middle of an object, of
-whatever class, from the background, and the sides of its box; COCO's metric. UPerNet: the whole network,
-200 steps. These are small networks and tasks:
-what they show holds for them."""
+and its nine categories; 800 and 200). *nuclei*: cells in the halves of a micrograph, of which pre-
+training has seen nothing (background and nucleus; 8 tiles of 128 pixels each).
+[SOURCES.md](../experiments/dense/SOURCES.md) names where they come from. Adapted: 200 steps on the task
+and on related images. Frozen: one linear layer on the tokens of all blocks, three draws of 200 training
+images. Box AP, frozen: linear layers tell tokens in the middle of an object, of whatever class, from the
+background, and the sides of its box; COCO's metric. UPerNet: the whole network, 200 steps. These are
+small networks and tasks: what they show holds for them."""
 
 
 def draw(results: Path, page: Path) -> None:
