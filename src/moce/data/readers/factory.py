@@ -191,8 +191,10 @@ def sources_of(data: str) -> list[Source]:
 
 def check_packs(data: str, size: tuple[int, int]) -> None:
     """Raise MoceError if a packed file among the sources of DATA has images smaller than `size` (h, w)."""
-    for source in sources_of(data):
-        packed = find_packed(source.data)
+    sources = sources_of(data)
+    for source in sources:
+        # Of several sources, what is named like an image is read as one, so it need not be opened here.
+        packed = None if len(sources) > 1 and _is_image(source) else find_packed(source.data)
         if packed is not None:
             check_large_enough(packed, size)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import PurePosixPath
 
 from moce.data.readers.sample import as_text, suffix_of
 from moce.runtime.progress import log
@@ -39,11 +38,16 @@ OTHER_IMAGES = frozenset(_OTHER_IMAGES.split())
 
 def hidden_part(path: str) -> str | None:
     """The path of the first hidden or system entry on a relative path; None if there is none."""
-    parts = PurePosixPath(path).parts
+    parts = _parts(path)
     for depth, name in enumerate(parts):
         if is_hidden(name):
             return "/".join(parts[: depth + 1])
     return None
+
+
+def _parts(path: str) -> list[str]:
+    """The names on a path; pathlib would keep the name of every file that it has seen."""
+    return [part for part in path.split("/") if part not in ("", ".")]
 
 
 def is_hidden(name: str) -> bool:
@@ -58,8 +62,8 @@ def is_system(name: str) -> bool:
 
 def hidden_end(path: str) -> str:
     """What of a path in a list decides if it is hidden: of an absolute one, name and system folders."""
-    parts = PurePosixPath(path).parts
-    if not PurePosixPath(path).is_absolute():
+    parts = _parts(path)
+    if not path.startswith("/") or not parts:
         return path
     system = [part for part in parts if is_system(part)]
     return "/".join([*system, parts[-1]])
