@@ -22,6 +22,7 @@ from moce.config.load import parse, renamed
 from moce.config.usage import check_used
 from moce.errors import MoceError
 from moce.runs.folder import check_folder
+from moce.runs.resume import check_unchanged, recorded_settings
 
 TINY = [*commands.TINY, *QUIET]
 
@@ -394,3 +395,39 @@ def test_old_names_elsewhere_say_what_they_are_now(runs, tmp_path: Path, capsys)
     recipe.write_text("{max_rounds: 3, max_iterations: 4}")
     assert run_command(["cluster", "x", "--config", recipe]) == 2
     assert "give one of them" in one_line(capsys)
+
+
+NEW_TO_FINETUNE = [
+    "task",
+    "annotations",
+    "ignore_index",
+    "image_size",
+    "jitter",
+    "window",
+    "masks",
+    "head_args",
+    "logger",
+    "class_weights",
+    "sampling",
+    "keep_best",
+    "patience",
+    "ema",
+    "freeze",
+    "lora",
+    "lora_alpha",
+    "lora_targets",
+]
+
+
+def test_a_fine_tuning_of_0_1_0_has_none_of_the_newer_settings(tmp_path: Path) -> None:
+    """They stand for what it did: it may be resumed."""
+    values = {"backbone": "b", "data": "d", "out": tmp_path, "resume": True}
+    settings = parse(config.FinetuneSettings, values)
+    content = settings.model_dump(mode="json")
+    assert content.keys() > set(NEW_TO_FINETUNE)
+    old = {name: value for name, value in content.items() if name not in NEW_TO_FINETUNE}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    resumed = recorded_settings(settings).model_copy(update={"task": "classify"})
+    check_unchanged(resumed)
+    with pytest.raises(MoceError, match="sampling was 'shuffled', is 'balanced'"):
+        check_unchanged(resumed.model_copy(update={"sampling": "balanced"}))

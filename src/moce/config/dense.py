@@ -65,7 +65,10 @@ class DenseTaskSettings(Settings):
         used_with=DENSE,
     )
     masks: bool = setting(
-        True, "learn masks, too, where the labels have them", used_with={"task": ("detect",)}
+        True,
+        "learn masks, too, where the labels have them",
+        before=True,
+        used_with={"task": ("detect",)},
     )
     head_args: dict[str, Any] = setting(
         {},

@@ -212,12 +212,14 @@ class FinetuneSettings(TrainingSettings, DenseTaskSettings):
     class_weights: Literal["none", "balanced"] = setting(
         "none",
         "weight of a class in the loss (one label per image); balanced: inverse to its images",
+        before="none",
         used_with=CLASSIFY,
     )
     sampling: Literal["shuffled", "balanced"] = setting(
         "shuffled",
         "shuffled: every training image once an epoch; balanced: as many images of each class as of any "
         "other (one label per image)",
+        before="shuffled",
         used_with=CLASSIFY,
     )
     beta2: OpenFraction = setting(0.999, "AdamW second-moment decay")
