@@ -120,8 +120,10 @@ def _check_unchanged(
         return {}
     with raise_if_corrupt(about):
         content = json.loads(about.read_text(encoding="utf-8"))
-        suite_before, before = content["suite"], dict(content.get("weights", {}))
-    if suite_before != suite.model_dump(mode="json"):
+        # Validated, because what a later version of moce adds to suites is not in an older file.
+        suite_before = Suite.model_validate(content["suite"])
+        before = dict(content.get("weights", {}))
+    if suite_before != suite:
         raise MoceError(
             f"{settings.suite} has changed since {settings.out} was started; use --overwrite"
         )
