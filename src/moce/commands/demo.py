@@ -229,6 +229,7 @@ def _evaluation(
     common = {
         "suite": _write_suite(out / "suite.yaml", tasks, settings),
         "out": out / "evaluation",
+        "finetune_draws": settings.draws,
         **runtime,
     }
     adaptation = {
@@ -243,7 +244,6 @@ def _evaluation(
     finetune = EvaluateSettings(
         backbones=(runs["mae_plus"], runs["moce"]),
         protocols=("finetune",),
-        finetune_draws=settings.draws,
         resume=True,  # its rows go with those of the probes
         **common,
     )
