@@ -21,7 +21,7 @@ from moce.config.facts import facts_of
 from moce.config.load import parse, renamed
 from moce.config.usage import check_used
 from moce.errors import MoceError
-from moce.runs.folder import check_folder
+from moce.runs.folder import check_folder, open_folder
 from moce.runs.resume import check_unchanged, recorded_settings
 
 TINY = [*commands.TINY, *QUIET]
@@ -328,6 +328,19 @@ def test_settings_without_effect_are_refused(values: dict, message: str | None) 
     else:
         with pytest.raises(MoceError, match=message):
             check_used(settings, settings)
+
+
+def test_what_safetensors_leaves_behind_is_removed_from_runs_alone(runs, tmp_path: Path) -> None:
+    run, foreign = copy_run(runs.mae, tmp_path / "run"), tmp_path / "foreign"
+    left = [folder / ".tmpaB3dE9" for folder in (run, run / "state", foreign)]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    check_folder(run, overwrite=True)
+    open_folder(run, lambda: None, keep=True)
+    assert [path.exists() for path in left] == [False, False, True]
+    with pytest.raises(MoceError, match="is not empty"):
+        check_folder(foreign)
 
 
 def test_overwrite_takes_runs_within_a_run_and_nothing_else(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from moce.runtime.launch import is_rank0
 
 # What `atomic` writes to before a file gets its name; a killed process leaves it behind.
 TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
+OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # what its library writes to before that
 
 
 # The names that any command writes to output folders; proofs: those that nobody else would write.
@@ -128,6 +129,8 @@ def _remove_temporaries(path: Path) -> None:
 def _is_temporary(path: Path) -> bool:
     match = TEMPORARY.fullmatch(path.name)
     known = match and (match[1] in FILES or path.parent.name in (STATE, PICTURES))
+    if OF_SAFETENSORS.fullmatch(path.name):  # a name that others give, too
+        known = path.parent.name == STATE or any((path.parent / name).exists() for name in PROOFS)
     return bool(known) and path.is_file()
 
 
