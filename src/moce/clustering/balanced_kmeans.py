@@ -149,6 +149,14 @@ class _Fit:
     tolerance: float
     max_iterations: int
     callbacks: Callbacks
+    last: Scores | None = None
+
+    def scores(self, rows: Rows, centroids: Tensor) -> Scores:
+        """The scores of all rows; the last ones again if neither rows nor centroids have changed."""
+        if self.last is None or self.last.rows is not rows or self.last.centroids is not centroids:
+            self.last = None  # its memory, before the next one takes as much
+            self.last = Scores(rows, centroids, self.epsilon, self.callbacks.on_pass)
+        return self.last
 
     def init(self, rows: Rows, seed: int, stage: int) -> Iteration:
         """The state before the first iteration: centroids of balanced seeds, no assignment."""
@@ -171,7 +179,7 @@ class _Fit:
 
     def _iteration(self, rows: Rows, state: Iteration, patience: int) -> Iteration:
         """Balance the potentials and assign; unless that has converged, update the centroids."""
-        scores = Scores(rows, state.centroids, self.epsilon, self.callbacks.on_pass)
+        scores = self.scores(rows, state.centroids)
         potentials, error = balanced_potentials(
             scores, state.potentials, self.tolerance, BALANCE_STEPS
         )
@@ -211,7 +219,7 @@ class _Fit:
         """
         centroids, potentials = state.centroids, state.potentials
         for _ in range(RESCUES):
-            scores = Scores(rows, centroids, self.epsilon, self.callbacks.on_pass)
+            scores = self.scores(rows, centroids)
             potentials, error = balanced_potentials(
                 scores, potentials, self.tolerance, FINAL_BALANCE_STEPS
             )
@@ -227,6 +235,7 @@ class _Fit:
         everything = replace(rows, index=None)
         if everything.count > rows.count:
             del scores
+            self.last = None
             found = Scores(everything, centroids, self.epsilon).assign(potentials)
         return Clustering(
             centroids, potentials, found.cluster, found.sizes, state.step, found.similarity, error

@@ -84,7 +84,7 @@ class Scores:
         epsilon: float,
         on_pass: Callable[[], None] = lambda: None,
     ) -> None:
-        self.rows, self.epsilon, self.on_pass = rows, epsilon, on_pass
+        self.rows, self.centroids, self.epsilon, self.on_pass = rows, centroids, epsilon, on_pass
         self.num_clusters = len(centroids)
         self.scaled = (centroids / epsilon).T.contiguous()
         fits = len(rows) * self.num_clusters * self.scaled.element_size() <= CACHE_BYTES
