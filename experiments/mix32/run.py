@@ -180,8 +180,9 @@ def groups_per_seed(study: str, recipe: dict[str, Any]) -> Iterator[Group]:
 
 def run_adapted(work: Folders) -> list[dict[str, Any]]:
     """Adapt runs of the main comparison to every held-out task and probe them."""
-    held_out = {"role": "held_out"}
-    return evaluation_rows(evaluate_adapted(work, work.recipe["adapted"]["backbones"], held_out))
+    settings = {"role": "held_out", "protocols": ("linear",)}
+    rows = evaluation_rows(evaluate_adapted(work, work.recipe["adapted"]["backbones"], settings))
+    return [row for row in rows if row["protocol"] == "linear"]
 
 
 def evaluate_adapted(work: Folders, names: Collection[str], settings: dict[str, Any]) -> Path:
