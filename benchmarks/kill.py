@@ -53,7 +53,7 @@ class Story:
 
 
 def commands(root: Path, steps: int) -> dict[str, list[str]]:
-    """The verbs to kill, without --out; `root` holds the runs that they start from."""
+    """The commands to kill, without --out; `root` holds the runs that they start from."""
     # Rows, checkpoints and the end fall on different steps.
     steady = ["--steps", str(steps), "--batch-size", "32", "--log-every", "5", "--save-every", "7"]
     train = ["train", DATA, "--mae", str(root / "mae"), "--clusters", str(root / "clusters")]
@@ -132,7 +132,7 @@ def found(out: Path) -> str:
 
 
 def kill_runs(root: Path, names: list[str], kills: int, steps: int) -> Story:
-    """Straight runs of the verbs of `names`, then killed ones until there were so many kills."""
+    """Straight runs of the commands of `names`, then killed ones until there were so many kills."""
     story = Story()
     known = commands(root, steps)
     seconds = {}
@@ -155,7 +155,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--verbs", default="pretrain,cluster,moce,finetune")
+    parser.add_argument("--commands", default="pretrain,cluster,moce,finetune")
     options = parser.parse_args()
     random.seed(options.seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@
     python -m experiments.dense.draw
 
 --runs is the folder of experiments.mix32.run with the recipe cpu_adapted. Rows go to
-results/mix32.jsonl; those that are there are passed over, so the same command goes on after an
+results/mix32.jsonl; those that are there are passed over, so the same command continues after an
 interruption, and with runs that were not there before. See `PROTOCOLS` for what is measured; detect
 runs on request only.
 """

@@ -3,8 +3,8 @@
     python -m experiments.mix32.run --recipe experiments/mix32/cpu.yaml --out runs/mix32 --jobs 2
 
 Every group (one seed of the comparison, one cell of the map, some ablations) is a chain of moce's
-verbs in folders of its own; finished folders are passed over and interrupted ones resumed, so the
-same command goes on after an interruption. `--studies` and `--seeds` pick groups. The rows of a finished
+commands in folders of its own; finished folders are passed over and interrupted ones resumed, so the
+same command continues after an interruption. `--studies` and `--seeds` pick groups. The rows of a finished
 group are merged into `results/RECIPE.jsonl`, and a group whose rows are there is not run again.
 """
 
