@@ -150,13 +150,13 @@ def kill_runs(root: Path, names: list[str], kills: int, steps: int) -> Story:
     raise AssertionError("unreachable")
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--commands", default="pretrain,cluster,moce,finetune")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     random.seed(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         story = kill_runs(Path(folder), options.commands.split(","), options.kills, options.steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from benchmarks.kill import kill_runs
+from benchmarks import kill
 from builders import PRETRAIN, RUNTIME, TRAIN
 from conftest import Runs
 
@@ -74,10 +73,12 @@ def words_of(command: str, runs: Runs, out: Path) -> list[object]:
 # --- kills ----------------------------------------------------------------------------------------
 
 
-def test_runs_killed_at_random_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    random.seed(1)
-    story = kill_runs(tmp_path, ["moce"], kills=3, steps=40)
-    assert story.kills == 3 and not story.different, story.lines
+def test_runs_killed_at_random_end_as_if_nothing_had_happened(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--kills", "3", "--steps", "40", "--seed", "1", "--commands", "moce"]
+    assert kill.main(words) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1].startswith("3 kills in ")
 
 
 @pytest.mark.parametrize(("command", "stride"), [("pretrain", 1), ("moce", 4), ("finetune", 4)])
