@@ -67,7 +67,7 @@ CUDA_PARTS = {
         ("vit_b", (64, 256)),
     )
 } | {"memory": [Case("vit_b", 64, 1, "bf16", "cuda")]}
-REPEATS = {"tiny32": 5, "vit_ti": 3, "vit_s": 3, "vit_b": 2, "test": 2}
+REPEATS = {"tiny32": 6, "vit_ti": 4, "vit_s": 4, "vit_b": 2, "test": 2}
 
 
 def linear_shapes(size: Size, batch: int) -> list[tuple[int, int, int, int]]:

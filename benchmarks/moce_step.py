@@ -70,7 +70,7 @@ SHORT: dict[str, list[tuple[Case, tuple[Mixture, ...]]]] = {
     "encoding": [(Case("tiny32", 16), ())],
     "test": [(Case("test", 16), MIXTURES)],
 }
-REPEATS = {"tiny32": 15, "vit_ti": 3, "vit_b": 3, "test": 2}
+REPEATS = {"tiny32": 16, "vit_ti": 4, "vit_b": 4, "test": 2}
 TASKS = 11  # of the paper
 
 
