@@ -125,6 +125,7 @@ def test_an_adapted_backbone_is_fine_tuned(runs: Runs, tmp_path: Path) -> None:
     assert tuned["backbone"] == str(tmp_path / "out" / "adapted" / "a" / "digits")
 
 
+@pytest.mark.slow
 def test_weights_of_other_libraries_are_adapted(runs: Runs, tmp_path: Path) -> None:
     """An exported folder has no decoder: it gets a fresh one, of the usual size."""
     few = {"adapt_steps": 1, "adapt_batch_size": 2}

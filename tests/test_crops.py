@@ -281,6 +281,7 @@ def test_processes_end_well(folder: Path) -> None:
     assert [process.exitcode for process in processes] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_line(folder: Path, monkeypatch) -> None:
     def killed(*given: object) -> None:
         import os

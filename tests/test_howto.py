@@ -157,7 +157,8 @@ def model_args(words: list[str]) -> dict[str, object]:
     return yaml.safe_load(given[-1]) if given else {}
 
 
-SLOW = {"load-elsewhere", "detect-and-segment"}  # exports to ONNX, trains detectors
+# Exports to ONNX, trains detectors, fine-tunes and packs more than one.
+SLOW = {"load-elsewhere", "detect-and-segment", "compare-backbones", "fast-images"}
 
 
 def slow_pages(page: str) -> Any:

@@ -95,6 +95,7 @@ def test_an_error_that_is_not_about_memory_is_not_taken_for_one(room, tmp_path: 
         fits(objective, settings, CPU, 2)
 
 
+@pytest.mark.slow
 def test_a_run_records_the_number_and_is_that_of_the_number(runs, tmp_path, room, capsys) -> None:
     sizes = room(12)
     asked = {**PRETRAIN, "steps": 3, "save_every": 1}
@@ -107,6 +108,7 @@ def test_a_run_records_the_number_and_is_that_of_the_number(runs, tmp_path, room
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_the_recorded_number(runs, tmp_path, room) -> None:
     room(12)
     asked = {**PRETRAIN, "steps": 4, "save_every": 1}
@@ -141,6 +143,7 @@ def test_running_out_while_training_names_the_number(runs, tmp_path, room, capsy
         moce.pretrain(runs.data, out=tmp_path / "api", micro_batch_size=16, steps=2, **PRETRAIN)
 
 
+@pytest.mark.slow
 def test_a_model_too_large_for_one_image_is_refused(runs, tmp_path, room, capsys) -> None:
     room(0)
     world = World(runs, tmp_path)

@@ -51,6 +51,7 @@ def test_sums_between_rows_survive_a_stop(command: str, runs: Runs, tmp_path: Pa
     same_weights(straight, stopped)
 
 
+@pytest.mark.slow
 def test_a_subset_and_a_rate_chosen_from_a_grid_resume_alike(runs: Runs, tmp_path: Path) -> None:
     for command, more in (("subset", {"task": runs.task}), ("finetune", {"lr_grid": (0.01, 0.1)})):
         straight, stopped = tmp_path / f"{command}_straight", tmp_path / f"{command}_stopped"

@@ -319,6 +319,7 @@ def test_a_timm_folder_needs_no_other_settings(runs) -> None:
 # --- commands ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_commands_start_from_a_file(runs, tmp_path: Path, capsys) -> None:
     tensors = {"model": facebook_tensors(tiny_mae(), decoder=False)}
     path = save_pth(tmp_path / "mae_pretrain.pth", tensors)
