@@ -157,7 +157,7 @@ def model_args(words: list[str]) -> dict[str, object]:
     return yaml.safe_load(given[-1]) if given else {}
 
 
-# Exports to ONNX, trains detectors, fine-tunes and packs more than one.
+# They export to ONNX, train detectors, fine-tune several backbones, and pack in several ways.
 SLOW = {"load-elsewhere", "detect-and-segment", "compare-backbones", "fast-images"}
 
 
