@@ -157,8 +157,8 @@ def model_args(words: list[str]) -> dict[str, object]:
     return yaml.safe_load(given[-1]) if given else {}
 
 
-# They export to ONNX, train detectors, fine-tune several backbones, and pack in several ways.
-SLOW = {"load-elsewhere", "detect-and-segment", "compare-backbones", "fast-images"}
+# They take seconds: export to ONNX, train detectors, run many commands.
+SLOW = ["load-elsewhere", "detect-and-segment", "compare-backbones", "fast-images", "multi-channel"]
 
 
 def slow_pages(page: str) -> Any:

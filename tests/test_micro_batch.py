@@ -67,6 +67,7 @@ def objective_of(out: Path, **changes: object) -> tuple[MAEObjective, PretrainSe
     return MAEObjective("pretrain", mae, spec.encoder, demo_images(), settings), settings
 
 
+@pytest.mark.slow
 def test_trials_leave_weights_buffers_and_random_numbers_untouched(room, tmp_path: Path) -> None:
     objective, settings = objective_of(tmp_path)
     objective.model.norm = torch.nn.BatchNorm2d(3)  # a student's, say
