@@ -86,8 +86,8 @@ def in_turns(
         for _ in range(warmups):
             step()
     rows = []
+    candidates = list(work.items())
     for repeat in range(repeats):
-        candidates = list(work.items())
         for name, step in candidates if repeat % 2 == 0 else reversed(candidates):
             seconds = seconds_of(step, device)
             rows.append({**labels, "candidate": name, "repeat": repeat, "seconds": seconds})
