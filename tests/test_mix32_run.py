@@ -165,7 +165,7 @@ def test_the_suite_has_a_task_for_every_plan_and_the_same_roles() -> None:
 # --- recipes and results --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "cpu_adapted"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "cpu_adapted", "cpu_wide"])
 def test_the_recipes_name_real_settings_and_every_group_once(name: str) -> None:
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     groups = [g for study in run.STUDIES for g in run.GROUPS[study](recipe)]
@@ -272,12 +272,16 @@ def test_adapted_and_fine_tuned_groups_stand_on_the_comparison(
     monkeypatch.setattr(run, "measure_run", lambda *_: [])  # needs all of Mix-32's tasks
     write_data(tmp_path / "out" / "data")
     rows = []
-    for study in ("main", "adapted", "finetuning"):
+    # The last two share a folder: neither may take over what the other asked for.
+    for study in ("main", "finetuning", "adapted", "finetuning"):
         (group,) = [group for group in run.GROUPS[study](recipe) if group.seed == 0]
         rows += run.run_group(recipe, tmp_path / "out", group)
         merge(results, rows)
     probed = {row["backbone"] for row in rows if row["study"] in ("main", "adapted")}
     assert probed == {"mae", *recipe["methods"], "mae_further", *recipe["chosen"], *ADAPTED}
+    adapted = [row for row in rows if row["study"] == "adapted"]
+    assert {row["backbone"] for row in adapted} == set(ADAPTED)
+    assert {row["protocol"] for row in adapted} == {"linear"}
     tuned = [row for row in rows if row["study"] == "finetuning"]
     assert {row["backbone"] for row in tuned} == set(recipe["finetuning"])
     assert {row["protocol"] for row in tuned} == {"finetune"}
